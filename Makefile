@@ -1,0 +1,70 @@
+# make install    everything a developer needs, in .venv
+# make demo       prune the embedded model, verify the result, say where the report is
+# make check      format, lint, types, floors
+# make test       check, then the tests
+# make test-slow  the tests that take longer
+# make clean      remove .venv, caches and build outputs; runs/ stays
+#
+# PYTHON=python3.12 make install    picks the interpreter
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --constraint constraints.txt
+TORCH := $(shell grep '^torch==' constraints.txt)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+
+# One file says how far .venv has come. It is called .unfinished while pip runs: what an interrupted run left behind
+# is never trusted, the next one starts from nothing.
+UNFINISHED := $(VENV)/.unfinished
+RUNTIME := $(VENV)/.runtime
+DEV := $(VENV)/.dev
+
+.PHONY: install demo check test test-slow clean
+.NOTPARALLEL: # `make -j2 demo test` would reinstall allot while the demo runs
+
+install: $(DEV)
+
+$(RUNTIME): pyproject.toml constraints.txt
+	@if [ -e $(UNFINISHED) ] || ! $(PY) -m pip --version >/dev/null 2>&1; then \
+		rm -rf $(VENV); mkdir $(VENV); touch $(UNFINISHED); \
+		echo "making $(VENV) from nothing"; $(PYTHON) -m venv $(VENV); \
+	fi
+	@rm -f $(RUNTIME) $(DEV); touch $(UNFINISHED)
+	@echo "installing $(TORCH), first and alone: nothing else decides which build of torch comes"
+	@$(PIP) $(TORCH)
+	@echo "installing allot and what it needs to run"
+	@$(PIP) --editable .
+	@mv $(UNFINISHED) $@; touch $@
+
+$(DEV): $(RUNTIME)
+	@mv $(RUNTIME) $(UNFINISHED)
+	@echo "installing the tools of a developer"
+	@$(PIP) --editable '.[dev]'
+	@mv $(UNFINISHED) $(RUNTIME); touch $@
+
+demo: $(RUNTIME)
+	rm -rf runs/demo
+	$(PY) -m allot prune zoo:glyph-resnet20 --data zoo:glyph-resnet20 --budget sparsity=0.9 --method erk --out runs/demo
+	$(PY) -m allot verify runs/demo
+	@echo "The run is in runs/demo: report.json has every figure above as data; "allot report runs/demo" shows it again."
+
+check: $(DEV)
+	$(PY) -m ruff format --check
+	$(PY) -m ruff check
+	$(PY) -m mypy
+	$(VENV)/bin/lint-imports --no-logo
+
+test: check
+	$(PY) -m pytest -n 2
+
+test-slow: $(DEV)
+	$(PY) -m pytest -n 2 -m 'slow and not gpu'
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

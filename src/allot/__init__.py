@@ -1,0 +1,43 @@
+"""Budgeted sparsification for PyTorch: a trained model and a budget in, a sparse model that meets it exactly out."""
+
+from allot.allocation import Allocation
+from allot.budget import Budget
+from allot.calibration import Calibration
+from allot.errors import AllotError, BudgetError, PatternError, Stopped, UsageError, VerificationError
+from allot.evaluate import evaluate
+from allot.layers import Layer, Rules, Scope
+from allot.masks import attach, fold
+from allot.methods import METHODS, RECIPES
+from allot.patterns import NM, Unstructured
+from allot.prune import prune
+from allot.realise.certificate import verify
+from allot.realise.files import load
+from allot.result import Result
+from allot.scores import SCORES
+
+__all__ = [
+    "METHODS",
+    "NM",
+    "RECIPES",
+    "SCORES",
+    "Allocation",
+    "AllotError",
+    "Budget",
+    "BudgetError",
+    "Calibration",
+    "Layer",
+    "PatternError",
+    "Result",
+    "Rules",
+    "Scope",
+    "Stopped",
+    "Unstructured",
+    "UsageError",
+    "VerificationError",
+    "attach",
+    "evaluate",
+    "fold",
+    "load",
+    "prune",
+    "verify",
+]

@@ -1,0 +1,83 @@
+"""How much of each layer is kept: an immutable value, JSON both ways, editable by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from allot.errors import UsageError
+
+
+class Allocation(Mapping[str, float]):
+    """Immutable map from layer name to density, with each layer's size.
+
+    Args:
+        density: layer name -> fraction kept, in [0, 1].
+        total: layer name -> number of weights.
+    Raises:
+        UsageError: a density outside [0, 1] or nan, or the two maps name different layers.
+    """
+
+    def __init__(self, density: Mapping[str, float], total: Mapping[str, int]) -> None:
+        if density.keys() != total.keys():
+            raise UsageError(f"density and total name different layers: {sorted(density.keys() ^ total.keys())}")
+        for name, value in density.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise UsageError(f"density of {name} is {value!r}: a number from 0 to 1 is accepted.")
+        self._density = {name: float(value) for name, value in density.items()}
+        self.total = dict(total)
+
+    @classmethod
+    def of(cls, kept: Mapping[str, int], total: Mapping[str, int]) -> Allocation:
+        """The allocation that keeps `kept` weights of each layer."""
+        return cls({name: kept[name] / total[name] for name in kept}, total)
+
+    def __getitem__(self, name: str) -> float:
+        return self._density[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._density)
+
+    def __len__(self) -> int:
+        return len(self._density)
+
+    def __repr__(self) -> str:
+        kept, total = sum(self.kept.values()), sum(self.total.values())
+        return f"Allocation({len(self)} layers, {kept:,} of {total:,} weights kept)"
+
+    @property
+    def kept(self) -> dict[str, int]:
+        """Layer name -> nearest whole number of weights."""
+        return {name: round(density * self.total[name]) for name, density in self.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """`{"layers": {name: {"density", "kept", "total"}}}`; `density` is what a reader goes by."""
+        kept = self.kept
+        layers = {name: {"density": self[name], "kept": kept[name], "total": self.total[name]} for name in self}
+        return {"layers": layers}
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_json()` to `path`."""
+        Path(path).write_text(json.dumps(self.to_json(), indent=2) + "\n")
+
+    @staticmethod
+    def load(path: str | Path) -> dict[str, float]:
+        """Wished densities from a file that `save` wrote, edited by hand or not; `{name: density}` also does.
+
+        Raises:
+            UsageError: not such a file, or a density that is not a number from 0 to 1.
+        """
+        try:
+            data = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise UsageError(f"cannot read an allocation from {path}: {error}") from error
+        layers = data.get("layers", data) if isinstance(data, dict) else None
+        if not isinstance(layers, dict) or not layers:
+            raise UsageError(f'{path} holds no allocation: {{"layers": {{NAME: {{"density": D}}}}}} is accepted.')
+        try:
+            wished = {name: row["density"] if isinstance(row, dict) else row for name, row in layers.items()}
+        except KeyError as error:
+            raise UsageError(f"{path}: a layer without {error}.") from error
+        return dict(Allocation(wished, dict.fromkeys(wished, 1)))

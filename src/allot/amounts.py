@@ -1,0 +1,74 @@
+"""Limits as people write them: 0.9, 90%, 20k, 5M, 3MB."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from fractions import Fraction
+
+from allot.errors import BudgetError
+
+KINDS = ("sparsity", "params", "macs", "bytes")
+_UNITS = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+}
+
+
+@dataclass(frozen=True)
+class Amount:
+    """A limit as read: exact value, and whether it is a share of the dense model."""
+
+    value: Fraction
+    relative: bool
+
+    @classmethod
+    def read(cls, kind: str, given: float | int | str) -> Amount:
+        text = str(given).strip()
+        match = re.fullmatch(r"([-+]?[0-9.eE+-]+?|nan|[-+]?inf)\s*(%|[a-zA-Z]*)", text)
+        try:
+            number = Decimal(match[1]) if match and not isinstance(given, bool) else Decimal("nan")
+        except InvalidOperation:
+            number = Decimal("nan")
+        suffix = match[2].lower() if match else ""
+        if not number.is_finite():
+            raise BudgetError(f"{kind}={given!r} is not a number. {_ACCEPTED[kind]}")
+        value, relative = Fraction(number), suffix == "%"
+        if relative:
+            value /= 100
+        if kind == "sparsity":
+            if suffix not in ("", "%") or not 0 < value < 1:
+                raise BudgetError(f"sparsity={given} is out of range. {_ACCEPTED[kind]}")
+            return cls(value, relative=True)
+        if relative and not 0 < value < 1:
+            raise BudgetError(f"{kind}={given} is out of range. {_ACCEPTED[kind]}")
+        if not relative:
+            if suffix not in _UNITS or (suffix.endswith("b") and kind != "bytes"):
+                raise BudgetError(f"{kind}={given}: unknown unit {match[2] if match else ''!r}. {_ACCEPTED[kind]}")
+            value *= _UNITS[suffix]
+            if value < 1 or (value.denominator != 1 and suffix == ""):
+                raise BudgetError(f"{kind}={given} is not a whole number of {unit(kind)}. {_ACCEPTED[kind]}")
+        return cls(value, relative)
+
+
+_ACCEPTED = {
+    "sparsity": "A fraction removed above 0 and below 1, like 0.9 or 90%, is accepted.",
+    "params": "A whole number, 20k, or a share above 0% and below 100% is accepted.",
+    "macs": "A whole number, 5M, or a share above 0% and below 100% is accepted.",
+    "bytes": "A whole number, 300kB, 3MB, or a share above 0% and below 100% is accepted.",
+}
+
+
+def unit(kind: str) -> str:
+    """What a limit of this kind counts."""
+    return {"sparsity": "weights", "params": "weights", "macs": "MACs", "bytes": "bytes"}[kind]

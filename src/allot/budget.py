@@ -1,0 +1,358 @@
+"""Budgets and allocations: what may be kept, as arithmetic on layer sizes (no torch).
+
+The relaxed problem has one unknown. Given wished densities d_l and a price c,
+
+    x_l(c) = clip(c * d_l * n_l, lower_l, upper_l)           n_l weights in layer l
+    project:  the largest c for which every limit holds       (each cost grows with c: bisection)
+    counts:   floor x_l to whole steps, hand out what is left by largest remainder, then fill up what still fits
+
+so that the kept total equals the tightest limit to the last weight.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from typing import Any, TypeVar
+
+from allot.allocation import Allocation
+from allot.amounts import KINDS, Amount, unit
+from allot.errors import BudgetError, UsageError, unknown
+
+Number = TypeVar("Number", int, float)
+
+
+@dataclass(frozen=True)
+class Term:
+    """What one layer adds to every cost.
+
+    Attributes:
+        total: weights in the layer.
+        lower, upper: fewest and most weights that rules, floor and pattern allow; multiples of `step`.
+        step: the layer keeps whole multiples of this many weights (1 unless a pattern says more).
+        macs: dense multiply-accumulates of the layer for one example; None where they were not measured.
+        dense_bytes, mask_bytes, value_bytes: size in a file stored dense, and stored as a bit mask plus
+            `value_bytes` per kept weight; the smaller of the two counts.
+    """
+
+    name: str
+    total: int
+    lower: int = 1
+    upper: int = -1
+    step: int = 1
+    macs: int | None = None
+    dense_bytes: int = 0
+    mask_bytes: int = 0
+    value_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        if self.upper < 0:
+            object.__setattr__(self, "upper", self.total)
+        if not 0 <= self.lower <= self.upper <= self.total:
+            raise BudgetError(
+                f"{self.name}: its rules ask for at least {self.lower:,} and at most {self.upper:,} "
+                f"of {self.total:,} weights. Lower the floor or raise the maximum density."
+            )
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One bound on one cost, in whole units: weights, MACs or bytes."""
+
+    kind: str
+    asked: float | int | str
+    ceiling: int
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the sparse model may cost: one or several limits that all hold.
+
+    Args:
+        sparsity: fraction of the weights in scope to remove, in (0, 1); the kept count is
+            round((1 - sparsity) * total) to the weight.
+        params: most weights kept in scope; a whole number, "20k", or a share of the dense model, "10%".
+        macs: most effective multiply-accumulates in scope, kept weights x uses; a whole number, "5M" or "50%".
+        bytes: largest bitmask file; a whole number, "300kB", "3MB", "2MiB", or a share of the dense file, "20%".
+    Raises:
+        BudgetError: no limit, or one that is not in its range.
+
+    A budget knows no model. `on(terms)` ties it to one; `project` and `counts` need that.
+    """
+
+    sparsity: float | str | None = None
+    params: int | str | None = None
+    macs: int | str | None = None
+    bytes: int | str | None = None
+    terms: tuple[Term, ...] = field(default=(), repr=False)
+    fixed_bytes: int = field(default=0, repr=False)
+    full_bytes: int = field(default=0, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.asked:
+            raise BudgetError(
+                'an empty budget: give at least one of sparsity=0.9, params="10%", macs="50%", bytes="3MB".'
+            )
+        for kind, value in self.asked.items():
+            Amount.read(kind, value)
+
+    @classmethod
+    def parse(cls, *texts: str) -> Budget:
+        """The budget in words: `parse("sparsity=0.9")`, `parse("macs=50%", "bytes=3MB")`, commas do too."""
+        asked: dict[str, str] = {}
+        for part in (part for text in texts for part in re.split(r",|\band\b", text)):
+            kind, equals, value = (piece.strip() for piece in part.partition("="))
+            if not equals or not value:
+                raise BudgetError(f"budget {part.strip()!r}: write KIND=VALUE, like sparsity=0.9 or macs=50%.")
+            if kind not in KINDS:
+                raise BudgetError(str(unknown("budget", kind, KINDS)))
+            if kind in asked:
+                raise BudgetError(f"budget {kind} is given twice: {asked[kind]} and {value}.")
+            asked[kind] = value
+        return cls(**asked)  # type: ignore[arg-type]
+
+    @property
+    def asked(self) -> dict[str, float | int | str]:
+        """The limits as the user wrote them."""
+        return {kind: value for kind in KINDS if (value := getattr(self, kind)) is not None}
+
+    def to_json(self) -> dict[str, str]:
+        """The limits as text, by kind."""
+        return {kind: str(value) for kind, value in self.asked.items()}
+
+    def on(self, terms: tuple[Term, ...], *, fixed_bytes: int = 0, full_bytes: int = 0) -> Budget:
+        """This budget for the layers of one model.
+
+        Args:
+            terms: one entry a layer, any order.
+            fixed_bytes: what the bitmask file holds beside the layers.
+            full_bytes: size of the dense file, of which a percentage of bytes is a share.
+        Raises:
+            BudgetError: even the floors cost more than a limit, or the caps keep sparsity out of reach.
+        """
+        bound = replace(
+            self, terms=tuple(sorted(terms, key=lambda term: term.name)), fixed_bytes=fixed_bytes, full_bytes=full_bytes
+        )
+        if not terms:
+            raise BudgetError("nothing in scope: no weight can be pruned. Widen the include rules.")
+        bound._check_reachable()
+        return bound
+
+    @property
+    def total(self) -> int:
+        """Weights in scope."""
+        return sum(term.total for term in self.terms)
+
+    @property
+    def limits(self) -> tuple[Limit, ...]:
+        """Every limit as a whole number of weights, MACs or bytes."""
+        return tuple(Limit(kind, value, self._ceiling(kind, value)) for kind, value in self.asked.items())
+
+    def cost(self, kind: str, kept: Mapping[str, int]) -> int:
+        """What `kept` weights per layer cost: weights, MACs (rounded up) or bytes."""
+        price = _PRICES[kind]
+        return math.ceil(self._base(kind) + sum(price(term, kept[term.name]) for term in self.terms))
+
+    def fits(self, kept: Mapping[str, int]) -> bool:
+        """Whether whole numbers of weights meet every limit."""
+        return all(self.cost(limit.kind, kept) <= limit.ceiling for limit in self.limits)
+
+    def clip(self, kept: Mapping[str, Number]) -> dict[str, Number]:
+        """`kept` pulled into each layer's bounds."""
+        return {term.name: min(max(kept[term.name], term.lower), term.upper) for term in self.terms}
+
+    def project(self, wished: Mapping[str, float]) -> Allocation:
+        """The densities nearest to `wished` in proportion that use up the tightest limit (real numbers).
+
+        Args:
+            wished: layer name -> density or any non-negative weight; only proportions matter.
+        Raises:
+            UsageError: a layer is missing, unknown, negative or nan.
+        """
+        relaxed = self._relaxed(wished)
+        return Allocation(
+            {term.name: relaxed[term.name] / term.total for term in self.terms},
+            {term.name: term.total for term in self.terms},
+        )
+
+    def counts(self, wished: Mapping[str, float]) -> dict[str, int]:
+        """Whole numbers of weights per layer that meet every limit, in proportion to `wished`.
+
+        What rounding leaves over goes to the largest remainders, ties by name; what is then left of a limit is
+        used up, dearest weights first, until not one more weight fits.
+        """
+        relaxed = self._relaxed(wished)
+        kept = {term.name: term.step * math.floor(relaxed[term.name] / term.step + 1e-9) for term in self.terms}
+        kept = {term.name: max(kept[term.name], term.lower) for term in self.terms}
+        ledger = _Ledger(self, kept)
+        by_remainder = sorted(
+            self.terms, key=lambda term: (-round((relaxed[term.name] - kept[term.name]) / term.step, 9), term.name)
+        )
+        for term in reversed(by_remainder):  # float dust may have lifted a floor by one
+            while not ledger.fits() and kept[term.name] - term.step >= term.lower:
+                ledger.add(term, -1)
+        for term in by_remainder:
+            if relaxed[term.name] > kept[term.name]:
+                ledger.add(term, min(1, ledger.room(term)))
+        for term in sorted(self.terms, key=lambda term: (-ledger.dearness(term), term.name)):
+            ledger.add(term, ledger.room(term))
+        return dict(kept)
+
+    def rows(self, kept: Mapping[str, int]) -> list[dict[str, Any]]:
+        """One row a limit: `{kind, asked, limit, achieved, met}`; sparsity as a fraction, the rest whole numbers."""
+        rows: list[dict[str, Any]] = []
+        for limit in self.limits:
+            cost = self.cost(limit.kind, kept)
+            sparsity = limit.kind == "sparsity"
+            rows.append(
+                {
+                    "kind": limit.kind,
+                    "asked": str(limit.asked),
+                    "limit": float(Amount.read(limit.kind, limit.asked).value) if sparsity else limit.ceiling,
+                    "achieved": 1 - cost / self.total if sparsity else cost,
+                    "met": cost <= limit.ceiling,
+                }
+            )
+        return rows
+
+    def _base(self, kind: str) -> int:
+        return self.fixed_bytes if kind == "bytes" else 0
+
+    def _full(self, kind: str) -> int:
+        if kind == "bytes":
+            return self.full_bytes
+        return self.cost(kind, {term.name: term.total for term in self.terms})
+
+    def _ceiling(self, kind: str, value: float | int | str) -> int:
+        if not self.terms:
+            raise BudgetError("this budget is not tied to a model yet: use budget.on(terms).")
+        if kind == "macs" and any(term.macs is None for term in self.terms):
+            raise BudgetError(
+                "a macs budget needs an example input to count MACs: give --data or --input (example= in Python)."
+            )
+        amount = Amount.read(kind, value)
+        if kind == "sparsity":
+            return round((1 - amount.value) * self.total)
+        return math.floor(amount.value * self._full(kind)) if amount.relative else int(amount.value)
+
+    def _check_reachable(self) -> None:
+        least = {term.name: term.lower for term in self.terms}
+        most = {term.name: term.upper for term in self.terms}
+        for limit in self.limits:
+            cost = self.cost(limit.kind, least)
+            if cost > limit.ceiling:
+                raise BudgetError(
+                    f"{limit.kind}={limit.asked} allows {limit.ceiling:,} {unit(limit.kind)}; floors, rules "
+                    f"and pattern need at least {cost:,}. Nearest that can be met: {self._nearest(limit.kind, cost)}."
+                )
+        for limit in self.limits:
+            cost = self.cost(limit.kind, most)
+            if limit.kind == "sparsity" and cost < limit.ceiling and len(self.limits) == 1:
+                raise BudgetError(
+                    f"sparsity={limit.asked} keeps {limit.ceiling:,} weights; maximum densities and pattern allow only "
+                    f"{cost:,}. Nearest that can be met: {self._nearest('sparsity', cost)}."
+                )
+
+    def _nearest(self, kind: str, cost: int) -> str:
+        if kind != "sparsity":
+            return f"{kind}={cost}"
+        share = 1 - Fraction(cost, self.total)
+        digits = next(
+            (d for d in range(1, 18) if round((1 - Fraction(f"{float(share):.{d}f}")) * self.total) == cost), 18
+        )
+        return f"sparsity={float(share):.{digits}f}"
+
+    def _relaxed(self, wished: Mapping[str, float]) -> dict[str, float]:
+        names = {term.name for term in self.terms}
+        if wished.keys() != names:
+            raise UsageError(f"an allocation for other layers: {_difference(wished.keys(), names)}")
+        for name, value in wished.items():
+            if not (value >= 0 and math.isfinite(value)):
+                raise UsageError(f"density of {name} is {value!r}: a finite number, 0 or more, is accepted.")
+        top = max(wished.values()) or 1.0
+        # never exactly 0: a layer wished away still takes what full layers cannot
+        share = {term.name: max(wished[term.name] / top, 1e-12) * term.total for term in self.terms}
+        ceilings = [(limit.kind, limit.ceiling) for limit in self.limits]
+
+        def at(price: float) -> dict[str, float]:
+            return self.clip({name: price * x for name, x in share.items()})
+
+        def holds(kept: Mapping[str, float]) -> bool:
+            return all(
+                self._base(kind) + math.fsum(float(_PRICES[kind](term, kept[term.name])) for term in self.terms)
+                <= ceiling
+                for kind, ceiling in ceilings
+            )
+
+        high = max(term.upper / share[term.name] for term in self.terms) * (1 + 1e-12)
+        if holds(at(high)):
+            return at(high)
+        low, high = math.log(1e-13), math.log(high)
+        for _ in range(120):
+            middle = (low + high) / 2
+            low, high = (middle, high) if holds(at(math.exp(middle))) else (low, middle)
+        return at(math.exp(low))
+
+
+class _Ledger:
+    """Running costs while `counts` hands out weights; changes the counts it was given."""
+
+    def __init__(self, budget: Budget, kept: dict[str, int]) -> None:
+        self.kept = kept
+        self.left: dict[str, Fraction] = {}
+        for limit in budget.limits:
+            spent = budget._base(limit.kind) + sum(_PRICES[limit.kind](term, kept[term.name]) for term in budget.terms)
+            self.left[limit.kind] = Fraction(limit.ceiling) - spent
+
+    def fits(self) -> bool:
+        return all(left >= 0 for left in self.left.values())
+
+    def add(self, term: Term, steps: int) -> None:
+        before = self.kept[term.name]
+        self.kept[term.name] = before + steps * term.step
+        for kind in self.left:
+            self.left[kind] -= _PRICES[kind](term, self.kept[term.name]) - _PRICES[kind](term, before)
+
+    def room(self, term: Term) -> int:
+        """How many more steps of this layer every limit still allows."""
+        kept = self.kept[term.name]
+        low, high = 0, (term.upper - kept) // term.step
+        while low < high:
+            middle = (low + high + 1) // 2
+            new = kept + middle * term.step
+            fits = all(_PRICES[kind](term, new) - _PRICES[kind](term, kept) <= left for kind, left in self.left.items())
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low
+
+    def dearness(self, term: Term) -> Fraction:
+        kind = min(self.left, key=lambda kind: self.left[kind])
+        return Fraction(_PRICES[kind](term, term.total)) / term.total
+
+
+def _price_bytes(term: Term, kept: Any) -> Any:
+    return min(term.dense_bytes, term.mask_bytes + kept * term.value_bytes)
+
+
+def _price_macs(term: Term, kept: Any) -> Any:
+    macs = term.macs or 0
+    return Fraction(kept * macs, term.total) if isinstance(kept, int) else kept * macs / term.total
+
+
+# cost of `kept` weights of one layer; exact for whole numbers, float for float
+_PRICES: dict[str, Callable[[Term, Any], Any]] = {
+    "sparsity": lambda term, kept: kept,
+    "params": lambda term, kept: kept,
+    "macs": _price_macs,
+    "bytes": _price_bytes,
+}
+
+
+def _difference(given: Any, expected: Any) -> str:
+    surplus, missing = sorted(set(given) - set(expected)), sorted(set(expected) - set(given))
+    parts = [f"unknown {', '.join(surplus[:5])}"] if surplus else []
+    parts += [f"missing {', '.join(missing[:5])}"] if missing else []
+    more = max(len(surplus) - 5, 0) + max(len(missing) - 5, 0)
+    return "; ".join(parts) + (f" (and {more} more)" if more else "") + "."

@@ -1,0 +1,175 @@
+"""Calibration: the small set of inputs, labels not needed, as batches that are a function of (seed, k)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, default_collate
+
+from allot.errors import UsageError
+
+LABEL_KEYS = frozenset({"label", "labels", "target", "targets"})
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Inputs to look at while pruning.
+
+    Attributes:
+        source: one sample an index, labels included or not; `source[i]` must give the same sample every time.
+        indices: which samples are used, in this order.
+        batch_size: most samples per batch.
+        seed: decides the order of batches.
+        device, dtype: where batches are put, and what their floating-point tensors are cast to.
+    """
+
+    source: Any = field(repr=False)
+    indices: tuple[int, ...] = field(repr=False)
+    batch_size: int = 64
+    seed: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if not self.indices:
+            raise UsageError("the calibration data is empty: at least one sample is needed.")
+        if self.batch_size < 1:
+            raise UsageError(f"batch_size={self.batch_size}: a whole number above 0 is accepted.")
+
+    @classmethod
+    def of(
+        cls,
+        data: Any,
+        *,
+        samples: int = 512,
+        batch_size: int = 64,
+        seed: int = 0,
+        batched: bool = False,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Calibration:
+        """Calibration from a tensor `[N, ...]`, a Dataset, a DataLoader or any iterable.
+
+        Samples are inputs, `(inputs, label, ...)` or dicts; labels are ignored. A model of several inputs takes a
+        dict, or a tuple of inputs in a sample's first place: `((a, b), label)`.
+
+        Args:
+            samples: how many are used: a draw by `seed` where the data has a length, else the first ones.
+            batched: the iterable gives batches, not samples. A DataLoader always does.
+        Raises:
+            UsageError: no data, or samples that do not batch.
+        """
+        if samples < 1:
+            raise UsageError(f"samples={samples}: a whole number above 0 is accepted.")
+        source = _indexable(data, samples, batched=batched)
+        if len(source) > samples:
+            generator = torch.Generator().manual_seed(seed)
+            chosen = torch.randperm(len(source), generator=generator)[:samples].tolist()
+        else:
+            chosen = list(range(len(source)))
+        return cls(source, tuple(chosen), batch_size, seed, device or torch.device("cpu"), dtype)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def batches(self) -> int:
+        """How many batches one pass over the samples takes; their sizes differ by one at most."""
+        return -(-len(self.indices) // self.batch_size)
+
+    def batch(self, k: int) -> tuple[Any, int]:
+        """Batch k of an endless row of passes, each in its own order: a function of (seed, k).
+
+        Returns:
+            (inputs as the model takes them, number of samples in them).
+        """
+        epoch, place = divmod(k, self.batches)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.indices), generator=generator).tensor_split(self.batches)[place]
+        return self.take([self.indices[i] for i in order.tolist()]), len(order)
+
+    def example(self) -> Any:
+        """A batch of the first sample."""
+        return self.take([self.indices[0]])
+
+    def take(self, indices: Sequence[int]) -> Any:
+        """These samples of the source as one batch of inputs, on the device.
+
+        Raises:
+            UsageError: the samples are no tensors, arrays or numbers, or differ in shape.
+        """
+        try:
+            batch = default_collate([inputs_of(self.source[i]) for i in indices])
+        except (TypeError, RuntimeError, ValueError) as error:
+            raise UsageError(
+                f"calibration samples do not form a batch: {_first_line(error)}. "
+                "Tensors or arrays of one shape are accepted."
+            ) from error
+        return moved(batch, self.device, self.dtype)
+
+
+def inputs_of(sample: Any) -> Any:
+    """The inputs in a sample: its first place in a tuple or list, a dict without its labels, or the sample itself."""
+    if isinstance(sample, tuple | list):
+        if not sample:
+            raise UsageError("a calibration sample is an empty tuple.")
+        sample = sample[0]
+        return tuple(sample) if isinstance(sample, list) else sample
+    if isinstance(sample, Mapping):
+        return {key: value for key, value in sample.items() if key not in LABEL_KEYS and value is not None}
+    return sample
+
+
+def moved(batch: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """`batch` with every tensor on `device` and every floating-point one in `dtype`; lists become tuples."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, dtype if dtype and batch.is_floating_point() else None)
+    if isinstance(batch, Mapping):
+        return {key: moved(value, device, dtype) for key, value in batch.items()}
+    return tuple(moved(value, device, dtype) for value in batch) if isinstance(batch, tuple | list) else batch
+
+
+def _indexable(data: Any, samples: int, *, batched: bool) -> Any:
+    if isinstance(data, DataLoader) and data.batch_size is None and data.batch_sampler is None:
+        data = data.dataset if not isinstance(data.dataset, IterableDataset) else iter(data)
+    elif isinstance(data, DataLoader):
+        batched = True
+    if batched:
+        return list(itertools.islice(_unbatched(data), samples))
+    if isinstance(data, Tensor) or (
+        hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, Mapping)
+    ):
+        return data
+    if isinstance(data, Iterable) and not isinstance(data, str | bytes | Mapping):
+        return list(itertools.islice(data, samples))
+    raise UsageError(
+        f"calibration data of type {type(data).__name__}: a tensor, Dataset, DataLoader or iterable is accepted."
+    )
+
+
+def _unbatched(batches: Iterable[Any]) -> Iterator[Any]:
+    for batch in batches:
+        inputs = inputs_of(batch)
+        yield from (_at(inputs, i) for i in range(_size(inputs)))
+
+
+def _size(inputs: Any) -> int:
+    if isinstance(inputs, Mapping):
+        return _size(next(iter(inputs.values())))
+    return _size(inputs[0]) if isinstance(inputs, tuple) else len(inputs)
+
+
+def _at(inputs: Any, i: int) -> Any:
+    if isinstance(inputs, Mapping):
+        return {key: value[i] for key, value in inputs.items()}
+    # one more tuple around several inputs: what is first in a sample is its inputs
+    return (tuple(value[i] for value in inputs),) if isinstance(inputs, tuple) else inputs[i]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -1,0 +1,46 @@
+"""Every error that allot raises on purpose; each carries the exit code that the command line returns for it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class AllotError(Exception):
+    """What all of allot's errors have in common: a one-line message and `exit_code`."""
+
+    exit_code = 2
+
+
+class UsageError(AllotError, ValueError):
+    """What was passed in cannot be used: a name, a file, a shape, a combination."""
+
+
+class BudgetError(AllotError, ValueError):
+    """The budget makes no sense, or nothing in scope can meet it."""
+
+    exit_code = 3
+
+
+class PatternError(BudgetError):
+    """The pattern does not fit a layer, or cannot keep what it is asked to keep."""
+
+
+class VerificationError(AllotError):
+    """A file does not hold what its certificate promises."""
+
+    exit_code = 4
+
+
+class Stopped(AllotError):
+    """The run was asked to stop; what is done so far is saved and the same command goes on from there."""
+
+    exit_code = 130
+
+
+def unknown(what: str, name: str, accepted: Iterable[str]) -> UsageError:
+    """The error for a name that is not in a list, with the nearest name first."""
+    names = sorted(accepted)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return UsageError(f"unknown {what} {name!r}: {hint}Accepted: {', '.join(names) or 'none'}.")

@@ -1,0 +1,117 @@
+"""How masks meet modules: `call` for methods, `attach` and `fold` for users who train in their own loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from allot.errors import UsageError, unknown
+from allot.layers import places_of
+
+
+def masked(tensor: Tensor, mask: Tensor) -> Tensor:
+    """`tensor` with +0.0 wherever `mask` is False (a product would leave -0.0 and nan)."""
+    return torch.where(mask, tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
+
+
+def call(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    inputs: Any,
+    *,
+    training: Callable[[nn.Module], bool] | None = None,
+) -> Any:
+    """What `model` gives for `inputs` with `tensors` in place of its own; the model is left as it was.
+
+    Args:
+        tensors: parameter or buffer name -> value; what is not named stays the model's own. Tied weights need one
+            of their names. Buffers that the forward pass updates are updated in the tensors passed in.
+        inputs: a tuple is spread over positional arguments, a dict over keywords, anything else is one argument.
+        training: which modules run in train mode; None: none of them.
+    Raises:
+        UsageError: a name that the model does not have, or a shape other than the model's.
+    """
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    for name, tensor in tensors.items():
+        if name not in own:
+            raise unknown("tensor", name, own)
+        if tensor.shape != own[name].shape:
+            raise UsageError(f"{name} has shape {list(tensor.shape)}; the model has {list(own[name].shape)}.")
+    args, kwargs = as_arguments(inputs)
+    with modes(model, training or (lambda module: False)):
+        return torch.func.functional_call(model, dict(tensors), args, kwargs)
+
+
+def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments for one batch of inputs."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
+
+
+@contextmanager
+def modes(model: nn.Module, training: Callable[[nn.Module], bool]) -> Iterator[None]:
+    """Each module in train mode where `training(module)`, else in eval mode; restored on leaving."""
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in before:
+            module.training = training(module)
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
+
+
+class Mask(nn.Module):
+    """A parametrization: weight -> weight with zeros where the persistent buffer `mask` is False."""
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask.bool())
+        self.mask: Tensor
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The masked weight; gradients reach kept weights only."""
+        return masked(weight, self.mask)
+
+
+def attach(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
+    """`model` itself, computing with masked weights from now on: train it, save it, then `fold` it.
+
+    Args:
+        masks: parameter name -> bool mask of its shape. Tied weights need one of their names.
+    Raises:
+        UsageError: a name that the model does not have, a shape that differs, or a mask that is already there.
+    """
+    places = places_of(model)
+    by_name = {place.name: where for where in places.values() for place in where}
+    for name, mask in masks.items():
+        if name not in by_name:
+            taken = any(
+                name in (f"{n}", f"{n}.weight") for n, m in model.named_modules() if parametrize.is_parametrized(m)
+            )
+            if taken:
+                raise UsageError(f"{name} carries a mask already: fold the model first.")
+            raise unknown("parameter", name, by_name)
+        if mask.shape != by_name[name][0].parameter.shape:
+            raise UsageError(f"mask of {name} has shape {list(mask.shape)}, not that of the weight.")
+    for name, mask in masks.items():
+        for place in by_name[name]:
+            shared = Mask(mask.to(place.parameter.device))
+            parametrize.register_parametrization(place.module, place.attribute, shared)
+    return model
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """`model` itself, with the zeros of attached masks in plain weights, plain classes and plain keys."""
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module):
+            for attribute, chain in list(module.parametrizations.items()):  # type: ignore[union-attr,operator]
+                if all(isinstance(part, Mask) for part in chain):
+                    parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
+    return model

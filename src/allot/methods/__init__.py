@@ -1,0 +1,29 @@
+"""Every method by name, and the recipes that put them together: literal dicts to read."""
+
+from allot.methods.batchnorm import BatchNorm
+from allot.methods.erk import erk
+from allot.methods.moments import OutputMoments
+from allot.methods.ranking import global_magnitude, global_normalised, lamp
+from allot.methods.uniform import uniform
+from allot.run import Method, Recipe, Rule
+
+METHODS: dict[str, Method] = {
+    # allocate: how much each layer keeps
+    "uniform": Rule(uniform),
+    "erk": Rule(erk),
+    "lamp": Rule(lamp),
+    "global": Rule(global_magnitude),
+    "global-normalised": Rule(global_normalised),
+    # repair: adjust what is left
+    "bn": BatchNorm(),
+    "bias": OutputMoments(scale=False),
+    "variance": OutputMoments(scale=True),
+}
+
+RECIPES: dict[str, Recipe] = {
+    "uniform": Recipe("uniform", repair=("bn", "variance")),
+    "erk": Recipe("erk", repair=("bn", "variance")),
+    "lamp": Recipe("lamp", repair=("bn", "variance")),
+    "global": Recipe("global", repair=("bn", "variance")),
+    "global-normalised": Recipe("global-normalised", repair=("bn", "variance")),
+}

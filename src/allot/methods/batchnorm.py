@@ -1,0 +1,87 @@
+"""Batch-norm re-estimation: the running statistics that the sparse net would have had.
+
+Each calibration batch goes through the sparse net once, batch norms normalising by the batch as in training. The
+inputs x of each batch norm are pooled exactly over batches (count-weighted, spread between batches included):
+
+    mean = sum_b n_b mean_b / n        var = (sum_b n_b var_b + sum_b n_b (mean_b - mean)^2) / (n - 1)
+
+Differences from averaging PyTorch's running statistics: no momentum, no equal weight for a short last batch, and the
+variance between batch means is not lost; with one batch both agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from allot.errors import UsageError
+from allot.masks import call
+from allot.observe import Moments
+from allot.run import Candidate, Metrics, Problem
+from allot.store import State
+
+
+@dataclass(frozen=True)
+class BatchNorm:
+    """Re-estimate the running mean and variance of every batch norm; a model without any is left as it is."""
+
+    role = "repair"
+    needs_data = True
+
+    def init(self, problem: Problem, candidate: Candidate) -> State:
+        """No batch seen."""
+        return {"step": 0, "steps": problem.inputs().batches if any(_norms(problem.model)) else 0, "moments": {}}
+
+    def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
+        """One calibration batch."""
+        inputs, samples = problem.inputs().batch(state["step"])
+        tensors = candidate.effective(problem)
+        pooled = state["moments"]
+
+        def watch(name: str) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+                seen = Moments.of(args[0].movedim(1, -1))
+                pooled[name] = (Moments(**pooled[name]) + seen if name in pooled else seen).to_state()
+
+            return hook
+
+        with ExitStack() as stack, torch.no_grad():
+            for name, module in _norms(problem.model):
+                handle = module.register_forward_pre_hook(watch(name))
+                stack.callback(handle.remove)
+                for buffer, value in module.named_buffers(prefix=name, recurse=False):
+                    tensors[buffer] = value.clone()  # the pass writes to these
+            try:
+                call(problem.model, tensors, inputs, training=lambda module: isinstance(module, _BatchNorm))
+            except ValueError as error:
+                raise UsageError(f"bn: a batch of {samples} is too small for batch statistics ({error}).") from error
+        state["step"] += 1
+        return {"forward": samples, "backward": 0}
+
+    def done(self, state: State) -> bool:
+        """After one pass over the calibration inputs."""
+        return bool(state["step"] >= state["steps"])
+
+    def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
+        """The candidate with new running statistics."""
+        tensors = dict(candidate.tensors)
+        for name, module in _norms(problem.model):
+            if name in state["moments"]:
+                moments = Moments(**state["moments"][name])
+                prefix = f"{name}." if name else ""
+                tensors[prefix + "running_mean"] = moments.mean.to(module.running_mean)
+                unbiased = moments.deviation / (moments.count - 1).clamp_min(1)
+                tensors[prefix + "running_var"] = unbiased.to(module.running_var)
+        return replace(candidate, tensors=tensors)
+
+
+def _norms(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is not None:
+            yield name, module

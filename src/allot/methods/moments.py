@@ -1,0 +1,105 @@
+"""Output correction: give every output channel of every layer the mean (and spread) that it has in the dense net.
+
+bias (Nagel et al., ICCV 2019, section 4.2):      y' = y + mean_d - mean_s
+variance (per-channel scale, for nets without batch norm above all):
+
+    y' = s y + (mean_d - s mean_s),      s = sqrt(var_d / var_s), cut to [1/limit, limit]
+
+with moments over samples and positions, d of the dense net, s of the sparse one. s goes into the rows of the weight,
+the shift into the bias where the layer has one; without a bias only s applies. Zeros stay zeros.
+
+Differences from correcting layer by layer, one pass each: the second pass corrects every layer by the moments pooled
+so far while it runs, so that a layer sees inputs that are corrected already. Two passes for any depth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from allot.layers import Layer
+from allot.masks import call
+from allot.observe import Affine, Moments, bias_of, watched_outputs
+from allot.run import Candidate, Metrics, Problem
+from allot.store import State
+
+
+@dataclass(frozen=True)
+class OutputMoments:
+    """Match output means per channel and, with `scale`, their spread.
+
+    Left alone are tied layers, and layers whose output goes straight into a batch norm: its statistics belong to the
+    output as it is (repair `bn`), and a new scale would make them wrong.
+
+    Args:
+        scale: correct the spread as well.
+        limit: largest factor on a row, and the inverse of the smallest.
+    """
+
+    scale: bool
+    limit: float = 10.0
+
+    role = "repair"
+    needs_data = True
+
+    def init(self, problem: Problem, candidate: Candidate) -> State:
+        """No batch seen."""
+        return {"step": 0, "steps": 2 * problem.inputs().batches, "dense": {}, "sparse": {}}
+
+    def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
+        """One calibration batch: through the dense net in the first pass, through the sparse one in the second."""
+        batches = problem.inputs().batches
+        inputs, samples = problem.inputs().batch(state["step"] % batches)
+        dense = state["step"] < batches
+        pooled = state["dense" if dense else "sparse"]
+        shiftable = {layer.name for layer in problem.scope if bias_of(problem.model, layer)}
+
+        def visit(layer: Layer, seen: Moments) -> Affine | None:
+            moments = Moments(**pooled[layer.name]) + seen if layer.name in pooled else seen
+            pooled[layer.name] = moments.to_state()
+            if dense or layer.name not in state["dense"]:
+                return None
+            scale, shift = self._affine(Moments(**state["dense"][layer.name]), moments)
+            return scale, shift if layer.name in shiftable else torch.zeros_like(shift)
+
+        scope = replace(problem.scope, layers=tuple(layer for layer in problem.scope if not layer.normalised))
+        with watched_outputs(problem.model, scope, visit), torch.no_grad():
+            call(problem.model, {} if dense else candidate.effective(problem), inputs)
+        state["step"] += 1
+        return {"forward": samples, "backward": 0}
+
+    def done(self, state: State) -> bool:
+        """After both passes."""
+        return bool(state["step"] >= state["steps"])
+
+    def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
+        """The candidate with scaled rows and shifted biases."""
+        tensors = dict(candidate.tensors)
+
+        def current(name: str) -> Tensor:
+            return tensors.get(name, problem.dense[name])
+
+        for layer in problem.scope:
+            if layer.name not in state["sparse"] or layer.name not in state["dense"]:
+                continue
+            scale, shift = self._affine(Moments(**state["dense"][layer.name]), Moments(**state["sparse"][layer.name]))
+            if self.scale:
+                rows = layer.matrix(current(layer.name))
+                tensors[layer.name] = layer.unmatrix(rows * scale.to(rows)[:, None]).contiguous()
+            if bias := bias_of(problem.model, layer):
+                name, part = bias
+                value = current(name).clone()
+                value[part] = value[part] * scale.to(value) + shift.to(value)
+                tensors[name] = value
+        return replace(candidate, tensors=tensors)
+
+    def _affine(self, dense: Moments, sparse: Moments) -> Affine:
+        scale = torch.ones_like(dense.mean)
+        if self.scale:
+            # a channel that is constant in either net has no spread to match
+            live = (dense.variance > 1e-12) & (sparse.variance > 1e-12)
+            wanted = (dense.variance / sparse.variance.clamp_min(1e-12)).sqrt()
+            scale = torch.where(live, wanted.clamp(1 / self.limit, self.limit), scale)
+        return scale, dense.mean - scale * sparse.mean

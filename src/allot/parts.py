@@ -1,0 +1,115 @@
+"""A chain put together by name: recipes, and parts that replace theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from allot import patterns
+from allot.allocation import Allocation
+from allot.errors import unknown
+from allot.methods import METHODS, RECIPES
+from allot.methods.given import Given
+from allot.patterns import Pattern
+from allot.run import Method, Recipe, Rule
+from allot.scores import SCORES, Score
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a chain, found: what to allocate, score, structure and repair with, and their names."""
+
+    allocate: Method
+    score: Score
+    pattern: Pattern
+    repair: tuple[Method, ...]
+    names: Recipe
+    method: str
+
+
+def assemble(
+    method: str,
+    *,
+    allocate: str | Method | Mapping[str, float] | None = None,
+    score: str | Score | None = None,
+    pattern: str | Pattern | None = None,
+    repair: str | Sequence[str | Method] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Parts:
+    """A recipe with parts replaced, as values.
+
+    Args:
+        options: method name -> hyperparameters that differ from the defaults.
+    Raises:
+        UsageError: an unknown name (with the nearest), a method in the wrong place, or an unknown option.
+    """
+    if method not in RECIPES:
+        raise unknown("method", method, RECIPES)
+    recipe, options = RECIPES[method], dict(options or {})
+    allocate = recipe.allocate if allocate is None else allocate
+    repairs = recipe.repair if repair is None else repair
+    if isinstance(repairs, str):
+        repairs = () if repairs in ("", "none") else tuple(part.strip() for part in repairs.split(","))
+    pattern = recipe.pattern if pattern is None else pattern
+    score = recipe.score if score is None else score
+    if isinstance(score, str) and score not in SCORES:
+        raise unknown("score", score, SCORES)
+    chosen = _allocator(allocate, options)
+    found = tuple(_named(part, "repair", options) if isinstance(part, str) else part for part in repairs)
+    if options:
+        raise unknown(
+            "method with options", next(iter(options)), [n for n in (allocate, *repairs) if isinstance(n, str)]
+        )
+    names = Recipe(
+        allocate
+        if isinstance(allocate, str)
+        else "given"
+        if isinstance(allocate, Mapping)
+        else type(allocate).__name__,
+        score if isinstance(score, str) else getattr(score, "__name__", "custom"),
+        str(pattern),
+        tuple(part if isinstance(part, str) else type(part).__name__ for part in repairs),
+    )
+    return Parts(
+        chosen,
+        SCORES[score] if isinstance(score, str) else score,
+        patterns.parse(pattern) if isinstance(pattern, str) else pattern,
+        found,
+        names,
+        method if names.allocate == recipe.allocate else names.allocate,
+    )
+
+
+def _allocator(allocate: str | Method | Mapping[str, float], options: dict[str, Mapping[str, Any]]) -> Method:
+    if isinstance(allocate, Mapping):
+        return Rule(Given(dict(allocate)))
+    if not isinstance(allocate, str):
+        return allocate
+    if allocate.endswith(".json") or Path(allocate).is_dir():
+        path = Path(allocate)
+        return Rule(Given(Allocation.load(path / "allocation.json" if path.is_dir() else path)))
+    return _named(allocate, "allocate", options)
+
+
+def _named(name: str, role: str, options: dict[str, Mapping[str, Any]]) -> Method:
+    accepted = [key for key, method in METHODS.items() if method.role == role]
+    if name not in accepted:
+        raise unknown({"allocate": "allocator", "repair": "repair"}[role], name, accepted)
+    method: Any = METHODS[name]
+    given = options.pop(name, {})
+    known = {f.name: f.type for f in fields(method)}
+    for key in given:
+        if key not in known:
+            raise unknown(f"option of {name}", key, known)
+    return type(method)(**{key: getattr(method, key) for key in known} | dict(given))
+
+
+def settings(value: Any) -> Any:
+    """Hyperparameters as JSON: dataclasses by field, functions by name."""
+    if is_dataclass(value):
+        return {f.name: settings(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): settings(item) for key, item in value.items()}
+    return getattr(value, "__name__", value)

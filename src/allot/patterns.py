@@ -1,0 +1,148 @@
+"""The structure that a mask has inside one tensor: inert values that say what is feasible and pick the mask."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from allot.errors import PatternError, UsageError
+from allot.layers import Layer
+
+
+class Pattern(Protocol):
+    """A structure: which counts are feasible in a layer, and the best mask for one of them."""
+
+    def feasible(self, layer: Layer) -> tuple[int, int, int]:
+        """(step, fewest, most): a layer keeps whole multiples of `step` weights between the two others."""
+        ...
+
+    def mask(self, layer: Layer, score: Tensor, kept: int) -> Tensor:
+        """Mask of exactly `kept` weights with the highest score."""
+        ...
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Any weight may go."""
+
+    def feasible(self, layer: Layer) -> tuple[int, int, int]:
+        """Every count within the layer's own bounds."""
+        return 1, layer.min_kept, layer.max_kept
+
+    def mask(self, layer: Layer, score: Tensor, kept: int) -> Tensor:
+        """The `kept` highest scores, after each row's `layer.min_per_row` best."""
+        if not layer.min_per_row:
+            return select(score, kept)
+        rows = layer.matrix(score)
+        order = rows.argsort(dim=1, descending=True, stable=True)[:, : layer.min_per_row]
+        forced = layer.unmatrix(torch.zeros_like(rows, dtype=torch.bool).scatter(1, order, True))
+        if kept < layer.min_per_row * layer.rows:
+            raise PatternError(
+                f"{layer.name}: {kept} weights cannot give {layer.min_per_row} to each of {layer.rows} rows."
+            )
+        rest = select(score.masked_fill(forced, -math.inf), kept - int(forced.sum()))
+        return forced | rest
+
+    def __str__(self) -> str:
+        return "unstructured"
+
+
+@dataclass(frozen=True)
+class NM:
+    """At most n of every m weights that follow each other along the input channels: exactly n, here.
+
+    Args:
+        n, m: 0 < n < m. 2:4 is what sparse tensor cores read.
+    Raises:
+        PatternError: n and m are not such numbers.
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n < self.m:
+            raise PatternError(f"pattern {self.n}:{self.m}: n above 0 and below m is accepted, like 2:4.")
+
+    def feasible(self, layer: Layer) -> tuple[int, int, int]:
+        """The one count n/m of the layer.
+
+        Raises:
+            PatternError: the input channels do not divide by m, or the layer's own bounds exclude n/m.
+        """
+        if layer.inputs % self.m:
+            raise PatternError(
+                f"{layer.name}: {layer.inputs} input channels do not divide by {self.m}, as {self} needs. "
+                f"Exclude the layer (--exclude {layer.name})."
+            )
+        kept = layer.total // self.m * self.n
+        if (
+            not layer.min_kept <= kept <= layer.max_kept
+            or layer.min_per_row > layer.total // layer.rows // self.m * self.n
+        ):
+            raise PatternError(
+                f"{layer.name}: {self} keeps {kept:,} of {layer.total:,} weights, outside the {layer.min_kept:,} "
+                f"to {layer.max_kept:,} that its rules and floor allow."
+            )
+        return layer.total // self.m, kept, kept
+
+    def mask(self, layer: Layer, score: Tensor, kept: int) -> Tensor:
+        """The best `kept * m / total` of every m weights; equal scores go to the lower input channel.
+
+        Raises:
+            PatternError: `kept` is not a whole number of weights per group, or `score` holds nan.
+        """
+        per_group, odd = divmod(kept * self.m, layer.total)
+        if odd or not 0 <= per_group <= self.m or bool(score.isnan().any()):
+            raise PatternError(f"{layer.name}: {self} cannot keep {kept:,} of {layer.total:,} weights.")
+        groups = layer.matrix(score).unflatten(1, (-1, self.m))  # [rows, cols/m, m]
+        best = groups.argsort(dim=-1, descending=True, stable=True)[..., :per_group]
+        mask = torch.zeros_like(groups, dtype=torch.bool).scatter(-1, best, True)
+        return layer.unmatrix(mask.flatten(1))
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+
+def select(score: Tensor, kept: int) -> Tensor:
+    """Mask of exactly `kept` entries with the highest score; equal scores go to the lower flat index.
+
+    Args:
+        score: any shape; larger is more important.
+        kept: how many entries survive, 0 <= kept <= score.numel().
+    Returns:
+        bool mask, shape of `score`, on its device.
+    Raises:
+        PatternError: `kept` out of range, or `score` holds nan.
+    """
+    if not 0 <= kept <= score.numel():
+        raise PatternError(f"cannot keep {kept:,} of {score.numel():,} weights.")
+    if bool(score.isnan().any()):
+        raise PatternError("a score holds nan: weights cannot be ranked.")
+    flat = score.flatten()
+    mask = torch.zeros_like(flat, dtype=torch.bool)
+    if kept:
+        # the kept-th highest value splits the entries; only those equal to it need the index rule
+        cut = flat.kthvalue(flat.numel() - kept + 1).values
+        above = flat > cut
+        ties = (flat == cut).nonzero().flatten()[: kept - int(above.sum())]
+        mask = above.index_fill(0, ties, True)
+    return mask.view_as(score)
+
+
+def parse(text: str) -> Pattern:
+    """`unstructured` or `N:M`.
+
+    Raises:
+        UsageError: anything else.
+    """
+    if text == "unstructured":
+        return Unstructured()
+    if match := re.fullmatch(r"(\d+):(\d+)", text):
+        return NM(int(match[1]), int(match[2]))
+    raise UsageError(f"unknown pattern {text!r}: 'unstructured' or N:M like 2:4 is accepted.")

@@ -1,0 +1,303 @@
+"""The chain: a trained model, calibration inputs and a budget in; a `Result` that meets the budget out."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from allot import patterns
+from allot.allocation import Allocation
+from allot.budget import Budget, Term
+from allot.calibration import Calibration
+from allot.errors import AllotError, UsageError
+from allot.evaluate import evaluate
+from allot.fingerprint import fingerprint
+from allot.layers import Rules, Scope
+from allot.masks import call
+from allot.observe import measured
+from allot.parts import Parts, assemble, settings
+from allot.patterns import Pattern
+from allot.realise import files
+from allot.result import Result
+from allot.run import Candidate, Method, Problem, Progress, Selection, drive
+from allot.scores import SCORES, Score
+from allot.store import Log, Store, write
+
+
+def prune(
+    model: nn.Module,
+    calibration: Any,
+    budget: Budget | str,
+    *,
+    method: str = "erk",
+    allocate: str | Method | Mapping[str, float] | None = None,
+    score: str | Score | None = None,
+    pattern: str | Pattern | None = None,
+    repair: str | Sequence[str | Method] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    rules: Rules | None = None,
+    seed: int = 0,
+    samples: int = 512,
+    batch_size: int = 64,
+    example: Any = None,
+    test: Any = None,
+    label: str | None = None,
+    save_to: str | Path | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    on_step: Callable[[Progress], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> Result:
+    """A sparse version of `model` that meets `budget` exactly; the model passed in is untouched.
+
+    Args:
+        model: any trained module.
+        calibration: a tensor `[N, ...]`, Dataset, DataLoader, iterable or `Calibration`; labels are ignored. None
+            where neither the method nor a macs budget needs inputs.
+        budget: `Budget(sparsity=0.9)` or text like "macs=50%".
+        method: recipe to start from, a key of `RECIPES`; the next four replace single parts of it.
+        allocate: name in `METHODS`, a method, densities by layer name, or the path of an allocation.json.
+        score: name in `SCORES` or a function `(layer, weight, evidence) -> tensor`.
+        pattern: "unstructured", "2:4" or a `Pattern`.
+        repair: names joined with commas ("none" for none), or a sequence of names and methods, done in this order.
+        options: method name -> hyperparameters that differ from the defaults.
+        rules: which layers, with which bounds.
+        seed: decides every draw.
+        samples, batch_size: how many calibration inputs are used, and how many at a time.
+        example: a batch of one input, to count MACs with; the first calibration sample where there is one.
+        test: labelled data, never used for anything but the score before and after.
+        label: what the model is called in reports; its class where None.
+        save_to: run directory; an unfinished one with the same configuration goes on where it stopped, a finished
+            one is opened and returned.
+        recipe: what to write as recipe.yaml beside what is known here, like where the model comes from.
+        on_step: called after every step.
+        should_stop: asked before every step.
+    Raises:
+        UsageError, BudgetError, PatternError: what is wrong with the input, in one line.
+        Stopped: `should_stop` said so; with `save_to` the same call goes on.
+    """
+    budget = Budget.parse(budget) if isinstance(budget, str) else budget
+    parts = assemble(method, allocate=allocate, score=score, pattern=pattern, repair=repair, options=options)
+    inputs = _calibration(model, calibration, samples=samples, batch_size=batch_size, seed=seed)
+    problem = pose(
+        model,
+        budget,
+        parts.pattern,
+        calibration=inputs,
+        example=None if inputs else example,
+        rules=rules,
+        score=parts.score,
+        seed=seed,
+    )
+    for part in (parts.allocate, *parts.repair):
+        if part.needs_data:
+            problem.inputs()
+    asked = {"configuration": _configuration(budget, parts, rules, seed, inputs), "fingerprint": fingerprint(problem)}
+    known = {key: value for key, value in asked["configuration"].items() if key != "hyperparameters"}
+    recipe = {**known, "options": dict(options or {}), **(recipe or {})}
+    store = Store(save_to, asked, {**_versions(), "recipe": recipe}) if save_to else None
+    try:
+        return _chain(problem, parts, store, label or type(model).__name__, test, on_step, should_stop)
+    finally:
+        if store:
+            store.close()
+
+
+def pose(
+    model: nn.Module,
+    budget: Budget,
+    pattern: Pattern,
+    *,
+    calibration: Calibration | None = None,
+    example: Any = None,
+    rules: Rules | None = None,
+    score: Score = SCORES["magnitude"],
+    seed: int = 0,
+) -> Problem:
+    """The problem: scope measured on one example, budget tied to it.
+
+    Args:
+        example: a batch of inputs of one sample, to count MACs with; from the calibration data where None.
+    Raises:
+        UsageError: weights that are not finite, or inputs that the model does not take.
+        BudgetError, PatternError: nothing meets the budget in this pattern.
+    """
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if value.is_floating_point() and not value.is_meta and not bool(torch.isfinite(value).all()):
+            raise UsageError(f"{name} holds nan or infinite values: the model cannot be pruned as it is.")
+    scope = Scope.of(model, rules)
+    example = calibration.example() if example is None and calibration else example
+    if example is not None:
+        scope = measured(scope, model, lambda: _try(model, example))
+    state, _ = files.plain_state(model)
+    layout = files.layout(state, files.about(model, scope, budget))
+    terms = []
+    for layer in scope:
+        step, lower, upper = pattern.feasible(layer)
+        size = state[layer.name].element_size()
+        terms.append(
+            Term(
+                layer.name, layer.total, lower, upper, step, layer.macs,
+                dense_bytes=size * layer.total, mask_bytes=(layer.total + 7) // 8, value_bytes=size,
+            )
+        )  # fmt: skip
+    fixed = layout.header + layout.others
+    bound = budget.on(tuple(terms), fixed_bytes=fixed, full_bytes=fixed + sum(term.dense_bytes for term in terms))
+    return Problem(model, scope, bound, pattern, score, calibration, seed)
+
+
+def _calibration(model: nn.Module, data: Any, *, samples: int, batch_size: int, seed: int) -> Calibration | None:
+    """Calibration on the model's device; an iterable whose items are batches already is recognised by trying."""
+    if data is None or isinstance(data, Calibration):
+        return data
+    reference = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    if not isinstance(data, Tensor | Sequence) and not hasattr(data, "__len__") and not hasattr(data, "dataset"):
+        data = list(data)  # an iterator: it can only be read once
+
+    def read(*, batched: bool) -> Calibration:
+        found = Calibration.of(
+            data,
+            samples=samples,
+            batch_size=batch_size,
+            seed=seed,
+            batched=batched,
+            device=reference.device,
+            dtype=reference.dtype,
+        )
+        _try(model, found.example())
+        return found
+
+    try:
+        return read(batched=False)
+    except UsageError as error:
+        if not isinstance(data, Sequence) or isinstance(data, str):
+            raise
+        try:
+            return read(batched=True)
+        except (AllotError, TypeError, IndexError, AttributeError):
+            raise error from None  # what is wrong with the data as samples
+
+
+def _try(model: nn.Module, example: Any) -> None:
+    """Run one batch.
+
+    Raises:
+        UsageError: the model does not take it.
+    """
+    try:
+        with torch.no_grad():
+            call(model, {}, example)
+    except AllotError:
+        raise
+    except Exception as error:
+        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(f"the model does not run on inputs of shape {_shape(example)}: {message}") from error
+
+
+def _chain(
+    problem: Problem,
+    parts: Parts,
+    store: Store | None,
+    label: str,
+    test: Any,
+    on_step: Callable[[Progress], None] | None,
+    should_stop: Callable[[], bool] | None,
+) -> Result:
+    stages: list[tuple[str, Method]] = [("allocate", parts.allocate), ("select", Selection())]
+    stages += [
+        (f"repair-{i}-{name}", part)
+        for i, (name, part) in enumerate(zip(parts.names.repair, parts.repair, strict=True), 1)
+    ]
+    if store and store.done:
+        return _reopened(problem, parts, store, label)
+    log = store.saved.log if store and store.saved else Log()
+    names = [name for name, _ in stages]
+    first = names.index(store.saved.stage) if store and store.saved else 0
+    candidate = Candidate.dense(problem)
+    for name, part in stages[first:]:
+        candidate = drive(
+            part, problem, candidate, stage=name, store=store, log=log, on_step=on_step, should_stop=should_stop
+        )
+    result = Result(problem, candidate, log, parts.names, parts.method, label, _scores(problem, candidate, test))
+    if store:
+        result.save(store.directory)
+        write(store.directory / "recipe.yaml", yaml.safe_dump(store.notes["recipe"], sort_keys=False))
+        store.finish(log)
+    return result
+
+
+def _reopened(problem: Problem, parts: Parts, store: Store, label: str) -> Result:
+    """The result of a finished run, read back from its files."""
+    state = files.load(store.directory)
+    told = json.loads((store.directory / "report.json").read_text())
+    kept = {layer["name"]: layer["kept"] for layer in told["layers"]}
+    masks = {}
+    for layer in problem.scope:
+        # a weight that is zero but kept does not show in the file: any position will do to keep the count
+        held = state[layer.name] != 0
+        masks[layer.name] = patterns.select(held.float(), kept[layer.name])
+    tensors = {name: value.to(problem.dense[name].device) for name, value in state.items() if name in problem.dense}
+    allocation = Allocation.of(kept, {layer.name: layer.total for layer in problem.scope})
+    log = Log(told["seconds"], told["images"]["forward"], told["images"]["backward"])
+    return Result(
+        problem,
+        Candidate(allocation, masks, tensors),
+        log,
+        parts.names,
+        parts.method,
+        label,
+        told["scores"],
+        store.directory,
+    )
+
+
+def _scores(problem: Problem, candidate: Candidate, test: Any) -> dict[str, Any] | None:
+    if test is None:
+        return None
+    dense = evaluate(problem.model, test)
+    sparse = evaluate(problem.model, test, tensors=candidate.effective(problem))
+    return {"metric": dense.metric, "dense": dense.score, "sparse": sparse.score, "samples": dense.samples}
+
+
+def _configuration(
+    budget: Budget, parts: Parts, rules: Rules | None, seed: int, inputs: Calibration | None
+) -> dict[str, Any]:
+    return {
+        "budget": budget.to_json(),
+        "method": parts.method,
+        "allocate": parts.names.allocate,
+        "score": parts.names.score,
+        "pattern": parts.names.pattern,
+        "repair": list(parts.names.repair),
+        "hyperparameters": {"allocate": settings(parts.allocate), "repair": [settings(part) for part in parts.repair]},
+        **asdict(rules or Rules()),
+        "seed": seed,
+        "samples": len(inputs) if inputs else 0,
+        "batch_size": inputs.batch_size if inputs else 0,
+    }
+
+
+def _versions() -> dict[str, Any]:
+    return {
+        "versions": {
+            "allot": metadata.version("allot"),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
+    }
+
+
+def _shape(example: Any) -> Any:
+    if isinstance(example, Tensor):
+        return list(example.shape)
+    if isinstance(example, Mapping):
+        return {key: _shape(value) for key, value in example.items()}
+    return tuple(_shape(value) for value in example) if isinstance(example, tuple) else type(example).__name__

@@ -1,0 +1,1 @@
+"""Masks turned into files: written whole, re-opened, recounted."""

@@ -1,0 +1,142 @@
+"""What was promised, what the re-opened files hold, and whether that is the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from allot.errors import UsageError
+from allot.realise.files import BITMASK, PLAIN, load, read
+from allot.store import read_run
+
+Row = dict[str, Any]
+
+
+def certify(directory: Path, kept: Mapping[str, int]) -> dict[str, Any]:
+    """The certificate of a run whose files are written: `{promised, files, rows, passed}`.
+
+    Args:
+        directory: the run directory; holds both model files.
+        kept: layer name -> weights that the allocation keeps.
+    """
+    files = {name: digest(directory / name) for name in (PLAIN, BITMASK)}
+    promised = {"kept": dict(kept), "files": files}
+    rows = _rows(directory, promised)
+    return {"promised": promised, "rows": rows, "passed": all(row["passed"] for row in rows)}
+
+
+def verify(path: str | Path) -> dict[str, Any]:
+    """Re-open and recount a run directory or a single file: `{passed, rows: [{file, check, promised, found, passed}]}`.
+
+    A run is held to its certificate, a single file to the limits in its own metadata.
+
+    Raises:
+        UsageError: neither a finished run nor a file that allot wrote.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UsageError(f"{path}: no such file or directory.")
+    if path.is_file():
+        rows = _file_rows(path, None)
+    else:
+        if read_run(path)["state"] != "done":
+            raise UsageError(f"{path} is not finished: run the same prune command again to go on.")
+        try:
+            promised = json.loads((path / "certificate.json").read_text())["promised"]
+            rows = _rows(path, promised)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            problem = f"cannot be read ({type(error).__name__}: {error})"
+            rows = [_row("certificate.json", "opens", "a certificate", problem, passed=False)]
+    return {"passed": all(row["passed"] for row in rows), "rows": rows}
+
+
+def digest(path: Path) -> dict[str, Any]:
+    """Size in bytes and SHA-256 of a file."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _rows(directory: Path, promised: Mapping[str, Any]) -> list[Row]:
+    rows: list[Row] = []
+    for name, expected in promised["files"].items():
+        path = directory / name
+        if not path.exists():
+            rows.append(_row(name, "exists", "yes", "no", passed=False))
+            continue
+        found = digest(path)
+        rows.append(_row(name, "bytes on disk", expected["bytes"], found["bytes"]))
+        rows.append(_row(name, "sha256", expected["sha256"], found["sha256"]))
+        rows += _file_rows(path, promised["kept"])
+    if all(row["passed"] for row in rows):
+        same = _equal(load(directory / PLAIN), load(directory / BITMASK))
+        rows.append(_row(BITMASK, f"same tensors as {PLAIN}", "yes", "yes" if same else "no"))
+        allocation = json.loads((directory / "allocation.json").read_text())["layers"]
+        listed = {name: layer["kept"] for name, layer in allocation.items()}
+        rows.append(_row("allocation.json", "kept per layer", "as promised", _differing(promised["kept"], listed)))
+    return rows
+
+
+def _file_rows(path: Path, kept: Mapping[str, int] | None) -> list[Row]:
+    """Rows of one file: it opens, no layer holds more than it may, every limit holds."""
+    try:
+        about = read(path)[1]
+        state = load(path)
+    except UsageError as error:
+        return [_row(path.name, "opens", "a whole file", str(error), passed=False)]
+    if "layers" not in about:
+        raise UsageError(f"{path} was not written by allot: it carries no budget.")
+    missing = [name for name in about["layers"] if name not in state]
+    rows = [_row(path.name, "layers present", "all", ", ".join(missing) or "all")]
+    if missing:
+        return rows
+    found = {name: int(torch.count_nonzero(state[name])) for name in about["layers"]}
+    if kept is not None:
+        over = [f"{name} {found[name]:,} > {kept.get(name, 0):,}" for name in found if found[name] > kept.get(name, 0)]
+        rows.append(_row(path.name, "nonzeros per layer", "at most kept", ", ".join(over) or "at most kept"))
+    total = sum(math.prod(shape) for shape, _ in about["layers"].values())
+    costs: dict[str, float] = {"params": sum(found.values()), "sparsity": sum(found.values())}
+    if all(macs is not None for _, macs in about["layers"].values()):
+        exact = (Fraction(found[name] * macs, math.prod(shape)) for name, (shape, macs) in about["layers"].items())
+        costs["macs"] = math.ceil(sum(exact))
+    bitmask = path if about["format"] == "bitmask" else path.with_name(BITMASK)
+    if bitmask.exists():
+        costs["bytes"] = bitmask.stat().st_size
+    for kind, limit in about["limits"].items():
+        label = f"{kind}={about['asked'][kind]}"
+        if kind not in costs:
+            rows.append(
+                _row(path.name, label, f"at most {limit:,} bytes", f"{bitmask.name} is not there", passed=False)
+            )
+        elif kind == "sparsity":
+            promise, holds = f"at least {1 - limit / total:.6f}", f"{1 - costs[kind] / total:.6f}"
+            rows.append(_row(path.name, label, promise, holds, passed=costs[kind] <= limit))
+        else:
+            rows.append(_row(path.name, label, f"at most {limit:,}", f"{costs[kind]:,}", passed=costs[kind] <= limit))
+    return rows
+
+
+def _row(file: str, check: str, promised: Any, found: Any, *, passed: bool | None = None) -> Row:
+    return {
+        "file": file,
+        "check": check,
+        "promised": promised,
+        "found": found,
+        "passed": bool(promised == found if passed is None else passed),
+    }
+
+
+def _equal(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def _differing(promised: Mapping[str, int], found: Mapping[str, int]) -> str:
+    names = [name for name in promised.keys() | found.keys() if promised.get(name) != found.get(name)]
+    return ", ".join(sorted(names)) or "as promised"

@@ -1,0 +1,211 @@
+"""The two files of a run, and the reader of both. Both are plain safetensors with plain keys.
+
+model.safetensors           every tensor of the state dict, zeros folded in.
+model.bitmask.safetensors   a layer NAME is stored as NAME (dense) or, where that is smaller, as
+    NAME.mask     uint8 [ceil(n / 8)], one bit a weight in C order, first weight in the highest bit
+    NAME.values   the weights whose bit is set, in C order, in the layer's dtype
+
+Their metadata has one key, `allot`: JSON with `format`, `aliases` {tied name: stored name}, `layers` {name: [shape,
+dense MACs or null]}, `asked` {budget kind: as the user wrote it}, `limits` {budget kind: whole number} and `pad`, which
+in the bitmask file is spaces that bring its header to a fixed length, so that its size is known before it is written:
+
+    bytes(kept) = header + sum of other tensors + sum_l min(dense_l, ceil(n_l / 8) + kept_l * itemsize_l)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from allot.budget import Budget
+from allot.errors import UsageError
+from allot.layers import Scope
+from allot.store import replacing
+
+PLAIN, BITMASK = "model.safetensors", "model.bitmask.safetensors"
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a bitmask file holds beside weights: sizes in bytes.
+
+    Attributes:
+        header: length of the file's header, padding included.
+        others: all tensors out of scope.
+    """
+
+    header: int
+    others: int
+
+
+def plain_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The model's state dict with each tensor once, and {tied name: the name that is kept}.
+
+    Raises:
+        UsageError: two entries share memory without being the same tensor.
+    """
+    state: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[tuple[int, int], str] = {}
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    owners = dict(model.named_parameters(remove_duplicate=False))
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            continue
+        key = (value.data_ptr(), value.numel())
+        if name in owners and first[id(owners[name])] != name:
+            aliases[name] = first[id(owners[name])]
+        elif key in seen and value.numel() and value.shape == state[seen[key]].shape:
+            aliases[name] = seen[key]
+        else:
+            seen[key] = name
+            state[name] = value.detach()
+    return state, aliases
+
+
+def about(model: nn.Module, scope: Scope, budget: Budget) -> dict[str, Any]:
+    """What the metadata of both files says; limits are 0 until the budget is tied to the model."""
+    return {
+        "aliases": plain_state(model)[1],
+        "layers": {layer.name: [list(layer.shape), layer.macs] for layer in scope},
+        "asked": budget.to_json(),
+        "limits": {limit.kind: limit.ceiling for limit in budget.limits}
+        if budget.terms
+        else dict.fromkeys(budget.asked, 0),
+    }
+
+
+def layout(state: Mapping[str, Tensor], said: Mapping[str, Any]) -> Layout:
+    """Header and other bytes of the bitmask file; the header is that of the longest case, padded to it."""
+    said = {**said, "limits": dict.fromkeys(said["limits"], 10**18)}
+    entries: dict[str, Any] = {"__metadata__": {"allot": _metadata("bitmask", said)}}
+    end = 10 ** len(str(2 * sum(_nbytes(value) for value in state.values()) + 8 * len(state))) - 1
+    for name, value in state.items():
+        if name in said["layers"]:
+            mask = {"dtype": "U8", "shape": [(value.numel() + 7) // 8], "data_offsets": [end, end]}
+            entries[name + ".mask"] = mask
+            entries[name + ".values"] = {**mask, "dtype": _DTYPES[value.dtype], "shape": [value.numel()]}
+        else:
+            entries[name] = {
+                "dtype": _DTYPES.get(value.dtype, "F8_E4M3"),
+                "shape": list(value.shape),
+                "data_offsets": [end, end],
+            }
+    others = sum(_nbytes(value) for name, value in state.items() if name not in said["layers"])
+    return Layout(_header_bytes(entries), others)
+
+
+def save_plain(path: Path, state: Mapping[str, Tensor], said: Mapping[str, Any]) -> None:
+    """Write model.safetensors."""
+    _save(path, {name: value.contiguous() for name, value in state.items()}, _metadata("plain", said))
+
+
+def save_bitmask(path: Path, state: Mapping[str, Tensor], said: Mapping[str, Any]) -> None:
+    """Write model.bitmask.safetensors; its size is that of `layout`."""
+    tensors: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if name not in said["layers"]:
+            tensors[name] = value.contiguous()
+            continue
+        flat = value.detach().cpu().flatten()
+        mask = flat != 0
+        bits = (value.numel() + 7) // 8
+        if bits + int(mask.sum()) * value.element_size() < _nbytes(value):
+            tensors[name + ".mask"] = torch.from_numpy(np.packbits(mask.numpy()))
+            tensors[name + ".values"] = flat[mask]
+        else:
+            tensors[name] = value.contiguous()
+    header = layout(state, said).header
+    size = header + sum(_nbytes(value) for value in tensors.values())
+    _save(path, tensors, _metadata("bitmask", said))
+    if missing := size - path.stat().st_size:
+        _save(path, tensors, _metadata("bitmask", said, " " * missing))
+
+
+def load(path: str | Path) -> dict[str, Tensor]:
+    """The plain state dict in any file that allot wrote, tied names included; or in any safetensors file.
+
+    Args:
+        path: model.safetensors, model.bitmask.safetensors, or a run directory.
+    Raises:
+        UsageError: no such file, or a damaged one.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / PLAIN
+    tensors, about = read(path)
+    shapes = about.get("layers", {})
+    state: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        stem, _, part = name.rpartition(".")
+        if part == "mask" and stem in shapes:
+            state[stem] = _unpacked(path, stem, shapes[stem][0], value, tensors.get(stem + ".values"))
+        elif not (part == "values" and stem in shapes):
+            state[name] = value
+    for alias, name in about.get("aliases", {}).items():
+        state[alias] = state[name]
+    return state
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a safetensors file as stored, and what its metadata says about the run ({} from elsewhere).
+
+    Raises:
+        UsageError: no such file, or a damaged one.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        about = json.loads(metadata.get("allot", "{}"))
+    except FileNotFoundError as error:
+        raise UsageError(f"{path}: no such file.") from error
+    except (OSError, safetensors.SafetensorError, ValueError) as error:
+        raise UsageError(f"{path} is not a whole safetensors file: {error}") from error
+    return tensors, about
+
+
+def _unpacked(path: Path, name: str, shape: list[int], mask: Tensor, values: Tensor | None) -> Tensor:
+    total = int(np.prod(shape))
+    bits = np.unpackbits(mask.numpy())[:total].astype(bool)
+    if values is None or len(bits) != total or int(bits.sum()) != len(values):
+        raise UsageError(f"{path} is damaged: mask and values of {name} do not belong together.")
+    flat = torch.zeros(total, dtype=values.dtype)
+    flat[torch.from_numpy(bits)] = values
+    return flat.view(shape)
+
+
+def _metadata(form: str, said: Mapping[str, Any], pad: str = "") -> str:
+    return json.dumps({"format": form, **said, "pad": pad}, separators=(",", ":"))
+
+
+def _header_bytes(entries: Mapping[str, Any]) -> int:
+    """Length of a safetensors header with these entries: 8 bytes, then JSON filled up to a multiple of 8."""
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    return 8 + -(-len(text) // 8) * 8
+
+
+def _nbytes(value: Tensor) -> int:
+    return value.numel() * value.element_size()
+
+
+def _save(path: Path, tensors: dict[str, Tensor], about: str) -> None:
+    with replacing(path) as temporary:
+        try:
+            # one key only: safetensors writes several in an order that changes from run to run
+            safetensors.torch.save_file(tensors, temporary, {"allot": about})
+        except safetensors.SafetensorError as error:  # wraps what the disk said
+            raise OSError(str(error)) from error

@@ -1,0 +1,78 @@
+"""report.json: everything a report shows, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from allot.allocation import Allocation
+from allot.realise.files import BITMASK, PLAIN
+from allot.run import Problem, Recipe
+from allot.store import Log
+
+
+def report(
+    problem: Problem,
+    allocation: Allocation,
+    log: Log,
+    names: Recipe,
+    label: str,
+    method: str,
+    scores: Mapping[str, Any] | None,
+    directory: Path | None,
+) -> dict[str, Any]:
+    """What was asked and reached, per limit and per layer; counts are whole numbers, seconds are seconds.
+
+    `macs` and a layer's `macs` are null where no example input was there to count them with; `bytes` is
+    {dense, file}: the dense model's file and the bitmask file, null until the run is saved.
+    """
+    budget, kept = problem.budget, allocation.kept
+    counted = all(layer.macs is not None for layer in problem.scope)
+    total = sum(layer.total for layer in problem.scope)
+    return {
+        "allot": metadata.version("allot"),
+        "model": label,
+        "method": method,
+        "allocate": names.allocate,
+        "score": names.score,
+        "pattern": names.pattern,
+        "repair": list(names.repair),
+        "seed": problem.seed,
+        "budget": budget.rows(kept),
+        "kept": sum(kept.values()),
+        "total": total,
+        "sparsity": 1 - sum(kept.values()) / total,
+        "macs": {"dense": _dense_macs(problem), "sparse": budget.cost("macs", kept)} if counted else None,
+        "bytes": {"dense": _size(directory, PLAIN), "file": _size(directory, BITMASK)},
+        "layers": layer_rows(problem, allocation),
+        "skipped": dict(problem.scope.skipped),
+        "scores": dict(scores) if scores else None,
+        "seconds": {stage: round(seconds, 3) for stage, seconds in log.seconds.items()},
+        "images": {"forward": log.forward, "backward": log.backward},
+    }
+
+
+def layer_rows(problem: Problem, allocation: Allocation) -> list[dict[str, Any]]:
+    """`{name, shape, kept, total, density, macs}` of every layer; `macs` are the dense ones."""
+    kept = allocation.kept
+    return [
+        {
+            "name": layer.name,
+            "shape": list(layer.shape),
+            "kept": kept[layer.name],
+            "total": layer.total,
+            "density": kept[layer.name] / layer.total,
+            "macs": layer.macs,
+        }
+        for layer in problem.scope
+    ]
+
+
+def _dense_macs(problem: Problem) -> int:
+    return sum(layer.macs or 0 for layer in problem.scope)
+
+
+def _size(directory: Path | None, name: str) -> int | None:
+    return (directory / name).stat().st_size if directory and (directory / name).exists() else None

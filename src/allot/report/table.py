@@ -1,0 +1,163 @@
+"""Reports as terminal tables: what comes out is for rich to print."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+_BAR = 20
+
+
+def run_table(report: Mapping[str, Any]) -> RenderableType:
+    """One run: what was promised, what it cost, and every layer."""
+    title = f"{report['model']}: {report['method']} ({report['pattern']}, score {report['score']}"
+    title += f", repair {'+'.join(report['repair'])})" if report["repair"] else ")"
+    return Group(Text(title, style="bold"), _summary(report), layer_table(report["layers"]), *_skipped(report))
+
+
+def plan_table(plan: Mapping[str, Any]) -> RenderableType:
+    """A plan: the budget's rows and every layer."""
+    title = Text(f"{plan['model']}: {plan['method']} ({plan['pattern']})", style="bold")
+    table = Table("budget", "achieved", "")
+    for cells in _budget_rows(plan["budget"]):
+        table.add_row(*cells)
+    kept, total = plan["kept"], plan["total"]
+    table.add_row("weights kept in scope", f"{kept:,} of {total:,}", f"{100 * kept / total:.2f} %")
+    return Group(title, table, layer_table(plan["layers"]), *_skipped(plan))
+
+
+def layer_table(layers: Sequence[Mapping[str, Any]]) -> Table:
+    """Every layer with what it keeps."""
+    table = Table(title="layers", title_justify="left")
+    table.add_column("layer", overflow="fold")
+    table.add_column("shape", justify="right")
+    table.add_column("kept", justify="right")
+    table.add_column("of", justify="right")
+    table.add_column("density", justify="right")
+    table.add_column("", width=_BAR)
+    table.add_column("MACs kept", justify="right")
+    for layer in layers:
+        density = layer["density"]
+        macs = "not counted" if layer["macs"] is None else f"{round(layer['macs'] * layer['kept'] / layer['total']):,}"
+        shape = "x".join(str(size) for size in layer["shape"])
+        bar = "█" * round(density * _BAR) or "▏"
+        table.add_row(
+            escape(layer["name"]), shape, f"{layer['kept']:,}", f"{layer['total']:,}", f"{density:.3f}", bar, macs
+        )
+    return table
+
+
+def comparison_table(reports: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
+    """Several runs side by side: (label, report) each."""
+    table = Table(title="runs", title_justify="left")
+    for column in ("run", "model", "method", "repair"):
+        table.add_column(column, overflow="fold")
+    for column in ("kept", "sparsity", "MACs", "file bytes", "dense score", "sparse score", "images"):
+        table.add_column(column, justify="right")
+    for label, report in reports:
+        macs, scores = report["macs"], report["scores"]
+        table.add_row(
+            escape(label),
+            escape(report["model"]),
+            report["method"],
+            "+".join(report["repair"]) or "none",
+            f"{report['kept']:,}",
+            f"{report['sparsity']:.4f}",
+            f"{macs['sparse']:,}" if macs else "not counted",
+            _count(report["bytes"]["file"]),
+            f"{scores['dense']:.4f}" if scores else "not scored",
+            f"{scores['sparse']:.4f}" if scores else "not scored",
+            f"{report['images']['forward']:,} + {report['images']['backward']:,}",
+        )
+    return table
+
+
+def certificate_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Every check of `verify`."""
+    table = Table(title="certificate", title_justify="left")
+    for column in ("file", "check", "promised", "found"):
+        table.add_column(column, overflow="fold")
+    table.add_column("")
+    for row in rows:
+        verdict = Text("pass", style="green") if row["passed"] else Text("FAIL", style="bold red")
+        promised, found = (_short(row[key]) for key in ("promised", "found"))
+        table.add_row(row["file"], row["check"], promised, found, verdict)
+    return table
+
+
+def methods_table(rows: Sequence[tuple[str, str, str, str]]) -> Table:
+    """(name, role, needs, what it does) of every method."""
+    table = Table()
+    for column in ("name", "role", "needs", "what it does"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    return table
+
+
+def _summary(report: Mapping[str, Any]) -> Table:
+    table = Table(show_header=True)
+    table.add_column("")
+    table.add_column("dense", justify="right")
+    table.add_column("sparse", justify="right")
+    table.add_column("", justify="right")
+    total, kept = report["total"], report["kept"]
+    table.add_row("weights in scope", f"{total:,}", f"{kept:,}", f"{100 * kept / total:.2f} %")
+    if macs := report["macs"]:
+        table.add_row(
+            "MACs in scope", f"{macs['dense']:,}", f"{macs['sparse']:,}", _share(macs["sparse"], macs["dense"])
+        )
+    size = report["bytes"]
+    if size["file"]:
+        table.add_row("bytes on disk", f"{size['dense']:,}", f"{size['file']:,}", _share(size["file"], size["dense"]))
+    if scores := report["scores"]:
+        change = f"{100 * (scores['sparse'] - scores['dense']):+.2f} points"
+        table.add_row(
+            f"{scores['metric']} on held-out data", f"{scores['dense']:.4f}", f"{scores['sparse']:.4f}", change
+        )
+    for name, achieved, verdict in _budget_rows(report["budget"]):
+        table.add_row(f"budget {name}", "", achieved, verdict)
+    seconds = sum(report["seconds"].values())
+    images = report["images"]
+    table.add_row(
+        "cost", "", f"{seconds:.1f} s", f"{images['forward']:,} images forward, {images['backward']:,} backward"
+    )
+    return table
+
+
+def _budget_rows(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, Text]]:
+    """(what was asked, what it came to, verdict) of every limit."""
+    cells = []
+    for row in rows:
+        achieved = f"{row['achieved']:.6f}" if row["kind"] == "sparsity" else f"{row['achieved']:,} of {row['limit']:,}"
+        verdict = Text("met", style="green") if row["met"] else Text("MISSED", style="bold red")
+        cells.append((f"{row['kind']}={row['asked']}", achieved, verdict))
+    return cells
+
+
+def _skipped(report: Mapping[str, Any]) -> list[Text]:
+    reasons: dict[str, int] = {}
+    for reason in report["skipped"].values():
+        reasons[reason] = reasons.get(reason, 0) + 1
+    if not reasons:
+        return []
+    listed = "; ".join(f"{count} x {reason}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1]))
+    return [Text(f"left dense: {listed}", style="dim")]
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.2f} %" if whole else ""
+
+
+def _count(value: int | None) -> str:
+    return "not saved" if value is None else f"{value:,}"
+
+
+def _short(value: Any) -> str:
+    text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    return escape(text if len(text) <= 60 else text[:12] + "…")

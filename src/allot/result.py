@@ -1,0 +1,140 @@
+"""`Result`: a sparse model that meets its budget, recounted on construction, certified on saving."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from allot.allocation import Allocation
+from allot.errors import AllotError, BudgetError, UsageError, VerificationError
+from allot.realise import certificate, files
+from allot.report.data import report
+from allot.run import Candidate, Problem, Recipe
+from allot.store import Log, write
+
+
+@dataclass(frozen=True)
+class Result:
+    """A sparse model that meets its budget: one that does not cannot be constructed.
+
+    Attributes:
+        problem: what was asked.
+        candidate: allocation, masks, and the tensors that differ from the dense model.
+        log: seconds per stage; samples pushed forward and backward through any network (scoring not counted).
+        names: the parts of the chain by name.
+        method: the recipe's name, or the allocator's.
+        label: what the model is called in reports.
+        scores: `{"metric", "dense", "sparse"}` on held-out data, or None.
+        directory: the run directory, if the run was saved.
+    Raises:
+        BudgetError: the recounted masks or weights break the budget or their allocation.
+    """
+
+    problem: Problem
+    candidate: Candidate
+    log: Log
+    names: Recipe
+    method: str
+    label: str
+    scores: Mapping[str, Any] | None = None
+    directory: Path | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        state = self.candidate.effective(self.problem)
+        held = {layer.name: int(torch.count_nonzero(state[layer.name])) for layer in self.problem.scope}
+        masked = {name: int(mask.sum()) for name, mask in self.candidate.masks.items()}
+        kept = self.candidate.allocation.kept
+        if masked != kept or any(held[name] > kept[name] for name in kept):
+            wrong = [name for name in kept if masked.get(name) != kept[name] or held[name] > kept[name]]
+            raise BudgetError(f"masks do not keep what the allocation says: {', '.join(wrong[:5])}.")
+        if not self.problem.budget.fits(masked):
+            raise BudgetError(f"the budget is broken: {self.problem.budget.rows(masked)}.")
+        for name, value in self.candidate.tensors.items():
+            if not bool(torch.isfinite(value).all()):
+                raise AllotError(f"{name} holds values that are not finite after repair.")
+
+    @property
+    def allocation(self) -> Allocation:
+        """How much each layer keeps."""
+        return self.candidate.allocation
+
+    @property
+    def masks(self) -> Mapping[str, Tensor]:
+        """Layer name -> bool mask."""
+        return self.candidate.masks
+
+    def model(self) -> nn.Module:
+        """A copy of the model that was passed in, with zeros folded in: plain classes, plain keys."""
+        model = copy.deepcopy(self.problem.model)
+        own = dict(model.named_parameters()) | dict(model.named_buffers())
+        with torch.no_grad():
+            for name, value in self.candidate.effective(self.problem).items():
+                own[name].copy_(value)
+        return model
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The sparse model's state dict, plain keys, zeros folded in."""
+        tensors = self.candidate.effective(self.problem)
+        state, aliases = files.plain_state(self.problem.model)
+        state = {name: tensors.get(name, value) for name, value in state.items()}
+        return state | {alias: state[name] for alias, name in aliases.items()}
+
+    def report(self) -> dict[str, Any]:
+        """Everything a report shows, as data."""
+        return report(
+            self.problem,
+            self.candidate.allocation,
+            self.log,
+            self.names,
+            self.label,
+            self.method,
+            self.scores,
+            self.directory,
+        )
+
+    def save(self, directory: str | Path) -> dict[str, Any]:
+        """Write the model files, allocation.json, certificate.json and report.json; returns the certificate.
+
+        Raises:
+            VerificationError: what was written, re-opened, does not hold what was promised.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        budget, kept = self.problem.budget, self.allocation.kept
+        about = files.about(self.problem.model, self.problem.scope, budget)
+        tensors = self.candidate.effective(self.problem)
+        state = {name: tensors.get(name, value) for name, value in files.plain_state(self.problem.model)[0].items()}
+        files.save_plain(directory / files.PLAIN, state, about)
+        files.save_bitmask(directory / files.BITMASK, state, about)
+        _write_json(directory / "allocation.json", {**self.allocation.to_json(), "budget": budget.to_json()})
+        certified = certificate.certify(directory, kept)
+        _write_json(directory / "certificate.json", certified)
+        object.__setattr__(self, "directory", directory)
+        _write_json(directory / "report.json", self.report())
+        if not certified["passed"]:
+            failed = next(row for row in certified["rows"] if not row["passed"])
+            raise VerificationError(
+                f"{failed['file']}: {failed['check']}: promised {failed['promised']}, found {failed['found']}."
+            )
+        return certified
+
+    def verify(self) -> dict[str, Any]:
+        """Re-open and recount what was saved: `{passed, rows}`.
+
+        Raises:
+            UsageError: the result was not saved.
+        """
+        if self.directory is None:
+            raise UsageError("nothing to verify: save the result first, or prune with save_to=.")
+        return certificate.verify(self.directory)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write(path, json.dumps(content, indent=2) + "\n")

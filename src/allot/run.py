@@ -1,0 +1,328 @@
+"""Problem, Candidate, Method, and the one driver: the only file that knows files, clocks and signals of a run."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from allot.allocation import Allocation
+from allot.budget import Budget
+from allot.calibration import Calibration
+from allot.errors import Stopped, UsageError
+from allot.layers import Layer, Scope
+from allot.masks import call, masked
+from allot.observe import watched_inputs
+from allot.patterns import Pattern
+from allot.scores import Score
+from allot.store import Log, State, Store
+
+Metrics = dict[str, float | int]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is asked: nothing in here changes during a run, the user's model included."""
+
+    model: nn.Module
+    scope: Scope
+    budget: Budget
+    pattern: Pattern
+    score: Score
+    calibration: Calibration | None = None
+    seed: int = 0
+
+    @cached_property
+    def dense(self) -> dict[str, Tensor]:
+        """Every parameter and buffer of the model as it came, by name, detached."""
+        tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        return {name: tensor.detach() for name, tensor in tensors.items()}
+
+    def inputs(self) -> Calibration:
+        """The calibration data.
+
+        Raises:
+            UsageError: the problem has none.
+        """
+        if self.calibration is None:
+            raise UsageError("this needs calibration data: give --data (calibration in Python).")
+        return self.calibration
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What flows through the chain.
+
+    Attributes:
+        allocation: how much each layer keeps.
+        masks: layer name -> bool mask; empty until weights were selected.
+        tensors: only the tensors that differ from the dense model, before masking.
+    """
+
+    allocation: Allocation
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def dense(cls, problem: Problem) -> Candidate:
+        """Everything kept."""
+        total = {layer.name: layer.total for layer in problem.scope}
+        return cls(Allocation(dict.fromkeys(total, 1.0), total))
+
+    def effective(self, problem: Problem) -> dict[str, Tensor]:
+        """The tensors to put in place of the model's own: what differs from it, masks applied."""
+        tensors = dict(self.tensors)
+        for name, mask in self.masks.items():
+            tensors[name] = masked(tensors.get(name, problem.dense[name]), mask)
+        return tensors
+
+    def to_state(self) -> State:
+        """As dicts of tensors and numbers, for a file."""
+        allocation = {"density": dict(self.allocation), "total": self.allocation.total}
+        return {**allocation, "masks": dict(self.masks), "tensors": dict(self.tensors)}
+
+    @classmethod
+    def from_state(cls, state: State, problem: Problem) -> Candidate:
+        """The inverse of `to_state`, on the devices of the problem's model."""
+
+        def placed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor.to(problem.dense[name].device) for name, tensor in tensors.items()}
+
+        allocation = Allocation(state["density"], state["total"])
+        return cls(allocation, placed(state["masks"]), placed(state["tensors"]))
+
+
+class Method(Protocol):
+    """One paper or baseline: a frozen value of hyperparameters and four functions.
+
+    A state is a dict of tensors, numbers and strings (nested dicts and lists allowed) that holds `step` and `steps`;
+    `step` works on it in place. Methods see no path, clock, progress bar or signal.
+
+    Attributes:
+        role: "allocate" or "repair".
+        needs_data: whether `problem.calibration` has to be there.
+    """
+
+    @property
+    def role(self) -> str: ...
+
+    @property
+    def needs_data(self) -> bool: ...
+
+    def init(self, problem: Problem, candidate: Candidate) -> State:
+        """The state before the first step."""
+        ...
+
+    def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
+        """One step, in place; what happened, with `forward` and `backward`: samples pushed through any network."""
+        ...
+
+    def done(self, state: State) -> bool:
+        """Whether no step is left."""
+        ...
+
+    def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
+        """The better candidate."""
+        ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A choice of parts by name."""
+
+    allocate: str
+    score: str = "magnitude"
+    pattern: str = "unstructured"
+    repair: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A method whose whole work is one function of the problem: `densities(problem)`, brought to the budget.
+
+    Only proportions matter in what the function returns: `Budget.counts` makes whole numbers that meet the budget.
+    """
+
+    densities: Callable[[Problem], Mapping[str, float]]
+
+    role = "allocate"
+    needs_data = False
+
+    def init(self, problem: Problem, candidate: Candidate) -> State:
+        """Nothing decided yet."""
+        return {"step": 0, "steps": 1, "kept": {}}
+
+    def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
+        """Decide."""
+        state["kept"] = problem.budget.counts(self.densities(problem))
+        state["step"] = 1
+        return {"forward": 0, "backward": 0, "kept": sum(state["kept"].values())}
+
+    def done(self, state: State) -> bool:
+        """After one step."""
+        return bool(state["step"] == 1)
+
+    def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
+        """The candidate with the allocation."""
+        return replace(candidate, allocation=Allocation.of(state["kept"], candidate.allocation.total))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The method between allocating and repairing: exact counts of the highest scores, ties to the lower index."""
+
+    role = "select"
+    needs_data = False
+
+    def init(self, problem: Problem, candidate: Candidate) -> State:
+        """No layer done."""
+        return {"step": 0, "steps": len(problem.scope), "masks": {}, "squares": {}}
+
+    def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
+        """Select one layer."""
+        layer = problem.scope.layers[state["step"]]
+        evidence = _Evidence(problem, candidate, state["squares"])
+        weight = candidate.tensors.get(layer.name, problem.dense[layer.name])
+        score = problem.score(layer, weight, evidence)
+        if score.shape != weight.shape or not bool(torch.isfinite(score).all()):
+            raise UsageError(f"{layer.name}: the score has shape {list(score.shape)} or values that are not finite.")
+        kept = candidate.allocation.kept[layer.name]
+        state["masks"][layer.name] = problem.pattern.mask(layer, score, kept)
+        state["step"] += 1
+        return {"forward": evidence.forward, "backward": 0, "kept": kept}
+
+    def done(self, state: State) -> bool:
+        """After the last layer."""
+        return bool(state["step"] >= state["steps"])
+
+    def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
+        """The candidate with masks."""
+        return replace(candidate, masks=dict(state["masks"]))
+
+
+class _Evidence:
+    """Answers scores; runs the calibration inputs through the dense model once, when first asked."""
+
+    def __init__(self, problem: Problem, candidate: Candidate, squares: dict[str, Tensor]) -> None:
+        self.problem, self.candidate, self.squares = problem, candidate, squares
+        self.seed = problem.seed
+        self.forward = 0
+
+    def input_norm(self, layer: Layer) -> Tensor:
+        if not self.squares:
+            self._collect()
+        if layer.name not in self.squares:
+            raise UsageError(
+                f"{layer.name} is never reached by the calibration inputs, so it has no input norms. Exclude it, or "
+                "use the score 'magnitude'."
+            )
+        return self.squares[layer.name].sqrt()
+
+    def _collect(self) -> None:
+        problem, calibration = self.problem, self.problem.inputs()
+
+        def visit(layer: Layer, squares: Tensor) -> None:
+            self.squares[layer.name] = self.squares.get(layer.name, 0) + squares.double()
+
+        with watched_inputs(problem.model, problem.scope, visit), torch.no_grad():
+            for k in range(calibration.batches):
+                inputs, samples = calibration.batch(k)
+                call(problem.model, self.candidate.effective(problem), inputs)
+                self.forward += samples
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is: step `step` of `steps` of `stage`, and what that step measured."""
+
+    stage: str
+    step: int
+    steps: int
+    metrics: Metrics
+
+
+def drive(
+    method: Method,
+    problem: Problem,
+    candidate: Candidate,
+    *,
+    stage: str = "stage",
+    store: Store | None = None,
+    log: Log | None = None,
+    on_step: Callable[[Progress], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    save_seconds: float = 5.0,
+) -> Candidate:
+    """The candidate that `method` makes of `candidate`; goes on where `store` holds this stage unfinished.
+
+    Args:
+        stage: names the state file and the lines in steps.jsonl.
+        log: what it costs is added here.
+        save_seconds: how often the state is saved, at the least after a step.
+    Raises:
+        Stopped: `should_stop` said so; the state is saved.
+    """
+    log = log if log is not None else Log()
+    saved = store.saved if store and store.saved and store.saved.stage == stage else None
+    if saved:
+        candidate = Candidate.from_state(saved.candidate, problem)
+        state = saved.state
+    else:
+        state = method.init(problem, candidate)
+    started = last_saved = time.monotonic()
+    before = log.seconds.get(stage, 0.0)
+
+    def save() -> None:
+        log.seconds[stage] = before + time.monotonic() - started
+        if store:
+            store.save(stage, candidate.to_state(), state, log)
+
+    if not saved:
+        save()
+    while not method.done(state):
+        if should_stop and should_stop():
+            save()
+            raise Stopped(f"stopped in stage {stage} after step {state['step']} of {state['steps']}")
+        metrics = method.step(problem, candidate, state)
+        log.forward += int(metrics["forward"])
+        log.backward += int(metrics["backward"])
+        if store:
+            store.write_step(stage, state["step"], metrics)
+        if on_step:
+            on_step(Progress(stage, state["step"], state["steps"], metrics))
+        if time.monotonic() - last_saved > save_seconds:
+            save()
+            last_saved = time.monotonic()
+    finished = method.finish(problem, candidate, state)
+    log.seconds[stage] = before + time.monotonic() - started
+    return finished
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """A `should_stop` that the first Ctrl-C (or SIGTERM) turns on; the second one interrupts at once."""
+    asked = threading.Event()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+    before: dict[int, Any] = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

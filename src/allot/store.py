@@ -1,0 +1,214 @@
+"""A run directory while the run is alive: what was asked, the state to go on from, the metrics of every step.
+
+Every file is written beside its place and then renamed, so that a killed run leaves whole files only.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from allot.errors import UsageError
+
+State = dict[str, Any]
+
+
+@dataclass
+class Log:
+    """What a run cost so far: seconds per stage, and samples pushed through any network."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    forward: int = 0
+    backward: int = 0
+
+
+@dataclass(frozen=True)
+class Saved:
+    """An unfinished stage: the candidate that went in, the method's state, the log so far."""
+
+    stage: str
+    candidate: State
+    state: State
+    log: Log
+
+
+class Store:
+    """One run directory, locked by this process.
+
+    Args:
+        directory: made where it does not exist.
+        asked: what identifies the run: configuration and fingerprints, JSON-ready. A directory that was begun with
+            something else is refused.
+        notes: more for run.json that may change between the first run and a resumed one, like versions.
+    Raises:
+        UsageError: the directory belongs to another configuration, to another living process or is no run directory.
+    """
+
+    def __init__(self, directory: str | Path, asked: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
+        self.directory = Path(directory)
+        self.asked = json.loads(json.dumps(asked))
+        self.notes = dict(notes)
+        before = self._read()
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"cannot make {self.directory}: {error.strerror}.") from error
+        self._lock = os.open(self.directory, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.close()
+            raise UsageError(f"{self.directory} is in use by another running allot.") from error
+        for leftover in self.directory.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+        self.done = bool(before and before["state"] == "done")
+        self.saved = None if self.done else self._load()
+        if not self.done:
+            steps = self.directory / "steps.jsonl"
+            steps.touch()
+            os.truncate(steps, self._steps_bytes)
+            self.describe("running", self.saved.log if self.saved else Log())
+
+    def save(self, stage: str, candidate: State, state: State, log: Log) -> None:
+        """Write where the run is, so that it can go on from here."""
+        where = self.directory / "steps.jsonl"
+        content = {
+            "stage": stage,
+            "candidate": candidate,
+            "state": state,
+            "log": {"seconds": log.seconds, "forward": log.forward, "backward": log.backward},
+            "steps_bytes": where.stat().st_size,
+        }
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        path = self.directory / f"state-{stage}.pt"
+        write(path, buffer.getvalue())
+        for other in self.directory.glob("state-*.pt"):
+            if other != path:
+                other.unlink()
+
+    def write_step(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
+        """Append one line to steps.jsonl."""
+        try:
+            with (self.directory / "steps.jsonl").open("a") as file:
+                file.write(json.dumps({"stage": stage, "step": step, **metrics}) + "\n")
+        except OSError as error:
+            raise UsageError(f"cannot write {self.directory / 'steps.jsonl'}: {error.strerror}.") from error
+
+    def describe(self, state: str, log: Log) -> None:
+        """Write run.json; `state` is "running", "stopped" or "done"."""
+        content = {**self.asked, **self.notes, "seconds": log.seconds, "state": state}
+        write(self.directory / "run.json", json.dumps(content, indent=2) + "\n")
+
+    def finish(self, log: Log) -> None:
+        """Mark the run as done and remove what only an unfinished one needs."""
+        self.describe("done", log)
+        for path in self.directory.glob("state-*.pt"):
+            path.unlink()
+
+    def close(self) -> None:
+        """Give the directory free."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _read(self) -> dict[str, Any] | None:
+        """run.json of an earlier start, which must have asked the same."""
+        if not self.directory.exists():
+            return None
+        if not self.directory.is_dir():
+            raise UsageError(f"{self.directory} is a file, not a run directory.")
+        path = self.directory / "run.json"
+        if not path.exists():
+            if any(not entry.name.endswith(".tmp") for entry in self.directory.iterdir()):
+                raise UsageError(f"{self.directory} holds other files and no run.json: choose another directory.")
+            return None
+        before = read_run(self.directory)
+        differing = sorted(
+            key
+            for key in flat(self.asked).keys() | flat(before).keys()
+            if key.split(".")[0] in self.asked and flat(self.asked).get(key) != flat(before).get(key)
+        )
+        if differing:
+            shown = "; ".join(f"{k} was {flat(before).get(k)}, is {flat(self.asked).get(k)}" for k in differing[:6])
+            raise UsageError(
+                f"{self.directory} belongs to another configuration: {shown}. Choose another directory or delete it."
+            )
+        return before
+
+    def _load(self) -> Saved | None:
+        self._steps_bytes = 0
+        paths = sorted(self.directory.glob("state-*.pt"), key=lambda path: path.stat().st_mtime_ns)
+        if not paths:
+            return None
+        try:
+            content = torch.load(paths[-1], weights_only=True, map_location="cpu")
+            self._steps_bytes = content["steps_bytes"]
+            return Saved(content["stage"], content["candidate"], content["state"], Log(**content["log"]))
+        except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            raise UsageError(f"{paths[-1]} cannot be read: delete {self.directory} and start again.") from error
+
+
+def read_run(directory: str | Path) -> dict[str, Any]:
+    """run.json of a run directory.
+
+    Raises:
+        UsageError: there is none, or it is not JSON.
+    """
+    path = Path(directory) / "run.json"
+    try:
+        content = json.loads(path.read_text())
+        if isinstance(content, dict) and "state" in content:
+            return content
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{directory} is no run directory: {path.name} cannot be read ({error}).") from error
+    raise UsageError(f"{directory} is no run directory: {path.name} has no 'state'.")
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Write a whole file or nothing.
+
+    Raises:
+        UsageError: the disk is full, or the place cannot be written.
+    """
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path that takes `path`'s place when the block ends well, and is removed when it does not."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)  # some writers make their files private
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror or error}.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keys joined with dots."""
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found

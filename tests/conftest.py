@@ -1,0 +1,41 @@
+"""The ground every test stands on: a home of its own, one torch thread, no network, shapes checked."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+import shapes
+import vision
+
+ROOT = Path(__file__).resolve().parent.parent
+_home: Path | None = None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Sets the scene before torch and allot are imported; the workers of xdist inherit the environment."""
+    global _home
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        _home = Path(tempfile.mkdtemp(prefix="allot-test-home-"))
+        os.environ |= {
+            "HOME": str(_home),  # several packages write there when imported
+            "XDG_CACHE_HOME": str(_home / "cache"),
+            "XDG_CONFIG_HOME": str(_home / "config"),
+            "MPLCONFIGDIR": str(_home / "matplotlib"),
+            "TORCH_HOME": str(_home / "torch"),
+            "HF_HOME": str(_home / "hf"),
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",  # one thread a worker, and idle threads sleep: spinning ones halve the speed
+            "OMP_WAIT_POLICY": "passive",
+        }
+    shapes.check_shapes_of(ROOT / "src")
+    vision.declare_operators_when_needed()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _home is not None:
+        shutil.rmtree(_home, ignore_errors=True)

@@ -1,0 +1,171 @@
+"""The house rules that no tool checks: dependencies are justified, data is shipped, documentation runs."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / "src" / "allot"
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+DOCUMENTS = [Path("README.md"), *sorted(file.relative_to(ROOT) for file in ROOT.glob("docs/**/*.md"))]
+
+# Written so that it does not match itself.
+REGISTRY_HOST = re.compile(
+    rb"py(?:pi|thonhosted)\.org|npmjs\.(?:com|org)|anaconda\.(?:com|org)|download\.pytorch\.org|crates\.io",
+    re.IGNORECASE,
+)
+
+
+# Dependencies and files
+
+
+def test_every_dependency_is_justified_and_every_justification_has_its_dependency():
+    project = PYPROJECT["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    wanted = {re.match(r"[\w.-]+", requirement)[0] for group in groups for requirement in group} - {"allot"}
+    page = (ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^- `([^`]+)`: \S", page, flags=re.MULTILINE)) == wanted
+
+
+def test_no_file_names_the_host_of_a_package_registry():
+    listing = ["git", "-c", "safe.directory=*", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        names = subprocess.run(listing, cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"git does not list the files here: {error}")
+    files = [ROOT / name for name in names if name and (ROOT / name).is_file()]
+    assert files
+    assert [str(file) for file in files if REGISTRY_HOST.search(file.read_bytes())] == []
+
+
+def test_every_data_file_of_the_package_is_shipped():
+    patterns = [pattern.removeprefix("**/") for pattern in PYPROJECT["tool"]["setuptools"]["package-data"]["*"]]
+    data = [file for file in SOURCE.rglob("*") if file.is_file() and file.suffix not in {".py", ".pyc"}]
+    assert [str(file) for file in data if not any(fnmatch.fnmatch(file.name, pattern) for pattern in patterns)] == []
+
+
+def test_no_source_file_is_longer_than_400_lines():
+    lengths = {file.name: len(file.read_text(encoding="utf-8").splitlines()) for file in SOURCE.rglob("*.py")}
+    assert {name: lines for name, lines in lengths.items() if lines > 400} == {}
+
+
+# Documentation
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=str)
+def test_the_code_of_a_document_runs(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    if not (ROOT / document).exists():
+        pytest.skip(f"{document} does not exist yet")
+    monkeypatch.chdir(tmp_path)
+    if not run_document(ROOT / document):
+        pytest.skip(f"{document} holds no code that is meant to be run")
+
+
+def test_a_document_runs_in_order_and_shares_its_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    document = tmp_path / "guide.md"
+    document.write_text(
+        "```python\nx = 1\n```\n"
+        "```python no-run\nraise SystemExit\n```\n"
+        "```yaml recipe.yaml\nmethod: erk\n```\n"
+        "1. Nested:\n   ```python\n   from pathlib import Path\n   found = x, Path('recipe.yaml').read_text()\n   ```\n"
+        "```python\nassert found == (1, 'method: erk\\n')\n```\n"
+        "```text\nnot code\n```\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert run_document(document) == 4
+    document.write_text("words\n\n```python\n1 / 0\n```\n")
+    with pytest.raises(ZeroDivisionError) as failure:
+        run_document(document)
+    assert failure.traceback[-1].lineno + 1 == 4  # the line of the document, not of the block
+
+
+def test_only_lines_of_allot_are_commands():
+    text = "make install\nallot plan a \\\n  --b 'c d'  # why\n$ allot verify runs/x\nallotment\nok\n"
+    block = Block("console", frozenset(), 1, text)
+    assert list(commands_of(block)) == [["plan", "a", "--b", "c d"], ["verify", "runs/x"]]
+
+
+@dataclass(frozen=True)
+class Block:
+    language: str
+    marks: frozenset[str]
+    line: int
+    text: str
+
+
+def run_document(document: Path) -> int:
+    """How many blocks of the document were run, in the current directory; CONTRIBUTING.md tells the conventions."""
+    names: dict[str, object] = {"__name__": "document"}
+    done = 0
+    for block in blocks_of(document.read_text(encoding="utf-8")):
+        commands = list(commands_of(block))
+        if "no-run" in block.marks:
+            continue
+        if file := next((mark for mark in block.marks if "." in mark), None):
+            Path(file).write_text(block.text, encoding="utf-8")
+        elif block.language == "python":
+            exec(compile("\n" * block.line + block.text, document, "exec"), names)
+        elif commands:
+            for command in commands:
+                run_allot(command, f"{document.name}:{block.line}")
+        else:
+            continue
+        done += 1
+    return done
+
+
+def blocks_of(text: str) -> Iterator[Block]:
+    """The fenced blocks of a Markdown text, without the indentation of their fences."""
+    fence = re.compile(r"^(?P<indent> *)```(?P<info>[^`\n]+)\n(?P<text>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
+    for match in fence.finditer(text):
+        language, *marks = match["info"].split()
+        line = text.count("\n", 0, match.start()) + 1
+        body = re.sub(f"^{match['indent']}", "", match["text"], flags=re.MULTILINE)
+        yield Block(language, frozenset(marks), line, body)
+
+
+def commands_of(block: Block) -> Iterator[list[str]]:
+    """The arguments of every line of a shell block that calls allot."""
+    if block.language not in {"bash", "console"} or "no-run" in block.marks:
+        return
+    for line in block.text.replace("\\\n", " ").splitlines():
+        command = line.strip().removeprefix("$ ")
+        if command.startswith("allot "):
+            _, *arguments = shlex.split(command, comments=True)
+            if shell := {"|", "||", "&", "&&", ";", "<", ">", ">>"} & set(arguments):
+                raise ValueError(
+                    f"{command!r} uses {sorted(shell)}: only plain commands are run. Mark the block no-run."
+                )
+            yield arguments
+
+
+def run_allot(arguments: list[str], where: str) -> None:
+    # `python -m allot`, after what conftest.py does for torchvision
+    start = """
+import runpy, vision
+vision.declare_operators_when_needed()
+runpy.run_module("allot", run_name="__main__", alter_sys=True)
+"""
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
+    ran = subprocess.run(
+        [sys.executable, "-c", start, *arguments],
+        env=os.environ | {"PYTHONPATH": path},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert ran.returncode == 0, (
+        f"{where}: allot {shlex.join(arguments)} exited {ran.returncode}\n{ran.stderr}{ran.stdout}"
+    )
