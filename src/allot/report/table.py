@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-_BAR = 20
+_BAR = 12
 
 
 def run_table(report: Mapping[str, Any]) -> RenderableType:
@@ -23,7 +24,9 @@ def run_table(report: Mapping[str, Any]) -> RenderableType:
 def plan_table(plan: Mapping[str, Any]) -> RenderableType:
     """A plan: the budget's rows and every layer."""
     title = Text(f"{plan['model']}: {plan['method']} ({plan['pattern']})", style="bold")
-    table = Table("budget", "achieved", "")
+    table = _table()
+    for column in ("budget", "achieved", ""):
+        table.add_column(column)
     for cells in _budget_rows(plan["budget"]):
         table.add_row(*cells)
     kept, total = plan["kept"], plan["total"]
@@ -33,56 +36,51 @@ def plan_table(plan: Mapping[str, Any]) -> RenderableType:
 
 def layer_table(layers: Sequence[Mapping[str, Any]]) -> Table:
     """Every layer with what it keeps."""
-    table = Table(title="layers", title_justify="left")
-    table.add_column("layer", overflow="fold")
-    table.add_column("shape", justify="right")
-    table.add_column("kept", justify="right")
-    table.add_column("of", justify="right")
-    table.add_column("density", justify="right")
+    table = _table("layers")
+    table.add_column("layer", no_wrap=True)
+    for column in ("kept", "of", "density"):
+        table.add_column(column, justify="right", no_wrap=True)
     table.add_column("", width=_BAR)
-    table.add_column("MACs kept", justify="right")
+    table.add_column("MACs kept", justify="right", no_wrap=True)
     for layer in layers:
         density = layer["density"]
         macs = "not counted" if layer["macs"] is None else f"{round(layer['macs'] * layer['kept'] / layer['total']):,}"
-        shape = "x".join(str(size) for size in layer["shape"])
         bar = "█" * round(density * _BAR) or "▏"
-        table.add_row(
-            escape(layer["name"]), shape, f"{layer['kept']:,}", f"{layer['total']:,}", f"{density:.3f}", bar, macs
-        )
+        table.add_row(escape(layer["name"]), f"{layer['kept']:,}", f"{layer['total']:,}", f"{density:.3f}", bar, macs)
     return table
 
 
 def comparison_table(reports: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
     """Several runs side by side: (label, report) each."""
-    table = Table(title="runs", title_justify="left")
-    for column in ("run", "model", "method", "repair"):
-        table.add_column(column, overflow="fold")
-    for column in ("kept", "sparsity", "MACs", "file bytes", "dense score", "sparse score", "images"):
-        table.add_column(column, justify="right")
+    table = _table("runs")
+    table.add_column("run", overflow="fold")
+    table.add_column("model", overflow="fold")
+    table.add_column("method", overflow="fold")
+    for column in ("sparsity", "MACs", "bytes", "dense", "sparse"):
+        table.add_column(column, justify="right", no_wrap=True)
     for label, report in reports:
-        macs, scores = report["macs"], report["scores"]
+        macs, scores, size = report["macs"], report["scores"], report["bytes"]["file"]
         table.add_row(
             escape(label),
             escape(report["model"]),
-            report["method"],
-            "+".join(report["repair"]) or "none",
-            f"{report['kept']:,}",
+            " + ".join((report["method"], *report["repair"])),
             f"{report['sparsity']:.4f}",
-            f"{macs['sparse']:,}" if macs else "not counted",
-            _count(report["bytes"]["file"]),
+            _share(macs["sparse"], macs["dense"]) if macs else "not counted",
+            "not saved" if size is None else f"{size:,}",
             f"{scores['dense']:.4f}" if scores else "not scored",
             f"{scores['sparse']:.4f}" if scores else "not scored",
-            f"{report['images']['forward']:,} + {report['images']['backward']:,}",
         )
     return table
 
 
 def certificate_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Every check of `verify`."""
-    table = Table(title="certificate", title_justify="left")
-    for column in ("file", "check", "promised", "found"):
-        table.add_column(column, overflow="fold")
-    table.add_column("")
+    table = _table("certificate")
+    table.add_column("file", no_wrap=True)
+    table.add_column("check", overflow="fold")
+    table.add_column("promised", overflow="fold")
+    table.add_column("found", overflow="fold")
+    table.add_column("", no_wrap=True)
     for row in rows:
         verdict = Text("pass", style="green") if row["passed"] else Text("FAIL", style="bold red")
         promised, found = (_short(row[key]) for key in ("promised", "found"))
@@ -92,7 +90,7 @@ def certificate_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def methods_table(rows: Sequence[tuple[str, str, str, str]]) -> Table:
     """(name, role, needs, what it does) of every method."""
-    table = Table()
+    table = _table()
     for column in ("name", "role", "needs", "what it does"):
         table.add_column(column, overflow="fold")
     for row in rows:
@@ -100,9 +98,13 @@ def methods_table(rows: Sequence[tuple[str, str, str, str]]) -> Table:
     return table
 
 
+def _table(title: str | None = None) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+
+
 def _summary(report: Mapping[str, Any]) -> Table:
-    table = Table(show_header=True)
-    table.add_column("")
+    table = _table()
+    table.add_column("", no_wrap=True)
     table.add_column("dense", justify="right")
     table.add_column("sparse", justify="right")
     table.add_column("", justify="right")
@@ -124,9 +126,7 @@ def _summary(report: Mapping[str, Any]) -> Table:
         table.add_row(f"budget {name}", "", achieved, verdict)
     seconds = sum(report["seconds"].values())
     images = report["images"]
-    table.add_row(
-        "cost", "", f"{seconds:.1f} s", f"{images['forward']:,} images forward, {images['backward']:,} backward"
-    )
+    table.add_row("cost", "", f"{seconds:.1f} s", f"{images['forward']:,} images forward, {images['backward']:,} back")
     return table
 
 
@@ -152,10 +152,6 @@ def _skipped(report: Mapping[str, Any]) -> list[Text]:
 
 def _share(part: int, whole: int) -> str:
     return f"{100 * part / whole:.2f} %" if whole else ""
-
-
-def _count(value: int | None) -> str:
-    return "not saved" if value is None else f"{value:,}"
 
 
 def _short(value: Any) -> str:

@@ -1,0 +1,72 @@
+"""Reports as tables: everything that was decided can be read, at any width."""
+
+import copy
+import io
+import json
+
+import pytest
+from rich.console import Console
+from torch import nn
+
+import allot
+from allot.report import table
+
+
+def printed(renderable, width=80):
+    console = Console(width=width, file=io.StringIO())
+    console.print(renderable)
+    return console.file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def report():
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.LayerNorm(16), nn.Linear(16, 4))
+    return allot.prune(net, None, "sparsity=0.75", method="erk", repair="none").report()
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_every_layer_stands_on_a_line_of_its_own_with_what_it_keeps(report, width):
+    lines = printed(table.run_table(report), width).splitlines()
+    for layer in report["layers"]:
+        line = next(line for line in lines if layer["name"] in line)
+        assert f"{layer['kept']:,}" in line and f"{layer['density']:.3f}" in line
+
+
+def test_the_budget_row_says_met_or_missed(report):
+    assert "met" in printed(table.run_table(report))
+    missed = copy.deepcopy(report)
+    missed["budget"][0]["met"] = False
+    assert "MISSED" in printed(table.run_table(missed))
+
+
+def test_what_stays_dense_is_counted_by_reason(report):
+    text = printed(table.run_table(report))
+    assert "3 x bias" in text and "normalisation (LayerNorm)" in text
+
+
+def test_macs_that_were_not_counted_are_called_so(report):
+    assert report["macs"] is None
+    assert "not counted" in printed(table.run_table(report))
+
+
+def test_brackets_in_layer_names_are_not_taken_for_markup(report):
+    odd = copy.deepcopy(report)
+    odd["layers"][0]["name"] = "blocks[red].weight"
+    assert "blocks[red].weight" in printed(table.run_table(odd))
+
+
+def test_runs_side_by_side_show_what_sets_them_apart(report):
+    other = copy.deepcopy(report)
+    other.update(method="lamp", scores={"metric": "top1", "dense": 0.9, "sparse": 0.8})
+    text = printed(table.comparison_table([("a", report), ("b", other)]), 120)
+    assert "erk" in text and "lamp" in text and "not scored" in text and "0.8000" in text
+
+
+def test_a_failed_check_stands_out():
+    rows = [{"file": "f", "check": "sha256", "promised": "a" * 64, "found": "b" * 64, "passed": False}]
+    text = printed(table.certificate_table(rows))
+    assert "FAIL" in text and "aaaaaaaaaaaa…" in text
+
+
+def test_a_report_is_json(report):
+    assert json.loads(json.dumps(report)) == report
