@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ class Allocation(Mapping[str, float]):
         if density.keys() != total.keys():
             raise UsageError(f"density and total name different layers: {sorted(density.keys() ^ total.keys())}")
         for name, value in density.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
                 raise UsageError(f"density of {name} is {value!r}: a number from 0 to 1 is accepted.")
         self._density = {name: float(value) for name, value in density.items()}
         self.total = dict(total)
@@ -76,8 +77,10 @@ class Allocation(Mapping[str, float]):
         layers = data.get("layers", data) if isinstance(data, dict) else None
         if not isinstance(layers, dict) or not layers:
             raise UsageError(f'{path} holds no allocation: {{"layers": {{NAME: {{"density": D}}}}}} is accepted.')
+        if bare := [name for name, row in layers.items() if isinstance(row, dict) and "density" not in row]:
+            raise UsageError(f'{path}: {bare[0]} has no "density".')
+        wished = {name: row["density"] if isinstance(row, dict) else row for name, row in layers.items()}
         try:
-            wished = {name: row["density"] if isinstance(row, dict) else row for name, row in layers.items()}
-        except KeyError as error:
-            raise UsageError(f"{path}: a layer without {error}.") from error
-        return dict(Allocation(wished, dict.fromkeys(wished, 1)))
+            return dict(Allocation(wished, dict.fromkeys(wished, 1)))
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from error

@@ -43,6 +43,8 @@ class Amount:
         suffix = match[2].lower() if match else ""
         if not number.is_finite():
             raise BudgetError(f"{kind}={given!r} is not a number. {_ACCEPTED[kind]}")
+        if abs(number.adjusted()) > 400:  # beyond every float; 10**999999999 would take all memory
+            raise BudgetError(f"{kind}={given} is out of range. {_ACCEPTED[kind]}")
         value, relative = Fraction(number), suffix == "%"
         if relative:
             value /= 100
@@ -72,3 +74,12 @@ _ACCEPTED = {
 def unit(kind: str) -> str:
     """What a limit of this kind counts."""
     return {"sparsity": "weights", "params": "weights", "macs": "MACs", "bytes": "bytes"}[kind]
+
+
+def sparsity_keeping(kept: int, total: int) -> str:
+    """The shortest sparsity that keeps exactly `kept` of `total` weights."""
+    # 0 and 1 are no sparsities, but what rounds to them is
+    near = min(max(1 - Fraction(kept, total), Fraction(1, 4 * total)), 1 - Fraction(1, 4 * total))
+    exact = Decimal(near.numerator) / Decimal(near.denominator)
+    texts = (f"{exact:.{digits}f}" for digits in range(1, 29))
+    return next(text for text in texts if 0 < Fraction(text) < 1 and round((1 - Fraction(text)) * total) == kept)

@@ -3,7 +3,7 @@
 The relaxed problem has one unknown. Given wished densities d_l and a price c,
 
     x_l(c) = clip(c * d_l * n_l, lower_l, upper_l)           n_l weights in layer l
-    project:  the largest c for which every limit holds       (each cost grows with c: bisection)
+    project:  the largest c for which every limit holds       (between two corners of x every cost is linear in c)
     counts:   floor x_l to whole steps, hand out what is left by largest remainder, then fill up what still fits
 
 so that the kept total equals the tightest limit to the last weight.
@@ -13,49 +13,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from numbers import Real
 from typing import Any, TypeVar
 
 from allot.allocation import Allocation
-from allot.amounts import KINDS, Amount, unit
+from allot.amounts import KINDS, Amount, sparsity_keeping, unit
+from allot.costs import PRICES, REAL_PRICES, Term, corners
 from allot.errors import BudgetError, UsageError, unknown
 
 Number = TypeVar("Number", int, float)
-
-
-@dataclass(frozen=True)
-class Term:
-    """What one layer adds to every cost.
-
-    Attributes:
-        total: weights in the layer.
-        lower, upper: fewest and most weights that rules, floor and pattern allow; multiples of `step`.
-        step: the layer keeps whole multiples of this many weights (1 unless a pattern says more).
-        macs: dense multiply-accumulates of the layer for one example; None where they were not measured.
-        dense_bytes, mask_bytes, value_bytes: size in a file stored dense, and stored as a bit mask plus
-            `value_bytes` per kept weight; the smaller of the two counts.
-    """
-
-    name: str
-    total: int
-    lower: int = 1
-    upper: int = -1
-    step: int = 1
-    macs: int | None = None
-    dense_bytes: int = 0
-    mask_bytes: int = 0
-    value_bytes: int = 0
-
-    def __post_init__(self) -> None:
-        if self.upper < 0:
-            object.__setattr__(self, "upper", self.total)
-        if not 0 <= self.lower <= self.upper <= self.total:
-            raise BudgetError(
-                f"{self.name}: its rules ask for at least {self.lower:,} and at most {self.upper:,} "
-                f"of {self.total:,} weights. Lower the floor or raise the maximum density."
-            )
 
 
 @dataclass(frozen=True)
@@ -153,7 +123,7 @@ class Budget:
 
     def cost(self, kind: str, kept: Mapping[str, int]) -> int:
         """What `kept` weights per layer cost: weights, MACs (rounded up) or bytes."""
-        price = _PRICES[kind]
+        price = PRICES[kind]
         return math.ceil(self._base(kind) + sum(price(term, kept[term.name]) for term in self.terms))
 
     def fits(self, kept: Mapping[str, int]) -> bool:
@@ -170,6 +140,7 @@ class Budget:
         Args:
             wished: layer name -> density or any non-negative weight; only proportions matter.
         Raises:
+            BudgetError: the budget is not tied to a model yet.
             UsageError: a layer is missing, unknown, negative or nan.
         """
         relaxed = self._relaxed(wished)
@@ -182,11 +153,15 @@ class Budget:
         """Whole numbers of weights per layer that meet every limit, in proportion to `wished`.
 
         What rounding leaves over goes to the largest remainders, ties by name; what is then left of a limit is
-        used up, dearest weights first, until not one more weight fits.
+        used up, dearest weights first, until not one more weight fits. Counts that do so already stay as they are.
+
+        Raises:
+            BudgetError, UsageError: as in `project`.
         """
         relaxed = self._relaxed(wished)
-        kept = {term.name: term.step * math.floor(relaxed[term.name] / term.step + 1e-9) for term in self.terms}
-        kept = {term.name: max(kept[term.name], term.lower) for term in self.terms}
+        # what is a whole number but for float dust is not floored to the one below
+        steps = {term.name: relaxed[term.name] / term.step * (1 + 1e-13) + 1e-9 for term in self.terms}
+        kept = {term.name: max(term.step * math.floor(steps[term.name]), term.lower) for term in self.terms}
         ledger = _Ledger(self, kept)
         by_remainder = sorted(
             self.terms, key=lambda term: (-round((relaxed[term.name] - kept[term.name]) / term.step, 9), term.name)
@@ -197,7 +172,10 @@ class Budget:
         for term in by_remainder:
             if relaxed[term.name] > kept[term.name]:
                 ledger.add(term, min(1, ledger.room(term)))
-        for term in sorted(self.terms, key=lambda term: (-ledger.dearness(term), term.name)):
+        # the rest goes to the dearest weights of what is scarcest: nothing smaller would use it up
+        scarcest = min(ledger.left, key=lambda kind: ledger.left[kind])
+        dearness = {term.name: float(PRICES[scarcest](term, term.total)) / term.total for term in self.terms}
+        for term in sorted(self.terms, key=lambda term: (-dearness[term.name], term.name)):
             ledger.add(term, ledger.room(term))
         return dict(kept)
 
@@ -246,55 +224,67 @@ class Budget:
             if cost > limit.ceiling:
                 raise BudgetError(
                     f"{limit.kind}={limit.asked} allows {limit.ceiling:,} {unit(limit.kind)}; floors, rules "
-                    f"and pattern need at least {cost:,}. Nearest that can be met: {self._nearest(limit.kind, cost)}."
+                    f"and pattern need at least {cost:,}. Nearest that can be met: {self._nearest(least)}."
                 )
         for limit in self.limits:
             cost = self.cost(limit.kind, most)
             if limit.kind == "sparsity" and cost < limit.ceiling and len(self.limits) == 1:
                 raise BudgetError(
                     f"sparsity={limit.asked} keeps {limit.ceiling:,} weights; maximum densities and pattern allow only "
-                    f"{cost:,}. Nearest that can be met: {self._nearest('sparsity', cost)}."
+                    f"{cost:,}. Nearest that can be met: {self._nearest(most)}."
                 )
 
-    def _nearest(self, kind: str, cost: int) -> str:
-        if kind != "sparsity":
-            return f"{kind}={cost}"
-        share = 1 - Fraction(cost, self.total)
-        digits = next(
-            (d for d in range(1, 18) if round((1 - Fraction(f"{float(share):.{d}f}")) * self.total) == cost), 18
-        )
-        return f"sparsity={float(share):.{digits}f}"
+    def _nearest(self, kept: Mapping[str, int]) -> str:
+        """The budget, as `parse` reads it, with limits moved to what `kept` costs where they are out of reach."""
+        texts = []
+        for limit in self.limits:
+            cost = self.cost(limit.kind, kept)
+            if cost <= limit.ceiling and len(self.limits) > 1:
+                texts.append(f"{limit.kind}={limit.asked}")
+            elif limit.kind == "sparsity":
+                texts.append(f"sparsity={sparsity_keeping(cost, self.total)}")
+            else:
+                texts.append(f"{limit.kind}={cost}")
+        return ",".join(texts)
 
     def _relaxed(self, wished: Mapping[str, float]) -> dict[str, float]:
+        ceilings = [(limit.kind, limit.ceiling) for limit in self.limits]
         names = {term.name for term in self.terms}
         if wished.keys() != names:
             raise UsageError(f"an allocation for other layers: {_difference(wished.keys(), names)}")
         for name, value in wished.items():
-            if not (value >= 0 and math.isfinite(value)):
+            if not (isinstance(value, Real) and value >= 0 and math.isfinite(value)):
                 raise UsageError(f"density of {name} is {value!r}: a finite number, 0 or more, is accepted.")
         top = max(wished.values()) or 1.0
         # never exactly 0: a layer wished away still takes what full layers cannot
         share = {term.name: max(wished[term.name] / top, 1e-12) * term.total for term in self.terms}
-        ceilings = [(limit.kind, limit.ceiling) for limit in self.limits]
+        prices = sorted({kept / share[term.name] for term in self.terms for kept in corners(term)})
 
         def at(price: float) -> dict[str, float]:
             return self.clip({name: price * x for name, x in share.items()})
 
-        def holds(kept: Mapping[str, float]) -> bool:
-            return all(
-                self._base(kind) + math.fsum(float(_PRICES[kind](term, kept[term.name])) for term in self.terms)
-                <= ceiling
-                for kind, ceiling in ceilings
-            )
+        def costs(price: float) -> list[float]:
+            kept = at(price)
+            return [
+                self._base(kind) + math.fsum(REAL_PRICES[kind](term, kept[term.name]) for term in self.terms)
+                for kind, _ in ceilings
+            ]
 
-        high = max(term.upper / share[term.name] for term in self.terms) * (1 + 1e-12)
-        if holds(at(high)):
-            return at(high)
-        low, high = math.log(1e-13), math.log(high)
-        for _ in range(120):
-            middle = (low + high) / 2
-            low, high = (middle, high) if holds(at(math.exp(middle))) else (low, middle)
-        return at(math.exp(low))
+        def breaks(price: float) -> bool:
+            return any(cost > ceiling for cost, (_, ceiling) in zip(costs(price), ceilings, strict=True))
+
+        i = bisect_left(prices, True, key=breaks)
+        if i == len(prices):
+            return at(prices[-1] * (1 + 1e-12))
+        if i == 0:
+            return at(0.0)
+        low, high = prices[i - 1 : i + 1]
+        parts = [
+            (ceiling - before) / (after - before)
+            for (_, ceiling), before, after in zip(ceilings, costs(low), costs(high), strict=True)
+            if after > ceiling
+        ]
+        return at(low + (high - low) * min(parts))
 
 
 class _Ledger:
@@ -304,7 +294,7 @@ class _Ledger:
         self.kept = kept
         self.left: dict[str, Fraction] = {}
         for limit in budget.limits:
-            spent = budget._base(limit.kind) + sum(_PRICES[limit.kind](term, kept[term.name]) for term in budget.terms)
+            spent = budget._base(limit.kind) + sum(PRICES[limit.kind](term, kept[term.name]) for term in budget.terms)
             self.left[limit.kind] = Fraction(limit.ceiling) - spent
 
     def fits(self) -> bool:
@@ -314,40 +304,20 @@ class _Ledger:
         before = self.kept[term.name]
         self.kept[term.name] = before + steps * term.step
         for kind in self.left:
-            self.left[kind] -= _PRICES[kind](term, self.kept[term.name]) - _PRICES[kind](term, before)
+            self.left[kind] -= PRICES[kind](term, self.kept[term.name]) - PRICES[kind](term, before)
 
     def room(self, term: Term) -> int:
         """How many more steps of this layer every limit still allows."""
         kept = self.kept[term.name]
-        low, high = 0, (term.upper - kept) // term.step
-        while low < high:
-            middle = (low + high + 1) // 2
-            new = kept + middle * term.step
-            fits = all(_PRICES[kind](term, new) - _PRICES[kind](term, kept) <= left for kind, left in self.left.items())
-            low, high = (middle, high) if fits else (low, middle - 1)
-        return low
+        costs = {kind: PRICES[kind](term, kept) for kind in self.left}
 
-    def dearness(self, term: Term) -> Fraction:
-        kind = min(self.left, key=lambda kind: self.left[kind])
-        return Fraction(_PRICES[kind](term, term.total)) / term.total
+        def breaks(steps: int) -> bool:
+            new = kept + steps * term.step
+            return any(PRICES[kind](term, new) - costs[kind] > left for kind, left in self.left.items())
 
-
-def _price_bytes(term: Term, kept: Any) -> Any:
-    return min(term.dense_bytes, term.mask_bytes + kept * term.value_bytes)
-
-
-def _price_macs(term: Term, kept: Any) -> Any:
-    macs = term.macs or 0
-    return Fraction(kept * macs, term.total) if isinstance(kept, int) else kept * macs / term.total
-
-
-# cost of `kept` weights of one layer; exact for whole numbers, float for float
-_PRICES: dict[str, Callable[[Term, Any], Any]] = {
-    "sparsity": lambda term, kept: kept,
-    "params": lambda term, kept: kept,
-    "macs": _price_macs,
-    "bytes": _price_bytes,
-}
+        most = (term.upper - kept) // term.step
+        # one step first: most layers have no room left
+        return 0 if not most or breaks(1) else bisect_left(range(most + 1), True, lo=1, key=breaks) - 1
 
 
 def _difference(given: Any, expected: Any) -> str:

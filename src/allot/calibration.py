@@ -66,9 +66,11 @@ class Calibration:
         """
         if samples < 1:
             raise UsageError(f"samples={samples}: a whole number above 0 is accepted.")
-        source = _indexable(data, samples, batched=batched)
+        with torch.random.fork_rng(devices=[]):  # a shuffling DataLoader draws from torch's generator
+            torch.default_generator.manual_seed(seed % 2**63)
+            source = _indexable(data, samples, batched=batched)
         if len(source) > samples:
-            generator = torch.Generator().manual_seed(seed)
+            generator = torch.Generator().manual_seed(seed % 2**63)
             chosen = torch.randperm(len(source), generator=generator)[:samples].tolist()
         else:
             chosen = list(range(len(source)))
@@ -89,7 +91,7 @@ class Calibration:
             (inputs as the model takes them, number of samples in them).
         """
         epoch, place = divmod(k, self.batches)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
         order = torch.randperm(len(self.indices), generator=generator).tensor_split(self.batches)[place]
         return self.take([self.indices[i] for i in order.tolist()]), len(order)
 
@@ -103,9 +105,11 @@ class Calibration:
         Raises:
             UsageError: the samples are no tensors, arrays or numbers, or differ in shape.
         """
+        samples = [inputs_of(self.source[i]) for i in indices]
         try:
-            batch = default_collate([inputs_of(self.source[i]) for i in indices])
-        except (TypeError, RuntimeError, ValueError) as error:
+            batch = default_collate(samples)
+            _refuse_texts(batch)
+        except (TypeError, RuntimeError, ValueError, KeyError) as error:
             raise UsageError(
                 f"calibration samples do not form a batch: {_first_line(error)}. "
                 "Tensors or arrays of one shape are accepted."
@@ -119,10 +123,9 @@ def inputs_of(sample: Any) -> Any:
         if not sample:
             raise UsageError("a calibration sample is an empty tuple.")
         sample = sample[0]
-        return tuple(sample) if isinstance(sample, list) else sample
     if isinstance(sample, Mapping):
         return {key: value for key, value in sample.items() if key not in LABEL_KEYS and value is not None}
-    return sample
+    return tuple(sample) if isinstance(sample, list) else sample
 
 
 def moved(batch: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
@@ -135,20 +138,24 @@ def moved(batch: Any, device: torch.device, dtype: torch.dtype | None = None) ->
 
 
 def _indexable(data: Any, samples: int, *, batched: bool) -> Any:
+    if isinstance(data, str | bytes | Mapping):
+        raise UsageError(
+            f"calibration data of type {type(data).__name__}: a tensor, Dataset, DataLoader or iterable is accepted."
+        )
     if isinstance(data, DataLoader) and data.batch_size is None and data.batch_sampler is None:
         data = data.dataset if not isinstance(data.dataset, IterableDataset) else iter(data)
     elif isinstance(data, DataLoader):
         batched = True
     if batched:
         return list(itertools.islice(_unbatched(data), samples))
-    if isinstance(data, Tensor) or (
-        hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, Mapping)
-    ):
+    # an IterableDataset inherits __getitem__, and may have a length
+    if not isinstance(data, IterableDataset) and hasattr(data, "__getitem__") and hasattr(data, "__len__"):
         return data
-    if isinstance(data, Iterable) and not isinstance(data, str | bytes | Mapping):
+    if isinstance(data, Iterable):
         return list(itertools.islice(data, samples))
     raise UsageError(
-        f"calibration data of type {type(data).__name__}: a tensor, Dataset, DataLoader or iterable is accepted."
+        f"calibration data of type {type(data).__name__}: a tensor, Dataset with a length, DataLoader or iterable is "
+        "accepted."
     )
 
 
@@ -169,6 +176,15 @@ def _at(inputs: Any, i: int) -> Any:
         return {key: value[i] for key, value in inputs.items()}
     # one more tuple around several inputs: what is first in a sample is its inputs
     return (tuple(value[i] for value in inputs),) if isinstance(inputs, tuple) else inputs[i]
+
+
+def _refuse_texts(batch: Any) -> None:
+    """Texts pass through the collation as they are, and no model computes with them."""
+    if isinstance(batch, str | bytes):
+        raise TypeError(f"a sample holds the text {batch!r}")
+    if isinstance(batch, Mapping | tuple | list):
+        for part in batch.values() if isinstance(batch, Mapping) else batch:
+            _refuse_texts(part)
 
 
 def _first_line(error: BaseException) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,8 +17,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-import allot
+from allot import options as option
+from allot.calibration import Calibration
 from allot.errors import AllotError, UsageError, VerificationError, unknown
+from allot.evaluate import evaluate
 from allot.methods import METHODS, RECIPES
 from allot.parts import assemble
 from allot.prune import pose, prune
@@ -26,79 +30,61 @@ from allot.report import table
 from allot.report.data import layer_rows
 from allot.run import Candidate, Rule, drive, interruptible
 from allot.run import Progress as Step
-from allot.sources import DATA_FORMS, MODEL_FORMS, ModelSource, load_data, load_model
+from allot.sources import DATA_FORMS, MODEL_FORMS, REMOTE, ModelSource, load_data, load_model
 from allot.store import read_run, write
 
-app = typer.Typer(
-    name="allot",
-    help="Budgeted sparsification: a trained model and a budget in, a sparse model that meets it exactly out.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-people = Console(stderr=True)
+app = typer.Typer(name="allot", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+# a log has no width of its own: tables are not squeezed into 80 columns there
+people = Console(stderr=True, width=None if sys.stderr.isatty() or "COLUMNS" in os.environ else 120)
 
-Model = Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_FORMS)]
-Weights = Annotated[str | None, typer.Option(help="safetensors or tensor-only .pt; or: default, random")]
-Data = Annotated[str | None, typer.Option(metavar="DATA", help=DATA_FORMS)]
-BudgetWords = Annotated[
-    list[str] | None,
-    typer.Option("--budget", help="sparsity=0.9, params=20k, macs=50%, bytes=3MB; several: repeat or join with commas"),
-]
-MethodName = Annotated[str | None, typer.Option("--method", help="recipe to start from: see `allot methods`")]
-Allocate = Annotated[str | None, typer.Option(help="allocator, an allocation.json, or a RUN to take it from")]
-Pattern = Annotated[str | None, typer.Option(help="unstructured, or N:M like 2:4")]
-Score = Annotated[str | None, typer.Option(help="magnitude, lamp, wanda or random")]
-Repair = Annotated[str | None, typer.Option(help="repairs in order, joined with commas; none for none")]
-Include = Annotated[
-    list[str] | None, typer.Option(help="only layers that match: glob, or regular expression after re:")
-]
-Exclude = Annotated[list[str] | None, typer.Option(help="layers that stay dense: glob, or re:...")]
-MinDensity = Annotated[
-    list[str] | None, typer.Option(metavar="PATTERN=D", help="fewest weights a layer keeps, as a share")
-]
-MaxDensity = Annotated[
-    list[str] | None, typer.Option(metavar="PATTERN=D", help="most weights a layer keeps, as a share")
-]
-Floor = Annotated[str | None, typer.Option(help="what every layer keeps: weights (1), per row (1/row) or a share (5%)")]
-Seed = Annotated[int | None, typer.Option(help="decides every draw")]
-Shape = Annotated[str | None, typer.Option("--input", metavar="C,H,W", help="shape of one input, without the batch")]
-RecipePath = Annotated[
-    Path | None, typer.Option("--recipe", metavar="FILE.yaml", help="the same as these options, in a file")
-]
-Settings = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="override one key of the recipe")]
-Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
+# what typer raises for a command line that it cannot read; some releases of it bring a click of their own
+_Misuse: Any = typer.BadParameter.__base__
+
+
+@app.callback(invoke_without_command=True)
+def allot_command(
+    context: typer.Context,
+    *,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    """Budgeted sparsification: a trained model and a budget in, a sparse model that meets it exactly out."""
+    if version:
+        sys.stdout.write(f"allot {metadata.version('allot')}\n")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        sys.stderr.write(context.get_help() + "\n")
+        raise typer.Exit(2)
 
 
 @app.command("prune")
 def prune_command(
-    model: Model = None,
-    data: Data = None,
+    model: option.Model = None,
+    data: option.Data = None,
     out: Annotated[Path | None, typer.Option(metavar="RUN", help="run directory; an unfinished one goes on")] = None,
-    budget: BudgetWords = None,
-    method: MethodName = None,
-    allocate: Allocate = None,
-    score: Score = None,
-    pattern: Pattern = None,
-    repair: Repair = None,
-    weights: Weights = None,
+    budget: option.Budget = None,
+    method: option.Method = None,
+    allocate: option.Allocate = None,
+    score: option.Score = None,
+    pattern: option.Pattern = None,
+    repair: option.Repair = None,
+    weights: option.Weights = None,
     test: Annotated[
-        str | None, typer.Option(metavar="DATA", help="labelled data for the score before and after")
+        str | None,
+        typer.Option(metavar="DATA", help="labelled data for the score before and after  [test split of zoo data]"),
     ] = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    min_density: MinDensity = None,
-    max_density: MaxDensity = None,
-    floor: Floor = None,
-    seed: Seed = None,
-    samples: Annotated[int | None, typer.Option(help="calibration samples used (512)")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="calibration samples at a time (64)")] = None,
-    shape: Shape = None,
-    recipe: RecipePath = None,
-    settings: Settings = None,
+    include: option.Include = None,
+    exclude: option.Exclude = None,
+    min_density: option.MinDensity = None,
+    max_density: option.MaxDensity = None,
+    floor: option.Floor = None,
+    seed: option.Seed = None,
+    samples: Annotated[int | None, typer.Option(metavar="N", help="calibration samples used  [512]")] = None,
+    batch_size: Annotated[int | None, typer.Option(metavar="N", help="calibration samples at a time  [64]")] = None,
+    shape: option.Shape = None,
+    recipe: option.RecipePath = None,
+    settings: option.Settings = None,
     *,
-    as_json: Json = False,
+    as_json: option.Json = False,
 ) -> None:
     """Prune MODEL to a budget and write a run directory; resumes if RUN is unfinished."""
     wanted = _resolved(locals())
@@ -128,7 +114,7 @@ def prune_command(
             test=_test_data(wanted, source),
             label=wanted.model,
             save_to=out,
-            recipe=wanted.model_dump(mode="json"),
+            recipe=wanted.model_dump(mode="json", exclude_none=True),
             on_step=on_step,
             should_stop=should_stop,
         )
@@ -137,33 +123,34 @@ def prune_command(
         _print_json({**report, "run": str(out)})
         return
     people.print(table.run_table(report))
-    people.print(table.certificate_table(result.verify()["rows"]))
-    people.print(f"run directory: {out}")
+    checks = len(result.verify()["rows"])
+    _say(f"certificate: {checks} checks of the re-opened files passed (allot verify {out} shows them)")
+    _say(f"run directory: {out}")
 
 
 @app.command("plan")
 def plan_command(
-    model: Model = None,
-    budget: BudgetWords = None,
-    method: MethodName = None,
-    allocate: Allocate = None,
-    pattern: Pattern = None,
-    weights: Weights = None,
-    data: Data = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    min_density: MinDensity = None,
-    max_density: MaxDensity = None,
-    floor: Floor = None,
-    seed: Seed = None,
-    shape: Shape = None,
-    recipe: RecipePath = None,
-    settings: Settings = None,
+    model: option.Model = None,
+    budget: option.Budget = None,
+    method: option.Method = None,
+    allocate: option.Allocate = None,
+    pattern: option.Pattern = None,
+    weights: option.Weights = None,
+    data: option.Data = None,
+    include: option.Include = None,
+    exclude: option.Exclude = None,
+    min_density: option.MinDensity = None,
+    max_density: option.MaxDensity = None,
+    floor: option.Floor = None,
+    seed: option.Seed = None,
+    shape: option.Shape = None,
+    recipe: option.RecipePath = None,
+    settings: option.Settings = None,
     save: Annotated[
         Path | None, typer.Option(metavar="FILE.json", help="write the allocation, to edit and replay")
     ] = None,
     *,
-    as_json: Json = False,
+    as_json: option.Json = False,
 ) -> None:
     """Show how the budget would be shared out over the layers; needs no data."""
     wanted = _resolved(locals())
@@ -173,16 +160,18 @@ def plan_command(
     parts = assemble(
         wanted.method, allocate=wanted.allocate, pattern=wanted.pattern, repair="none", options=wanted.options
     )
-    remote = wanted.model.split(":")[0] in ("torchvision", "timm", "hf")
-    chosen_weights = wanted.weights or ("random" if remote else None)
+    origin, _, name = wanted.model.partition(":")
+    chosen_weights = wanted.weights or ("random" if origin in REMOTE and not Path(name).exists() else None)
     source = load_model(wanted.model, weights=chosen_weights, shape=wanted.input)
-    if chosen_weights == "random" and not as_json and parts.names.allocate not in ("uniform", "erk"):
-        people.print(
-            f"note: random weights; {parts.names.allocate} depends on the weights: give --weights for a real plan."
+    if chosen_weights == "random" and parts.names.allocate not in ("uniform", "erk"):
+        _say(f"note: random weights; {parts.names.allocate} depends on the weights: give --weights for a real plan.")
+    with redirect_stdout(sys.stderr):
+        example = source.example
+        if example is None and wanted.data:
+            example = Calibration.of(load_data(wanted.data, source), samples=1, dtype=source.dtype).example()
+        problem = pose(
+            source.model, asked_budget, parts.pattern, example=example, rules=wanted.rules(), seed=wanted.seed
         )
-    problem = pose(
-        source.model, asked_budget, parts.pattern, example=source.example, rules=wanted.rules(), seed=wanted.seed
-    )
     if parts.allocate.needs_data:
         raise UsageError(f"{parts.names.allocate} needs calibration data: use `allot prune`.")
     candidate = drive(parts.allocate, problem, Candidate.dense(problem))
@@ -207,34 +196,43 @@ def plan_command(
 @app.command("evaluate")
 def evaluate_command(
     target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help=f"a run directory, or {MODEL_FORMS}")],
-    data: Data = None,
+    data: option.Data = None,
     split: Annotated[str, typer.Option(help="of zoo data: test, validation or calibration")] = "test",
-    weights: Weights = None,
-    shape: Shape = None,
+    weights: option.Weights = None,
+    shape: option.Shape = None,
     *,
-    as_json: Json = False,
+    as_json: option.Json = False,
 ) -> None:
     """Score a run or a model on labelled data."""
+    asked_shape = _resolved({"shape": shape}).input
     if Path(target).is_dir():
+        if weights:
+            raise UsageError(f"{target} has its own weights: leave --weights out, or name a MODEL.")
         wanted = _recipe_of(Path(target))
-        source = load_model(str(wanted.model), weights=str(Path(target) / "model.safetensors"), shape=wanted.input)
+        own = str(Path(target) / "model.safetensors")
+        source = load_model(str(wanted.model), weights=own, shape=asked_shape or wanted.input)
         data = data or wanted.test or (wanted.data if (wanted.data or "").startswith("zoo:") else None)
     else:
-        source = load_model(target, weights=weights, shape=_resolved({"shape": shape}).input)
+        source = load_model(target, weights=weights, shape=asked_shape)
     if data is None:
         raise UsageError(f"no data to score on: give --data {DATA_FORMS}.")
-    score = allot.evaluate(source.model, load_data(data, source, split=split))
+    with _progress() as on_step:
+        score = evaluate(
+            source.model,
+            load_data(data, source, split=split),
+            on_batch=lambda done, total: on_step(Step("evaluate", done, total or done, {})),
+        )
     if as_json:
         _print_json(score.to_json())
     else:
-        people.print(f"{score.metric} {score.score:.4f} on {score.samples:,} samples")
+        _say(f"{score.metric} {score.score:.4f} on {score.samples:,} samples")
 
 
 @app.command("verify")
 def verify_command(
     path: Annotated[Path, typer.Argument(metavar="RUN|FILE", help="a run directory or a file that allot wrote")],
     *,
-    as_json: Json = False,
+    as_json: option.Json = False,
 ) -> None:
     """Re-open, recount and certify; exit code 4 if anything differs from what was promised."""
     found = verify(path)
@@ -244,16 +242,15 @@ def verify_command(
         people.print(table.certificate_table(found["rows"]))
     if not found["passed"]:
         failed = next(row for row in found["rows"] if not row["passed"])
-        raise VerificationError(
-            f"{path}: {failed['file']}: {failed['check']}: promised {failed['promised']}, found {failed['found']}."
-        )
+        where = path / failed["file"] if path.is_dir() else path
+        raise VerificationError(f"{where}: {failed['check']}: promised {failed['promised']}, found {failed['found']}.")
 
 
 @app.command("report")
 def report_command(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="finished run directories")],
     *,
-    as_json: Json = False,
+    as_json: option.Json = False,
 ) -> None:
     """Show one run, or several side by side."""
     reports = [(str(run), _report_of(run)) for run in runs]
@@ -273,7 +270,7 @@ def report_command(
 def methods_command(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="a method")] = None,
     *,
-    as_json: Json = False,
+    as_json: option.Json = False,
 ) -> None:
     """List the methods, or tell what one does, needs and cites, with its options."""
     if name is not None and name not in METHODS:
@@ -284,33 +281,38 @@ def methods_command(
             told[name] if name else {"methods": told, "recipes": {k: dataclasses.asdict(r) for k, r in RECIPES.items()}}
         )
     elif name:
-        people.print(f"{name}: {told[name]['role']}, needs {told[name]['needs']}", highlight=False)
-        people.print(told[name]["text"], highlight=False, markup=False)
+        _say(f"{name}: {told[name]['role']}, needs {told[name]['needs']}")
+        _say(told[name]["text"])
         for option, default in told[name]["options"].items():
-            people.print(f"  --set options.{name}.{option}={default}", highlight=False)
+            _say(f"  --set options.{name}.{option}={default}")
     else:
         rows = [(key, t["role"], t["needs"], t["summary"]) for key, t in told.items()]
         people.print(table.methods_table(rows))
         for key, chain in RECIPES.items():
-            people.print(
-                f"--method {key}: allocate {chain.allocate}, repair {', '.join(chain.repair)}", highlight=False
-            )
+            _say(f"--method {key}: allocate {chain.allocate}, repair {', '.join(chain.repair)}")
 
 
 def main() -> None:
     """Run the command line; errors are one line on standard error and an exit code."""
     try:
-        app()
+        code = app(prog_name="allot", standalone_mode=False) or 0
     except AllotError as error:
-        people.print(
-            f"error: {' '.join(str(error).split())}", style="red", highlight=False, markup=False, soft_wrap=True
-        )
+        _say_error(str(error))
         if error.exit_code == 130:
-            people.print("saved: the same command goes on from here.")
+            _say("saved: the same command goes on from here.")
         sys.exit(error.exit_code)
-    except OSError as error:
-        people.print(f"error: {error.filename or ''} {error.strerror or error}".strip(), style="red", markup=False)
+    except _Misuse as error:
+        verb = error.ctx.command_path if error.ctx else "allot"
+        _say_error(f"{error.format_message()} (`{verb} --help` lists what is accepted)")
         sys.exit(2)
+    except OSError as error:
+        _say_error(f"{error.filename or ''} {error.strerror or error}")
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    if code == 130:
+        _say_error("interrupted.")
+    sys.exit(code)
 
 
 def _resolved(given: dict[str, Any]) -> RecipeFile:
@@ -318,18 +320,7 @@ def _resolved(given: dict[str, Any]) -> RecipeFile:
     names = {"shape": "input"}
     keys = set(RecipeFile.model_fields) | set(names)
     chosen = {names.get(key, key): value for key, value in given.items() if key in keys}
-    for bound in ("min_density", "max_density"):
-        if chosen.get(bound):
-            chosen[bound] = dict(_bound(text) for text in chosen[bound])
     return RecipeFile.resolve(given.get("recipe"), chosen, given.get("settings") or ())
-
-
-def _bound(text: str) -> tuple[str, float]:
-    pattern, _, value = text.rpartition("=")
-    try:
-        return pattern, float(value)
-    except ValueError as error:
-        raise UsageError(f"density bound {text!r}: write PATTERN=DENSITY, like fc=0.2.") from error
 
 
 def _test_data(wanted: RecipeFile, source: ModelSource) -> Any:
@@ -377,9 +368,10 @@ def _told(name: str) -> dict[str, Any]:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[Step], None]]:
-    """A bar a stage with time left, on standard error."""
+    """A bar a stage with time left, on standard error; there too goes what models and data print meanwhile."""
     columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=people, disable=not people.is_terminal) as bars:
+    bars = Progress(*columns, console=people, disable=not people.is_terminal, redirect_stdout=False)
+    with redirect_stdout(sys.stderr), bars:
         tasks: dict[str, TaskID] = {}
 
         def on_step(step: Step) -> None:
@@ -390,5 +382,15 @@ def _progress() -> Iterator[Callable[[Step], None]]:
         yield on_step
 
 
+def _say(line: str) -> None:
+    """One line for people, whole even where the terminal is narrow."""
+    people.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _say_error(message: str) -> None:
+    people.print(f"error: {' '.join(message.split())}", style="red", highlight=False, markup=False, soft_wrap=True)
+
+
 def _print_json(content: Any) -> None:
     sys.stdout.write(json.dumps(content, indent=2) + "\n")
+    sys.stdout.flush()  # a reader that is gone shows here, not while Python shuts down

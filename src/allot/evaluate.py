@@ -59,7 +59,7 @@ def evaluate(
                     f"top-1 needs logits [{len(labels)}, classes]; the model gives "
                     f"{list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__}."
                 )
-            right += int((logits.argmax(1).cpu() == labels).sum())
+            right += int((logits.argmax(1).cpu() == labels.cpu()).sum())
             samples += len(labels)
             if on_batch:
                 on_batch(samples, total)

@@ -28,7 +28,7 @@ def fingerprint(problem: Problem) -> dict[str, str]:
 
 def _digest(batch: Any, into: Any) -> None:
     if isinstance(batch, Tensor):
-        into.update(batch.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        into.update(batch.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     elif isinstance(batch, Mapping):
         for key, value in sorted(batch.items()):
             into.update(str(key).encode())

@@ -11,12 +11,16 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Real
 
+import torch
+from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from allot.errors import BudgetError, UsageError
+from allot.errors import BudgetError, UsageError, unknown
 
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 ATTENTION_INPUTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -76,7 +80,7 @@ class Layer:
             return self.shape[0] // self.groups
         return self.shape[0] if self.kind == "linear_transposed" else self.shape[1]
 
-    def matrix(self, tensor: Tensor) -> Tensor:
+    def matrix(self, tensor: Shaped[Tensor, ...]) -> Shaped[Tensor, "rows cols"]:
         """`tensor`, shaped like the weight, as `[rows, cols]`; input channels run fastest along a row."""
         if self.kind == "linear_transposed":
             return tensor.t()
@@ -87,15 +91,15 @@ class Layer:
             return split.movedim(1, -1).reshape(self.rows, -1)
         return tensor
 
-    def unmatrix(self, matrix: Tensor) -> Tensor:
+    def unmatrix(self, matrix: Shaped[Tensor, "rows cols"]) -> Shaped[Tensor, ...]:
         """The inverse of `matrix`: `[rows, cols]` to the shape of the weight."""
         if self.kind == "linear_transposed":
-            return matrix.t()
+            return matrix.t().contiguous()
         if self.kind == "conv":
             return matrix.reshape(self.rows, *self.shape[2:], self.inputs).movedim(-1, 1).contiguous()
         if self.kind == "conv_transposed":
             split = matrix.reshape(self.groups, self.shape[1], *self.shape[2:], self.inputs)
-            return split.movedim(-1, 1).reshape(self.shape)
+            return split.movedim(-1, 1).reshape(self.shape).contiguous()
         return matrix
 
 
@@ -121,17 +125,23 @@ class Rules:
     floor: int | str = 1
 
     def __post_init__(self) -> None:
+        for given in (self.include, self.exclude):
+            if isinstance(given, str):
+                raise UsageError(
+                    f"the rule {given!r} stands alone: a tuple of patterns is accepted, like ({given!r},)."
+                )
         for bounds in (self.min_density, self.max_density):
             for pattern, value in bounds.items():
-                if not 0 <= value <= 1:
-                    raise BudgetError(f"density bound {pattern}={value}: a number from 0 to 1 is accepted.")
+                if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
+                    raise BudgetError(f"density bound {pattern}={value!r}: a number from 0 to 1 is accepted.")
         for pattern in self.patterns:
             if pattern.startswith("re:"):
                 try:
                     re.compile(pattern[3:])
                 except re.error as error:
                     raise UsageError(f"{pattern!r} is not a regular expression: {error}.") from error
-        if not re.fullmatch(r"\d+(/row)?|\d+(\.\d+)?%", str(self.floor)):
+        floor = str(self.floor)
+        if not re.fullmatch(r"\d+(/row)?|\d+(\.\d+)?%", floor) or (floor.endswith("%") and float(floor[:-1]) > 100):
             raise BudgetError(
                 f'floor={self.floor!r}: weights per layer (1), per row ("1/row") or a share ("5%") is accepted.'
             )
@@ -178,18 +188,20 @@ class Scope:
         return iter(self.layers)
 
     def __getitem__(self, name: str) -> Layer:
-        return next(layer for layer in self.layers if layer.name == name)
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise unknown("layer", name, [layer.name for layer in self.layers])
 
     @classmethod
     def of(cls, model: nn.Module, rules: Rules | None = None) -> Scope:
         """Every parameter of `model`, as a `Layer` or with the reason why not.
 
         Raises:
-            UsageError: a pattern that no layer matches, parameters that hold no values yet, or no parameters.
+            UsageError: a pattern that no layer matches, or parameters that hold no values yet.
         """
         rules = rules or Rules()
         places = places_of(model)
-        attentions = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
         layers: list[Layer] = []
         skipped: dict[str, str] = {}
         used: set[str] = set()
@@ -198,9 +210,9 @@ class Scope:
             parameter = where[0].parameter
             if isinstance(parameter, nn.parameter.UninitializedParameter) or parameter.is_meta:
                 raise UsageError(f"{name} holds no values yet: load weights or run one batch through the model first.")
-            place, kind = next(((p, k) for p in where if (k := _kind(p, attentions))), (where[0], ""))
-            if not kind:
-                skipped[name] = _reason(place)
+            place = next((place for place in where if place.kind), None)
+            if place is None:
+                skipped[name] = _reason(where[0])
                 continue
             prunable.append(name)
             names = [n for p in where for n in (p.name, p.module_name)]
@@ -210,9 +222,10 @@ class Scope:
             elif excluding := [pattern for pattern in rules.exclude if _matches(pattern, names)]:
                 skipped[name] = f"excluded by rule {excluding[0]!r}"
             else:
-                groups = getattr(place.module, "groups", 1) if kind.startswith("conv") else 1
+                groups = getattr(place.module, "groups", 1) if place.kind.startswith("conv") else 1
                 aliases = tuple(p.name for p in where[1:])
-                layers.append(rules.bounded(Layer(name, tuple(parameter.shape), kind, groups, aliases=aliases), names))
+                layer = Layer(name, tuple(parameter.shape), place.kind, groups, aliases=aliases)
+                layers.append(rules.bounded(layer, names))
         if unused := [pattern for pattern in rules.patterns if pattern not in used]:
             raise UsageError(f"rule {unused[0]!r} matches no prunable layer; there are {_some(prunable)}.")
         return cls(tuple(layers), skipped)
@@ -220,42 +233,48 @@ class Scope:
 
 @dataclass(frozen=True)
 class Place:
-    """One module that holds a parameter under one name."""
+    """One module that holds a parameter under one name; `kind` as in `Layer`, "" where it cannot be pruned."""
 
     name: str
     module_name: str
     module: nn.Module
     attribute: str
     parameter: nn.Parameter
+    kind: str
 
 
 def places_of(model: nn.Module) -> dict[str, list[Place]]:
     """First parameter name -> every place that holds the same tensor, in the model's order."""
     by_tensor: dict[int, list[Place]] = {}
+    outputs = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     for module_name, module in model.named_modules(remove_duplicate=False):
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 name = f"{module_name}.{attribute}" if module_name else attribute
-                by_tensor.setdefault(id(parameter), []).append(Place(name, module_name, module, attribute, parameter))
+                kind = _kind(module, attribute, parameter)
+                kind = "attention_out" if kind == "linear" and id(module) in outputs else kind
+                place = Place(name, module_name, module, attribute, parameter, kind)
+                by_tensor.setdefault(id(parameter), []).append(place)
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     return {first[key]: sorted(where, key=lambda place: place.name != first[key]) for key, where in by_tensor.items()}
 
 
-def _kind(place: Place, attentions: set[int]) -> str:
+def _kind(module: nn.Module, attribute: str, parameter: Tensor) -> str:
     """Kind of layer, or "" where the parameter cannot be pruned."""
-    module, attribute = place.module, place.attribute
-    if not place.parameter.is_floating_point() or place.parameter.numel() == 0:
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        return ""
+    if parameter.dtype not in FLOATS or parameter.numel() == 0:
         return ""
     if isinstance(module, nn.MultiheadAttention):
         return "attention_in" if attribute in ATTENTION_INPUTS else ""
-    if attribute != "weight" or place.parameter.dim() < 2:
+    if attribute != "weight":
         return ""
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        return "conv_transposed"
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return "conv"
+    if isinstance(module, nn.modules.conv._ConvNd) and parameter.dim() > 2:
+        return "conv_transposed" if isinstance(module, nn.modules.conv._ConvTransposeNd) else "conv"
+    if parameter.dim() != 2:
+        return ""
     if isinstance(module, nn.Linear):
-        return "attention_out" if id(module) in attentions else "linear"
+        return "linear"
     # by name: transformers is optional, and its Conv1D is a linear layer stored [in, out]
     if any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(module).__mro__):
         return "linear_transposed"
@@ -264,21 +283,21 @@ def _kind(place: Place, attentions: set[int]) -> str:
 
 def _reason(place: Place) -> str:
     module, attribute, owner = place.module, place.attribute, type(place.module).__name__
-    if not place.parameter.is_floating_point():
-        return f"{str(place.parameter.dtype).removeprefix('torch.')} values, not floating point"
+    if place.parameter.dtype not in FLOATS:
+        return f"{str(place.parameter.dtype).removeprefix('torch.')} values; only 16 to 64 bit floating point is pruned"
     if place.parameter.numel() == 0:
         return "empty"
     if isinstance(module, parametrize.ParametrizationList) or attribute in ("weight_g", "weight_v", "weight_orig"):
         return "parametrized: remove the parametrization first"
+    if "bias" in attribute and (place.parameter.dim() < 2 or isinstance(module, nn.MultiheadAttention)):
+        return "bias"
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         return f"recurrent weight of {owner}: not supported yet"
-    if "bias" in attribute and place.parameter.dim() < 2:
-        return "bias"
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return "lookup table, not a matrix product"
     if "norm" in owner.lower():
         return f"normalisation ({owner})"
-    return f"parameter of {owner}, which is no kind of layer that allot knows"
+    return f"{attribute} of {owner}: not the weight of a layer that allot knows"
 
 
 def _matches(pattern: str, names: Iterable[str]) -> bool:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -14,7 +15,7 @@ from allot.errors import UsageError, unknown
 from allot.layers import places_of
 
 
-def masked(tensor: Tensor, mask: Tensor) -> Tensor:
+def masked(tensor: Shaped[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
     """`tensor` with +0.0 wherever `mask` is False (a product would leave -0.0 and nan)."""
     return torch.where(mask, tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
 
@@ -29,12 +30,13 @@ def call(
     """What `model` gives for `inputs` with `tensors` in place of its own; the model is left as it was.
 
     Args:
-        tensors: parameter or buffer name -> value; what is not named stays the model's own. Tied weights need one
-            of their names. Buffers that the forward pass updates are updated in the tensors passed in.
+        tensors: parameter or buffer name -> value; what is not named stays the model's own. A tied weight goes by
+            one of its names. Buffers that the forward pass updates are updated in the tensors passed in.
         inputs: a tuple is spread over positional arguments, a dict over keywords, anything else is one argument.
         training: which modules run in train mode; None: none of them.
     Raises:
-        UsageError: a name that the model does not have, or a shape other than the model's.
+        UsageError: a name that the model does not have, a shape other than the model's, or two values for one
+            tied weight.
     """
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     for name, tensor in tensors.items():
@@ -42,6 +44,7 @@ def call(
             raise unknown("tensor", name, own)
         if tensor.shape != own[name].shape:
             raise UsageError(f"{name} has shape {list(tensor.shape)}; the model has {list(own[name].shape)}.")
+    _refuse_two_values(tensors, {name: id(own[name]) for name in tensors})
     args, kwargs = as_arguments(inputs)
     with modes(model, training or (lambda module: False)):
         return torch.func.functional_call(model, dict(tensors), args, kwargs)
@@ -72,7 +75,7 @@ class Mask(nn.Module):
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
-        self.register_buffer("mask", mask.bool())
+        self.register_buffer("mask", mask.bool().clone())
         self.mask: Tensor
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -84,34 +87,57 @@ def attach(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     """`model` itself, computing with masked weights from now on: train it, save it, then `fold` it.
 
     Args:
-        masks: parameter name -> bool mask of its shape. Tied weights need one of their names.
+        masks: parameter name -> bool mask of its shape. A tied weight goes by one of its names.
     Raises:
-        UsageError: a name that the model does not have, a shape that differs, or a mask that is already there.
+        UsageError: a name that the model does not have, a shape that differs, two masks for one tied weight, or a
+            weight that carries a mask or another parametrization already.
     """
-    places = places_of(model)
-    by_name = {place.name: where for where in places.values() for place in where}
+    by_name = {place.name: where for where in places_of(model).values() for place in where}
     for name, mask in masks.items():
         if name not in by_name:
-            taken = any(
-                name in (f"{n}", f"{n}.weight") for n, m in model.named_modules() if parametrize.is_parametrized(m)
-            )
-            if taken:
-                raise UsageError(f"{name} carries a mask already: fold the model first.")
-            raise unknown("parameter", name, by_name)
-        if mask.shape != by_name[name][0].parameter.shape:
-            raise UsageError(f"mask of {name} has shape {list(mask.shape)}, not that of the weight.")
+            raise _parametrized(model, name) or unknown("parameter", name, by_name)
+        shape = by_name[name][0].parameter.shape
+        if mask.shape != shape:
+            raise UsageError(f"the mask of {name} has shape {list(mask.shape)}; the weight has {list(shape)}.")
+    _refuse_two_values(masks, {name: id(by_name[name]) for name in masks})
     for name, mask in masks.items():
-        for place in by_name[name]:
-            shared = Mask(mask.to(place.parameter.device))
-            parametrize.register_parametrization(place.module, place.attribute, shared)
+        once = {id(place.module): place for place in by_name[name]}  # a shared module is one module
+        for place in once.values():
+            attached = Mask(mask.to(place.parameter.device))
+            parametrize.register_parametrization(place.module, place.attribute, attached)
     return model
 
 
 def fold(model: nn.Module) -> nn.Module:
-    """`model` itself, with the zeros of attached masks in plain weights, plain classes and plain keys."""
+    """`model` itself, with the zeros of attached masks in plain weights, plain classes and plain keys.
+
+    Other parametrizations stay.
+    """
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
+            # torch removes a property of the class, which copies of the module share: a class of its own saves them
+            own = type(module)
+            module.__class__ = type(own.__name__, own.__bases__, dict(own.__dict__))
             for attribute, chain in list(module.parametrizations.items()):  # type: ignore[union-attr,operator]
                 if all(isinstance(part, Mask) for part in chain):
                     parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
     return model
+
+
+def _refuse_two_values(given: Mapping[str, Tensor], tensor_of: Mapping[str, int]) -> None:
+    first: dict[int, str] = {}
+    for name in given:
+        other = first.setdefault(tensor_of[name], name)
+        if given[other] is not given[name]:
+            raise UsageError(f"{other} and {name} are one tied weight: give it once.")
+
+
+def _parametrized(model: nn.Module, name: str) -> UsageError | None:
+    """The error for a weight that a parametrization stands in for; None where there is none of that name."""
+    module_name, _, attribute = name.rpartition(".")
+    module = dict(model.named_modules(remove_duplicate=False)).get(module_name)
+    if module is None or not parametrize.is_parametrized(module, attribute):
+        return None
+    if all(isinstance(part, Mask) for part in module.parametrizations[attribute]):
+        return UsageError(f"{name} carries a mask already: fold the model first.")
+    return UsageError(f"{name} is parametrized: remove the parametrization first.")

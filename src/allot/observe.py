@@ -1,4 +1,4 @@
-"""What happens at each layer while a model runs: MACs, second moments of inputs, moments of outputs.
+"""What happens at each layer while a model runs: second moments of inputs, moments of outputs.
 
 Everything here watches ordinary forward passes of the user's own modules; nothing is traced or replaced.
 """
@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.overrides import BaseTorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from allot.errors import UsageError
 from allot.layers import ATTENTION_INPUTS, Layer, Place, Scope, places_of
@@ -23,21 +22,21 @@ from allot.layers import ATTENTION_INPUTS, Layer, Place, Scope, places_of
 class Moments:
     """Count, mean and summed squared deviation per channel, each `[C]` in float64; `+` pools two sets exactly."""
 
-    count: Tensor
-    mean: Tensor
-    deviation: Tensor
+    count: Float[Tensor, " C"]
+    mean: Float[Tensor, " C"]
+    deviation: Float[Tensor, " C"]
 
     @classmethod
-    def of(cls, values: Tensor) -> Moments:
-        """Moments over all but the last dimension of `values` `[..., C]`."""
+    def of(cls, values: Float[Tensor, "*positions C"]) -> Moments:
+        """Moments over all but the last dimension of `values` `[..., C]`; no values at all give zeros."""
         flat = values.detach().reshape(-1, values.shape[-1]).double()
-        mean = flat.mean(0)
+        mean = flat.mean(0) if len(flat) else flat.new_zeros(flat.shape[-1])
         return cls(torch.full_like(mean, float(len(flat))), mean, (flat - mean).square().sum(0))
 
     def __add__(self, other: Moments) -> Moments:
         count = self.count + other.count
         step = other.mean - self.mean
-        share = other.count / count
+        share = other.count / count.clamp_min(1)
         deviation = self.deviation + other.deviation + step.square() * self.count * share
         return Moments(count, self.mean + step * share, deviation)
 
@@ -47,43 +46,8 @@ class Moments:
 
     @property
     def variance(self) -> Tensor:
-        """Biased variance `[C]`."""
-        return self.deviation / self.count
-
-
-def measured(scope: Scope, model: nn.Module, forward: Callable[[], Any]) -> Scope:
-    """`scope` with each layer's MACs, and whether a batch norm follows, seen while `forward()` runs `model` once.
-
-    Matrix products and convolutions are recognised by the memory of the weight they read, so that functional use,
-    attention and shared weights all count. A layer that the example never reaches costs 0 MACs.
-    """
-    places = places_of(model)
-    spans: dict[int, list[tuple[int, int, str]]] = {}
-    for layer in scope:
-        weight = places[layer.name][0].parameter
-        start = int(weight.storage_offset())
-        spans.setdefault(weight.untyped_storage().data_ptr(), []).append((start, start + weight.numel(), layer.name))
-    counter = _MacCounter(spans)
-    unseen: dict[str, int] = {}
-    outputs: dict[int, tuple[str, Tensor]] = {}
-    normalised: set[str] = set()
-    with ExitStack() as stack:
-        for layer in scope:
-            for place in places[layer.name]:
-                if layer.kind.startswith(("linear", "conv")) and _holds_layer(place):
-                    stack.enter_context(_hooked(place.module, _noted(layer, unseen, outputs)))
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                stack.enter_context(_hooked(module, _follows(outputs, normalised)))
-        # a torch-function mode keeps nn.MultiheadAttention off its fused path, which hides its matrix products
-        stack.enter_context(BaseTorchFunctionMode())
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(counter)
-        forward()
-    # a weight that is recomputed before use (standardised, cast) is counted from its module's output instead
-    macs = {layer.name: counter.macs.get(layer.name) or unseen.get(layer.name, 0) for layer in scope}
-    found = (replace(layer, macs=macs[layer.name], normalised=layer.name in normalised) for layer in scope)
-    return replace(scope, layers=tuple(found))
+        """Biased variance `[C]`; 0 where nothing was counted."""
+        return self.deviation / self.count.clamp_min(1)
 
 
 @contextmanager
@@ -127,12 +91,10 @@ def watched_inputs(model: nn.Module, scope: Scope, visit: Callable[[Layer, Tenso
         return hook
 
     with ExitStack() as stack:
-        for layer in scope:
-            for place in places[layer.name]:
-                if layer.kind.startswith(("linear", "conv")) and _holds_layer(place):
-                    stack.enter_context(_hooked(place.module, plain(layer, place)))
+        for layer, place in plain_places(scope, places):
+            stack.enter_context(hooked(place.module, plain(layer, place)))
         for module, layers in _attentions(model, scope, places):
-            stack.enter_context(_hooked(module, attention(layers)))
+            stack.enter_context(hooked(module, attention(layers)))
         yield
 
 
@@ -144,7 +106,8 @@ def watched_outputs(model: nn.Module, scope: Scope, visit: Callable[[Layer, Mome
     """While open, each forward pass calls `visit(layer, moments of its output rows)`.
 
     Where `visit` returns `(scale, shift)`, both `[rows]`, the pass goes on as if the layer had given
-    scale * output + shift. Tied layers are not visited: what is right for one use may be wrong for the other.
+    scale * output + shift (the input projections of an attention without biases take no shift). Tied layers are not
+    visited: what is right for one use may be wrong for the other.
     """
     places = places_of(model)
     busy: set[int] = set()
@@ -182,11 +145,11 @@ def watched_outputs(model: nn.Module, scope: Scope, visit: Callable[[Layer, Mome
         return hook
 
     with ExitStack() as stack:
-        for layer in scope:
-            if layer.kind.startswith(("linear", "conv")) and not layer.aliases:
-                stack.enter_context(_hooked(places[layer.name][0].module, plain(layer)))
+        for layer, place in plain_places(scope, places):
+            if not layer.aliases:
+                stack.enter_context(hooked(place.module, plain(layer)))
         for module, layers in _attentions(model, scope, places):
-            stack.enter_context(_hooked(module, attention({a: v for a, v in layers.items() if not v.aliases})))
+            stack.enter_context(hooked(module, attention({a: v for a, v in layers.items() if not v.aliases})))
         yield
 
 
@@ -204,60 +167,9 @@ def bias_of(model: nn.Module, layer: Layer) -> tuple[str, slice] | None:
     return name, slice(start, start + layer.rows)
 
 
-class _MacCounter(TorchDispatchMode):
-    def __init__(self, spans: Mapping[int, list[tuple[int, int, str]]]) -> None:
-        super().__init__()
-        self.spans = spans
-        self.macs: dict[str, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        operator = func._overloadpacket
-        if operator in _PRODUCTS:
-            left, right = args[_PRODUCTS[operator]], args[_PRODUCTS[operator] + 1]
-            if name := self._weight(right) or self._weight(left):
-                self._add(name, out.numel() * left.shape[-1])
-        elif operator in _CONVOLUTIONS and (name := self._weight(args[1])):
-            weight, transposed = args[1], args[6]
-            positions = (args[0] if transposed else out).numel() // weight.shape[0]
-            self._add(name, weight.numel() * positions)
-        return out
-
-    def _weight(self, tensor: Tensor) -> str | None:
-        offset = tensor.storage_offset()
-        spans = self.spans.get(tensor.untyped_storage().data_ptr(), ())
-        return next((name for start, end, name in spans if start <= offset < end), None)
-
-    def _add(self, name: str, macs: int) -> None:
-        self.macs[name] = self.macs.get(name, 0) + macs
-
-
-_aten = torch.ops.aten
-# operator -> position of the left factor of its matrix product
-_PRODUCTS = {_aten.mm: 0, _aten.bmm: 0, _aten.mv: 0, _aten.addmm: 1, _aten.baddbmm: 1, _aten.addmv: 1}
-_CONVOLUTIONS = (_aten.convolution, _aten._convolution)
-
-
-def _noted(layer: Layer, macs: dict[str, int], outputs: dict[int, tuple[str, Tensor]]) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        tensor = args[0] if layer.kind == "conv_transposed" else output
-        channels = layer.shape[0] if layer.kind == "conv_transposed" else layer.rows
-        macs[layer.name] = macs.get(layer.name, 0) + layer.total * (tensor.numel() // channels)
-        outputs[id(output)] = (layer.name, output)  # holding it keeps the id from being used again
-
-    return hook
-
-
-def _follows(outputs: dict[int, tuple[str, Tensor]], normalised: set[str]) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if args and id(args[0]) in outputs:
-            normalised.add(outputs[id(args[0])][0])
-
-    return hook
-
-
 @contextmanager
-def _hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
+def hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
+    """While open, `hook(module, args, kwargs, output)` runs after each forward pass of `module`."""
     handle = module.register_forward_hook(hook, with_kwargs=True)
     try:
         yield
@@ -265,9 +177,15 @@ def _hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
         handle.remove()
 
 
-def _holds_layer(place: Place) -> bool:
-    """False for the embedding end of a tied weight, whose input is not multiplied with it."""
-    return not isinstance(place.module, nn.Embedding | nn.EmbeddingBag)
+def plain_places(scope: Iterable[Layer], places: Mapping[str, list[Place]]) -> list[tuple[Layer, Place]]:
+    """Each module that multiplies its input with a layer's weight, once; not those inside an attention."""
+    found = {
+        (layer.name, id(place.module)): (layer, place)
+        for layer in scope
+        for place in places[layer.name]
+        if place.kind.startswith(("linear", "conv"))
+    }
+    return list(found.values())
 
 
 def _attentions(
@@ -343,6 +261,8 @@ def _column_squares(x: Tensor) -> Tensor:
     return x.detach().reshape(-1, x.shape[-1]).float().square().sum(0)
 
 
+@torch.inference_mode(mode=False)
+@torch.enable_grad()
 def _squares(place: Place, args: Any, kwargs: Any) -> Tensor:
     weight = getattr(place.module, place.attribute)
     generator = torch.Generator().manual_seed(0)
@@ -352,16 +272,16 @@ def _squares(place: Place, args: Any, kwargs: Any) -> Tensor:
     if isinstance(bias, Tensor):
         tensors["bias"] = torch.zeros_like(bias, dtype=probe.dtype)
     args, kwargs = _squared(args), {key: _squared((value,))[0] for key, value in kwargs.items()}
-    with torch.enable_grad():
-        total = torch.func.functional_call(place.module, tensors, args, kwargs).sum()
+    total = torch.func.functional_call(place.module, tensors, args, kwargs).sum()
     (squares,) = torch.autograd.grad(total, probe)
+    total, probe = total.detach(), probe.detach()
     # Euler: <d out/dw, w> = out exactly where the layer is linear in w; a standardised weight is not
     if not torch.isclose((squares * probe).sum(), total, rtol=1e-2, atol=1e-6 * float(total.abs() + 1)):
         raise UsageError(
             f"{place.name}: {type(place.module).__name__} is not linear in its weight, so its inputs' norms mean "
             "nothing for single weights. Exclude the layer or use the score 'magnitude'."
         )
-    return squares.detach()
+    return squares
 
 
 def _squared(args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from allot import patterns
 from allot.allocation import Allocation
-from allot.errors import unknown
+from allot.errors import UsageError, unknown
 from allot.methods import METHODS, RECIPES
 from allot.methods.given import Given
 from allot.patterns import Pattern
@@ -57,20 +58,16 @@ def assemble(
     if isinstance(score, str) and score not in SCORES:
         raise unknown("score", score, SCORES)
     chosen = _allocator(allocate, options)
-    found = tuple(_named(part, "repair", options) if isinstance(part, str) else part for part in repairs)
+    found = tuple(_named(p, "repair", options) if isinstance(p, str) else _fitting(p, "repair") for p in repairs)
     if options:
         raise unknown(
             "method with options", next(iter(options)), [n for n in (allocate, *repairs) if isinstance(n, str)]
         )
     names = Recipe(
-        allocate
-        if isinstance(allocate, str)
-        else "given"
-        if isinstance(allocate, Mapping)
-        else type(allocate).__name__,
+        _name(allocate),
         score if isinstance(score, str) else getattr(score, "__name__", "custom"),
         str(pattern),
-        tuple(part if isinstance(part, str) else type(part).__name__ for part in repairs),
+        tuple(_name(part) for part in repairs),
     )
     return Parts(
         chosen,
@@ -84,10 +81,13 @@ def assemble(
 
 def _allocator(allocate: str | Method | Mapping[str, float], options: dict[str, Mapping[str, Any]]) -> Method:
     if isinstance(allocate, Mapping):
-        return Rule(Given(dict(allocate)))
+        try:
+            return Rule(Given({name: float(density) for name, density in allocate.items()}))
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"allocate: a density is no number ({error}).") from error
     if not isinstance(allocate, str):
-        return allocate
-    if allocate.endswith(".json") or Path(allocate).is_dir():
+        return _fitting(allocate, "allocate")
+    if allocate not in METHODS and (allocate.endswith(".json") or Path(allocate).is_dir()):
         path = Path(allocate)
         return Rule(Given(Allocation.load(path / "allocation.json" if path.is_dir() else path)))
     return _named(allocate, "allocate", options)
@@ -99,17 +99,38 @@ def _named(name: str, role: str, options: dict[str, Mapping[str, Any]]) -> Metho
         raise unknown({"allocate": "allocator", "repair": "repair"}[role], name, accepted)
     method: Any = METHODS[name]
     given = options.pop(name, {})
-    known = {f.name: f.type for f in fields(method)}
+    known = [f.name for f in fields(method) if not callable(getattr(method, f.name))]
     for key in given:
         if key not in known:
             raise unknown(f"option of {name}", key, known)
-    return type(method)(**{key: getattr(method, key) for key in known} | dict(given))
+    return replace(method, **given)
+
+
+def _fitting(part: Any, role: str) -> Method:
+    if getattr(part, "role", None) != role:
+        raise UsageError(f"{_name(part)} is no method with role {role!r}: a name or such a method is accepted.")
+    return part
+
+
+def _name(part: str | Method | Mapping[str, float]) -> str:
+    """As given, as in `METHODS`, or what its function or class is called."""
+    if isinstance(part, str):
+        return part
+    if isinstance(part, Mapping):
+        return "given"
+    inner: Any = part.densities if isinstance(part, Rule) else part
+    own = getattr(inner, "__name__", type(inner).__name__)
+    return next((name for name, method in METHODS.items() if method == part), own)
 
 
 def settings(value: Any) -> Any:
-    """Hyperparameters as JSON: dataclasses by field, functions by name."""
-    if is_dataclass(value):
+    """Hyperparameters as JSON: dataclasses by field, functions by name, what JSON does not know as Python shows it."""
+    if is_dataclass(value) and not isinstance(value, type):
         return {f.name: settings(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Mapping):
         return {str(key): settings(item) for key, item in value.items()}
-    return getattr(value, "__name__", value)
+    if isinstance(value, list | tuple):
+        return [settings(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return getattr(value, "__name__", None) or re.sub(r" at 0x\w+", "", repr(value))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from jaxtyping import Bool, Shaped
 from torch import Tensor
 
 from allot.errors import PatternError, UsageError
@@ -22,7 +22,7 @@ class Pattern(Protocol):
         ...
 
     def mask(self, layer: Layer, score: Tensor, kept: int) -> Tensor:
-        """Mask of exactly `kept` weights with the highest score."""
+        """Mask of exactly `kept` weights with the highest score; `score` has the weight's shape."""
         ...
 
 
@@ -35,18 +35,25 @@ class Unstructured:
         return 1, layer.min_kept, layer.max_kept
 
     def mask(self, layer: Layer, score: Tensor, kept: int) -> Tensor:
-        """The `kept` highest scores, after each row's `layer.min_per_row` best."""
-        if not layer.min_per_row:
-            return select(score, kept)
-        rows = layer.matrix(score)
-        order = rows.argsort(dim=1, descending=True, stable=True)[:, : layer.min_per_row]
-        forced = layer.unmatrix(torch.zeros_like(rows, dtype=torch.bool).scatter(1, order, True))
+        """The `kept` highest scores, after each row's `layer.min_per_row` best; ties as in `select`.
+
+        Raises:
+            PatternError: `kept` is more than the layer has or less than its rows need, or `score` holds nan.
+        """
         if kept < layer.min_per_row * layer.rows:
             raise PatternError(
-                f"{layer.name}: {kept} weights cannot give {layer.min_per_row} to each of {layer.rows} rows."
+                f"{layer.name}: {kept:,} weights cannot give {layer.min_per_row} to each of {layer.rows:,} rows."
             )
-        rest = select(score.masked_fill(forced, -math.inf), kept - int(forced.sum()))
-        return forced | rest
+        try:
+            mask = select(score, kept)  # checks the score, and is the answer where rows ask for nothing
+            if layer.min_per_row:
+                mask = _best_per_group(layer.matrix(score), layer.min_per_row)
+                mask = layer.unmatrix(mask).flatten()
+                free = (~mask).nonzero().flatten()
+                mask[free] = select(score.flatten()[free], kept - layer.min_per_row * layer.rows)
+        except PatternError as error:
+            raise PatternError(f"{layer.name}: {error}") from error
+        return mask.view(score.shape)
 
     def __str__(self) -> str:
         return "unstructured"
@@ -66,8 +73,11 @@ class NM:
     m: int
 
     def __post_init__(self) -> None:
-        if not 0 < self.n < self.m:
-            raise PatternError(f"pattern {self.n}:{self.m}: n above 0 and below m is accepted, like 2:4.")
+        whole = type(self.n) is int and type(self.m) is int
+        if not (whole and 0 < self.n < self.m):
+            raise PatternError(
+                f"pattern {self.n}:{self.m}: whole numbers, n above 0 and below m, are accepted, like 2:4."
+            )
 
     def feasible(self, layer: Layer) -> tuple[int, int, int]:
         """The one count n/m of the layer.
@@ -98,18 +108,18 @@ class NM:
             PatternError: `kept` is not a whole number of weights per group, or `score` holds nan.
         """
         per_group, odd = divmod(kept * self.m, layer.total)
-        if odd or not 0 <= per_group <= self.m or bool(score.isnan().any()):
+        if layer.inputs % self.m or odd or not 0 <= per_group <= self.m:
             raise PatternError(f"{layer.name}: {self} cannot keep {kept:,} of {layer.total:,} weights.")
+        if bool(score.isnan().any()):
+            raise PatternError(f"{layer.name}: {_NAN}")
         groups = layer.matrix(score).unflatten(1, (-1, self.m))  # [rows, cols/m, m]
-        best = groups.argsort(dim=-1, descending=True, stable=True)[..., :per_group]
-        mask = torch.zeros_like(groups, dtype=torch.bool).scatter(-1, best, True)
-        return layer.unmatrix(mask.flatten(1))
+        return layer.unmatrix(_best_per_group(groups, per_group).flatten(1))
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
 
 
-def select(score: Tensor, kept: int) -> Tensor:
+def select(score: Shaped[Tensor, "*shape"], kept: int) -> Bool[Tensor, "*shape"]:
     """Mask of exactly `kept` entries with the highest score; equal scores go to the lower flat index.
 
     Args:
@@ -123,7 +133,7 @@ def select(score: Tensor, kept: int) -> Tensor:
     if not 0 <= kept <= score.numel():
         raise PatternError(f"cannot keep {kept:,} of {score.numel():,} weights.")
     if bool(score.isnan().any()):
-        raise PatternError("a score holds nan: weights cannot be ranked.")
+        raise PatternError(_NAN)
     flat = score.flatten()
     mask = torch.zeros_like(flat, dtype=torch.bool)
     if kept:
@@ -133,6 +143,15 @@ def select(score: Tensor, kept: int) -> Tensor:
         ties = (flat == cut).nonzero().flatten()[: kept - int(above.sum())]
         mask = above.index_fill(0, ties, True)
     return mask.view_as(score)
+
+
+_NAN = "the score holds nan: weights cannot be ranked."
+
+
+def _best_per_group(score: Shaped[Tensor, "*groups m"], kept: int) -> Bool[Tensor, "*groups m"]:
+    """Mask of the `kept` highest scores along the last dimension; equal scores go to the lower index."""
+    best = score.argsort(dim=-1, descending=True, stable=True)[..., :kept]
+    return torch.zeros_like(score, dtype=torch.bool).scatter(-1, best, True)
 
 
 def parse(text: str) -> Pattern:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -16,17 +17,19 @@ from torch import Tensor, nn
 
 from allot import patterns
 from allot.allocation import Allocation
-from allot.budget import Budget, Term
+from allot.budget import Budget
 from allot.calibration import Calibration
-from allot.errors import AllotError, UsageError
+from allot.costs import Term
+from allot.errors import AllotError, BudgetError, Stopped, UsageError, VerificationError
+from allot.evaluate import Score as Accuracy
 from allot.evaluate import evaluate
 from allot.fingerprint import fingerprint
 from allot.layers import Rules, Scope
+from allot.macs import measured
 from allot.masks import call
-from allot.observe import measured
 from allot.parts import Parts, assemble, settings
 from allot.patterns import Pattern
-from allot.realise import files
+from allot.realise import certificate, files
 from allot.result import Result
 from allot.run import Candidate, Method, Problem, Progress, Selection, drive
 from allot.scores import SCORES, Score
@@ -60,8 +63,9 @@ def prune(
 
     Args:
         model: any trained module.
-        calibration: a tensor `[N, ...]`, Dataset, DataLoader, iterable or `Calibration`; labels are ignored. None
-            where neither the method nor a macs budget needs inputs.
+        calibration: a tensor `[N, ...]`, Dataset, DataLoader, iterable or `Calibration`; labels are ignored. A
+            DataLoader gives batches; any other iterable gives samples, or batches where only these fit the model.
+            None where neither the method nor a macs budget needs inputs.
         budget: `Budget(sparsity=0.9)` or text like "macs=50%".
         method: recipe to start from, a key of `RECIPES`; the next four replace single parts of it.
         allocate: name in `METHODS`, a method, densities by layer name, or the path of an allocation.json.
@@ -84,6 +88,8 @@ def prune(
         UsageError, BudgetError, PatternError: what is wrong with the input, in one line.
         Stopped: `should_stop` said so; with `save_to` the same call goes on.
     """
+    _check_plain(model)
+    Scope.of(model, rules)  # what is wrong with the model comes before a forward pass: one would fill lazy layers
     budget = Budget.parse(budget) if isinstance(budget, str) else budget
     parts = assemble(method, allocate=allocate, score=score, pattern=pattern, repair=repair, options=options)
     inputs = _calibration(model, calibration, samples=samples, batch_size=batch_size, seed=seed)
@@ -103,7 +109,8 @@ def prune(
     asked = {"configuration": _configuration(budget, parts, rules, seed, inputs), "fingerprint": fingerprint(problem)}
     known = {key: value for key, value in asked["configuration"].items() if key != "hyperparameters"}
     recipe = {**known, "options": dict(options or {}), **(recipe or {})}
-    store = Store(save_to, asked, {**_versions(), "recipe": recipe}) if save_to else None
+    device = next(iter(problem.dense.values())).device
+    store = Store(save_to, asked, {**_versions(), "recipe": recipe}, device) if save_to else None
     try:
         return _chain(problem, parts, store, label or type(model).__name__, test, on_step, should_stop)
     finally:
@@ -127,13 +134,18 @@ def pose(
     Args:
         example: a batch of inputs of one sample, to count MACs with; from the calibration data where None.
     Raises:
-        UsageError: weights that are not finite, or inputs that the model does not take.
+        UsageError: weights that are not finite, a compiled or wrapped model, or inputs that the model does not take.
         BudgetError, PatternError: nothing meets the budget in this pattern.
     """
-    for name, value in (*model.named_parameters(), *model.named_buffers()):
-        if value.is_floating_point() and not value.is_meta and not bool(torch.isfinite(value).all()):
-            raise UsageError(f"{name} holds nan or infinite values: the model cannot be pruned as it is.")
+    _check_plain(model)
     scope = Scope.of(model, rules)
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            raise UsageError(f"{name} holds nan or infinite values: the model cannot be pruned as it is.")
+    for name, buffer in model.named_buffers():
+        # infinite is what attention masks hold
+        if buffer.is_floating_point() and not buffer.is_meta and bool(torch.isnan(buffer).any()):
+            raise UsageError(f"{name} holds nan: the model cannot be pruned as it is.")
     example = calibration.example() if example is None and calibration else example
     if example is not None:
         scope = measured(scope, model, lambda: _try(model, example))
@@ -154,13 +166,21 @@ def pose(
     return Problem(model, scope, bound, pattern, score, calibration, seed)
 
 
+def _check_plain(model: nn.Module) -> None:
+    around = torch.jit.ScriptModule, nn.DataParallel, nn.parallel.DistributedDataParallel
+    if isinstance(model, around) or hasattr(model, "_orig_mod"):
+        raise UsageError(
+            f"a compiled or wrapped model ({type(model).__name__}): pass the module that it was made from."
+        )
+
+
 def _calibration(model: nn.Module, data: Any, *, samples: int, batch_size: int, seed: int) -> Calibration | None:
     """Calibration on the model's device; an iterable whose items are batches already is recognised by trying."""
     if data is None or isinstance(data, Calibration):
         return data
     reference = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
-    if not isinstance(data, Tensor | Sequence) and not hasattr(data, "__len__") and not hasattr(data, "dataset"):
-        data = list(data)  # an iterator: it can only be read once
+    if isinstance(data, Iterable) and not hasattr(data, "__len__") and not hasattr(data, "dataset"):
+        data = list(itertools.islice(data, samples))  # an iterator: it can only be read once, and may have no end
 
     def read(*, batched: bool) -> Calibration:
         found = Calibration.of(
@@ -222,11 +242,23 @@ def _chain(
     names = [name for name, _ in stages]
     first = names.index(store.saved.stage) if store and store.saved else 0
     candidate = Candidate.dense(problem)
+    dense = evaluate(problem.model, test) if test is not None else None  # first: unusable test data costs no run
     for name, part in stages[first:]:
-        candidate = drive(
-            part, problem, candidate, stage=name, store=store, log=log, on_step=on_step, should_stop=should_stop
-        )
-    result = Result(problem, candidate, log, parts.names, parts.method, label, _scores(problem, candidate, test))
+        try:
+            candidate = drive(
+                part, problem, candidate, stage=name, store=store, log=log, on_step=on_step, should_stop=should_stop
+            )
+        except Stopped:
+            if store:
+                store.describe("stopped", log)
+            raise
+        except (UsageError, BudgetError) as error:
+            raise type(error)(f"{name}: {error}") from error
+        except Exception as error:
+            error.add_note(f"in stage {name!r} of allot.prune")
+            raise
+    scores = _scores(problem, candidate, test, dense) if dense else None
+    result = Result(problem, candidate, log, parts.names, parts.method, label, scores)
     if store:
         result.save(store.directory)
         write(store.directory / "recipe.yaml", yaml.safe_dump(store.notes["recipe"], sort_keys=False))
@@ -235,34 +267,34 @@ def _chain(
 
 
 def _reopened(problem: Problem, parts: Parts, store: Store, label: str) -> Result:
-    """The result of a finished run, read back from its files."""
-    state = files.load(store.directory)
-    told = json.loads((store.directory / "report.json").read_text())
-    kept = {layer["name"]: layer["kept"] for layer in told["layers"]}
+    """The result of a finished run, read back from its files.
+
+    Raises:
+        VerificationError: they do not hold what was promised.
+    """
+    found = certificate.verify(store.directory)
+    if failed := [row for row in found["rows"] if not row["passed"]]:
+        what = "; ".join(f"{row['file']}: {row['check']}: {row['found']}" for row in failed[:3])
+        raise VerificationError(f"{store.directory} is not what the run left there ({what}): delete it and run again.")
+    try:
+        told = json.loads((store.directory / "report.json").read_text())
+        kept = {layer["name"]: layer["kept"] for layer in told["layers"]}
+        log = Log(told["seconds"], told["images"]["forward"], told["images"]["backward"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UsageError(f"{store.directory}/report.json cannot be read: {error}") from error
+    state = {n: v.to(problem.dense[n].device) for n, v in files.load(store.directory).items() if n in problem.dense}
     masks = {}
     for layer in problem.scope:
         # a weight that is zero but kept does not show in the file: any position will do to keep the count
         held = state[layer.name] != 0
         masks[layer.name] = patterns.select(held.float(), kept[layer.name])
-    tensors = {name: value.to(problem.dense[name].device) for name, value in state.items() if name in problem.dense}
+    tensors = {name: value for name, value in state.items() if not torch.equal(value, problem.dense[name])}
     allocation = Allocation.of(kept, {layer.name: layer.total for layer in problem.scope})
-    log = Log(told["seconds"], told["images"]["forward"], told["images"]["backward"])
-    return Result(
-        problem,
-        Candidate(allocation, masks, tensors),
-        log,
-        parts.names,
-        parts.method,
-        label,
-        told["scores"],
-        store.directory,
-    )
+    candidate = Candidate(allocation, masks, tensors)
+    return Result(problem, candidate, log, parts.names, parts.method, label, told["scores"], store.directory)
 
 
-def _scores(problem: Problem, candidate: Candidate, test: Any) -> dict[str, Any] | None:
-    if test is None:
-        return None
-    dense = evaluate(problem.model, test)
+def _scores(problem: Problem, candidate: Candidate, test: Any, dense: Accuracy) -> dict[str, Any]:
     sparse = evaluate(problem.model, test, tensors=candidate.effective(problem))
     return {"metric": dense.metric, "dense": dense.score, "sparse": sparse.score, "samples": dense.samples}
 

@@ -47,7 +47,7 @@ class Result:
     directory: Path | None = field(default=None)
 
     def __post_init__(self) -> None:
-        state = self.candidate.effective(self.problem)
+        state = {**self.problem.dense, **self.candidate.effective(self.problem)}
         held = {layer.name: int(torch.count_nonzero(state[layer.name])) for layer in self.problem.scope}
         masked = {name: int(mask.sum()) for name, mask in self.candidate.masks.items()}
         kept = self.candidate.allocation.kept
@@ -71,20 +71,30 @@ class Result:
         return self.candidate.masks
 
     def model(self) -> nn.Module:
-        """A copy of the model that was passed in, with zeros folded in: plain classes, plain keys."""
-        model = copy.deepcopy(self.problem.model)
+        """A copy of the model that was passed in, with zeros folded in: plain classes, plain keys.
+
+        Raises:
+            UsageError: the model holds something that Python cannot copy.
+        """
+        try:
+            model = copy.deepcopy(self.problem.model)
+        except Exception as error:
+            raise UsageError(
+                f"{self.label} cannot be copied ({error}): load result.state_dict() into a model of your own."
+            ) from error
         own = dict(model.named_parameters()) | dict(model.named_buffers())
         with torch.no_grad():
             for name, value in self.candidate.effective(self.problem).items():
                 own[name].copy_(value)
         return model
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The sparse model's state dict, plain keys, zeros folded in."""
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of the sparse model's state dict: the model's own keys, zeros folded in."""
         tensors = self.candidate.effective(self.problem)
-        state, aliases = files.plain_state(self.problem.model)
-        state = {name: tensors.get(name, value) for name, value in state.items()}
-        return state | {alias: state[name] for alias, name in aliases.items()}
+        aliases = files.plain_state(self.problem.model)[1]
+        state = self.problem.model.state_dict()  # may hold more than tensors
+        found = {name: tensors.get(aliases.get(name, name), value) for name, value in state.items()}
+        return {name: value.clone() if isinstance(value, Tensor) else value for name, value in found.items()}
 
     def report(self) -> dict[str, Any]:
         """Everything a report shows, as data."""

@@ -71,6 +71,7 @@ class Candidate:
     allocation: Allocation
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    _effective: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def dense(cls, problem: Problem) -> Candidate:
@@ -79,11 +80,16 @@ class Candidate:
         return cls(Allocation(dict.fromkeys(total, 1.0), total))
 
     def effective(self, problem: Problem) -> dict[str, Tensor]:
-        """The tensors to put in place of the model's own: what differs from it, masks applied."""
-        tensors = dict(self.tensors)
-        for name, mask in self.masks.items():
-            tensors[name] = masked(tensors.get(name, problem.dense[name]), mask)
-        return tensors
+        """The tensors to put in place of the model's own: what differs from it, masks applied.
+
+        The dict is the caller's; the tensors are made once and not to be changed in place.
+        """
+        if self._effective.get("problem") is not problem:
+            tensors = dict(self.tensors)
+            for name, mask in self.masks.items():
+                tensors[name] = masked(tensors.get(name, problem.dense[name]), mask)
+            self._effective.update(problem=problem, tensors=tensors)
+        return dict(self._effective["tensors"])
 
     def to_state(self) -> State:
         """As dicts of tensors and numbers, for a file."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from allot.layers import Layer
@@ -41,7 +42,7 @@ def lamp(layer: Layer, weight: Tensor, evidence: Evidence) -> Tensor:
     return lamp_score(weight)
 
 
-def lamp_score(weight: Tensor) -> Tensor:
+def lamp_score(weight: Float[Tensor, "*shape"]) -> Float64[Tensor, "*shape"]:
     """w^2 over the sum of all squares not smaller than it (Lee et al., ICLR 2021), float64, shape of `weight`.
 
     lamp(w_i) = w_i^2 / sum_{j: |w_j| >= |w_i|} w_j^2, ties by index.
@@ -59,7 +60,7 @@ def wanda(layer: Layer, weight: Tensor, evidence: Evidence) -> Tensor:
 
 def random(layer: Layer, weight: Tensor, evidence: Evidence) -> Tensor:
     """A draw from [0, 1) by the run's seed and the layer's name: the floor that any score has to beat."""
-    generator = torch.Generator().manual_seed(evidence.seed * 1_000_003 + zlib.crc32(layer.name.encode()))
+    generator = torch.Generator().manual_seed((evidence.seed * 1_000_003 + zlib.crc32(layer.name.encode())) % 2**63)
     return torch.rand(layer.shape, generator=generator).to(weight.device)
 
 

@@ -6,11 +6,12 @@ DATA:  `zoo:NAME`, `folder:DIR` (one sub-folder a class), `npz:FILE`, `package.m
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
-import pickle
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -22,10 +23,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from allot.errors import UsageError, unknown
-from allot.realise.files import load
+from allot.weights import fill
 
 MODEL_FORMS = "zoo:NAME, torchvision:NAME, timm:NAME, hf:NAME_OR_DIR, package.module:factory or file.py:factory"
 DATA_FORMS = "zoo:NAME, folder:DIR, npz:FILE, package.module:factory or file.py:factory"
+REMOTE = ("torchvision", "timm", "hf")  # origins that fetch trained weights
 _LABELS = ("y", "label", "labels", "target", "targets")
 
 
@@ -43,6 +45,11 @@ class ModelSource:
     example: Any = None
     normalise: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What floating-point inputs are brought to; None for a model without such parameters."""
+        return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
+
 
 def load_model(spec: str, *, weights: str | None = None, shape: tuple[int, ...] | None = None) -> ModelSource:
     """The model that `spec` names.
@@ -59,12 +66,15 @@ def load_model(spec: str, *, weights: str | None = None, shape: tuple[int, ...] 
         raise UsageError(f"MODEL {spec!r}: {MODEL_FORMS} is accepted.")
     path = weights if weights not in (None, "default", "random") else None
     trained = weights in (None, "default")
+    if weights == "random" and origin not in REMOTE:
+        raise UsageError(f"--weights random is for {', '.join(f'{o}:' for o in REMOTE)} models; {spec} has its own.")
     loader = {"zoo": _zoo_model, "torchvision": _torchvision_model, "timm": _timm_model, "hf": _hf_model}.get(origin)
-    source = loader(name, trained) if loader else ModelSource(_called(spec, nn.Module, "an nn.Module"))
+    with redirect_stdout(sys.stderr):  # standard output belongs to what allot answers
+        source = loader(name, trained) if loader else ModelSource(_called(spec, nn.Module, "an nn.Module"))
     if path:
-        _fill(source.model, Path(path))
+        fill(source.model, Path(path))
     source.model.eval()
-    example = torch.zeros(1, *shape) if shape else source.example
+    example = torch.zeros(1, *shape, dtype=source.dtype) if shape else source.example
     return ModelSource(source.model, example, source.normalise)
 
 
@@ -88,7 +98,9 @@ def load_data(spec: str, source: ModelSource | None = None, *, split: str = "cal
         return _Arrays.load(Path(name))
     if origin == "folder":
         return _folder(Path(name), source)
-    return _called(spec, (Dataset, Iterable), "a Dataset or an iterable")
+    with redirect_stdout(sys.stderr):
+        data = _called(spec, (Dataset, Iterable), "a Dataset or an iterable")
+    return _drawn(spec, data) if isinstance(data, Iterator) else data
 
 
 def _zoo_model(name: str, trained: bool) -> ModelSource:  # noqa: FBT001 - one of four loaders of one shape
@@ -100,7 +112,7 @@ def _zoo_model(name: str, trained: bool) -> ModelSource:  # noqa: FBT001 - one o
 def _torchvision_model(name: str, trained: bool) -> ModelSource:  # noqa: FBT001
     models = _optional("torchvision.models", "torchvision", "vision")
     if name not in models.list_models():
-        raise unknown("torchvision model", name, models.list_models())
+        raise _no_such_model("torchvision", name, models.list_models())
     model = _fetched(f"torchvision:{name}", lambda: models.get_model(name, weights="DEFAULT" if trained else None))
     return ModelSource(model, torch.zeros(1, 3, 224, 224), _IMAGENET)
 
@@ -108,7 +120,7 @@ def _torchvision_model(name: str, trained: bool) -> ModelSource:  # noqa: FBT001
 def _timm_model(name: str, trained: bool) -> ModelSource:  # noqa: FBT001
     timm = _optional("timm", "timm", "vision")
     if not timm.is_model(name.split(".")[0]):
-        raise unknown("timm model", name, timm.list_models())
+        raise _no_such_model("timm", name, timm.list_models())
     model = _fetched(f"timm:{name}", lambda: timm.create_model(name, pretrained=trained))
     config = timm.data.resolve_model_data_config(model)
     return ModelSource(model, torch.zeros(1, *config["input_size"]), (tuple(config["mean"]), tuple(config["std"])))
@@ -123,10 +135,38 @@ def _hf_model(name: str, trained: bool) -> ModelSource:  # noqa: FBT001
         kind = getattr(transformers, listed, transformers.AutoModel)
         return kind.from_pretrained(name) if trained else kind._from_config(config)
 
+    transformers.utils.logging.disable_progress_bar()
     model = _fetched(f"hf:{name}", build)
     vars(model)["config"].use_cache = False
-    dummy = getattr(model, "dummy_inputs", None)
-    return ModelSource(model, {key: value[:1] for key, value in dummy.items()} if dummy else None)
+    return ModelSource(model, _hf_example(model), _hf_normalisation(transformers, name))
+
+
+def _hf_example(model: Any) -> Any:
+    """A batch of one picture for models of pictures, else what the library tries its own models with."""
+    if model.main_input_name == "pixel_values":
+        size = getattr(model.config, "image_size", 224)
+        height, width = (size, size) if isinstance(size, int) else size
+        return torch.zeros(1, getattr(model.config, "num_channels", 3), height, width, dtype=model.dtype)
+    dummy = getattr(model, "dummy_inputs", None) if model.main_input_name == "input_ids" else None
+    return {key: value[:1] for key, value in dummy.items()} if dummy else None
+
+
+def _hf_normalisation(transformers: Any, name: str) -> Any:
+    """Mean and standard deviation in the preprocessor_config.json beside the model, if there is one."""
+    try:
+        config, _ = transformers.BaseImageProcessor.get_image_processor_dict(name)
+    except OSError:
+        return None
+    mean, std = config.get("image_mean"), config.get("image_std")
+    return (tuple(mean), tuple(std)) if mean and std else None
+
+
+def _no_such_model(origin: str, name: str, names: list[str]) -> UsageError:
+    """The error for a name out of a list too long to print."""
+    near = ", ".join(repr(other) for other in difflib.get_close_matches(name, names, n=5, cutoff=0.5))
+    hint = f"did you mean {near}? " if near else ""
+    listing = "torchvision.models.list_models()" if origin == "torchvision" else "timm.list_models()"
+    return UsageError(f"unknown {origin} model {name!r}: {hint}{listing} lists all {len(names)}.")
 
 
 def _fetched(spec: str, build: Any) -> nn.Module:
@@ -160,82 +200,40 @@ def _called(spec: str, kind: Any, wanted: str) -> Any:
             located = importlib.util.spec_from_file_location(Path(where).stem, where)
             if located is None or located.loader is None:
                 raise UsageError(f"{where} is no Python file.")
+            _import_from(Path(where).parent)
             module = importlib.util.module_from_spec(located)
             sys.modules.setdefault(located.name, module)
             located.loader.exec_module(module)
         else:
-            if str(Path.cwd()) not in sys.path:
-                sys.path.insert(0, str(Path.cwd()))
+            _import_from(Path.cwd())
             module = importlib.import_module(where)
     except UsageError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"cannot import {where!r} of {spec!r}: {type(error).__name__}: {error}") from error
     if not callable(getattr(module, factory, None)):
-        callables = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        raise unknown(f"factory in {where}", factory, callables)
+        own = [name for name, v in vars(module).items() if getattr(v, "__module__", None) == module.__name__]
+        raise unknown(f"factory in {where}", factory, [name for name in own if callable(getattr(module, name))])
     try:
         made = getattr(module, factory)()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"{spec} failed: {type(error).__name__}: {error}") from error
     if not isinstance(made, kind):
         raise UsageError(f"{spec} returned {type(made).__name__}: {wanted} is accepted.")
     return made
 
 
-def _fill(model: nn.Module, path: Path) -> None:
-    """Load weights that fit exactly.
-
-    Raises:
-        UsageError: unreadable, pickled objects, or keys and shapes that differ (listed).
-    """
-    state = load(path) if path.suffix == ".safetensors" else _tensors_of(path)
-    own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    aliased = {name for name in own if name not in state and _shared(own, name, state)}
-    missing = [name for name in own if name not in state and name not in aliased]
-    surplus = [name for name in state if name not in own]
-    shapes = [
-        f"{name} {list(state[name].shape)} for {list(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
-    problems = [("missing", missing), ("not in the model", surplus), ("other shape", shapes)]
-    if any(keys for _, keys in problems):
-        told = "; ".join(f"{what}: {', '.join(keys[:8])}{_more(keys, 8)}" for what, keys in problems if keys)
-        raise UsageError(f"{path} does not fit {type(model).__name__}: {told}.")
-    model.load_state_dict(state, strict=False)
-
-
-def _tensors_of(path: Path) -> Mapping[str, Tensor]:
+def _drawn(spec: str, samples: Iterator[Any]) -> Iterator[Any]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UsageError(f"{path}: no such file.") from error
-    except pickle.UnpicklingError as error:
-        raise UsageError(
-            f"{path} holds pickled objects beside tensors; it was not opened, since unpickling can run code. "
-            "Save model.state_dict() or a safetensors file."
-        ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UsageError(f"{path} is not a whole .pt file: {str(error).splitlines()[0]}") from error
-    for key in ("state_dict", "model", "model_state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise UsageError(f"{path} holds no state dict: a mapping from names to tensors is accepted.")
-    if content and all(str(name).startswith("module.") for name in content):
-        return {name.removeprefix("module."): value for name, value in content.items()}
-    return content
+        yield from samples
+    except Exception as error:
+        raise UsageError(f"{spec} failed: {type(error).__name__}: {error}") from error
 
 
-def _shared(own: Mapping[str, Tensor], name: str, state: Mapping[str, Tensor]) -> bool:
-    """Whether another name that the file has is the same tensor of the model."""
-    pointer = own[name].data_ptr()
-    return any(other in state and value.data_ptr() == pointer for other, value in own.items() if other != name)
-
-
-def _more(keys: list[str], shown: int) -> str:
-    return f" and {len(keys) - shown} more" if len(keys) > shown else ""
+def _import_from(folder: Path) -> None:
+    """Let modules in `folder` be imported, as Python does for the script that it runs."""
+    if str(folder.resolve()) not in sys.path:
+        sys.path.insert(0, str(folder.resolve()))
 
 
 class _Arrays(Dataset[Any]):
@@ -247,20 +245,29 @@ class _Arrays(Dataset[Any]):
     @classmethod
     def load(cls, path: Path) -> _Arrays:
         try:
-            with np.load(path, allow_pickle=False) as stored:
+            with path.open("rb") as file:
+                stored = np.load(file, allow_pickle=False)
+                if not isinstance(stored, np.lib.npyio.NpzFile):
+                    raise UsageError(f"{path} holds one array (.npy): np.savez('x.npz', x=..., y=...) is accepted.")
                 arrays = {name: torch.from_numpy(stored[name]) for name in stored.files}
-        except FileNotFoundError as error:
-            raise UsageError(f"{path}: no such file.") from error
+        except UsageError:
+            raise
+        except OSError as error:
+            raise UsageError(f"{path}: {(error.strerror or str(error)).lower()}.") from error
         except Exception as error:  # numpy raises whatever the zip holds
             raise UsageError(f"{path} is not an .npz file of plain arrays: {error}") from error
         labels = next((arrays.pop(name) for name in _LABELS if name in arrays), None)
-        if (
-            not arrays
-            or len({len(value) for value in arrays.values()} | ({len(labels)} if labels is not None else set())) != 1
-        ):
+        every = [*arrays.values(), *(() if labels is None else (labels,))]
+        if not arrays or len({tuple(value.shape[:1]) for value in every}) != 1 or any(not v.dim() for v in every):
             shapes = {name: list(value.shape) for name, value in arrays.items()}
+            shapes |= {} if labels is None else {"y": list(labels.shape)}
             raise UsageError(f"{path}: arrays x (and y for labels) of one length are accepted, not {shapes}.")
-        return cls(arrays, None if labels is None else labels.long().flatten())
+        for name, value in arrays.items():
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                raise UsageError(f"{path}: {name} holds nan or infinite values.")
+        if labels is not None and not labels.is_floating_point() and labels.numel() == len(labels):
+            labels = labels.long().flatten()
+        return cls(arrays, labels)
 
     def __len__(self) -> int:
         return len(next(iter(self.inputs.values())))
@@ -282,7 +289,8 @@ def _folder(path: Path, source: ModelSource | None) -> Any:
     transforms = _optional("torchvision.transforms", "torchvision", "vision")
     _, channels, height, width = shape
     mean, std = (source.normalise if source else None) or _IMAGENET
-    steps = [transforms.Resize(round(min(height, width) / 0.875)), transforms.CenterCrop((height, width))]
+    size = [round(side / 0.875) for side in (height, width)]
+    steps = [transforms.Resize(size[0] if height == width else size), transforms.CenterCrop((height, width))]
     if channels == 1:
         steps.append(transforms.Grayscale())
         mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)

@@ -50,34 +50,35 @@ class Store:
         asked: what identifies the run: configuration and fingerprints, JSON-ready. A directory that was begun with
             something else is refused.
         notes: more for run.json that may change between the first run and a resumed one, like versions.
+        device: where the tensors of a saved state are put; where a method keeps them.
     Raises:
         UsageError: the directory belongs to another configuration, to another living process or is no run directory.
     """
 
-    def __init__(self, directory: str | Path, asked: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        asked: Mapping[str, Any],
+        notes: Mapping[str, Any],
+        device: str | torch.device = "cpu",
+    ) -> None:
         self.directory = Path(directory)
         self.asked = json.loads(json.dumps(asked))
         self.notes = dict(notes)
-        before = self._read()
+        if self.directory.exists() and not self.directory.is_dir():
+            raise UsageError(f"{self.directory} is a file, not a run directory.")
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.directory, os.O_RDONLY)
         except OSError as error:
             raise UsageError(f"cannot make {self.directory}: {error.strerror}.") from error
-        self._lock = os.open(self.directory, os.O_RDONLY)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            self._begin(device)
+        except BaseException as error:
             self.close()
-            raise UsageError(f"{self.directory} is in use by another running allot.") from error
-        for leftover in self.directory.glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
-        self.done = bool(before and before["state"] == "done")
-        self.saved = None if self.done else self._load()
-        if not self.done:
-            steps = self.directory / "steps.jsonl"
-            steps.touch()
-            os.truncate(steps, self._steps_bytes)
-            self.describe("running", self.saved.log if self.saved else Log())
+            if isinstance(error, OSError):
+                raise UsageError(f"cannot write {error.filename or self.directory}: {error.strerror}.") from error
+            raise
 
     def save(self, stage: str, candidate: State, state: State, log: Log) -> None:
         """Write where the run is, so that it can go on from here."""
@@ -92,7 +93,7 @@ class Store:
         buffer = io.BytesIO()
         torch.save(content, buffer)
         path = self.directory / f"state-{stage}.pt"
-        write(path, buffer.getvalue())
+        write(path, buffer.getbuffer())
         for other in self.directory.glob("state-*.pt"):
             if other != path:
                 other.unlink()
@@ -113,8 +114,7 @@ class Store:
     def finish(self, log: Log) -> None:
         """Mark the run as done and remove what only an unfinished one needs."""
         self.describe("done", log)
-        for path in self.directory.glob("state-*.pt"):
-            path.unlink()
+        self._forget()
 
     def close(self) -> None:
         """Give the directory free."""
@@ -122,12 +122,32 @@ class Store:
             os.close(self._lock)
             self._lock = -1
 
+    def _begin(self, device: str | torch.device) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"{self.directory} is in use by another running allot.") from error
+        before = self._read()
+        for leftover in self.directory.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+        self.done = bool(before and before["state"] == "done")
+        self.saved = None
+        if self.done:
+            self._forget()
+            return
+        self.saved, steps_bytes = self._load(device)
+        # run.json first: a directory with other files and without it is taken for someone else's
+        self.describe("running", self.saved.log if self.saved else Log())
+        steps = self.directory / "steps.jsonl"
+        steps.touch()
+        os.truncate(steps, steps_bytes)
+
+    def _forget(self) -> None:
+        for path in self.directory.glob("state-*.pt"):
+            path.unlink()
+
     def _read(self) -> dict[str, Any] | None:
         """run.json of an earlier start, which must have asked the same."""
-        if not self.directory.exists():
-            return None
-        if not self.directory.is_dir():
-            raise UsageError(f"{self.directory} is a file, not a run directory.")
         path = self.directory / "run.json"
         if not path.exists():
             if any(not entry.name.endswith(".tmp") for entry in self.directory.iterdir()):
@@ -146,16 +166,16 @@ class Store:
             )
         return before
 
-    def _load(self) -> Saved | None:
-        self._steps_bytes = 0
+    def _load(self, device: str | torch.device) -> tuple[Saved | None, int]:
+        """The unfinished stage, and how long steps.jsonl was when it was saved."""
         paths = sorted(self.directory.glob("state-*.pt"), key=lambda path: path.stat().st_mtime_ns)
         if not paths:
-            return None
+            return None, 0
         try:
-            content = torch.load(paths[-1], weights_only=True, map_location="cpu")
-            self._steps_bytes = content["steps_bytes"]
-            return Saved(content["stage"], content["candidate"], content["state"], Log(**content["log"]))
-        except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            content = torch.load(paths[-1], weights_only=True, map_location=device)
+            saved = Saved(content["stage"], content["candidate"], content["state"], Log(**content["log"]))
+            return saved, int(content["steps_bytes"])
+        except (RuntimeError, KeyError, TypeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
             raise UsageError(f"{paths[-1]} cannot be read: delete {self.directory} and start again.") from error
 
 
@@ -175,7 +195,7 @@ def read_run(directory: str | Path) -> dict[str, Any]:
     raise UsageError(f"{directory} is no run directory: {path.name} has no 'state'.")
 
 
-def write(path: Path, content: str | bytes) -> None:
+def write(path: Path, content: str | bytes | memoryview) -> None:
     """Write a whole file or nothing.
 
     Raises:

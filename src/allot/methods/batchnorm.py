@@ -45,22 +45,24 @@ class BatchNorm:
         pooled = state["moments"]
 
         def watch(name: str) -> Any:
-            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-                seen = Moments.of(args[0].movedim(1, -1))
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                seen = Moments.of((*args, *kwargs.values())[0].movedim(1, -1))
                 pooled[name] = (Moments(**pooled[name]) + seen if name in pooled else seen).to_state()
 
             return hook
 
         with ExitStack() as stack, torch.no_grad():
             for name, module in _norms(problem.model):
-                handle = module.register_forward_pre_hook(watch(name))
+                handle = module.register_forward_pre_hook(watch(name), with_kwargs=True)
                 stack.callback(handle.remove)
                 for buffer, value in module.named_buffers(prefix=name, recurse=False):
                     tensors[buffer] = value.clone()  # the pass writes to these
             try:
                 call(problem.model, tensors, inputs, training=lambda module: isinstance(module, _BatchNorm))
             except ValueError as error:
-                raise UsageError(f"bn: a batch of {samples} is too small for batch statistics ({error}).") from error
+                raise UsageError(
+                    f"no batch statistics from {samples} samples: {error}. Use a larger batch_size, or leave bn out."
+                ) from error
         state["step"] += 1
         return {"forward": samples, "backward": 0}
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from allot.errors import UsageError
 from allot.layers import Layer
 from allot.masks import call
 from allot.observe import Affine, Moments, bias_of, watched_outputs
@@ -35,7 +36,9 @@ class OutputMoments:
 
     Args:
         scale: correct the spread as well.
-        limit: largest factor on a row, and the inverse of the smallest.
+        limit: largest factor on a row, and the inverse of the smallest; 1 or more.
+    Raises:
+        UsageError: a limit that is no such number.
     """
 
     scale: bool
@@ -44,9 +47,15 @@ class OutputMoments:
     role = "repair"
     needs_data = True
 
+    def __post_init__(self) -> None:
+        if isinstance(self.limit, bool) or not isinstance(self.limit, int | float) or not self.limit >= 1:
+            raise UsageError(f"limit={self.limit!r}: a number of 1 or more is accepted.")
+
     def init(self, problem: Problem, candidate: Candidate) -> State:
         """No batch seen."""
-        return {"step": 0, "steps": 2 * problem.inputs().batches, "dense": {}, "sparse": {}}
+        shiftable = [layer.name for layer in problem.scope if bias_of(problem.model, layer)]
+        steps = 2 * problem.inputs().batches
+        return {"step": 0, "steps": steps, "shiftable": shiftable, "dense": {}, "sparse": {}}
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         """One calibration batch: through the dense net in the first pass, through the sparse one in the second."""
@@ -54,7 +63,7 @@ class OutputMoments:
         inputs, samples = problem.inputs().batch(state["step"] % batches)
         dense = state["step"] < batches
         pooled = state["dense" if dense else "sparse"]
-        shiftable = {layer.name for layer in problem.scope if bias_of(problem.model, layer)}
+        shiftable = set(state["shiftable"])
 
         def visit(layer: Layer, seen: Moments) -> Affine | None:
             moments = Moments(**pooled[layer.name]) + seen if layer.name in pooled else seen
@@ -98,8 +107,13 @@ class OutputMoments:
     def _affine(self, dense: Moments, sparse: Moments) -> Affine:
         scale = torch.ones_like(dense.mean)
         if self.scale:
-            # a channel that is constant in either net has no spread to match
-            live = (dense.variance > 1e-12) & (sparse.variance > 1e-12)
-            wanted = (dense.variance / sparse.variance.clamp_min(1e-12)).sqrt()
+            # a channel that is constant in either net, but for rounding, has no spread to match
+            live = _spread(dense) & _spread(sparse)
+            wanted = (dense.variance / sparse.variance.where(live, scale)).sqrt()
             scale = torch.where(live, wanted.clamp(1 / self.limit, self.limit), scale)
         return scale, dense.mean - scale * sparse.mean
+
+
+def _spread(moments: Moments) -> Tensor:
+    """Channels whose values vary by more than float32 rounds them; whatever their scale."""
+    return moments.variance > 1e-10 * moments.mean.square()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from allot.errors import UsageError
-from allot.realise.files import BITMASK, PLAIN, load, read
+from allot.realise.files import BITMASK, PLAIN, read
 from allot.store import read_run
 
 Row = dict[str, Any]
@@ -45,9 +45,11 @@ def verify(path: str | Path) -> dict[str, Any]:
     if not path.exists():
         raise UsageError(f"{path}: no such file or directory.")
     if path.is_file():
-        rows = _file_rows(path, None)
+        rows = _file_rows(path, None)[0]
     else:
-        if read_run(path)["state"] != "done":
+        # a result saved by hand has a certificate, but no run behind it
+        by_hand = (path / "certificate.json").exists() and not (path / "run.json").exists()
+        if not by_hand and read_run(path)["state"] != "done":
             raise UsageError(f"{path} is not finished: run the same prune command again to go on.")
         try:
             promised = json.loads((path / "certificate.json").read_text())["promised"]
@@ -66,17 +68,20 @@ def digest(path: Path) -> dict[str, Any]:
 
 def _rows(directory: Path, promised: Mapping[str, Any]) -> list[Row]:
     rows: list[Row] = []
-    for name, expected in promised["files"].items():
-        path = directory / name
+    states: list[dict[str, Tensor]] = []
+    for name in (PLAIN, BITMASK):
+        path, expected = directory / name, promised["files"][name]
         if not path.exists():
             rows.append(_row(name, "exists", "yes", "no", passed=False))
             continue
         found = digest(path)
         rows.append(_row(name, "bytes on disk", expected["bytes"], found["bytes"]))
         rows.append(_row(name, "sha256", expected["sha256"], found["sha256"]))
-        rows += _file_rows(path, promised["kept"])
+        more, state = _file_rows(path, promised["kept"])
+        rows += more
+        states.append(state)
     if all(row["passed"] for row in rows):
-        same = _equal(load(directory / PLAIN), load(directory / BITMASK))
+        same = _equal(*states)
         rows.append(_row(BITMASK, f"same tensors as {PLAIN}", "yes", "yes" if same else "no"))
         allocation = json.loads((directory / "allocation.json").read_text())["layers"]
         listed = {name: layer["kept"] for name, layer in allocation.items()}
@@ -84,15 +89,24 @@ def _rows(directory: Path, promised: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
-def _file_rows(path: Path, kept: Mapping[str, int] | None) -> list[Row]:
-    """Rows of one file: it opens, no layer holds more than it may, every limit holds."""
+def _file_rows(path: Path, kept: Mapping[str, int] | None) -> tuple[list[Row], dict[str, Tensor]]:
+    """Rows of one file: it opens, no layer holds more than it may, every limit holds; and its state dict."""
     try:
-        about = read(path)[1]
-        state = load(path)
+        state, about = read(path)
     except UsageError as error:
-        return [_row(path.name, "opens", "a whole file", str(error), passed=False)]
-    if "layers" not in about:
+        return [_row(path.name, "opens", "a whole file", str(error), passed=False)], {}
+    if not about:
         raise UsageError(f"{path} was not written by allot: it carries no budget.")
+    try:
+        return _limit_rows(path, state, about, kept), state
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        problem = f"cannot be understood ({type(error).__name__}: {error})"
+        return [_row(path.name, "metadata", "layers and limits", problem, passed=False)], state
+
+
+def _limit_rows(
+    path: Path, state: Mapping[str, Tensor], about: Mapping[str, Any], kept: Mapping[str, int] | None
+) -> list[Row]:
     missing = [name for name in about["layers"] if name not in state]
     rows = [_row(path.name, "layers present", "all", ", ".join(missing) or "all")]
     if missing:

@@ -54,25 +54,18 @@ class Layout:
 def plain_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The model's state dict with each tensor once, and {tied name: the name that is kept}.
 
-    Raises:
-        UsageError: two entries share memory without being the same tensor.
+    Tied is what is one tensor object, as for `named_parameters`: views of one memory are tensors of their own.
     """
     state: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
-    seen: dict[tuple[int, int], str] = {}
     first = {id(parameter): name for name, parameter in model.named_parameters()}
-    owners = dict(model.named_parameters(remove_duplicate=False))
-    for name, value in model.state_dict().items():
-        if not isinstance(value, Tensor):
-            continue
-        key = (value.data_ptr(), value.numel())
-        if name in owners and first[id(owners[name])] != name:
-            aliases[name] = first[id(owners[name])]
-        elif key in seen and value.numel() and value.shape == state[seen[key]].shape:
-            aliases[name] = seen[key]
-        else:
-            seen[key] = name
-            state[name] = value.detach()
+    for name, value in model.state_dict(keep_vars=True).items():
+        if isinstance(value, Tensor):
+            stored = first.setdefault(id(value), name)
+            if stored == name:
+                state[name] = value.detach()
+            else:
+                aliases[name] = stored
     return state, aliases
 
 
@@ -110,7 +103,7 @@ def layout(state: Mapping[str, Tensor], said: Mapping[str, Any]) -> Layout:
 
 def save_plain(path: Path, state: Mapping[str, Tensor], said: Mapping[str, Any]) -> None:
     """Write model.safetensors."""
-    _save(path, {name: value.contiguous() for name, value in state.items()}, _metadata("plain", said))
+    _save(path, dict(state), _metadata("plain", said))
 
 
 def save_bitmask(path: Path, state: Mapping[str, Tensor], said: Mapping[str, Any]) -> None:
@@ -118,7 +111,7 @@ def save_bitmask(path: Path, state: Mapping[str, Tensor], said: Mapping[str, Any
     tensors: dict[str, Tensor] = {}
     for name, value in state.items():
         if name not in said["layers"]:
-            tensors[name] = value.contiguous()
+            tensors[name] = value
             continue
         flat = value.detach().cpu().flatten()
         mask = flat != 0
@@ -127,7 +120,7 @@ def save_bitmask(path: Path, state: Mapping[str, Tensor], said: Mapping[str, Any
             tensors[name + ".mask"] = torch.from_numpy(np.packbits(mask.numpy()))
             tensors[name + ".values"] = flat[mask]
         else:
-            tensors[name] = value.contiguous()
+            tensors[name] = value
     header = layout(state, said).header
     size = header + sum(_nbytes(value) for value in tensors.values())
     _save(path, tensors, _metadata("bitmask", said))
@@ -144,28 +137,33 @@ def load(path: str | Path) -> dict[str, Tensor]:
         UsageError: no such file, or a damaged one.
     """
     path = Path(path)
-    if path.is_dir():
-        path = path / PLAIN
-    tensors, about = read(path)
-    shapes = about.get("layers", {})
-    state: dict[str, Tensor] = {}
-    for name, value in tensors.items():
-        stem, _, part = name.rpartition(".")
-        if part == "mask" and stem in shapes:
-            state[stem] = _unpacked(path, stem, shapes[stem][0], value, tensors.get(stem + ".values"))
-        elif not (part == "values" and stem in shapes):
-            state[name] = value
-    for alias, name in about.get("aliases", {}).items():
-        state[alias] = state[name]
-    return state
+    return read(path / PLAIN if path.is_dir() else path)[0]
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a safetensors file as stored, and what its metadata says about the run ({} from elsewhere).
+    """The plain state dict of a file, and what its metadata says about the run ({} from elsewhere).
 
     Raises:
         UsageError: no such file, or a damaged one.
     """
+    tensors, about = _stored(path)
+    try:
+        shapes = about.get("layers", {})
+        state: dict[str, Tensor] = {}
+        for name, value in tensors.items():
+            stem, _, part = name.rpartition(".")
+            if part == "mask" and stem in shapes:
+                state[stem] = _unpacked(path, stem, shapes[stem][0], value, tensors.get(stem + ".values"))
+            elif not (part == "values" and stem in shapes):
+                state[name] = value
+        for alias, name in about.get("aliases", {}).items():
+            state[alias] = state[name]
+    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise UsageError(f"{path} is damaged: its tensors and what it says of them differ ({error}).") from error
+    return state, about
+
+
+def _stored(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -206,6 +204,18 @@ def _save(path: Path, tensors: dict[str, Tensor], about: str) -> None:
     with replacing(path) as temporary:
         try:
             # one key only: safetensors writes several in an order that changes from run to run
-            safetensors.torch.save_file(tensors, temporary, {"allot": about})
+            safetensors.torch.save_file(_apart(tensors), temporary, {"allot": about})
         except safetensors.SafetensorError as error:  # wraps what the disk said
             raise OSError(str(error)) from error
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, contiguous and no two in one memory, as safetensors wants them."""
+    apart: dict[str, Tensor] = {}
+    used: set[int] = set()
+    for name, value in tensors.items():
+        value = value.contiguous()
+        memory = value.untyped_storage().data_ptr()
+        apart[name] = value.clone() if memory in used else value
+        used.add(memory)
+    return apart

@@ -36,17 +36,17 @@ def plan_table(plan: Mapping[str, Any]) -> RenderableType:
 
 def layer_table(layers: Sequence[Mapping[str, Any]]) -> Table:
     """Every layer with what it keeps."""
-    table = _table("layers")
-    table.add_column("layer", no_wrap=True)
+    table = _table("layers")  # figures stay whole: a long name folds, and the bar gives way
+    table.add_column("layer", overflow="fold", min_width=12)
     for column in ("kept", "of", "density"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("", width=_BAR)
     table.add_column("MACs kept", justify="right", no_wrap=True)
+    table.add_column("", width=_BAR, no_wrap=True)
     for layer in layers:
         density = layer["density"]
         macs = "not counted" if layer["macs"] is None else f"{round(layer['macs'] * layer['kept'] / layer['total']):,}"
         bar = "█" * round(density * _BAR) or "▏"
-        table.add_row(escape(layer["name"]), f"{layer['kept']:,}", f"{layer['total']:,}", f"{density:.3f}", bar, macs)
+        table.add_row(escape(layer["name"]), f"{layer['kept']:,}", f"{layer['total']:,}", f"{density:.3f}", macs, bar)
     return table
 
 
@@ -76,7 +76,7 @@ def comparison_table(reports: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
 def certificate_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Every check of `verify`."""
     table = _table("certificate")
-    table.add_column("file", no_wrap=True)
+    table.add_column("file", overflow="fold")
     table.add_column("check", overflow="fold")
     table.add_column("promised", overflow="fold")
     table.add_column("found", overflow="fold")

@@ -1,0 +1,73 @@
+"""The options that several verbs share, each with the words that `--help` says about it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from allot.sources import DATA_FORMS, MODEL_FORMS
+
+Model = Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_FORMS)]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="safetensors, or a .pt with tensors only; or default (what torchvision, timm and hf do without this) "
+        "or random",
+    ),
+]
+Data = Annotated[str | None, typer.Option(metavar="DATA", help=DATA_FORMS)]
+Budget = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--budget",
+        metavar="KIND=LIMIT",
+        help="sparsity=0.9, params=20k, macs=50%, bytes=3MB; several: repeat or join with commas",
+    ),
+]
+Method = Annotated[
+    str | None, typer.Option("--method", metavar="NAME", help="recipe to start from: see `allot methods`  [erk]")
+]
+Allocate = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|FILE", help="allocator, an allocation.json, or a RUN to take it from  [that of --method]"
+    ),
+]
+Pattern = Annotated[str | None, typer.Option(metavar="PATTERN", help="N:M like 2:4, or unstructured  [unstructured]")]
+Score = Annotated[str | None, typer.Option(metavar="NAME", help="magnitude, lamp, wanda or random  [magnitude]")]
+Repair = Annotated[
+    str | None,
+    typer.Option(metavar="NAMES", help="repairs in order, joined with commas; none for none  [those of --method]"),
+]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(metavar="LAYERS", help="only layers that match: glob, or regular expression after re:  [all]"),
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option(metavar="LAYERS", help="layers that stay dense: glob, or re:...  [none]")
+]
+MinDensity = Annotated[
+    list[str] | None, typer.Option(metavar="LAYERS=D", help="fewest weights a layer keeps, as a share from 0 to 1")
+]
+MaxDensity = Annotated[
+    list[str] | None, typer.Option(metavar="LAYERS=D", help="most weights a layer keeps, as a share from 0 to 1")
+]
+Floor = Annotated[
+    str | None,
+    typer.Option(metavar="N", help="what every layer keeps: weights (1), per row (1/row) or a share (5%)  [1]"),
+]
+Seed = Annotated[int | None, typer.Option(metavar="N", help="decides every draw  [0]")]
+Shape = Annotated[
+    str | None,
+    typer.Option("--input", metavar="C,H,W", help="shape of one input, without the batch  [what the origin says]"),
+]
+RecipePath = Annotated[
+    Path | None, typer.Option("--recipe", metavar="FILE.yaml", help="the same as these options, in a file")
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="override one key of the recipe; repeatable")
+]
+Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]

@@ -1,0 +1,214 @@
+"""What a budget refuses, and what it offers instead."""
+
+from __future__ import annotations
+
+import math
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from allot.budget import Budget
+from allot.costs import Term
+from allot.errors import BudgetError, UsageError
+
+NEAREST = "Nearest that can be met: "
+
+
+def nearest(error: BudgetError) -> Budget:
+    return Budget.parse(str(error).split(NEAREST)[1].rstrip("."))
+
+
+@pytest.mark.parametrize(
+    "value", [0, 1, 1.5, -0.1, math.nan, math.inf, True, False, "0%", "100%", "150%", "1k", "half", "", "0.9.1", "nan"]
+)
+def test_a_sparsity_out_of_range_is_refused_by_name_and_value(value):
+    with pytest.raises(BudgetError, match=r"sparsity=.*like 0\.9 or 90%, is accepted") as refused:
+        Budget(sparsity=value)
+    assert str(value) in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", ["params", "macs", "bytes"])
+@pytest.mark.parametrize("value", [0, -5, 0.5, 2.5, True, "0%", "100%", "5x", "5 M B", math.nan, math.inf, "-3k", "1e"])
+def test_an_amount_out_of_range_is_refused_by_name_and_value(kind, value):
+    with pytest.raises(BudgetError, match=f"{kind}=.*is accepted") as refused:
+        Budget(**{kind: value})
+    assert str(value) in str(refused.value)
+
+
+@pytest.mark.parametrize("value", ["1e999999999", "1e-999999999", "0e999999999"])
+def test_an_absurd_exponent_is_refused_at_once(value):
+    with pytest.raises(BudgetError, match="out of range"):
+        Budget(params=value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "expected"),
+    [
+        ("params", "20k", 20_000),
+        ("params", "20_000".replace("_", ""), 20_000),
+        ("params", 1e4, 10_000),
+        ("params", "0.5M", 500_000),
+        ("params", " 5 k ", 5_000),
+        ("macs", "5M", 5_000_000),
+        ("macs", "1.5G", 1_500_000_000),
+        ("bytes", "300kB", 300_000),
+        ("bytes", "3MB", 3_000_000),
+        ("bytes", "2MiB", 2 << 20),
+        ("bytes", "2kib", 2 << 10),
+        ("bytes", "512b", 512),
+        ("params", np.int64(1000), 1000),
+    ],
+)
+def test_units_are_read(kind, text, expected):
+    terms = (Term("a", 10**9, macs=10**10, dense_bytes=10**10, mask_bytes=1, value_bytes=4),)
+    (limit,) = Budget(**{kind: text}).on(terms, full_bytes=10**10).limits
+    assert limit.ceiling == expected
+
+
+def test_units_of_bytes_are_for_bytes():
+    with pytest.raises(BudgetError, match="unknown unit 'MB'"):
+        Budget(params="3MB")
+
+
+@pytest.mark.parametrize("value", [np.float32(0.9), np.float64(0.9), 0.9, "0.9", "90%", ".9", "9e-1"])
+def test_every_way_to_write_nine_tenths_is_the_same_budget(value):
+    (limit,) = Budget(sparsity=value).on((Term("a", 1000),)).limits
+    assert limit.ceiling == 100
+
+
+def test_words_make_a_budget():
+    assert Budget.parse("sparsity=0.9") == Budget(sparsity="0.9")
+    expected = Budget(macs="50%", bytes="3MB")
+    assert Budget.parse("macs=50%, bytes=3MB") == Budget.parse("macs=50%", "bytes = 3MB") == expected
+    assert Budget.parse("macs=50% and bytes=3MB") == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sparsity", "write KIND=VALUE"),
+        ("", "write KIND=VALUE"),
+        ("sparsity=", "write KIND=VALUE"),
+        ("sparsity=0.9,", "write KIND=VALUE"),
+        ("sparsty=0.9", "did you mean 'sparsity'"),
+        ("sparsity=0.9,sparsity=0.8", "given twice"),
+    ],
+)
+def test_words_that_make_no_budget_are_refused(text, message):
+    with pytest.raises(BudgetError, match=message):
+        Budget.parse(text)
+
+
+def test_an_empty_budget_is_refused():
+    with pytest.raises(BudgetError, match="empty budget"):
+        Budget()
+    with pytest.raises(BudgetError, match="empty budget"):
+        Budget.parse()
+
+
+@pytest.mark.parametrize("wished", [{}, {"a": 1.0}])
+def test_a_budget_without_a_model_says_so(wished):
+    for ask in (Budget(sparsity=0.9).counts, Budget(sparsity=0.9).project):
+        with pytest.raises(BudgetError, match="not tied to a model"):
+            ask(wished)
+
+
+def test_an_empty_scope_is_refused():
+    with pytest.raises(BudgetError, match="nothing in scope"):
+        Budget(sparsity=0.9).on(())
+
+
+def test_macs_need_to_be_measured():
+    with pytest.raises(BudgetError, match="example input"):
+        Budget(macs="50%").on((Term("a", 10),))
+
+
+def test_bounds_that_cross_name_the_layer():
+    with pytest.raises(BudgetError, match=r"a: .*at least 6 and at most 5 of 10"):
+        Term("a", 10, lower=6, upper=5)
+    with pytest.raises(BudgetError, match="a: 0 weights"):
+        Term("a", 0, lower=0)
+
+
+@pytest.mark.parametrize(
+    ("wished", "message"),
+    [
+        ({"a": 1.0}, "missing b"),
+        ({"a": 1.0, "b": 1.0, "c": 1.0}, "unknown c"),
+        ({"a": 1.0, "c": 1.0}, "unknown c; missing b"),
+        ({"a": 1.0, "b": -0.1}, "density of b is -0.1"),
+        ({"a": 1.0, "b": math.nan}, "density of b is nan"),
+        ({"a": 1.0, "b": math.inf}, "density of b is inf"),
+        ({"a": 1.0, "b": "0.5"}, "density of b is '0.5'"),
+    ],
+)
+def test_a_wish_that_does_not_fit_names_the_layer(wished, message):
+    budget = Budget(sparsity=0.5).on((Term("a", 10), Term("b", 10)))
+    with pytest.raises(UsageError, match=message):
+        budget.counts(wished)
+
+
+def test_many_differing_layers_are_not_all_listed():
+    budget = Budget(sparsity=0.5).on(tuple(Term(f"layer{i}", 10) for i in range(20)))
+    with pytest.raises(UsageError, match=r"\(and 15 more\)"):
+        budget.counts({})
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 10**6), st.integers(0, 10**6), st.integers(0, 10**6)), min_size=1, max_size=4),
+    st.floats(0.0001, 0.9999),
+)
+def test_a_sparsity_out_of_reach_names_one_that_is_met_exactly(drawn, sparsity):
+    bounds = [(total, *sorted((low % (total + 1), high % (total + 1)))) for total, low, high in drawn]
+    terms = tuple(Term(f"layer{i}", *bound) for i, bound in enumerate(bounds))
+    least, most = sum(term.lower for term in terms), sum(term.upper for term in terms)
+    wished = {term.name: 1.0 for term in terms}
+    try:
+        budget = Budget(sparsity=sparsity).on(terms)
+    except BudgetError as error:
+        offered = nearest(error).on(terms)
+        kept = sum(offered.counts(wished).values())
+        assert kept == offered.limits[0].ceiling
+        assert kept in (least, most)
+    else:
+        assert sum(budget.counts(wished).values()) == budget.limits[0].ceiling
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 10**6), st.integers(1, 10**6)), min_size=1, max_size=4),
+    st.sets(st.sampled_from(["params", "macs", "bytes", "sparsity"]), min_size=1),
+    st.integers(1, 10**5),
+)
+def test_limits_below_the_floors_name_a_budget_that_can_be_met(drawn, kinds, limit):
+    terms = tuple(
+        Term(
+            f"layer{i}", total, 1 + low % total, -1, 1, 7 * total + low,
+            dense_bytes=4 * total, mask_bytes=(total + 7) // 8, value_bytes=4,
+        )
+        for i, (total, low) in enumerate(drawn)
+    )  # fmt: skip
+    budget = Budget(**{kind: "0.99" if kind == "sparsity" else limit for kind in kinds})
+    try:
+        budget.on(terms, fixed_bytes=50, full_bytes=10**9)
+    except BudgetError as error:
+        offered = nearest(error)
+        assert offered.asked.keys() == kinds
+        bound = offered.on(terms, fixed_bytes=50, full_bytes=10**9)
+        assert bound.fits(bound.counts({term.name: 1.0 for term in terms}))
+
+
+def test_a_layer_that_must_stay_whole_is_offered_a_sparsity_that_keeps_it_whole():
+    terms = (Term("a", 1),)
+    with pytest.raises(BudgetError, match=NEAREST) as refused:
+        Budget(sparsity=0.9).on(terms)
+    assert nearest(refused.value).on(terms).counts({"a": 1.0}) == {"a": 1}
+
+
+def test_fixed_bytes_alone_can_be_too_much():
+    terms = (Term("a", 100, dense_bytes=400, mask_bytes=13, value_bytes=4),)
+    with pytest.raises(BudgetError, match=f"{NEAREST}bytes=5017"):
+        Budget(bytes=1000).on(terms, fixed_bytes=5000, full_bytes=5400)

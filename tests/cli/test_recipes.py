@@ -1,0 +1,175 @@
+"""A recipe file says the same as options; a run says how to make it again; allocations are replayed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cli.command import MLP, NET, SAMPLES, done, refused
+
+
+def digest(run: str) -> str:
+    return hashlib.sha256(Path(run, "model.safetensors").read_bytes()).hexdigest()
+
+
+def planned(line: str) -> dict:
+    return done(f"plan {line} --json").json
+
+
+def recipe(text: str) -> str:
+    Path("recipe.yaml").write_text(text)
+    return "--recipe recipe.yaml"
+
+
+def test_a_recipe_file_says_the_same_as_options():
+    text = f"""
+model: {NET}
+budget: {{sparsity: 0.9, macs: 50%}}
+method: lamp
+exclude: [classify]
+min_density: {{stem.*: 0.5}}
+max_density: {{blocks.8.*: 0.05}}
+floor: 2/row
+"""
+    line = f"{NET} --budget sparsity=0.9,macs=50% --method lamp --exclude classify --min-density stem.*=0.5"
+    assert planned(recipe(text)) == planned(f"{line} --max-density blocks.8.*=0.05 --floor 2/row")
+
+
+@pytest.mark.parametrize("budget", ["sparsity=0.9", "[sparsity=0.9]", "{sparsity: 0.9}", "{sparsity: 90%}"])
+def test_a_budget_may_be_written_in_several_ways(budget):
+    assert planned(recipe(f"model: {NET}\nbudget: {budget}"))["kept"] == 27061
+
+
+def test_options_override_the_file_and_settings_override_both():
+    text = f"model: {NET}\nbudget: sparsity=0.9\nmethod: lamp\nfloor: 1"
+    assert planned(recipe(text) + " --budget sparsity=0.5 --method erk") == planned(f"{NET} --budget sparsity=0.5")
+    assert planned(recipe(text) + " --method global --set method=erk --set budget.sparsity=0.5") == planned(
+        f"{NET} --budget sparsity=0.5"
+    )
+    bounded = planned(recipe(text) + " --set min_density.stem.0.weight=0.75 --set floor=5%")
+    assert bounded["layers"][0]["kept"] >= 0.75 * 144
+
+
+def test_two_to_four_is_a_pattern_and_not_minutes_and_seconds():
+    expected = planned(f"{NET} --budget sparsity=0.5 --pattern 2:4 --exclude stem.*")
+    text = f"model: {NET}\nbudget: sparsity=0.5\nexclude: stem.*"
+    assert planned(recipe(f"{text}\npattern: 2:4")) == expected
+    assert planned(recipe(text) + " --set pattern=2:4") == expected
+
+
+def test_numbers_in_settings_are_numbers_and_reach_the_method():
+    line = f"prune {MLP} --data {SAMPLES} --budget sparsity=0.5 --repair variance --out RUN"
+    done(f"{line} --set options.variance.limit=2e0")
+    hyperparameters = json.loads(Path("RUN/run.json").read_text())["configuration"]["hyperparameters"]
+    assert hyperparameters["repair"] == [{"scale": True, "limit": 2.0}]
+
+
+def test_the_resolved_recipe_of_a_run_makes_the_same_run():
+    line = f"prune {MLP} --data {SAMPLES} --test {SAMPLES} --budget sparsity=0.6 --allocate lamp --score random"
+    first = done(
+        f"{line} --repair bias,variance --set options.variance.limit=3 --seed 7 --samples 24 --json --out A"
+    ).json
+    saved = yaml.safe_load(Path("A/recipe.yaml").read_text())
+    assert saved["allocate"] == "lamp" and saved["score"] == "random" and saved["pattern"] == "unstructured"
+    assert saved["repair"] == "bias,variance" and saved["seed"] == 7 and saved["options"]
+    again = done("prune --recipe A/recipe.yaml --out B --json").json
+    for said in (first, again):
+        del said["run"], said["seconds"]
+    assert again == first
+    assert digest("B") == digest("A")
+
+
+def test_a_run_without_repair_is_made_again_without_repair():
+    done(f"prune {MLP} --budget sparsity=0.6 --repair none --out A")
+    done("prune --recipe A/recipe.yaml --out B")
+    assert digest("B") == digest("A")
+
+
+def test_an_allocation_is_replayed_from_a_run_its_file_and_a_plan():
+    line = f"prune {MLP} --budget sparsity=0.6 --repair none"
+    first = done(f"{line} --method lamp --out A --json").json
+    done(f"plan {MLP} --budget sparsity=0.6 --method lamp --save plan.json")
+    for number, source in enumerate(("A", "A/allocation.json", "plan.json")):
+        said = done(f"{line} --allocate {source} --out R{number} --json").json
+        assert said["layers"] == first["layers"] and digest(f"R{number}") == digest("A")
+        assert said["allocate"] == source
+    assert json.loads(Path("plan.json").read_text()) == json.loads(Path("A/allocation.json").read_text())
+
+
+def test_an_allocation_edited_by_hand_keeps_its_proportions_and_meets_the_budget():
+    done(f"plan {NET} --budget sparsity=0.9 --save plan.json")
+    content = json.loads(Path("plan.json").read_text())
+    content["layers"]["classify.weight"]["density"] = 0.01
+    del content["budget"]
+    Path("edited.json").write_text(json.dumps(content))
+    said = planned(f"{NET} --budget sparsity=0.9 --allocate edited.json")
+    assert said["kept"] == 27061
+    assert said["layers"][-1]["name"] == "classify.weight" and said["layers"][-1]["density"] < 0.02
+    Path("short.json").write_text(json.dumps({name: row["density"] for name, row in content["layers"].items()}))
+    assert planned(f"{NET} --budget sparsity=0.9 --allocate short.json")["layers"] == said["layers"]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda layers: layers.pop("0.weight"), "missing 0.weight"),
+        (lambda layers: layers.update({"new": {"density": 0.5}}), "unknown new"),
+        (lambda layers: layers["0.weight"].update(density=1.5), "0.weight is 1.5"),
+        (lambda layers: layers["0.weight"].update(density="much"), "'much'"),
+        (lambda layers: layers["0.weight"].pop("density"), "density"),
+    ],
+)
+def test_an_allocation_that_does_not_fit_is_refused(change, told):
+    done(f"plan {MLP} --budget sparsity=0.6 --save plan.json")
+    content = json.loads(Path("plan.json").read_text())
+    change(content["layers"])
+    Path("plan.json").write_text(json.dumps(content))
+    assert told in refused(f"plan {MLP} --budget sparsity=0.6 --allocate plan.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("model: [", "not YAML"),
+        ("- a", "no mapping"),
+        ("metod: erk", "did you mean 'method'?"),
+        ("1: 2", "unknown recipe key '1'"),
+        ("!!python/object/apply:os.system ['touch made']", "not YAML"),
+        ("seed: many", "seed='many'"),
+        ("budget: 0.5", "KIND=VALUE"),
+        ("options: {bn: 3}", "options.bn=3"),
+        ("min_density: fc", "LAYERS=DENSITY"),
+        ("input: [3, 0, 8]", "input.1=0"),
+    ],
+)
+def test_a_recipe_that_says_nothing_sensible_is_refused(text, told):
+    assert told in refused(f"plan {NET} {recipe(text)}")
+    assert not Path("made").exists()
+
+
+def test_a_recipe_that_cannot_be_read_is_refused():
+    Path("latin.yaml").write_bytes(b"model: \xff\xfe")
+    for path in ("none.yaml", ".", "latin.yaml"):
+        assert f"cannot read the recipe {path}" in refused(f"plan --recipe {path}")
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("seed", "KEY=VALUE"),
+        ("'seed=[1'", "not YAML"),
+        ("sed=1", "did you mean 'seed'?"),
+        ("seed=1.5", "seed=1.5"),
+        ("options.variance.limt=5", "did you mean 'limit'?"),
+        ("options.erk.densities=5", "densities"),
+        ("options.lamp.x=1", "lamp"),
+        ("seed.a=1", "seed"),
+    ],
+)
+def test_a_setting_that_does_not_fit_is_refused(setting, told):
+    assert told in refused(f"prune {MLP} --data {SAMPLES} --budget sparsity=0.5 --out RUN --set {setting}")
+    assert not Path("RUN").exists()

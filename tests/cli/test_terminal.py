@@ -1,0 +1,153 @@
+"""How the command behaves where people and scripts use it: pipes, paths, narrow terminals, Ctrl-C."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from allot import cli
+from cli.command import FACTORIES, MLP, SAMPLES, done, refused, run
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """What a terminal of 60 columns is sent."""
+
+    def at(**settings: object) -> io.StringIO:
+        sent = io.StringIO()
+        monkeypatch.setattr(cli, "people", Console(file=sent, force_terminal=True, width=60, **settings))
+        return sent
+
+    return at
+
+
+def started(words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "allot", *words.split()]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_terminal_sees_bars_with_time_left(terminal):
+    sent = terminal()
+    done(f"prune {MLP} --data {SAMPLES} --budget sparsity=0.5 --out RUN")
+    assert "allocate" in sent.getvalue() and "select" in sent.getvalue() and "repair-2-variance" in sent.getvalue()
+    assert "0:00:00" in sent.getvalue()
+    sent = terminal()
+    done(f"evaluate RUN --data {SAMPLES} --json")
+    assert "evaluate" in sent.getvalue()
+
+
+def test_a_log_sees_no_bars_and_no_colours():
+    for line in (f"prune {MLP} --data {SAMPLES} --budget sparsity=0.5 --out RUN", f"evaluate RUN --data {SAMPLES}"):
+        err = done(line).err
+        assert "\x1b" not in err and "\r" not in err and "━" not in err
+    assert "\x1b" not in run("plan zoo:none --budget sparsity=0.5").err
+
+
+def test_what_models_and_data_print_stays_out_of_the_answer():
+    line = "cli.factories:talkative --data cli.factories:talkative_data"
+    for words in (f"plan {line} --budget macs=50%", f"prune {line} --budget sparsity=0.5 --repair bias --out RUN"):
+        outcome = done(f"{words} --json")
+        assert outcome.json["total"] == 160 and "model made" in outcome.err and "forward" in outcome.err
+    assert done("evaluate RUN --data cli.factories:talkative_data --json").json["samples"] == 3
+
+
+def test_a_log_loses_no_figures():
+    environment = {key: value for key, value in os.environ.items() if key != "COLUMNS"}
+    command = [sys.executable, "-m", "allot", *["plan", "zoo:glyph-vit", "--budget", "sparsity=0.9"]]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert shown.stdout == "" and "…" not in shown.stderr and "stem.0.weight" in shown.stderr
+
+
+def test_errors_are_red_unless_colours_are_unwanted(terminal, monkeypatch):
+    sent = terminal()
+    run("plan zoo:none --budget sparsity=0.5")
+    assert "\x1b[31m" in sent.getvalue()
+    monkeypatch.setenv("NO_COLOR", "1")
+    sent = terminal()
+    run("plan zoo:none --budget sparsity=0.5")
+    assert "\x1b[31m" not in sent.getvalue() and "error: unknown zoo model" in sent.getvalue()
+
+
+def test_errors_and_paths_stay_on_one_line_in_a_narrow_terminal(terminal):
+    name = "a_long_name_" * 8 + "[red]"
+    sent = terminal(no_color=True)
+    run(f"plan zoo:{name} --budget sparsity=0.5")
+    assert sent.getvalue().count("\n") == 1 and name in sent.getvalue()
+    sent = terminal(no_color=True)
+    done(f"prune {MLP} --budget sparsity=0.5 --repair none --out {name}/{name}")
+    assert f"run directory: {name}/{name}\n" in sent.getvalue()
+    done(f"report {name}/{name} --json")
+
+
+def test_long_layer_names_are_whole_in_json_and_harmless_in_tables(terminal):
+    name = "a_layer_with_a_name_that_nobody_would_type_twice_" * 3
+    line = "plan cli.factories:long_names --budget sparsity=0.5"
+    assert done(f"{line} --json").json["layers"][0]["name"] == f"{name}.weight"
+    terminal()
+    done(line)
+
+
+@pytest.mark.parametrize("place", ["with space", "größe/файл", "a'b", "[bold]", "./deep/er/../er"])
+def test_paths_may_look_like_anything(place):
+    quoted = f'"{place}"'
+    Path(place).parent.mkdir(parents=True, exist_ok=True)
+    made = done(f"prune {MLP} --data {SAMPLES} --budget sparsity=0.5 --out {quoted} --json").json
+    assert made["run"] == str(Path(place))
+    for line in (f"verify {quoted}", f"report {quoted}", f"evaluate {quoted} --data {SAMPLES}"):
+        done(line)
+    assert [run["run"] for run in done(f"report {quoted} {quoted} --json").json["runs"]] == [str(Path(place))] * 2
+    shutil.copy(Path(place) / "model.safetensors", "my weights.safetensors")
+    done(f"plan {MLP} --weights 'my weights.safetensors' --budget sparsity=0.5")
+    done(f"plan {MLP} --allocate {quoted} --budget sparsity=0.5")
+
+
+def test_a_factory_in_a_file_and_a_run_are_found_from_any_directory(tmp_path, monkeypatch):
+    (tmp_path / "my nets").mkdir()
+    (tmp_path / "my nets" / "sizes.py").write_text("WIDTH = 6\n")
+    factory = "from torch import nn\nfrom sizes import WIDTH\n\ndef net():\n    return nn.Linear(WIDTH, 4)\n"
+    (tmp_path / "my nets" / "net.py").write_text(factory)
+    spec = f"{tmp_path}/my nets/net.py:net"
+    done(f"prune '{spec}' --data {SAMPLES} --budget sparsity=0.5 --out {tmp_path}/RUN")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert done(f"evaluate ../RUN --data {SAMPLES} --json").json["samples"] == 40
+    assert os.listdir() == []
+
+
+def test_ctrl_c_before_anything_is_written_ends_with_130():
+    assert refused("plan cli.factories:interrupted --budget sparsity=0.5", 130) == "error: interrupted.\n"
+    assert refused(f"evaluate {MLP} --data cli.factories:interrupted", 130) == "error: interrupted.\n"
+
+
+def test_ctrl_c_while_the_model_is_made_ends_with_130_and_leaves_nothing():
+    process = started(f"prune {FACTORIES}:never_made --budget sparsity=0.5 --repair none --out RUN")
+    assert process.stderr.readline() == "waiting\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, "error: interrupted.\n")
+    assert not Path("RUN").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_says_how_to_go_on_and_ends_like_one_that_was_not_stopped(number):
+    words = f"prune {FACTORIES}:slow --data {FACTORIES}:samples --budget sparsity=0.5 --batch-size 8 --repair bias"
+    process = started(f"{words} --out A --json")
+    steps = Path("A/steps.jsonl")
+    while process.poll() is None and not (steps.exists() and "repair" in steps.read_text()):
+        time.sleep(0.02)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and out == ""
+    assert err.startswith("error: stopped in stage repair-1-bias after step ") and "the same command goes on" in err
+    for place in ("A", "B"):
+        done(f"{words} --out {place} --json")
+    assert Path("A/model.safetensors").read_bytes() == Path("B/model.safetensors").read_bytes()

@@ -1,0 +1,196 @@
+"""What every verb prints and returns when all is well."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+import torch
+
+from allot import METHODS, RECIPES, load
+from cli.command import FACTORIES, MLP, NET, SAMPLES, done, refused, run
+
+REPORT = {
+    "allot", "model", "method", "pattern", "seed", "budget", "kept", "total", "sparsity", "macs", "bytes", "layers",
+    "skipped", "scores", "seconds", "images",
+}  # fmt: skip
+
+
+@pytest.fixture
+def pruned():
+    done(f"prune {MLP} --data {SAMPLES} --test {SAMPLES} --budget sparsity=0.5 --out RUN")
+    return "RUN"
+
+
+def test_prune_prints_the_report_and_the_run_as_one_json_object():
+    outcome = done(f"prune {MLP} --data {SAMPLES} --test {SAMPLES} --budget sparsity=0.5 --out RUN --json")
+    said = outcome.json
+    assert outcome.err == ""
+    assert said.pop("run") == "RUN"
+    with open("RUN/report.json") as file:
+        assert said == json.load(file)
+    assert said.keys() >= REPORT
+    assert said["model"] == MLP and said["method"] == "erk" and said["pattern"] == "unstructured" and said["seed"] == 0
+    assert (said["kept"], said["total"], said["sparsity"]) == (80, 160, 0.5)
+    assert [set(row) for row in said["budget"]] == [{"kind", "asked", "limit", "achieved", "met"}]
+    assert said["macs"] == {"dense": 160, "sparse": 80}
+    assert said["bytes"].keys() == {"dense", "file"}
+    assert [set(row) for row in said["layers"]] == [{"name", "shape", "kept", "total", "density", "macs"}] * 2
+    assert said["skipped"] == {"0.bias": "bias", "2.bias": "bias"}
+    assert {"metric", "dense", "sparse"} <= said["scores"].keys() and said["scores"]["metric"] == "top1"
+    assert said["images"].keys() == {"forward", "backward"}
+    assert all(isinstance(seconds, float) for seconds in said["seconds"].values())
+
+
+def test_prune_without_labelled_data_has_no_scores():
+    assert done(f"prune {MLP} --data {SAMPLES} --budget sparsity=0.5 --out RUN --json").json["scores"] is None
+
+
+def test_prune_shows_people_tables_on_standard_error_and_nothing_on_standard_output():
+    outcome = done(f"prune {MLP} --data {SAMPLES} --budget sparsity=0.5 --out RUN")
+    assert outcome.out == ""
+    assert "sparsity=0.5" in outcome.err and "certificate" in outcome.err and "run directory: RUN" in outcome.err
+
+
+def test_a_finished_run_is_shown_again_and_not_made_again(pruned):
+    again = done(f"prune {MLP} --data {SAMPLES} --test {SAMPLES} --budget sparsity=0.5 --out RUN --json").json
+    assert again.pop("run") == "RUN"
+    with open("RUN/report.json") as file:
+        assert again == json.load(file)
+
+
+def test_plan_needs_no_data_and_says_what_prune_would_keep():
+    said = done(f"plan {NET} --budget sparsity=0.9 --json").json
+    keys = {"model", "method", "pattern", "budget", "kept", "total", "layers", "skipped"}
+    assert said.keys() == keys and said["budget"][0]["met"] is True
+    done(f"prune {NET} --budget sparsity=0.9 --repair none --out RUN")
+    assert said["layers"] == done("report RUN --json").json["layers"]
+    shown = done(f"plan {NET} --budget sparsity=0.9")
+    assert shown.out == "" and "classify.weight" in shown.err
+
+
+def test_plan_counts_macs_on_data_where_the_model_says_nothing_about_its_inputs():
+    said = done(f"plan {MLP} --data {SAMPLES} --budget macs=50% --json").json
+    assert said["budget"][0]["achieved"] == 80
+    assert done(f"plan {MLP} --input 6 --budget macs=50% --json").json["layers"] == said["layers"]
+
+
+def test_evaluate_prints_metric_score_and_samples(pruned):
+    for target in (MLP, pruned):
+        said = done(f"evaluate {target} --data {SAMPLES} --json").json
+        assert said.keys() == {"metric", "score", "samples"}
+        assert said["metric"] == "top1" and said["samples"] == 40 and 0 <= said["score"] <= 1
+    shown = done(f"evaluate {MLP} --data {SAMPLES}")
+    assert shown.out == "" and "on 40 samples" in shown.err
+
+
+def test_evaluate_of_a_run_is_the_score_in_its_report(pruned):
+    assert done("evaluate RUN --json").json["score"] == done("report RUN --json").json["scores"]["sparse"]
+
+
+def test_evaluate_of_a_zoo_run_needs_no_data_option():
+    made = done(f"prune {NET} --data {NET} --samples 64 --repair bn --budget sparsity=0.5 --out RUN --json").json
+    said = done("evaluate RUN --json").json
+    assert said == {"metric": "top1", "score": made["scores"]["sparse"], "samples": made["scores"]["samples"]}
+    assert done(f"evaluate {NET} --data {NET} --split validation --json").json["score"] > 0.9
+
+
+def test_evaluate_takes_no_other_weights_for_a_run(pruned):
+    assert "leave --weights out" in refused(f"evaluate RUN --data {SAMPLES} --weights x.safetensors")
+
+
+@pytest.mark.parametrize("factory", ["generator", "loader"])
+def test_data_factories_may_return_a_generator_or_a_loader(factory):
+    done(f"prune {MLP} --data cli.factories:{factory} --budget sparsity=0.5 --out RUN")
+    expected = done(f"evaluate RUN --data {SAMPLES} --json").json
+    assert done(f"evaluate RUN --data cli.factories:{factory} --json").json == expected
+
+
+def test_verify_prints_whether_it_passed_and_every_row(pruned):
+    said = done("verify RUN --json").json
+    assert said.keys() == {"passed", "rows"} and said["passed"] is True and said["rows"]
+    assert all(row.keys() == {"file", "check", "promised", "found", "passed"} for row in said["rows"])
+    for file in ("model.safetensors", "model.bitmask.safetensors"):
+        assert done(f"verify RUN/{file} --json").json["passed"] is True
+    assert "pass" in done("verify RUN").err
+
+
+def test_verify_ends_with_4_when_a_file_was_changed(pruned, tmp_path):
+    path = tmp_path / "RUN" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    outcome = run("verify RUN --json")
+    assert outcome.code == 4 and outcome.json["passed"] is False
+    assert outcome.err.startswith("error: RUN/model.safetensors: sha256: promised") and outcome.err.count("\n") == 1
+    path.write_bytes(content[:50])
+    assert run("verify RUN").code == 4
+
+
+def test_report_shows_one_run_or_several_side_by_side(pruned):
+    one = done("report RUN --json").json
+    assert one.keys() >= REPORT | {"run"}
+    several = done("report RUN RUN --json").json
+    assert several == {"runs": [one, one]}
+    assert done("report RUN RUN").err.count("RUN") == 2
+
+
+def test_methods_lists_every_method_and_tells_about_one():
+    said = done("methods --json").json
+    assert said["methods"].keys() == METHODS.keys() and said["recipes"].keys() == RECIPES.keys()
+    assert all(name in done("methods").err for name in METHODS)
+    one = done("methods variance --json").json
+    assert one["role"] == "repair" and one["options"]["limit"] == 10.0
+    assert "--set options.variance.limit=10.0" in done("methods variance").err
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_a_method_says_about_itself_keeps_its_lines(name):
+    assert done(f"methods {name} --json").json["text"] in done(f"methods {name}").err
+
+
+@pytest.mark.parametrize("verb", ["prune", "plan", "evaluate", "verify", "report", "methods"])
+def test_every_verb_explains_all_its_options(verb):
+    text = done(f"{verb} --help").out
+    assert text.startswith(f"Usage: allot {verb}") and "--json" in text
+    entries = [line for line in text.splitlines() if line.startswith("  --")]
+    assert entries and all(line.count("  ") >= 2 for line in entries)
+
+
+def test_help_names_the_defaults():
+    text = " ".join(done("prune --help").out.split())
+    for default in ("[erk]", "[unstructured]", "[magnitude]", "[512]", "[64]", "[0]", "[1]"):
+        assert default in text
+
+
+def test_allot_alone_shows_the_verbs():
+    outcome = run("")
+    assert outcome.code == 2 and outcome.out == "" and "prune" in outcome.err and "Usage: allot" in outcome.err
+    assert "prune" in done("--help").out
+
+
+def test_version_is_one_line():
+    assert done("--version").out == f"allot {metadata.version('allot')}\n"
+
+
+def test_options_may_come_in_any_order():
+    first = done(f"plan {NET} --budget sparsity=0.9 --method lamp --json").out
+    assert done(f"plan --json --method lamp --budget sparsity=0.9 {NET}").out == first
+    assert done(f"plan --method=lamp --json {NET} --budget=sparsity=0.9").out == first
+
+
+def test_the_module_is_the_command_and_a_reader_that_leaves_early_is_no_error(tmp_path):
+    line = f"{sys.executable} -m allot plan {FACTORIES}:mlp --budget sparsity=0.5 --json"
+    piped = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {line} | head -c 1"], capture_output=True, text=True, check=False
+    )
+    assert piped.stdout == "{" and piped.stderr == ""
+
+
+def test_what_a_run_holds_is_a_plain_state_dict(pruned):
+    state = load(pruned)
+    assert state.keys() == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    assert sum(int(torch.count_nonzero(state[name])) for name in ("0.weight", "2.weight")) == 80

@@ -1,0 +1,196 @@
+"""Small models of every kind, and the one way in which a method of `METHODS` is run here, whatever its role."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from allot.budget import Budget
+from allot.calibration import Calibration
+from allot.methods import METHODS
+from allot.patterns import Unstructured
+from allot.prune import pose
+from allot.run import Candidate, Problem, Selection, drive
+from allot.store import Log
+
+
+def convolutions(*, norm: bool = True, reverse: bool = False) -> nn.Module:
+    """3x3, depthwise, grouped, 1x1 and linear; `reverse` registers the same layers in the opposite order."""
+    return _filled(Convolutions(norm=norm, reverse=reverse))
+
+
+def chain() -> nn.Module:
+    """Linear layers alone."""
+    return _filled(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)))
+
+
+def attention() -> nn.Module:
+    """Attention with a residual, and a layer norm."""
+    return _filled(Attention())
+
+
+def tied() -> nn.Module:
+    """Two linear layers with one weight, and a third."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.Linear(6, 3))
+    model[2].weight = model[0].weight
+    return _filled(model)
+
+
+def single() -> nn.Module:
+    """A layer with one weight among others."""
+    return _filled(nn.Sequential(nn.Linear(6, 1), nn.Linear(1, 1), nn.Linear(1, 7)))
+
+
+class Convolutions(nn.Module):
+    def __init__(self, *, norm: bool, reverse: bool) -> None:
+        super().__init__()
+
+        def normed(channels: int) -> nn.Module:
+            return nn.BatchNorm2d(channels) if norm else nn.Identity()
+
+        parts: dict[str, Callable[[], nn.Module]] = {
+            "full": lambda: nn.Conv2d(3, 8, 3, padding=1, bias=not norm),
+            "norm1": lambda: normed(8),
+            "depthwise": lambda: nn.Conv2d(8, 8, 3, groups=8, bias=False),
+            "norm2": lambda: normed(8),
+            "grouped": lambda: nn.Conv2d(8, 6, 3, groups=2),
+            "pointwise": lambda: nn.Conv2d(6, 9, 1),
+            "norm3": lambda: normed(9),
+            "out": lambda: nn.Linear(9, 5),
+        }
+        for name in reversed(parts) if reverse else parts:
+            self.add_module(name, parts[name]())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm1(self.full(x)))
+        x = torch.relu(self.norm2(self.depthwise(x)))
+        x = torch.relu(self.norm3(self.pointwise(torch.relu(self.grouped(x)))))
+        return self.out(x.mean((2, 3)))
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.norm = nn.LayerNorm(8)
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        return self.out(x.mean(1))
+
+
+def _filled(model: nn.Module) -> nn.Module:
+    """`model` in eval mode with values that depend on names and shapes alone."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point():
+                generator = torch.Generator().manual_seed(sum(map(ord, name)))
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.4)
+                if name.endswith("running_var") or ("norm" in name and name.endswith("weight")):
+                    tensor.abs_().add_(0.5)
+    return model.eval()
+
+
+def _changed(change: Callable[[Tensor], Any], make: Callable[[], nn.Module] = convolutions) -> Callable[[], nn.Module]:
+    def changed() -> nn.Module:
+        model = make()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    change(parameter)
+        return model
+
+    return changed
+
+
+def _outlier(weight: Tensor) -> None:
+    weight.view(-1)[0] = 1e6
+
+
+def _dead_rows(weight: Tensor) -> None:
+    weight[: len(weight) // 2] = 0
+
+
+@dataclass(frozen=True)
+class Case:
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+
+    def inputs(self, samples: int = 20) -> Tensor:
+        return torch.randn(samples, *self.shape, generator=torch.Generator().manual_seed(7))
+
+
+PICTURE = (3, 7, 7)
+CASES = {
+    "with batch norm": Case(convolutions, PICTURE),
+    "without batch norm": Case(lambda: convolutions(norm=False), PICTURE),
+    "linear chain": Case(chain, (6,)),
+    "attention": Case(attention, (5, 8)),
+    "tied weights": Case(tied, (6,)),
+    "a layer with one weight": Case(single, (6,)),
+    "zero weights": Case(_changed(torch.zero_), PICTURE),
+    "zero weights without batch norm": Case(_changed(torch.zero_, lambda: convolutions(norm=False)), PICTURE),
+    "equal weights": Case(_changed(lambda weight: weight.fill_(0.5)), PICTURE),
+    "weights above 1": Case(_changed(lambda weight: weight.mul_(30)), PICTURE),
+    "tiny weights": Case(_changed(lambda weight: weight.mul_(1e-12), chain), (6,)),
+    "one huge outlier": Case(_changed(_outlier), PICTURE),
+    "dead channels": Case(_changed(_dead_rows, lambda: convolutions(norm=False)), PICTURE),
+}
+
+
+def problem_of(
+    case: str = "with batch norm", budget: str = "sparsity=0.7", *, batch_size: int = 8, model: nn.Module | None = None
+) -> Problem:
+    inputs = CASES[case].inputs()
+    calibration = Calibration.of(inputs, batch_size=batch_size)
+    made = CASES[case].make() if model is None else model
+    return pose(made, Budget.parse(budget), Unstructured(), calibration=calibration)
+
+
+def before(name: str, problem: Problem) -> Candidate:
+    """What a method of this name gets: nothing for an allocator, selected weights for a repair."""
+    candidate = Candidate.dense(problem)
+    if METHODS[name].role == "allocate":
+        return candidate
+    return drive(Selection(), problem, drive(METHODS["uniform"], problem, candidate))
+
+
+def run(name: str, problem: Problem, *, log: Log | None = None) -> Candidate:
+    """The candidate after the method, weights selected."""
+    candidate = drive(METHODS[name], problem, before(name, problem), log=log)
+    return candidate if candidate.masks else drive(Selection(), problem, candidate)
+
+
+def without_data(problem: Problem) -> Problem:
+    return replace(problem, calibration=None)
+
+
+def parts(name: str) -> dict[str, Any]:
+    """Arguments of `prune` for a chain around this method."""
+    if METHODS[name].role == "allocate":
+        return {"allocate": name, "repair": "none"}
+    return {"allocate": "uniform", "repair": name}
+
+
+def same(left: Candidate, right: Candidate) -> bool:
+    """Bit for bit."""
+    return (
+        dict(left.allocation) == dict(right.allocation)
+        and _equal(left.masks, right.masks)
+        and _equal(left.tensors, right.tensors)
+    )
+
+
+def _equal(left: Any, right: Any) -> bool:
+    return left.keys() == right.keys() and all(bits(left[name]) == bits(right[name]) for name in left)
+
+
+def bits(tensor: Tensor) -> bytes:
+    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,272 @@
+"""What every method owes, whatever it is: runs over each entry of `METHODS` by itself."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import math
+from dataclasses import FrozenInstanceError, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import allot
+from allot.allocation import Allocation
+from allot.errors import Stopped
+from allot.parts import assemble
+from allot.prune import prune
+from allot.result import Result
+from allot.run import Candidate, drive
+from allot.store import Log, State
+from contract.cases import CASES, METHODS, before, bits, convolutions, parts, problem_of, run, same, without_data
+
+each_method = pytest.mark.parametrize("name", METHODS)
+each_case = pytest.mark.parametrize("case", CASES)
+
+
+@each_method
+def test_a_method_is_a_frozen_value_with_a_role(name: str):
+    method = METHODS[name]
+    assert is_dataclass(method) and method.role in ("allocate", "repair") and isinstance(method.needs_data, bool)
+    for option in fields(method):
+        with pytest.raises(FrozenInstanceError):
+            setattr(method, option.name, None)
+
+
+# the budget
+
+
+@each_method
+@pytest.mark.parametrize("sparsity", [0.013, 0.5, 0.8, 0.95, 0.98])
+def test_sparsity_is_met_to_the_last_weight(name: str, sparsity: float):
+    problem = problem_of("without batch norm", f"sparsity={sparsity}")
+    candidate = run(name, problem)
+    total = sum(layer.total for layer in problem.scope)
+    wanted = round((1 - sparsity) * total)
+    assert sum(candidate.allocation.kept.values()) == wanted
+    assert sum(int(mask.sum()) for mask in candidate.masks.values()) == wanted
+    effective = candidate.effective(problem)
+    assert sum(int(effective[layer.name].count_nonzero()) for layer in problem.scope) <= wanted
+
+
+@each_method
+@pytest.mark.parametrize(
+    ("case", "budget"),
+    [
+        ("with batch norm", "macs=40%"),
+        ("with batch norm", "bytes=60%"),
+        ("with batch norm", "macs=50%,params=35%,bytes=70%"),
+        ("attention", "params=30%"),
+        ("attention", "macs=33%"),
+        ("tied weights", "params=31"),
+        ("tied weights", "macs=40%,sparsity=0.5"),
+    ],
+)
+def test_other_budgets_are_met_and_not_one_more_weight_fits(name: str, case: str, budget: str):
+    bound = (problem := problem_of(case, budget)).budget
+    candidate = run(name, problem)
+    kept = candidate.allocation.kept
+    assert kept == {layer: int(mask.sum()) for layer, mask in candidate.masks.items()}
+    assert bound.fits(kept) and all(row["met"] for row in bound.rows(kept))
+    for term in bound.terms:
+        assert kept[term.name] == term.upper or not bound.fits(kept | {term.name: kept[term.name] + 1})
+
+
+@each_method
+@each_case
+def test_hostile_models_give_whole_results(name: str, case: str):
+    problem = problem_of(case)
+    candidate = run(name, problem)
+    assert all(0 <= density <= 1 for density in candidate.allocation.values())
+    assert all(kept >= 1 for kept in candidate.allocation.kept.values())  # the floor
+    assert sum(candidate.allocation.kept.values()) == round(0.3 * problem.budget.total)
+    assert all(bool(torch.isfinite(value).all()) for value in candidate.tensors.values())
+    assert not candidate.tensors.keys() - problem.dense.keys()
+    result = Result(problem, candidate, Log(), assemble("erk").names, "erk", "case")
+    assert bool(torch.isfinite(result.model()(CASES[case].inputs())).all())
+
+
+@each_method
+def test_an_allocation_survives_json_and_replays_to_the_same_counts(name: str, tmp_path: Path):
+    problem = problem_of("without batch norm")
+    allocation = run(name, problem).allocation
+    allocation.save(tmp_path / "allocation.json")
+    assert Allocation.load(tmp_path / "allocation.json") == dict(allocation)
+    again = prune(problem.model, None, "sparsity=0.7", allocate=str(tmp_path / "allocation.json"), repair="none")
+    assert again.allocation.kept == allocation.kept
+
+
+# the user's model and the user's process
+
+
+@each_method
+@pytest.mark.parametrize("case", ["with batch norm", "attention", "tied weights"])
+def test_the_users_model_is_left_bit_for_bit_as_it_was(name: str, case: str):
+    model = CASES[case].make()
+    for i, (module, parameter) in enumerate(zip(model.modules(), model.parameters(), strict=False)):
+        module.training = bool(i % 2)
+        parameter.requires_grad_(bool(i % 3))
+        parameter.grad = torch.full_like(parameter, float(i))
+    model.register_forward_hook(lambda *_: None)
+    found = _everything(model)
+    random = torch.random.get_rng_state()
+    prune(model, CASES[case].inputs(), "sparsity=0.7", batch_size=8, **parts(name)).model()
+    assert _everything(model) == found
+    assert torch.equal(torch.random.get_rng_state(), random), "the global random stream was used"
+
+
+def _everything(model: nn.Module) -> dict[str, Any]:
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    found: dict[str, Any] = {"names": list(model.state_dict())}
+    for key, value in tensors.items():
+        grad = value.grad if value.requires_grad or value.is_leaf else None
+        found[key] = (id(value), value._version, bits(value), value.requires_grad, grad is not None and bits(grad))
+    for key, module in model.named_modules():
+        hooks = [len(held) for attribute, held in vars(module).items() if attribute.endswith("_hooks")]
+        found["module " + key] = (id(module), type(module), module.training, hooks)
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.needs_data])
+def test_a_method_that_needs_no_data_does_without(name: str):
+    problem = problem_of()
+    assert same(run(name, problem), run(name, without_data(problem)))
+
+
+# the same again
+
+
+@each_method
+@pytest.mark.parametrize("case", ["with batch norm", "attention"])
+def test_the_same_seed_gives_the_same_result(name: str, case: str):
+    torch.manual_seed(1)
+    first = run(name, problem_of(case))
+    torch.manual_seed(2)
+    assert same(first, run(name, problem_of(case)))
+
+
+@each_method
+@pytest.mark.parametrize("norm", [True, False], ids=["norm", "plain"])
+def test_the_order_of_layers_is_irrelevant(name: str, norm: bool):
+    one, other = convolutions(norm=norm), convolutions(norm=norm, reverse=True)
+    other.load_state_dict(one.state_dict())
+    assert list(one.state_dict()) != list(other.state_dict())
+    found = [run(name, problem_of(model=model)) for model in (one, other)]
+    assert same(*found)
+
+
+@each_method
+@pytest.mark.parametrize("case", ["with batch norm", "attention"])
+@pytest.mark.parametrize("stride", [1, 3])
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(name: str, case: str, stride: int, tmp_path: Path):
+    model, inputs = CASES[case].make(), CASES[case].inputs()
+    whole = prune(model, inputs, "sparsity=0.7", batch_size=8, save_to=tmp_path / "whole", **parts(name))
+    for start in range(200):
+        asked = iter([False] * stride)
+        try:
+            result = prune(
+                model,
+                inputs,
+                "sparsity=0.7",
+                batch_size=8,
+                save_to=tmp_path / "parts",
+                should_stop=lambda asked=asked: next(asked, True),
+                **parts(name),
+            )
+            break
+        except Stopped:
+            assert json.loads((tmp_path / "parts" / "run.json").read_text())["state"] == "stopped"
+            state = next((tmp_path / "parts").glob("state-*.pt"))
+            torch.load(state, weights_only=True)
+    assert start >= 1
+    assert same(result.candidate, whole.candidate)
+    assert (result.log.forward, result.log.backward) == (whole.log.forward, whole.log.backward)
+    for file in ("model.safetensors", "model.bitmask.safetensors", "allocation.json", "steps.jsonl"):
+        assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+    assert not list((tmp_path / "parts").glob("state-*"))
+
+
+@each_method
+def test_a_state_is_tensors_numbers_and_words_at_every_step(name: str):
+    problem = problem_of("attention")
+    candidate, method = before(name, problem), METHODS[name]
+    state = method.init(problem, candidate)
+    while True:
+        assert 0 <= state["step"] <= state["steps"]
+        state = _through_a_file(state)
+        if method.done(state):
+            break
+        method.step(problem, candidate, state)
+    assert same(method.finish(problem, candidate, state), drive(method, problem, candidate))
+
+
+def _through_a_file(state: State) -> State:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+
+
+@each_method
+def test_it_stops_within_a_step(name: str):
+    problem = problem_of()
+    candidate = before(name, problem)
+    available = METHODS[name].init(problem, candidate)["steps"]
+    for steps in range(min(3, available)):
+        taken: list[int] = []
+        with pytest.raises(Stopped, match=f"after step {steps} of {available}"):
+            drive(
+                METHODS[name],
+                problem,
+                candidate,
+                on_step=lambda progress, taken=taken: taken.append(progress.step),
+                should_stop=lambda steps=steps, taken=taken: len(taken) == steps,
+            )
+        assert taken == list(range(1, steps + 1))
+
+
+# what it tells
+
+
+@each_method
+@pytest.mark.parametrize("case", ["with batch norm", "attention"])
+def test_metrics_are_finite_and_count_every_sample_pushed_through_the_model(name: str, case: str):
+    problem = problem_of(case)
+    candidate = before(name, problem)
+    pushed = {"forward": 0, "backward": 0}
+
+    def went(module: nn.Module, args: Any) -> None:
+        pushed["forward"] += len(args[0])
+
+    def came_back(module: nn.Module, grad_output: Any) -> None:
+        pushed["backward"] += len(grad_output[0])
+
+    problem.model.register_forward_pre_hook(went)
+    problem.model.register_full_backward_pre_hook(came_back)
+    told: list[dict[str, Any]] = []
+    log = Log()
+    drive(METHODS[name], problem, candidate, log=log, on_step=lambda progress: told.append(progress.metrics))
+    assert all(type(value) in (int, float) and math.isfinite(value) for metrics in told for value in metrics.values())
+    assert {key: sum(metrics[key] for metrics in told) for key in pushed} == pushed
+    assert (log.forward, log.backward) == (pushed["forward"], pushed["backward"])
+
+
+@each_method
+def test_a_method_leaves_its_candidate_as_it_was(name: str):
+    problem = problem_of()
+    candidate = before(name, problem)
+    kept = copy.deepcopy(Candidate(candidate.allocation, candidate.masks, candidate.tensors))
+    effective = {key: bits(value) for key, value in candidate.effective(problem).items()}
+    drive(METHODS[name], problem, candidate)
+    assert same(candidate, kept)
+    assert {key: bits(value) for key, value in candidate.effective(problem).items()} == effective
+
+
+def test_every_recipe_is_made_of_known_parts_and_runs():
+    for name in allot.RECIPES:
+        result = prune(convolutions(), CASES["with batch norm"].inputs(), "sparsity=0.7", method=name, batch_size=8)
+        assert result.report()["method"] == name
+        assert result.report()["kept"] == round(0.3 * result.report()["total"])

@@ -1,0 +1,80 @@
+"""Real processes: killed, interrupted, out of disk; then the same command again."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = ("model.safetensors", "model.bitmask.safetensors", "allocation.json", "certificate.json", "steps.jsonl")
+
+
+def start(run: Path, prepare: Callable[[], None] | None = None) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "allot", "prune", "zoo:digits-resnet20", "--data", "zoo:digits-resnet20"]
+    command += ["--budget", "sparsity=0.9", "--samples", "96", "--batch-size", "4", "--out", str(run), "--json"]
+    return subprocess.Popen(
+        command,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=prepare,
+    )
+
+
+def finish(run: Path) -> dict[str, bytes]:
+    process = start(run)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    report = json.loads(out)
+    assert report["kept"] == round(0.1 * report["total"])
+    return {name: (run / name).read_bytes() for name in FILES}
+
+
+def wait_for(process: subprocess.Popen[str], run: Path) -> None:
+    """Until this process writes steps."""
+    started = time.time()
+    while process.poll() is None:
+        if (run / "steps.jsonl").exists() and (run / "steps.jsonl").stat().st_mtime > started + 0.2:
+            return
+        time.sleep(0.01)
+    raise AssertionError(process.communicate()[1])
+
+
+def test_a_run_that_is_killed_and_then_interrupted_ends_as_an_uninterrupted_one(tmp_path: Path):
+    seed = random.randrange(10**6)
+    run = tmp_path / "run"
+
+    process = start(run)
+    wait_for(process, run)
+    time.sleep(random.Random(seed).uniform(0, 0.4))
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+    process = start(run)
+    wait_for(process, run)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 130, err
+    assert "same command goes on" in err and "Traceback" not in err
+    assert json.loads((run / "run.json").read_text())["state"] == "stopped"
+
+    assert finish(run) == finish(tmp_path / "whole"), f"differs when killed by seed {seed}"
+
+
+def test_a_process_that_may_not_write_large_files_says_so_in_one_line(tmp_path: Path):
+    process = start(tmp_path / "run", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)))
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert err.startswith("error: ") and err.count("\n") == 1 and "cannot write" in err and "too large" in err
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"run.json", "steps.jsonl"} <= left and not [name for name in left if "tmp" in name or "model" in name]
