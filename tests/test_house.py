@@ -18,7 +18,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "allot"
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-DOCUMENTS = [Path("README.md"), *sorted(file.relative_to(ROOT) for file in ROOT.glob("docs/**/*.md"))]
+DOCUMENTS = [
+    file.relative_to(ROOT)
+    for file in (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))
+    if re.search(r"^ *```(python|bash|console)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+]
 
 # Written so that it does not match itself.
 REGISTRY_HOST = re.compile(
@@ -65,11 +69,8 @@ def test_no_source_file_is_longer_than_400_lines():
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=str)
 def test_the_code_of_a_document_runs(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    if not (ROOT / document).exists():
-        pytest.skip(f"{document} does not exist yet")
     monkeypatch.chdir(tmp_path)
-    if not run_document(ROOT / document):
-        pytest.skip(f"{document} holds no code that is meant to be run")
+    assert run_document(ROOT / document) > 0
 
 
 def test_a_document_runs_in_order_and_shares_its_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from allot.calibration import LABEL_KEYS, inputs_of, moved
-from allot.errors import UsageError
+from allot.errors import AllotError, UsageError
 from allot.masks import call
 
 
@@ -44,7 +44,7 @@ def evaluate(
         tensors: used in place of the model's own, by name.
         on_batch: called with samples done and samples in all (None where unknown).
     Raises:
-        UsageError: no labels, no samples, or an output that is no matrix of logits.
+        UsageError: no labels, no samples, inputs that the model does not take, or an output that is no logits.
     """
     reference = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     counted: Any = data.dataset if isinstance(data, DataLoader) else data
@@ -52,7 +52,7 @@ def evaluate(
     right = samples = 0
     with torch.no_grad():
         for inputs, labels in _batches(data, batch_size):
-            output = call(model, tensors or {}, moved(inputs, reference.device, reference.dtype))
+            output = attempt(model, moved(inputs, reference.device, reference.dtype), tensors or {})
             logits = getattr(output, "logits", output)
             if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(labels):
                 raise UsageError(
@@ -66,6 +66,30 @@ def evaluate(
     if not samples:
         raise UsageError("the data to score on is empty.")
     return Score("top1", right / samples, samples)
+
+
+def attempt(model: nn.Module, inputs: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """What `call` gives, without gradients.
+
+    Raises:
+        UsageError: the model does not take these inputs.
+    """
+    try:
+        with torch.no_grad():
+            return call(model, tensors, inputs)
+    except AllotError:
+        raise
+    except Exception as error:
+        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(f"the model does not run on inputs of shape {_shape(inputs)}: {message}") from error
+
+
+def _shape(inputs: Any) -> Any:
+    if isinstance(inputs, Tensor):
+        return list(inputs.shape)
+    if isinstance(inputs, Mapping):
+        return {key: _shape(value) for key, value in inputs.items()}
+    return tuple(_shape(value) for value in inputs) if isinstance(inputs, tuple) else type(inputs).__name__
 
 
 def _batches(data: Any, batch_size: int) -> Iterator[tuple[Any, Tensor]]:

@@ -47,7 +47,7 @@ def call(
     _refuse_two_values(tensors, {name: id(own[name]) for name in tensors})
     args, kwargs = as_arguments(inputs)
     with modes(model, training or (lambda module: False)):
-        return torch.func.functional_call(model, dict(tensors), args, kwargs)
+        return torch.func.functional_call(model, _placed(model, tensors, own), args, kwargs, tie_weights=False)
 
 
 def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -122,6 +122,22 @@ def fold(model: nn.Module) -> nn.Module:
                 if all(isinstance(part, Mask) for part in chain):
                     parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
     return model
+
+
+def _placed(model: nn.Module, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A value for every place that holds a tensor named in `tensors`, and a copy of every other buffer.
+
+    Each module goes by one of its names: functional_call does not restore what it replaced under two.
+    """
+    values = {id(own[name]): tensor for name, tensor in tensors.items()}
+    placed: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules():
+        for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and not isinstance(tensor, nn.Parameter) and id(tensor) not in values:
+                values[id(tensor)] = tensor.clone()  # the forward pass may write to it
+            if id(tensor) in values:
+                placed[f"{prefix}.{attribute}" if prefix else attribute] = values[id(tensor)]
+    return placed
 
 
 def _refuse_two_values(given: Mapping[str, Tensor], tensor_of: Mapping[str, int]) -> None:

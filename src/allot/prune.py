@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import nn
 
 from allot import patterns
 from allot.allocation import Allocation
@@ -22,18 +22,17 @@ from allot.calibration import Calibration
 from allot.costs import Term
 from allot.errors import AllotError, BudgetError, Stopped, UsageError, VerificationError
 from allot.evaluate import Score as Accuracy
-from allot.evaluate import evaluate
+from allot.evaluate import attempt, evaluate
 from allot.fingerprint import fingerprint
 from allot.layers import Rules, Scope
 from allot.macs import measured
-from allot.masks import call
 from allot.parts import Parts, assemble, settings
 from allot.patterns import Pattern
 from allot.realise import certificate, files
 from allot.result import Result
 from allot.run import Candidate, Method, Problem, Progress, Selection, drive
 from allot.scores import SCORES, Score
-from allot.store import Log, Store, write
+from allot.store import Log, Store, read_run, write
 
 
 def prune(
@@ -106,13 +105,20 @@ def prune(
     for part in (parts.allocate, *parts.repair):
         if part.needs_data:
             problem.inputs()
+    if inputs is None:  # a score that needs inputs says so before anything is written
+        whole = Candidate.dense(problem)
+        Selection().step(problem, whole, Selection().init(problem, whole))
+    if isinstance(test, Iterable) and not hasattr(test, "__len__") and not hasattr(test, "dataset"):
+        test = list(test)  # it is read twice
+    done = save_to and (Path(save_to) / "run.json").exists() and read_run(save_to)["state"] == "done"
+    dense = evaluate(model, test) if test is not None and not done else None  # unusable test data costs no run
     asked = {"configuration": _configuration(budget, parts, rules, seed, inputs), "fingerprint": fingerprint(problem)}
     known = {key: value for key, value in asked["configuration"].items() if key != "hyperparameters"}
     recipe = {**known, "options": dict(options or {}), **(recipe or {})}
     device = next(iter(problem.dense.values())).device
     store = Store(save_to, asked, {**_versions(), "recipe": recipe}, device) if save_to else None
     try:
-        return _chain(problem, parts, store, label or type(model).__name__, test, on_step, should_stop)
+        return _chain(problem, parts, store, label or type(model).__name__, test, dense, on_step, should_stop)
     finally:
         if store:
             store.close()
@@ -148,7 +154,7 @@ def pose(
             raise UsageError(f"{name} holds nan: the model cannot be pruned as it is.")
     example = calibration.example() if example is None and calibration else example
     if example is not None:
-        scope = measured(scope, model, lambda: _try(model, example))
+        scope = measured(scope, model, lambda: attempt(model, example, {}))
     state, _ = files.plain_state(model)
     layout = files.layout(state, files.about(model, scope, budget))
     terms = []
@@ -192,7 +198,7 @@ def _calibration(model: nn.Module, data: Any, *, samples: int, batch_size: int, 
             device=reference.device,
             dtype=reference.dtype,
         )
-        _try(model, found.example())
+        attempt(model, found.example(), {})
         return found
 
     try:
@@ -206,28 +212,13 @@ def _calibration(model: nn.Module, data: Any, *, samples: int, batch_size: int, 
             raise error from None  # what is wrong with the data as samples
 
 
-def _try(model: nn.Module, example: Any) -> None:
-    """Run one batch.
-
-    Raises:
-        UsageError: the model does not take it.
-    """
-    try:
-        with torch.no_grad():
-            call(model, {}, example)
-    except AllotError:
-        raise
-    except Exception as error:
-        message = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"the model does not run on inputs of shape {_shape(example)}: {message}") from error
-
-
 def _chain(
     problem: Problem,
     parts: Parts,
     store: Store | None,
     label: str,
     test: Any,
+    dense: Accuracy | None,
     on_step: Callable[[Progress], None] | None,
     should_stop: Callable[[], bool] | None,
 ) -> Result:
@@ -242,7 +233,6 @@ def _chain(
     names = [name for name, _ in stages]
     first = names.index(store.saved.stage) if store and store.saved else 0
     candidate = Candidate.dense(problem)
-    dense = evaluate(problem.model, test) if test is not None else None  # first: unusable test data costs no run
     for name, part in stages[first:]:
         try:
             candidate = drive(
@@ -325,11 +315,3 @@ def _versions() -> dict[str, Any]:
             "python": platform.python_version(),
         }
     }
-
-
-def _shape(example: Any) -> Any:
-    if isinstance(example, Tensor):
-        return list(example.shape)
-    if isinstance(example, Mapping):
-        return {key: _shape(value) for key, value in example.items()}
-    return tuple(_shape(value) for value in example) if isinstance(example, tuple) else type(example).__name__

@@ -305,12 +305,10 @@ def test_a_file_from_elsewhere_cannot_be_verified():
 # What only the files below the command line can mend
 
 
-@pytest.mark.xfail(strict=False, reason="evaluate() lets the error of the model through")
 def test_inputs_of_the_wrong_shape_cannot_be_scored_on():
     assert "[10, 7]" in refused(f"evaluate {MLP} --data cli.factories:wide")
 
 
-@pytest.mark.xfail(strict=False, reason="the run directory is made before the test data and the score are looked at")
 @pytest.mark.parametrize("words", [f"--data {SAMPLES} --test cli.factories:unlabelled", "--score wanda --repair none"])
 def test_what_cannot_be_scored_leaves_nothing_behind(words):
     refused(f"prune {MLP} --budget sparsity=0.5 --out LEFT {words}")

@@ -136,9 +136,9 @@ SKIPPED = {
     "lstm": (lambda: nn.LSTM(4, 4), "weight_ih_l0", "recurrent weight of LSTM"),
     "bias of an lstm": (lambda: nn.LSTM(4, 4), "bias_ih_l0", "^bias$"),
     "gru cell": (lambda: nn.GRUCell(4, 4), "weight_hh", "recurrent weight of GRUCell"),
-    "bilinear": (lambda: nn.Bilinear(4, 4, 4), "weight", "parameter of Bilinear"),
-    "raw weight": (Raw, "weight", "parameter of Raw"),
-    "raw token": (Raw, "class_token", "parameter of Raw"),
+    "bilinear": (lambda: nn.Bilinear(4, 4, 4), "weight", "of Bilinear: not the weight of a layer"),
+    "raw weight": (Raw, "weight", "of Raw: not the weight of a layer"),
+    "raw token": (Raw, "class_token", "of Raw: not the weight of a layer"),
     "int8": (integers, "weight", "int8 values"),
     "float8": (
         lambda: nn.Linear(4, 4).to(torch.float8_e4m3fn),
@@ -157,7 +157,7 @@ SKIPPED = {
         "remove the parametrization",
     ),
     "old weight norm": (old_weight_norm, "weight_v", "remove the parametrization"),
-    "linear that is no matrix": (Stacked, "weight", "parameter of Stacked"),
+    "linear that is no matrix": (Stacked, "weight", "of Stacked: not the weight of a layer"),
 }
 
 

@@ -382,7 +382,15 @@ def test_test_data_that_cannot_be_scored_is_refused_before_the_run(tmp_path: Pat
     seen: list[Any] = []
     with pytest.raises(UsageError, match="no whole-number labels"):
         chain(tmp_path / "run", test=[(x, 0.5) for x in CASE.inputs()], on_step=seen.append)
-    assert not seen
+    assert not seen and not (tmp_path / "run").exists()
+    with pytest.raises(UsageError, match=r"does not run on inputs of shape \[20, 5\]"):
+        chain(tmp_path / "run", test=[(torch.zeros(5), 0)] * 20)
+    assert not (tmp_path / "run").exists()
+
+
+def test_test_data_may_be_a_generator(tmp_path: Path):
+    listed = chain(tmp_path / "a", test=_labelled()).report()["scores"]
+    assert chain(tmp_path / "b", test=iter(_labelled())).report()["scores"] == listed
 
 
 def test_steps_are_one_line_each_and_add_up(tmp_path: Path):

@@ -29,7 +29,7 @@ from allot.store import State
 
 @dataclass(frozen=True)
 class OutputMoments:
-    """Match output means per channel and, with `scale`, their spread.
+    """Match the mean of each output channel (`bias`), and its spread as well (`variance`).
 
     Left alone are tied layers, and layers whose output goes straight into a batch norm: its statistics belong to the
     output as it is (repair `bn`), and a new scale would make them wrong.

@@ -37,6 +37,8 @@ _DTYPES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 
+_ASKED = 32  # characters of a limit, as the user wrote it, that the metadata holds
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -74,7 +76,7 @@ def about(model: nn.Module, scope: Scope, budget: Budget) -> dict[str, Any]:
     return {
         "aliases": plain_state(model)[1],
         "layers": {layer.name: [list(layer.shape), layer.macs] for layer in scope},
-        "asked": budget.to_json(),
+        "asked": {kind: text[:_ASKED] for kind, text in budget.to_json().items()},
         "limits": {limit.kind: limit.ceiling for limit in budget.limits}
         if budget.terms
         else dict.fromkeys(budget.asked, 0),
@@ -83,7 +85,8 @@ def about(model: nn.Module, scope: Scope, budget: Budget) -> dict[str, Any]:
 
 def layout(state: Mapping[str, Tensor], said: Mapping[str, Any]) -> Layout:
     """Header and other bytes of the bitmask file; the header is that of the longest case, padded to it."""
-    said = {**said, "limits": dict.fromkeys(said["limits"], 10**18)}
+    longest = {"limits": dict.fromkeys(said["limits"], 10**18), "asked": dict.fromkeys(said["asked"], " " * _ASKED)}
+    said = {**said, **longest}  # neither the budget nor how it is written changes the size
     entries: dict[str, Any] = {"__metadata__": {"allot": _metadata("bitmask", said)}}
     end = 10 ** len(str(2 * sum(_nbytes(value) for value in state.values()) + 8 * len(state))) - 1
     for name, value in state.items():
