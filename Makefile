@@ -51,7 +51,7 @@ demo: $(RUNTIME)
 	rm -rf runs/demo
 	$(PY) -m allot prune zoo:digits-resnet20 --data zoo:digits-resnet20 --budget sparsity=0.9 --method erk --out runs/demo
 	$(PY) -m allot verify runs/demo
-	@echo "The run is in runs/demo: report.json has every figure above as data; "allot report runs/demo" shows it again."
+	@echo "The run is in runs/demo. See it again: $(VENV)/bin/allot report runs/demo   (as data: runs/demo/report.json)"
 
 check: $(DEV)
 	$(PY) -m ruff format --check

@@ -208,7 +208,7 @@ class Budget:
         if not self.terms:
             raise BudgetError("this budget is not tied to a model yet: use budget.on(terms).")
         if kind == "macs" and any(term.macs is None for term in self.terms):
-            raise BudgetError(
+            raise UsageError(
                 "a macs budget needs an example input to count MACs: give --data or --input (example= in Python)."
             )
         amount = Amount.read(kind, value)

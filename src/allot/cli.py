@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from allot import options as option
 from allot.calibration import Calibration
-from allot.errors import AllotError, UsageError, VerificationError, unknown
+from allot.errors import AllotError, Stopped, UsageError, VerificationError, unknown
 from allot.evaluate import evaluate
 from allot.methods import METHODS, RECIPES
 from allot.parts import assemble
@@ -296,10 +296,11 @@ def main() -> None:
     """Run the command line; errors are one line on standard error and an exit code."""
     try:
         code = app(prog_name="allot", standalone_mode=False) or 0
+    except Stopped as stop:
+        _say(f"{stop}: saved; the same command goes on from here.")
+        sys.exit(stop.exit_code)
     except AllotError as error:
         _say_error(str(error))
-        if error.exit_code == 130:
-            _say("saved: the same command goes on from here.")
         sys.exit(error.exit_code)
     except _Misuse as error:
         verb = error.ctx.command_path if error.ctx else "allot"

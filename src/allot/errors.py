@@ -42,5 +42,5 @@ def unknown(what: str, name: str, accepted: Iterable[str]) -> UsageError:
     """The error for a name that is not in a list, with the nearest name first."""
     names = sorted(accepted)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return UsageError(f"unknown {what} {name!r}: {hint}Accepted: {', '.join(names) or 'none'}.")
+    hint = f": did you mean {near[0]!r}?" if near else "."
+    return UsageError(f"unknown {what} {name!r}{hint} Accepted: {', '.join(names) or 'none'}.")

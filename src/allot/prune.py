@@ -114,7 +114,8 @@ def prune(
     dense = evaluate(model, test) if test is not None and not done else None  # unusable test data costs no run
     asked = {"configuration": _configuration(budget, parts, rules, seed, inputs), "fingerprint": fingerprint(problem)}
     known = {key: value for key, value in asked["configuration"].items() if key != "hyperparameters"}
-    recipe = {**known, "options": dict(options or {}), **(recipe or {})}
+    limits = [f"{kind}={amount}" for kind, amount in budget.to_json().items()]
+    recipe = {**known, "budget": limits, "options": dict(options or {}), **(recipe or {})}
     device = next(iter(problem.dense.values())).device
     store = Store(save_to, asked, {**_versions(), "recipe": recipe}, device) if save_to else None
     try:
@@ -168,7 +169,7 @@ def pose(
             )
         )  # fmt: skip
     fixed = layout.header + layout.others
-    bound = budget.on(tuple(terms), fixed_bytes=fixed, full_bytes=fixed + sum(term.dense_bytes for term in terms))
+    bound = budget.on(tuple(terms), fixed_bytes=fixed, full_bytes=layout.plain)
     return Problem(model, scope, bound, pattern, score, calibration, seed)
 
 

@@ -121,7 +121,7 @@ def test_an_empty_scope_is_refused():
 
 
 def test_macs_need_to_be_measured():
-    with pytest.raises(BudgetError, match="example input"):
+    with pytest.raises(UsageError, match="example input"):
         Budget(macs="50%").on((Term("a", 10),))
 
 

@@ -88,7 +88,7 @@ def test_what_is_missing_is_named():
     assert "--budget" in refused(pruned(NET))
     assert "--out" in refused(f"prune {NET} --budget sparsity=0.9")
     assert "--data" in refused(f"evaluate {NET}")
-    assert "--input" in refused(f"plan {MLP} --budget macs=50%", 3)
+    assert "--input" in refused(f"plan {MLP} --budget macs=50%", 2)
     assert "nothing in scope" in refused("plan cli.factories:without_weights --budget sparsity=0.9", 3)
 
 

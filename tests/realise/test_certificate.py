@@ -22,7 +22,7 @@ from allot.realise.certificate import verify
 from allot.realise.files import BITMASK, PLAIN
 from contract.cases import CASES
 
-BUDGETS = {"sparsity": "sparsity=0.7", "macs": "macs=40%", "bytes": "bytes=60%", "params": "params=33%"}
+BUDGETS = {"sparsity": "sparsity=0.7", "macs": "macs=40%", "bytes": "bytes=75%", "params": "params=33%"}
 
 
 @pytest.fixture(scope="module")

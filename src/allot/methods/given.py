@@ -10,7 +10,7 @@ from allot.run import Problem
 
 @dataclass(frozen=True)
 class Given:
-    """Densities in the proportions of `wished`; where they meet the budget already, exactly these.
+    """Densities in the proportions of `wished`; where they use the budget up already, exactly these.
 
     Args:
         wished: layer name -> density, all layers in scope.

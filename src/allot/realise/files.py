@@ -47,10 +47,12 @@ class Layout:
     Attributes:
         header: length of the file's header, padding included.
         others: all tensors out of scope.
+        plain: the dense model's model.safetensors, to a few bytes; what a percentage of bytes is a share of.
     """
 
     header: int
     others: int
+    plain: int
 
 
 def plain_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -85,6 +87,7 @@ def about(model: nn.Module, scope: Scope, budget: Budget) -> dict[str, Any]:
 
 def layout(state: Mapping[str, Tensor], said: Mapping[str, Any]) -> Layout:
     """Header and other bytes of the bitmask file; the header is that of the longest case, padded to it."""
+    plain = _plain_size(state, said)
     longest = {"limits": dict.fromkeys(said["limits"], 10**18), "asked": dict.fromkeys(said["asked"], " " * _ASKED)}
     said = {**said, **longest}  # neither the budget nor how it is written changes the size
     entries: dict[str, Any] = {"__metadata__": {"allot": _metadata("bitmask", said)}}
@@ -101,7 +104,7 @@ def layout(state: Mapping[str, Tensor], said: Mapping[str, Any]) -> Layout:
                 "data_offsets": [end, end],
             }
     others = sum(_nbytes(value) for name, value in state.items() if name not in said["layers"])
-    return Layout(_header_bytes(entries), others)
+    return Layout(_header_bytes(entries), others, plain)
 
 
 def save_plain(path: Path, state: Mapping[str, Tensor], said: Mapping[str, Any]) -> None:
@@ -187,6 +190,16 @@ def _unpacked(path: Path, name: str, shape: list[int], mask: Tensor, values: Ten
     flat = torch.zeros(total, dtype=values.dtype)
     flat[torch.from_numpy(bits)] = values
     return flat.view(shape)
+
+
+def _plain_size(state: Mapping[str, Tensor], said: Mapping[str, Any]) -> int:
+    entries: dict[str, Any] = {"__metadata__": {"allot": _metadata("plain", said)}}
+    end = 0
+    for name, value in state.items():
+        start, end = end, end + _nbytes(value)
+        dtype = _DTYPES.get(value.dtype, "F8_E4M3")
+        entries[name] = {"dtype": dtype, "shape": list(value.shape), "data_offsets": [start, end]}
+    return _header_bytes(entries) + end
 
 
 def _metadata(form: str, said: Mapping[str, Any], pad: str = "") -> str:

@@ -27,7 +27,7 @@ def plan_table(plan: Mapping[str, Any]) -> RenderableType:
     table = _table()
     for column in ("budget", "achieved", ""):
         table.add_column(column)
-    for cells in _budget_rows(plan["budget"]):
+    for cells in _budget_rows(plan):
         table.add_row(*cells)
     kept, total = plan["kept"], plan["total"]
     table.add_row("weights kept in scope", f"{kept:,} of {total:,}", f"{100 * kept / total:.2f} %")
@@ -122,7 +122,9 @@ def _summary(report: Mapping[str, Any]) -> Table:
         table.add_row(
             f"{scores['metric']} on held-out data", f"{scores['dense']:.4f}", f"{scores['sparse']:.4f}", change
         )
-    for name, achieved, verdict in _budget_rows(report["budget"]):
+    else:
+        table.add_row("score", "", "", "not measured: --test DATA")
+    for name, achieved, verdict in _budget_rows(report):
         table.add_row(f"budget {name}", "", achieved, verdict)
     seconds = sum(report["seconds"].values())
     images = report["images"]
@@ -130,11 +132,13 @@ def _summary(report: Mapping[str, Any]) -> Table:
     return table
 
 
-def _budget_rows(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, Text]]:
+def _budget_rows(told: Mapping[str, Any]) -> list[tuple[str, str, Text]]:
     """(what was asked, what it came to, verdict) of every limit."""
     cells = []
-    for row in rows:
-        achieved = f"{row['achieved']:.6f}" if row["kind"] == "sparsity" else f"{row['achieved']:,} of {row['limit']:,}"
+    for row in told["budget"]:
+        achieved = f"{row['achieved']:,} of {row['limit']:,}"
+        if row["kind"] == "sparsity":  # as near as whole weights come
+            achieved = f"{told['kept']:,} kept"
         verdict = Text("met", style="green") if row["met"] else Text("MISSED", style="bold red")
         cells.append((f"{row['kind']}={row['asked']}", achieved, verdict))
     return cells
