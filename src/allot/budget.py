@@ -130,6 +130,14 @@ class Budget:
         """Whether whole numbers of weights meet every limit."""
         return all(self.cost(limit.kind, kept) <= limit.ceiling for limit in self.limits)
 
+    def meets(self, kept: Mapping[str, int]) -> bool:
+        """Whether `kept` is an answer: it fits, layers are in their bounds, and sparsity alone is met to the weight."""
+        bounded = all(
+            term.lower <= kept[term.name] <= term.upper and kept[term.name] % term.step == 0 for term in self.terms
+        )
+        exact = self.sparsity is None or len(self.limits) > 1 or sum(kept.values()) == self.limits[0].ceiling
+        return bounded and exact and self.fits(kept)
+
     def clip(self, kept: Mapping[str, Number]) -> dict[str, Number]:
         """`kept` pulled into each layer's bounds."""
         return {term.name: min(max(kept[term.name], term.lower), term.upper) for term in self.terms}
@@ -224,22 +232,26 @@ class Budget:
             if cost > limit.ceiling:
                 raise BudgetError(
                     f"{limit.kind}={limit.asked} allows {limit.ceiling:,} {unit(limit.kind)}; floors, rules "
-                    f"and pattern need at least {cost:,}. Nearest that can be met: {self._nearest(least)}."
+                    f"and pattern need at least {cost:,}. Nearest that can be met: {self._nearest(least, limit.kind)}."
                 )
         for limit in self.limits:
             cost = self.cost(limit.kind, most)
-            if limit.kind == "sparsity" and cost < limit.ceiling and len(self.limits) == 1:
+            if limit.kind == "sparsity" and cost < limit.ceiling and self._only(limit, most):
                 raise BudgetError(
                     f"sparsity={limit.asked} keeps {limit.ceiling:,} weights; maximum densities and pattern allow only "
-                    f"{cost:,}. Nearest that can be met: {self._nearest(most)}."
+                    f"{cost:,}. Nearest that can be met: {self._nearest(most, limit.kind)}."
                 )
 
-    def _nearest(self, kept: Mapping[str, int]) -> str:
+    def _only(self, limit: Limit, kept: Mapping[str, int]) -> bool:
+        """Whether every other limit allows `kept`."""
+        return all(self.cost(other.kind, kept) <= other.ceiling for other in self.limits if other != limit)
+
+    def _nearest(self, kept: Mapping[str, int], moved: str) -> str:
         """The budget, as `parse` reads it, with limits moved to what `kept` costs where they are out of reach."""
         texts = []
         for limit in self.limits:
             cost = self.cost(limit.kind, kept)
-            if cost <= limit.ceiling and len(self.limits) > 1:
+            if cost <= limit.ceiling and limit.kind != moved:
                 texts.append(f"{limit.kind}={limit.asked}")
             elif limit.kind == "sparsity":
                 texts.append(f"sparsity={sparsity_keeping(cost, self.total)}")

@@ -114,6 +114,7 @@ class Calibration:
                 f"calibration samples do not form a batch: {_first_line(error)}. "
                 "Tensors or arrays of one shape are accepted."
             ) from error
+        _refuse_not_finite(batch)
         return moved(batch, self.device, self.dtype)
 
 
@@ -176,6 +177,14 @@ def _at(inputs: Any, i: int) -> Any:
         return {key: value[i] for key, value in inputs.items()}
     # one more tuple around several inputs: what is first in a sample is its inputs
     return (tuple(value[i] for value in inputs),) if isinstance(inputs, tuple) else inputs[i]
+
+
+def _refuse_not_finite(batch: Any) -> None:
+    if isinstance(batch, Tensor) and batch.is_floating_point() and not bool(torch.isfinite(batch).all()):
+        raise UsageError("the calibration inputs hold nan or infinite values: leave these samples out.")
+    if isinstance(batch, Mapping | tuple | list):
+        for part in batch.values() if isinstance(batch, Mapping) else batch:
+            _refuse_not_finite(part)
 
 
 def _refuse_texts(batch: Any) -> None:

@@ -13,7 +13,7 @@ from allot.run import Problem
 
 
 def fingerprint(problem: Problem) -> dict[str, str]:
-    """Short digests of the model's tensors and of the first calibration samples."""
+    """Short digests of the model's tensors and of the calibration samples."""
     model = hashlib.sha256()
     for name, value in sorted(problem.dense.items()):
         model.update(f"{name} {value.dtype} {list(value.shape)}".encode())
@@ -21,7 +21,8 @@ def fingerprint(problem: Problem) -> dict[str, str]:
     found = {"model": model.hexdigest()[:16]}
     if problem.calibration:
         data = hashlib.sha256(str(problem.calibration.indices).encode())
-        _digest(problem.calibration.take(problem.calibration.indices[:8]), data)
+        for k in range(problem.calibration.batches):
+            _digest(problem.calibration.batch(k)[0], data)
         found["calibration"] = data.hexdigest()[:16]
     return found
 

@@ -153,9 +153,14 @@ def watched_outputs(model: nn.Module, scope: Scope, visit: Callable[[Layer, Mome
         yield
 
 
-def bias_of(model: nn.Module, layer: Layer) -> tuple[str, slice] | None:
-    """Name of the bias that is added to `layer`'s output, and the part of it; None where there is none."""
-    place = places_of(model)[layer.name][0]
+def biases_of(model: nn.Module, scope: Iterable[Layer]) -> dict[str, tuple[str, slice]]:
+    """Layer name -> name of the bias that is added to its output, and the part of it; without those that have none."""
+    places = places_of(model)
+    found = {layer.name: _bias_of(places[layer.name][0], layer) for layer in scope}
+    return {name: bias for name, bias in found.items() if bias}
+
+
+def _bias_of(place: Place, layer: Layer) -> tuple[str, slice] | None:
     start = 0
     attribute = "bias"
     if layer.kind == "attention_in":

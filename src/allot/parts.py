@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 from allot import patterns
@@ -124,13 +126,17 @@ def _name(part: str | Method | Mapping[str, float]) -> str:
 
 
 def settings(value: Any) -> Any:
-    """Hyperparameters as JSON: dataclasses by field, functions by name, what JSON does not know as Python shows it."""
+    """Hyperparameters as JSON: dataclasses by type and field, a user's functions by name and code."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: settings(getattr(value, f.name)) for f in fields(value)}
+        return {"type": type(value).__qualname__, **{f.name: settings(getattr(value, f.name)) for f in fields(value)}}
     if isinstance(value, Mapping):
         return {str(key): settings(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [settings(item) for item in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, FunctionType) and not value.__module__.startswith("allot."):
+        inside = (value.__code__.co_code, value.__code__.co_consts, [c.cell_contents for c in value.__closure__ or ()])
+        digest = hashlib.sha256(re.sub(r" at 0x\w+", "", repr(inside)).encode()).hexdigest()[:8]
+        return f"{value.__module__}.{value.__qualname__}#{digest}"
     return getattr(value, "__name__", None) or re.sub(r" at 0x\w+", "", repr(value))

@@ -229,7 +229,7 @@ def _chain(
         for i, (name, part) in enumerate(zip(parts.names.repair, parts.repair, strict=True), 1)
     ]
     if store and store.done:
-        return _reopened(problem, parts, store, label)
+        return _reopened(problem, parts, store, label, test)
     log = store.saved.log if store and store.saved else Log()
     names = [name for name, _ in stages]
     first = names.index(store.saved.stage) if store and store.saved else 0
@@ -257,7 +257,7 @@ def _chain(
     return result
 
 
-def _reopened(problem: Problem, parts: Parts, store: Store, label: str) -> Result:
+def _reopened(problem: Problem, parts: Parts, store: Store, label: str, test: Any) -> Result:
     """The result of a finished run, read back from its files.
 
     Raises:
@@ -269,10 +269,11 @@ def _reopened(problem: Problem, parts: Parts, store: Store, label: str) -> Resul
         raise VerificationError(f"{store.directory} is not what the run left there ({what}): delete it and run again.")
     try:
         told = json.loads((store.directory / "report.json").read_text())
-        kept = {layer["name"]: layer["kept"] for layer in told["layers"]}
+        kept = json.loads((store.directory / "certificate.json").read_text())["promised"]["kept"]
         log = Log(told["seconds"], told["images"]["forward"], told["images"]["backward"])
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UsageError(f"{store.directory}/report.json cannot be read: {error}") from error
+    scores = told.get("scores")
     state = {n: v.to(problem.dense[n].device) for n, v in files.load(store.directory).items() if n in problem.dense}
     masks = {}
     for layer in problem.scope:
@@ -282,7 +283,9 @@ def _reopened(problem: Problem, parts: Parts, store: Store, label: str) -> Resul
     tensors = {name: value for name, value in state.items() if not torch.equal(value, problem.dense[name])}
     allocation = Allocation.of(kept, {layer.name: layer.total for layer in problem.scope})
     candidate = Candidate(allocation, masks, tensors)
-    return Result(problem, candidate, log, parts.names, parts.method, label, told["scores"], store.directory)
+    if test is not None:  # it may be another than the run was scored on
+        scores = _scores(problem, candidate, test, evaluate(problem.model, test))
+    return Result(problem, candidate, log, parts.names, parts.method, label, scores, store.directory)
 
 
 def _scores(problem: Problem, candidate: Candidate, test: Any, dense: Accuracy) -> dict[str, Any]:
@@ -300,7 +303,12 @@ def _configuration(
         "score": parts.names.score,
         "pattern": parts.names.pattern,
         "repair": list(parts.names.repair),
-        "hyperparameters": {"allocate": settings(parts.allocate), "repair": [settings(part) for part in parts.repair]},
+        "hyperparameters": {
+            "allocate": settings(parts.allocate),
+            "score": settings(parts.score),
+            "pattern": settings(parts.pattern),
+            "repair": [settings(part) for part in parts.repair],
+        },
         **asdict(rules or Rules()),
         "seed": seed,
         "samples": len(inputs) if inputs else 0,

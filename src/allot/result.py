@@ -54,8 +54,9 @@ class Result:
         if masked != kept or any(held[name] > kept[name] for name in kept):
             wrong = [name for name in kept if masked.get(name) != kept[name] or held[name] > kept[name]]
             raise BudgetError(f"masks do not keep what the allocation says: {', '.join(wrong[:5])}.")
-        if not self.problem.budget.fits(masked):
-            raise BudgetError(f"the budget is broken: {self.problem.budget.rows(masked)}.")
+        if not self.problem.budget.meets(masked):
+            cost = f"{sum(masked.values()):,} of {self.problem.budget.total:,} weights kept"
+            raise BudgetError(f"the budget {self.problem.budget.to_json()} or a layer's bounds are broken: {cost}.")
         for name, value in self.candidate.tensors.items():
             if not bool(torch.isfinite(value).all()):
                 raise AllotError(f"{name} holds values that are not finite after repair.")

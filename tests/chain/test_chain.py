@@ -501,7 +501,7 @@ def test_a_result_that_breaks_its_budget_cannot_be_constructed():
             Result(**good | {"candidate": candidate})
     dense = allot.run.Candidate.dense(result.problem)
     full = {layer.name: torch.ones(layer.shape, dtype=torch.bool) for layer in result.problem.scope}
-    with pytest.raises(BudgetError, match="the budget is broken"):
+    with pytest.raises(BudgetError, match="are broken: 144 of 144 weights"):
         Result(**good | {"candidate": replace(dense, masks=full)})
 
 

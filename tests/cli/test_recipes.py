@@ -65,7 +65,7 @@ def test_numbers_in_settings_are_numbers_and_reach_the_method():
     line = f"prune {MLP} --data {SAMPLES} --budget sparsity=0.5 --repair variance --out RUN"
     done(f"{line} --set options.variance.limit=2e0")
     hyperparameters = json.loads(Path("RUN/run.json").read_text())["configuration"]["hyperparameters"]
-    assert hyperparameters["repair"] == [{"scale": True, "limit": 2.0}]
+    assert hyperparameters["repair"] == [{"type": "OutputMoments", "scale": True, "limit": 2.0}]
 
 
 def test_the_resolved_recipe_of_a_run_makes_the_same_run():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from allot.errors import UsageError
 from allot.layers import Rules, Scope
-from allot.observe import Moments, bias_of, watched_inputs, watched_outputs
+from allot.observe import Moments, biases_of, watched_inputs, watched_outputs
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
@@ -364,7 +364,8 @@ def test_the_bias_of_a_layer_is_found(bias):
             "three": nn.MultiheadAttention(4, 2, bias=bias, kdim=3),
         }
     )
-    found = {layer.name: bias_of(model, layer) for layer in Scope.of(model)}
+    bound = biases_of(model, Scope.of(model))
+    found = {layer.name: bound.get(layer.name) for layer in Scope.of(model)}
     expected = {
         "linear.weight": ("linear.bias", slice(0, 6)),
         "conv.weight": ("conv.bias", slice(0, 6)),

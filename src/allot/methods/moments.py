@@ -22,7 +22,7 @@ from torch import Tensor
 from allot.errors import UsageError
 from allot.layers import Layer
 from allot.masks import call
-from allot.observe import Affine, Moments, bias_of, watched_outputs
+from allot.observe import Affine, Moments, biases_of, watched_outputs
 from allot.run import Candidate, Metrics, Problem
 from allot.store import State
 
@@ -53,7 +53,7 @@ class OutputMoments:
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
         """No batch seen."""
-        shiftable = [layer.name for layer in problem.scope if bias_of(problem.model, layer)]
+        shiftable = list(biases_of(problem.model, problem.scope))
         steps = 2 * problem.inputs().batches
         return {"step": 0, "steps": steps, "shiftable": shiftable, "dense": {}, "sparse": {}}
 
@@ -86,6 +86,7 @@ class OutputMoments:
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         """The candidate with scaled rows and shifted biases."""
         tensors = dict(candidate.tensors)
+        biases = biases_of(problem.model, problem.scope)
 
         def current(name: str) -> Tensor:
             return tensors.get(name, problem.dense[name])
@@ -97,7 +98,7 @@ class OutputMoments:
             if self.scale:
                 rows = layer.matrix(current(layer.name))
                 tensors[layer.name] = layer.unmatrix(rows * scale.to(rows)[:, None]).contiguous()
-            if bias := bias_of(problem.model, layer):
+            if bias := biases.get(layer.name):
                 name, part = bias
                 value = current(name).clone()
                 value[part] = value[part] * scale.to(value) + shift.to(value)
