@@ -60,6 +60,7 @@ class Budget:
     terms: tuple[Term, ...] = field(default=(), repr=False)
     fixed_bytes: int = field(default=0, repr=False)
     full_bytes: int = field(default=0, repr=False)
+    factor: float = field(default=1.0, repr=False)
 
     def __post_init__(self) -> None:
         if not self.asked:
@@ -119,7 +120,31 @@ class Budget:
     @property
     def limits(self) -> tuple[Limit, ...]:
         """Every limit as a whole number of weights, MACs or bytes."""
-        return tuple(Limit(kind, value, self._ceiling(kind, value)) for kind, value in self.asked.items())
+        return tuple(Limit(kind, value, self._widest(kind, value)) for kind, value in self.asked.items())
+
+    def widened(self, factor: float) -> Budget:
+        """This budget with room for `factor` times as much beside what is fixed, at most for everything.
+
+        What a schedule asks for on the way to the budget itself: `project`, `counts` and `meets` hold for it as well.
+
+        Args:
+            factor: 1 or more; 1 is this budget.
+        """
+        return replace(self, factor=factor)
+
+    def prices(self, kept: Mapping[str, int]) -> dict[str, float]:
+        """What one more weight of each layer costs, in units of the limit that `kept` is nearest to using up.
+
+        0 for a layer that is stored dense in a bytes budget: its last weights are free.
+        """
+        nearest = max(self.limits, key=lambda limit: self.cost(limit.kind, kept) / max(limit.ceiling, 1))
+        price = REAL_PRICES[nearest.kind]
+
+        def of(term: Term) -> float:
+            low = max(kept[term.name] - term.step, 0)
+            return (price(term, low + term.step) - price(term, low)) / term.step
+
+        return {term.name: of(term) for term in self.terms}
 
     def cost(self, kind: str, kept: Mapping[str, int]) -> int:
         """What `kept` weights per layer cost: weights, MACs (rounded up) or bytes."""
@@ -131,11 +156,16 @@ class Budget:
         return all(self.cost(limit.kind, kept) <= limit.ceiling for limit in self.limits)
 
     def meets(self, kept: Mapping[str, int]) -> bool:
-        """Whether `kept` is an answer: it fits, layers are in their bounds, and sparsity alone is met to the weight."""
+        """Whether `kept` is an answer: it fits, layers are in their bounds, and sparsity alone is met exactly.
+
+        Exactly: to the weight, or where a pattern keeps whole groups, until not one more group fits.
+        """
         bounded = all(
             term.lower <= kept[term.name] <= term.upper and kept[term.name] % term.step == 0 for term in self.terms
         )
-        exact = self.sparsity is None or len(self.limits) > 1 or sum(kept.values()) == self.limits[0].ceiling
+        left = self.limits[0].ceiling - sum(kept.values())
+        more = any(kept[term.name] < term.upper and term.step <= left for term in self.terms)
+        exact = self.sparsity is None or len(self.limits) > 1 or not more
         return bounded and exact and self.fits(kept)
 
     def clip(self, kept: Mapping[str, Number]) -> dict[str, Number]:
@@ -223,6 +253,14 @@ class Budget:
         if kind == "sparsity":
             return round((1 - amount.value) * self.total)
         return math.floor(amount.value * self._full(kind)) if amount.relative else int(amount.value)
+
+    def _widest(self, kind: str, value: float | int | str) -> int:
+        ceiling = self._ceiling(kind, value)
+        if self.factor == 1:
+            return ceiling
+        base = self._base(kind)
+        most = self.cost(kind, {term.name: term.upper for term in self.terms})
+        return max(ceiling, min(base + math.floor(self.factor * (ceiling - base)), most))
 
     def _check_reachable(self) -> None:
         least = {term.name: term.lower for term in self.terms}

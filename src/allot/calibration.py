@@ -90,10 +90,18 @@ class Calibration:
         Returns:
             (inputs as the model takes them, number of samples in them).
         """
+        positions = self.positions(k)
+        return self.pick(positions), len(positions)
+
+    def positions(self, k: int) -> list[int]:
+        """Which samples batch k holds, as places in `indices`."""
         epoch, place = divmod(k, self.batches)
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
-        order = torch.randperm(len(self.indices), generator=generator).tensor_split(self.batches)[place]
-        return self.take([self.indices[i] for i in order.tolist()]), len(order)
+        return torch.randperm(len(self.indices), generator=generator).tensor_split(self.batches)[place].tolist()
+
+    def pick(self, positions: Sequence[int]) -> Any:
+        """The samples at these places of `indices`, as one batch of inputs."""
+        return self.take([self.indices[i] for i in positions])
 
     def example(self) -> Any:
         """A batch of the first sample."""

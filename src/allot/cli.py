@@ -22,7 +22,7 @@ from allot.calibration import Calibration
 from allot.errors import AllotError, Stopped, UsageError, VerificationError, unknown
 from allot.evaluate import evaluate
 from allot.methods import METHODS, RECIPES
-from allot.parts import assemble
+from allot.parts import assemble, options_of
 from allot.prune import pose, prune
 from allot.realise.certificate import verify
 from allot.recipe import RecipeFile
@@ -355,15 +355,12 @@ def _told(name: str) -> dict[str, Any]:
     method: Any = METHODS[name]
     described = method.densities if isinstance(method, Rule) else type(method)
     text = "\n\n".join((inspect.getdoc(described) or "", inspect.getdoc(inspect.getmodule(described)) or ""))
-    options = {
-        f.name: getattr(method, f.name) for f in dataclasses.fields(method) if not callable(getattr(method, f.name))
-    }
     return {
         "role": method.role,
         "needs": "calibration data" if method.needs_data else "no data",
         "summary": text.splitlines()[0],
         "text": text,
-        "options": options,
+        "options": options_of(method),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
@@ -44,3 +45,13 @@ def unknown(what: str, name: str, accepted: Iterable[str]) -> UsageError:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f": did you mean {near[0]!r}?" if near else "."
     return UsageError(f"unknown {what} {name!r}{hint} Accepted: {', '.join(names) or 'none'}.")
+
+
+def check_number(name: str, value: object, low: float, high: float = math.inf, *, whole: bool = False) -> None:
+    """Raises:
+    UsageError: `value` is no number (no whole number) from `low` to `high`.
+    """
+    kind = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high or value == math.inf:
+        accepted = f"{low} or more" if high == math.inf else f"from {low} to {high}"
+        raise UsageError(f"{name}={value!r}: a {'whole ' if whole else ''}number, {accepted}, is accepted.")

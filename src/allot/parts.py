@@ -99,13 +99,43 @@ def _named(name: str, role: str, options: dict[str, Mapping[str, Any]]) -> Metho
     accepted = [key for key, method in METHODS.items() if method.role == role]
     if name not in accepted:
         raise unknown({"allocate": "allocator", "repair": "repair"}[role], name, accepted)
-    method: Any = METHODS[name]
-    given = options.pop(name, {})
-    known = [f.name for f in fields(method) if not callable(getattr(method, f.name))]
+    given = dict(options.pop(name, {}))
+    known = options_of(METHODS[name])
     for key in given:
         if key not in known:
             raise unknown(f"option of {name}", key, known)
-    return replace(method, **given)
+    return _replaced(METHODS[name], given)
+
+
+def options_of(method: Any) -> dict[str, Any]:
+    """Option -> default of a method: its fields, and the fields of the plain values that it holds.
+
+    A field that holds a method takes what `allocate` takes, and its default is shown by name.
+    """
+    found: dict[str, Any] = {}
+    for f in fields(method):
+        value = getattr(method, f.name)
+        if hasattr(value, "role"):
+            found[f.name] = _name(value)
+        elif is_dataclass(value):
+            found |= options_of(value)
+        elif not callable(value):
+            found[f.name] = value
+    return found
+
+
+def _replaced(method: Any, given: Mapping[str, Any]) -> Any:
+    """`method` with options of `options_of` set."""
+    changed = {}
+    for f in fields(method):
+        value = getattr(method, f.name)
+        if hasattr(value, "role"):
+            changed[f.name] = _allocator(given[f.name], {}) if f.name in given else value
+        elif is_dataclass(value) and given.keys() & options_of(value).keys():
+            changed[f.name] = _replaced(value, given)
+        elif f.name in given:
+            changed[f.name] = given[f.name]
+    return replace(method, **changed)
 
 
 def _fitting(part: Any, role: str) -> Method:

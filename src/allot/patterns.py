@@ -61,45 +61,48 @@ class Unstructured:
 
 @dataclass(frozen=True)
 class NM:
-    """At most n of every m weights that follow each other along the input channels: exactly n, here.
+    """n of every m weights that follow each other along the input channels.
 
     Args:
-        n, m: 0 < n < m. 2:4 is what sparse tensor cores read.
+        n: 0 < n < m; None: each layer has an n of its own from 1 to m, and the budget decides.
+        m: 2 or more. 2:4 is what sparse tensor cores read.
     Raises:
         PatternError: n and m are not such numbers.
     """
 
-    n: int
+    n: int | None
     m: int
 
     def __post_init__(self) -> None:
-        whole = type(self.n) is int and type(self.m) is int
-        if not (whole and 0 < self.n < self.m):
+        whole = type(self.n) in (int, type(None)) and type(self.m) is int
+        if not (whole and 0 < (self.n or 1) < self.m) or self.n == 0:
             raise PatternError(
-                f"pattern {self.n}:{self.m}: whole numbers, n above 0 and below m, are accepted, like 2:4."
+                f"pattern {self.n}:{self.m}: whole numbers, n above 0 and below m, are accepted, like 2:4 (or n:4, "
+                "where each layer may have an n of its own)."
             )
 
     def feasible(self, layer: Layer) -> tuple[int, int, int]:
-        """The one count n/m of the layer.
+        """The one count n/m of the layer, or whole n from 1 to m within its bounds.
 
         Raises:
-            PatternError: the input channels do not divide by m, or the layer's own bounds exclude n/m.
+            PatternError: the input channels do not divide by m, or the layer's own bounds exclude every n/m.
         """
         if layer.inputs % self.m:
             raise PatternError(
                 f"{layer.name}: {layer.inputs} input channels do not divide by {self.m}, as {self} needs. "
                 f"Exclude the layer (--exclude {layer.name})."
             )
-        kept = layer.total // self.m * self.n
-        if (
-            not layer.min_kept <= kept <= layer.max_kept
-            or layer.min_per_row > layer.total // layer.rows // self.m * self.n
-        ):
+        step = layer.total // self.m
+        per_row = -(-layer.min_per_row * self.m // (layer.total // layer.rows))
+        fewest = max(-(-layer.min_kept // step), per_row, self.n or 1)
+        most = min(layer.max_kept // step, self.n or self.m)
+        if fewest > most:
+            kept = f"{step * self.n:,}" if self.n else f"multiples of {step:,}"
             raise PatternError(
-                f"{layer.name}: {self} keeps {kept:,} of {layer.total:,} weights, outside the {layer.min_kept:,} "
+                f"{layer.name}: {self} keeps {kept} of {layer.total:,} weights, outside the {layer.min_kept:,} "
                 f"to {layer.max_kept:,} that its rules and floor allow."
             )
-        return layer.total // self.m, kept, kept
+        return step, step * fewest, step * most
 
     def mask(self, layer: Layer, score: Tensor, kept: int) -> Tensor:
         """The best `kept * m / total` of every m weights; equal scores go to the lower input channel.
@@ -116,7 +119,7 @@ class NM:
         return layer.unmatrix(_best_per_group(groups, per_group).flatten(1))
 
     def __str__(self) -> str:
-        return f"{self.n}:{self.m}"
+        return f"{self.n or 'n'}:{self.m}"
 
 
 def select(score: Shaped[Tensor, "*shape"], kept: int) -> Bool[Tensor, "*shape"]:
@@ -155,13 +158,13 @@ def _best_per_group(score: Shaped[Tensor, "*groups m"], kept: int) -> Bool[Tenso
 
 
 def parse(text: str) -> Pattern:
-    """`unstructured` or `N:M`.
+    """`unstructured`, `N:M`, or `n:M` where each layer may have an n of its own.
 
     Raises:
         UsageError: anything else.
     """
     if text == "unstructured":
         return Unstructured()
-    if match := re.fullmatch(r"(\d+):(\d+)", text):
-        return NM(int(match[1]), int(match[2]))
-    raise UsageError(f"unknown pattern {text!r}: 'unstructured' or N:M like 2:4 is accepted.")
+    if match := re.fullmatch(r"(\d+|n):(\d+)", text):
+        return NM(None if match[1] == "n" else int(match[1]), int(match[2]))
+    raise UsageError(f"unknown pattern {text!r}: 'unstructured', N:M like 2:4, or n:4 is accepted.")

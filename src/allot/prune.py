@@ -20,7 +20,7 @@ from allot.allocation import Allocation
 from allot.budget import Budget
 from allot.calibration import Calibration
 from allot.costs import Term
-from allot.errors import AllotError, BudgetError, Stopped, UsageError, VerificationError
+from allot.errors import AllotError, BudgetError, PatternError, Stopped, UsageError, VerificationError
 from allot.evaluate import Score as Accuracy
 from allot.evaluate import attempt, evaluate
 from allot.fingerprint import fingerprint
@@ -159,8 +159,7 @@ def pose(
     state, _ = files.plain_state(model)
     layout = files.layout(state, files.about(model, scope, budget))
     terms = []
-    for layer in scope:
-        step, lower, upper = pattern.feasible(layer)
+    for layer, (step, lower, upper) in zip(scope, _feasible(scope, pattern), strict=True):
         size = state[layer.name].element_size()
         terms.append(
             Term(
@@ -171,6 +170,21 @@ def pose(
     fixed = layout.header + layout.others
     bound = budget.on(tuple(terms), fixed_bytes=fixed, full_bytes=layout.plain)
     return Problem(model, scope, bound, pattern, score, calibration, seed)
+
+
+def _feasible(scope: Scope, pattern: Pattern) -> list[tuple[int, int, int]]:
+    found, refused = [], []
+    for layer in scope:
+        try:
+            found.append(pattern.feasible(layer))
+        except PatternError as error:
+            refused.append((layer.name, error))
+    if len(refused) > 1:
+        names = " ".join(f"--exclude {name}" for name, _ in refused)
+        raise PatternError(f"{refused[0][1]} So it is with {len(refused)} layers: {names}.") from refused[0][1]
+    if refused:
+        raise refused[0][1]
+    return found
 
 
 def _check_plain(model: nn.Module) -> None:
@@ -282,7 +296,7 @@ def _reopened(problem: Problem, parts: Parts, store: Store, label: str, test: An
         masks[layer.name] = patterns.select(held.float(), kept[layer.name])
     tensors = {name: value for name, value in state.items() if not torch.equal(value, problem.dense[name])}
     allocation = Allocation.of(kept, {layer.name: layer.total for layer in problem.scope})
-    candidate = Candidate(allocation, masks, tensors)
+    candidate = Candidate(allocation, masks, tensors, told.get("diagnostics", {}))
     if test is not None:  # it may be another than the run was scored on
         scores = _scores(problem, candidate, test, evaluate(problem.model, test))
     return Result(problem, candidate, log, parts.names, parts.method, label, scores, store.directory)

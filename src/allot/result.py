@@ -101,7 +101,7 @@ class Result:
         """Everything a report shows, as data."""
         return report(
             self.problem,
-            self.candidate.allocation,
+            self.candidate,
             self.log,
             self.names,
             self.label,

@@ -66,11 +66,13 @@ class Candidate:
         allocation: how much each layer keeps.
         masks: layer name -> bool mask; empty until weights were selected.
         tensors: only the tensors that differ from the dense model, before masking.
+        diagnostics: method -> what it has to tell about how it came to this, JSON-ready, for the report.
     """
 
     allocation: Allocation
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    diagnostics: Mapping[str, Any] = field(default_factory=dict)
     _effective: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
@@ -94,7 +96,8 @@ class Candidate:
     def to_state(self) -> State:
         """As dicts of tensors and numbers, for a file."""
         allocation = {"density": dict(self.allocation), "total": self.allocation.total}
-        return {**allocation, "masks": dict(self.masks), "tensors": dict(self.tensors)}
+        tensors = {"masks": dict(self.masks), "tensors": dict(self.tensors)}
+        return {**allocation, **tensors, "diagnostics": dict(self.diagnostics)}
 
     @classmethod
     def from_state(cls, state: State, problem: Problem) -> Candidate:
@@ -104,7 +107,7 @@ class Candidate:
             return {name: tensor.to(problem.dense[name].device) for name, tensor in tensors.items()}
 
         allocation = Allocation(state["density"], state["total"])
-        return cls(allocation, placed(state["masks"]), placed(state["tensors"]))
+        return cls(allocation, placed(state["masks"]), placed(state["tensors"]), state["diagnostics"])
 
 
 class Method(Protocol):
@@ -184,24 +187,23 @@ class Rule:
 
 @dataclass(frozen=True)
 class Selection:
-    """The method between allocating and repairing: exact counts of the highest scores, ties to the lower index."""
+    """The method between allocating and repairing: `selected` layer by layer, where no masks are there yet."""
 
     role = "select"
     needs_data = False
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
-        """No layer done."""
-        return {"step": 0, "steps": len(problem.scope), "masks": {}, "squares": {}}
+        """No layer done; an allocator that trains weights brings its masks."""
+        steps = 0 if candidate.masks else len(problem.scope)
+        return {"step": 0, "steps": steps, "masks": dict(candidate.masks), "squares": {}}
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         """Select one layer."""
         layer = problem.scope.layers[state["step"]]
-        evidence = _Evidence(problem, candidate, state["squares"])
+        evidence = Evidence(problem, candidate, state["squares"])
         weight = candidate.tensors.get(layer.name, problem.dense[layer.name])
-        score = problem.score(layer, weight, evidence)
-        if score.shape != weight.shape or not bool(torch.isfinite(score).all()):
-            raise UsageError(f"{layer.name}: the score has shape {list(score.shape)} or values that are not finite.")
         kept = candidate.allocation.kept[layer.name]
+        score = scored(problem, layer, weight, evidence)
         state["masks"][layer.name] = problem.pattern.mask(layer, score, kept)
         state["step"] += 1
         return {"forward": evidence.forward, "backward": 0, "kept": kept}
@@ -215,8 +217,24 @@ class Selection:
         return replace(candidate, masks=dict(state["masks"]))
 
 
-class _Evidence:
-    """Answers scores; runs the calibration inputs through the dense model once, when first asked."""
+def scored(problem: Problem, layer: Layer, weight: Tensor, evidence: Evidence) -> Tensor:
+    """The problem's score of one weight, checked; shape of `weight`.
+
+    Raises:
+        UsageError: another shape, or values that are not finite.
+    """
+    score = problem.score(layer, weight, evidence)
+    if score.shape != weight.shape or not bool(torch.isfinite(score).all()):
+        raise UsageError(f"{layer.name}: the score has shape {list(score.shape)} or values that are not finite.")
+    return score
+
+
+class Evidence:
+    """Answers scores; runs the calibration inputs through the candidate's net once, when first asked.
+
+    Args:
+        squares: layer name -> sum of squared inputs, filled here: part of a method's state.
+    """
 
     def __init__(self, problem: Problem, candidate: Candidate, squares: dict[str, Tensor]) -> None:
         self.problem, self.candidate, self.squares = problem, candidate, squares
@@ -224,6 +242,11 @@ class _Evidence:
         self.forward = 0
 
     def input_norm(self, layer: Layer) -> Tensor:
+        """Root of the summed squares of the inputs of each weight; shape of the weight.
+
+        Raises:
+            UsageError: the layer is never reached.
+        """
         if not self.squares:
             self._collect()
         if layer.name not in self.squares:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import allot
 from allot.allocation import Allocation
@@ -241,11 +241,15 @@ def test_metrics_are_finite_and_count_every_sample_pushed_through_the_model(name
     def went(module: nn.Module, args: Any) -> None:
         pushed["forward"] += len(args[0])
 
-    def came_back(module: nn.Module, grad_output: Any) -> None:
-        pushed["backward"] += len(grad_output[0])
+    def came_back(gradient: Tensor) -> None:
+        pushed["backward"] += len(gradient)
+
+    def gives(module: nn.Module, args: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(came_back)
 
     problem.model.register_forward_pre_hook(went)
-    problem.model.register_full_backward_pre_hook(came_back)
+    problem.model.register_forward_hook(gives)
     told: list[dict[str, Any]] = []
     log = Log()
     drive(METHODS[name], problem, candidate, log=log, on_step=lambda progress: told.append(progress.metrics))

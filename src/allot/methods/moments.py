@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from allot.errors import UsageError
+from allot.errors import check_number
 from allot.layers import Layer
 from allot.masks import call
 from allot.observe import Affine, Moments, biases_of, watched_outputs
@@ -48,8 +48,7 @@ class OutputMoments:
     needs_data = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.limit, bool) or not isinstance(self.limit, int | float) or not self.limit >= 1:
-            raise UsageError(f"limit={self.limit!r}: a number of 1 or more is accepted.")
+        check_number("limit", self.limit, 1)
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
         """No batch seen."""

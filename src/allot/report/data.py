@@ -9,13 +9,13 @@ from typing import Any
 
 from allot.allocation import Allocation
 from allot.realise.files import BITMASK, PLAIN
-from allot.run import Problem, Recipe
+from allot.run import Candidate, Problem, Recipe
 from allot.store import Log
 
 
 def report(
     problem: Problem,
-    allocation: Allocation,
+    candidate: Candidate,
     log: Log,
     names: Recipe,
     label: str,
@@ -26,9 +26,10 @@ def report(
     """What was asked and reached, per limit and per layer; counts are whole numbers, seconds are seconds.
 
     `macs` and a layer's `macs` are null where no example input was there to count them with; `bytes` is
-    {dense, file}: the dense model's file and the bitmask file, null until the run is saved.
+    {dense, file}: the dense model's file and the bitmask file, null until the run is saved. `diagnostics` is what
+    methods tell about how they came to their result, by method.
     """
-    budget, kept = problem.budget, allocation.kept
+    budget, kept = problem.budget, candidate.allocation.kept
     counted = all(layer.macs is not None for layer in problem.scope)
     total = sum(layer.total for layer in problem.scope)
     return {
@@ -46,11 +47,12 @@ def report(
         "sparsity": 1 - sum(kept.values()) / total,
         "macs": {"dense": _dense_macs(problem), "sparse": budget.cost("macs", kept)} if counted else None,
         "bytes": {"dense": _size(directory, PLAIN), "file": _size(directory, BITMASK)},
-        "layers": layer_rows(problem, allocation),
+        "layers": layer_rows(problem, candidate.allocation),
         "skipped": dict(problem.scope.skipped),
         "scores": dict(scores) if scores else None,
         "seconds": {stage: round(seconds, 3) for stage, seconds in log.seconds.items()},
         "images": {"forward": log.forward, "backward": log.backward},
+        "diagnostics": dict(candidate.diagnostics),
     }
 
 

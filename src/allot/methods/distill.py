@@ -1,0 +1,55 @@
+"""Network-wise distillation of a sparse net with given densities; the equations are in `allot.training`.
+
+    before step t, where it is due:   m_l = the k_l best-scored of layer l's current weights
+    w <- w - lr_t Adam(G)             G at all entries: what is pruned learns as well, and may take another's place
+
+k_l stays as allocated (with `ramp`, it comes down to that from a wider budget). From `freeze_at` of the steps on the
+masks stay, and what is kept settles.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from allot.run import Candidate, Evidence, Metrics, Problem
+from allot.store import State
+from allot.training import Schedule, Training
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Train all weights of the sparse net until it answers like the dense one; how much each layer keeps is fixed."""
+
+    training: Training = field(default_factory=Training)
+    schedule: Schedule = field(default_factory=Schedule)
+
+    role = "repair"
+    needs_data = True
+
+    def init(self, problem: Problem, candidate: Candidate) -> State:
+        """The weights as they came."""
+        training = self.training.begin(problem, candidate)
+        return {"step": 0, "steps": training["steps"], "training": training, "masks": {}, "squares": {}}
+
+    def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
+        """One calibration batch."""
+        t, training = state["step"], state["training"]
+        evidence = Evidence(problem, candidate, state["squares"])
+        if self.schedule.due(t, state["steps"]):
+            factor = self.schedule.factor(t, state["steps"])
+            kept = problem.budget.widened(factor).counts(candidate.allocation)
+            kept = kept if factor > 1 else candidate.allocation.kept
+            state["masks"] = self.training.select(problem, training, evidence, kept)
+        gradients, metrics = self.training.gradients(problem, training, state["masks"])
+        self.training.update(training, gradients)
+        state["step"] += 1
+        return metrics | {"forward": metrics["forward"] + evidence.forward}
+
+    def done(self, state: State) -> bool:
+        """After the last step."""
+        return bool(state["step"] >= state["steps"])
+
+    def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
+        """The candidate with trained tensors, and the masks of the last step."""
+        tensors = self.training.tensors(problem, candidate, state["training"])
+        return replace(candidate, masks=dict(state["masks"]), tensors=tensors)
