@@ -49,7 +49,7 @@ $(DEV): $(RUNTIME)
 
 demo: $(RUNTIME)
 	rm -rf runs/demo
-	$(PY) -m allot prune zoo:digits-resnet20 --data zoo:digits-resnet20 --budget sparsity=0.9 --method erk --out runs/demo
+	$(PY) -m allot prune zoo:digits-resnet20 --data zoo:digits-resnet20 --budget sparsity=0.95 --method fcpts --out runs/demo
 	$(PY) -m allot verify runs/demo
 	@echo "The run is in runs/demo. See it again: $(VENV)/bin/allot report runs/demo   (as data: runs/demo/report.json)"
 

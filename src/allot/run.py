@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -306,7 +307,8 @@ def drive(
         candidate = Candidate.from_state(saved.candidate, problem)
         state = saved.state
     else:
-        state = method.init(problem, candidate)
+        with _repeatable(problem, stage, -1):
+            state = method.init(problem, candidate)
     started = last_saved = time.monotonic()
     before = log.seconds.get(stage, 0.0)
 
@@ -321,7 +323,8 @@ def drive(
         if should_stop and should_stop():
             save()
             raise Stopped(f"stopped in stage {stage} after step {state['step']} of {state['steps']}")
-        metrics = method.step(problem, candidate, state)
+        with _repeatable(problem, stage, state["step"]):
+            metrics = method.step(problem, candidate, state)
         log.forward += int(metrics["forward"])
         log.backward += int(metrics["backward"])
         if store:
@@ -334,6 +337,15 @@ def drive(
     finished = method.finish(problem, candidate, state)
     log.seconds[stage] = before + time.monotonic() - started
     return finished
+
+
+@contextmanager
+def _repeatable(problem: Problem, stage: str, step: int) -> Iterator[None]:
+    """While open, torch draws by (seed, stage, step): models and data may draw; the caller's draws go on as before."""
+    device = next(iter(problem.dense.values())).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(((problem.seed * 1_000_003 + zlib.crc32(stage.encode())) * 1_000_003 + step) % 2**63)
+        yield
 
 
 @contextmanager

@@ -27,8 +27,7 @@ layers that are free to move, and r = 0.
     t_l  = M_l sigmoid(s_l)                                   threshold
     m_l  = 1[|w_l| > t_l],   d m / d u = 1/2 [|u| < 1],  u = (|w_l| - t_l) / M_l              straight-through
     S_l  = #{|w_l| <= t_l} / n_l,   dS_l/dt_l = 1/n sum_i ( phi((t - |w_i|)/h) + phi((t + |w_i|)/h) ) / h    the bridge
-    L    = T^2 KL(dense || net(w m)) + lambda | sum_l p_l n_l (1 - S_l) - C | / sum_l p_l n_l
-    SGD on w and s, momentum 0.9, cosine
+    L    = T^2 KL(dense || net(w m)) + lambda | sum_l p_l n_l (1 - S_l) - C | / sum_l p_l n_l       by SGD on w and s
 
 Differences from the authors' code:
     - thresholds get the gradient of the reconstruction loss; there, the mask is computed without gradients;
@@ -38,7 +37,7 @@ Differences from the authors' code:
     - the teacher is in eval mode; there, in train mode, with its dropout on;
     - gradients are scaled down to norm 10: one step on a net with huge weights does not end in nan;
     - the budget is met exactly at the end, by a common shift of all s_l; there, it ends where SGD leaves it.
-The paper reports for ResNet-50 on ImageNet at 80 % an accuracy more than 30 % above earlier post-training methods.
+The paper reports, for ResNet-50 on ImageNet at 80 %, more than 30 % above earlier post-training methods.
 """
 
 from __future__ import annotations
@@ -61,7 +60,6 @@ from allot.scores import magnitude
 from allot.store import State
 from allot.training import Schedule, Training, check_finite, warm_cosine
 
-REACH = 10.0  # M_l in upper quartiles of |w|
 SAMPLED = 65_536  # most weights of a layer that its density is estimated from
 STEEPEST = 10.0  # norm of all gradients together, above which they are scaled down
 
@@ -381,9 +379,9 @@ def _spaced(magnitudes: Tensor) -> Tensor:
 
 
 def _reach(magnitudes: Tensor) -> float:
-    """M_l: how far a threshold can go; a quartile, which one outlier does not move."""
+    """M_l: how far a threshold can go; from a quartile, which one outlier does not move."""
     x = _spaced(magnitudes)
-    return max(1.0, REACH * float(torch.quantile(x[x > 0], 0.75))) if bool((x > 0).any()) else 1.0
+    return max(1.0, 10 * float(torch.quantile(x[x > 0], 0.75))) if bool((x > 0).any()) else 1.0
 
 
 def _before(method: Fcpts | FcptsPaper, problem: Problem, candidate: Candidate) -> State:
