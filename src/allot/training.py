@@ -59,7 +59,7 @@ class Training:
         UsageError: a value out of its range.
     """
 
-    steps: int = 300
+    steps: int = 250
     learning_rate: float = 0.05
     temperature: float = 2.0
     loss: str = "kl"
@@ -241,9 +241,9 @@ class Schedule:
     """
 
     every: int = 5
-    freeze_at: float = 0.7
+    freeze_at: float = 0.8
     ramp: float = 1.0
-    ramp_until: float = 0.4
+    ramp_until: float = 0.6
 
     def __post_init__(self) -> None:
         check_number("every", self.every, 1, whole=True)

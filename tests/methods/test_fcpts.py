@@ -236,7 +236,7 @@ def test_the_path_is_in_the_report_and_the_steps(tmp_path: Path):
     result = allot.prune(model, inputs, "sparsity=0.9", method="fcpts", **arguments)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     learned = report["diagnostics"]["fcpts"]
-    assert [row["step"] for row in learned["trajectory"]] == [0, 5, 10, 14]
+    assert [row["step"] for row in learned["trajectory"]] == [0, 5, 10, 15, 16]
     assert learned["trajectory"][-1]["kept"] == result.allocation.kept
     assert learned["trajectory"][-1]["limit"] == {"sparsity": report["kept"]}
     assert all(sum(row["kept"].values()) == row["limit"]["sparsity"] for row in learned["trajectory"])

@@ -60,6 +60,7 @@ from allot.scores import magnitude
 from allot.store import State
 from allot.training import Schedule, Training, check_finite, warm_cosine
 
+Shares = Mapping[str, float]  # layer -> number
 SAMPLED = 65_536  # most weights of a layer that its density is estimated from
 STEEPEST = 10.0  # norm of all gradients together, above which they are scaled down
 
@@ -73,24 +74,27 @@ class Fcpts:
         learn_from: share of the steps after which densities move, until `freeze_at`.
         distance: how far a layer moves in all where its r_l stays 1, in units of log-odds; 0 learns nothing.
         window: h over k_l.
+        signed, absolute: weights of the two terms of r_l.
     Raises:
         UsageError: a value out of its range.
     """
 
     start: Method
     training: Training = field(default_factory=Training)
-    schedule: Schedule = field(default_factory=lambda: Schedule(ramp=5.0))
-    learn_from: float = 0.3
-    distance: float = 1.5
+    schedule: Schedule = field(default_factory=lambda: Schedule(ramp=8.0))
+    learn_from: float = 0.1
+    distance: float = 1.0
     window: float = 0.5
+    signed: float = 1.0
+    absolute: float = 1.0
 
     role = "allocate"
     needs_data = True
 
     def __post_init__(self) -> None:
         check_number("learn_from", self.learn_from, 0, 1)
-        check_number("distance", self.distance, 0)
-        check_number("window", self.window, 0)
+        for name in ("distance", "window", "signed", "absolute"):
+            check_number(name, getattr(self, name), 0)
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
         """Before the start is known."""
@@ -111,7 +115,9 @@ class Fcpts:
         moving: Metrics = {f"limit.{kind}": ceiling for kind, ceiling in limits.items()}
         if self.schedule.due(t, T):
             if eta := self.eta(t, T):
-                state["density"] = moved(problem.budget, state["density"], state["a"], state["b"], eta)
+                state["density"] = moved(
+                    problem.budget, state["density"], state["a"], state["b"], eta, self.signed, self.absolute
+                )
             kept = state["kept"] = budget.counts(state["density"])
             low, high = _around(problem.budget, kept, self.window)
             state["masks"] = self.training.select(problem, training, evidence, kept)
@@ -159,15 +165,9 @@ class Fcpts:
 
 
 def moved(
-    budget: Budget, density: Mapping[str, float], a: Mapping[str, float], b: Mapping[str, float], eta: float
+    budget: Budget, density: Shares, a: Shares, b: Shares, eta: float, signed: float = 1.0, absolute: float = 1.0
 ) -> dict[str, float]:
-    """Densities after one update by the signals a and b of every layer: r_l above; they use up the budget exactly.
-
-    Args:
-        density: layer -> d_l.
-        a, b: layer -> mean of -G w and of |G w| at the cut; a layer whose b is 0 keeps its log-odds.
-        eta: step in log-odds for r_l = 1.
-    """
+    """Densities d_l after one update by a_l and b_l, using up the budget; where b_l is 0, the log-odds stay."""
     price = budget.prices(budget.counts(density))
     least = max(price.values()) * 1e-3 or 1.0  # a layer may cost nothing more
     p = {l: max(price[l], least) for l in density}
@@ -175,7 +175,7 @@ def moved(
     free = [term for term in budget.terms if term.lower < term.upper and b[term.name] > 0]
     u = {term.name: p[term.name] * term.total * d[term.name] * (1 - d[term.name]) for term in free}
 
-    def mean(x: Mapping[str, float]) -> float:
+    def mean(x: Shares) -> float:
         return math.fsum(u[l] * x[l] for l in u) / math.fsum(u.values())
 
     z = {l: math.log(d[l] / (1 - d[l])) for l in d}
@@ -185,7 +185,7 @@ def moved(
         mean_gain, mean_weight = mean(gain), mean(weight)
         rms = math.sqrt(mean({l: (gain[l] - mean_gain) ** 2 for l in u})) or 1.0
         for l in u:
-            r = min(max((gain[l] - mean_gain) / rms, -2.0), 2.0) + weight[l] - mean_weight
+            r = signed * min(max((gain[l] - mean_gain) / rms, -2), 2) + absolute * (weight[l] - mean_weight)
             z[l] += min(max(eta * r, -0.5), 0.5)
     return dict(budget.project({l: 1 / (1 + math.exp(-z[l])) for l in z}))
 
