@@ -1,4 +1,6 @@
-"""FCPTS against its controls, and its ablation: `python -m benchmarks.fcpts` writes docs/fcpts-results.md and pictures.
+"""FCPTS against its controls, and its ablation: `python -m benchmarks.fcpts`.
+
+Writes docs/fcpts-results.md, the summary in docs/methods/fcpts.md, and the pictures of both.
 
 Every run goes through `allot.prune` with names and options that anyone can give. Scores are top-1 on the held-out test
 split after the last step; nothing is chosen by it. Mean and spread (standard deviation) over three seeds, which decide
@@ -57,6 +59,7 @@ def cells(only: str) -> Iterator[tuple[str, str, float, dict[str, Any], int]]:
             if changed
         ],
         "far": [(f"0.99 {name}", 0.99, CHAINS[name]) for name in ("uniform", "erk", "fcpts")],
+        "auto": [("0.98 fcpts from auto", 0.98, {"method": "fcpts", "options": {"fcpts": {"start": "auto"}}})],
         "long": [
             (f"0.98 long {name}", 0.98, {**CHAINS[name], "options": {method: {"steps": LONG}}})
             for name, method in (("erk", "distill"), ("fcpts", "fcpts"))
@@ -122,7 +125,7 @@ def page(found: Mapping[str, Mapping[str, Any]]) -> str:
         "",
     ]
     for sparsity in (0.95, 0.98, 0.99):
-        if rows := _rows(found, {name: f"{sparsity} {name}" for name in CHAINS}):
+        if rows := _rows(found, {name: f"{sparsity} {name}" for name in (*CHAINS, "fcpts from auto")}):
             lines += [f"## {100 * sparsity:.0f} % of the weights gone", "", *rows, ""]
             lines += [*_gains(found, sparsity), ""]
     if rows := _rows(found, {f"{name}, {LONG:,} steps": f"0.98 long {name}" for name in ("erk", "fcpts")}):
@@ -141,9 +144,11 @@ def _scores(found: Mapping[str, Mapping[str, Any]], net: str, name: str) -> list
     return [100 * found[key]["score"] for seed in SEEDS if (key := f"{net} {name} {seed}") in found]
 
 
-def _rows(found: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]) -> list[str]:
-    """A table: one row a name, one column a net, and MACs kept of the first seed; [] where nothing is measured."""
-    head = ["| | " + " | ".join(NETS) + " | mean | MACs kept |", "|---|" + "--:|" * (len(NETS) + 2)]
+def _rows(found: Mapping[str, Mapping[str, Any]], names: Mapping[str, str], *, macs: bool = True) -> list[str]:
+    """A table: one row a name, one column a net, MACs kept of the first seed; [] where nothing is measured."""
+    head = ["| | " + " | ".join(NETS) + " | mean |", "|---|" + "--:|" * (len(NETS) + 1)]
+    if macs:
+        head = [head[0] + " MACs kept |", head[1] + "--:|"]
     rows = []
     for shown, name in names.items():
         scores = [_scores(found, net, name) for net in NETS]
@@ -156,7 +161,7 @@ def _rows(found: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]) -> l
                 if (cell := found[f"{net} {name} {SEEDS[0]}"])
             ]
             kept = " / ".join(f"{share:.1f}" for share in shares)
-            rows.append(f"| {shown} | {' | '.join(cells)} | {mean:.1f} | {kept} % |")
+            rows.append(f"| {shown} | {' | '.join(cells)} | {mean:.1f} |" + (f" {kept} % |" if macs else ""))
     return head + rows if rows else []
 
 
@@ -174,6 +179,19 @@ def _gains(found: Mapping[str, Mapping[str, Any]], sparsity: float) -> list[str]
             mean = statistics.mean(statistics.mean(part) for part in parts)
             shown = ", ".join(f"{net} {_cell(part, signed=True)}" for net, part in zip(NETS, parts, strict=True))
             lines.append(f"- {name} minus {control}, paired by seed: {shown}; mean {mean:+.1f}.")
+    runs = [[found.get(f"{net} {sparsity} fcpts from uniform {seed}") for seed in SEEDS] for net in NETS]
+    if all(all(some) for some in runs):
+        moves = [
+            (net, name, run["density"][name])
+            for net, some in zip(NETS, runs, strict=True)
+            for run in some[:1]
+            if run
+            for name in [max(run["density"], key=lambda name: abs(run["density"][name] - (1 - sparsity)))]
+        ]
+        shown = ", ".join(f"{net}: {name} to {density:.2f}" for net, name, density in moves)
+        lines.append(
+            f"- from uniform, all layers at {1 - sparsity:.2f}, the layer that moved most (first seed): {shown}."
+        )
     return lines
 
 
@@ -185,7 +203,7 @@ def _cell(scores: list[float], *, signed: bool = False) -> str:
 def main() -> None:
     """Measure what is missing, write the page and the pictures."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fcpts", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=("all", "main", "ablation", "far", "long", "none"), default="all")
+    parser.add_argument("--only", choices=("all", "main", "ablation", "far", "auto", "long", "none"), default="all")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=Path("docs/fcpts-results.md"))
     parser.add_argument("--cache", type=Path, default=Path("runs/fcpts.json"))
@@ -193,6 +211,10 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False)])
     found = measured(options.cache, options.only, options.workers)
     options.out.write_text(page(found))
+    summary = "\n".join(_rows(found, {name: f"0.98 {name}" for name in CHAINS}, macs=False))
+    about = Path("docs/methods/fcpts.md")
+    before, mark, rest = about.read_text().partition("<!-- 98 % -->\n")
+    about.write_text(before + mark + summary + "\n" + "<!-- end -->" + rest.partition("<!-- end -->")[2])
     fcpts_pictures.draw(found, NETS, tuple(ABLATION), SEEDS, Path("docs/pictures"))
 
 
