@@ -119,9 +119,16 @@ def options_of(method: Any) -> dict[str, Any]:
             found[f.name] = _name(value)
         elif is_dataclass(value):
             found |= options_of(value)
-        elif not callable(value):
+        elif _plain(value):
             found[f.name] = value
     return found
+
+
+def _plain(value: Any) -> bool:
+    """What a recipe can say."""
+    if isinstance(value, tuple):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _replaced(method: Any, given: Mapping[str, Any]) -> Any:

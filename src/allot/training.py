@@ -83,7 +83,7 @@ class Training:
         tensors: dict[str, Tensor] = {}
         for name in trained(problem):
             value = candidate.tensors.get(name, problem.dense[name])
-            tensors[name] = value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
+            tensors[name] = _wide(value).clone()
         for name in _statistics(problem.model):
             tensors[name] = candidate.tensors.get(name, problem.dense[name]).clone()
         _check_blocks(problem.model, self.blocks)
@@ -287,7 +287,7 @@ def check_finite(loss: Tensor, state: State) -> None:
     AllotError: the loss is nan or infinite.
     """
     if not bool(torch.isfinite(loss)):
-        raise AllotError(f"the loss is {float(loss)} in step {state['step']}: lower learning_rate.")
+        raise AllotError(f"the loss is {float(loss.detach())} in step {state['step']}: lower learning_rate.")
 
 
 def _keep(state: State, teacher: list[Tensor], positions: list[int], samples: int) -> None:
@@ -303,13 +303,17 @@ def _keep(state: State, teacher: list[Tensor], positions: list[int], samples: in
 
 def _kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     dim = _classes(student)
-    theirs, ours = ((z.float() / temperature).log_softmax(dim) for z in (teacher, student))
+    theirs, ours = ((_wide(z) / temperature).log_softmax(dim) for z in (teacher, student))
     return temperature**2 * F.kl_div(ours, theirs, reduction="none", log_target=True).sum(dim).mean()
 
 
 def _relative_error(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    scale = teacher.float().square().mean().clamp_min(1e-12)
-    return (student.float() - teacher.float()).square().mean() / scale
+    scale = _wide(teacher).square().mean().clamp_min(1e-12)
+    return (_wide(student) - _wide(teacher)).square().mean() / scale
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {"kl": _kl, "mse": _relative_error}
