@@ -1,0 +1,122 @@
+"""Budgets on the way to themselves (`widened`), prices, and patterns in which the budget decides n."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from allot.budget import Budget
+from allot.costs import Term
+from allot.errors import BudgetError, PatternError
+from allot.layers import Rules, Scope
+from allot.patterns import NM, parse
+from allot.prune import pose, prune
+
+TERMS = (
+    Term("a", 300, macs=3_000, dense_bytes=1_200, mask_bytes=38, value_bytes=4),
+    Term("b", 50, lower=5, upper=40, macs=5_000, dense_bytes=200, mask_bytes=7, value_bytes=4),
+    Term("c", 1_000, macs=1_000, dense_bytes=4_000, mask_bytes=125, value_bytes=4),
+)
+BUDGETS: list[dict[str, Any]] = [
+    {"sparsity": 0.9},
+    {"params": "10%"},
+    {"macs": "15%"},
+    {"bytes": 1_000},
+    {"macs": "20%", "params": "12%"},
+]
+
+
+def bound(limits: dict[str, Any], terms: tuple[Term, ...] = TERMS) -> Budget:
+    return Budget(**limits).on(terms, fixed_bytes=100, full_bytes=5_500)
+
+
+@pytest.mark.parametrize("limits", BUDGETS)
+@pytest.mark.parametrize("factor", [1.0, 1.3, 4.0, 1e6])
+def test_a_widened_budget_is_met_until_not_one_more_weight_fits(limits: dict[str, Any], factor: float):
+    budget = bound(limits)
+    wide = budget.widened(factor)
+    kept = wide.counts({"a": 0.5, "b": 1.0, "c": 0.2})
+    assert wide.meets(kept)
+    for term in TERMS:
+        assert kept[term.name] == term.upper or not wide.fits(kept | {term.name: kept[term.name] + 1})
+    for limit, wider in zip(budget.limits, wide.limits, strict=True):
+        most = budget.cost(limit.kind, {term.name: term.upper for term in TERMS})
+        base = 100 if limit.kind == "bytes" else 0
+        assert wider.ceiling == max(limit.ceiling, min(int(base + factor * (limit.ceiling - base)), most))
+    if factor == 1:
+        assert kept == budget.counts({"a": 0.5, "b": 1.0, "c": 0.2})
+
+
+@pytest.mark.parametrize("limits", BUDGETS)
+def test_a_price_is_what_one_more_weight_costs(limits: dict[str, Any]):
+    budget = bound(limits)
+    kept = budget.counts({"a": 0.3, "b": 0.5, "c": 0.1})
+    nearest = max(budget.limits, key=lambda limit: budget.cost(limit.kind, kept) / limit.ceiling).kind
+    whole = {term.name: 0 for term in TERMS}
+    for term in TERMS:  # over ten weights, for MACs are rounded up
+        cost = budget.cost(nearest, whole | {term.name: 15}) - budget.cost(nearest, whole | {term.name: 5})
+        assert budget.prices(kept)[term.name] == pytest.approx(cost / 10, rel=0.02)
+
+
+def test_weights_of_a_layer_that_is_stored_dense_are_free():
+    kept = {"a": 300, "b": 10, "c": 10}
+    assert bound({"bytes": 3_000}).prices(kept) == {"a": 0.0, "b": 4.0, "c": 4.0}
+
+
+def test_whole_groups_meet_a_sparsity_when_not_one_more_fits():
+    terms = (Term("a", 16, lower=4, upper=16, step=4), Term("b", 24, lower=6, upper=24, step=6))
+    budget = Budget(sparsity=0.5).on(terms)  # 20 of 40
+    met = {(a, b) for a, b in itertools.product((4, 8, 12, 16), (6, 12, 18, 24)) if budget.meets({"a": a, "b": b})}
+    assert met == {(8, 12), (12, 6)}  # not (4, 12): 16 kept, 4 more would fit
+    assert (budget.counts({"a": 1, "b": 1})["a"], budget.counts({"a": 1, "b": 1})["b"]) in met
+
+
+# n of every m, an n per layer
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+
+
+def test_n_to_m_reads_and_writes_itself():
+    assert parse("n:4") == NM(None, 4) and str(parse("n:4")) == "n:4" and parse("2:4") == NM(2, 4)
+    for wrong in (lambda: NM(0, 4), lambda: NM(None, 1), lambda: NM(4, 4)):
+        with pytest.raises(PatternError, match="n:4"):
+            wrong()
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.61, 0.74])
+def test_each_layer_keeps_a_whole_n_and_not_one_more_fits(sparsity: float):
+    result = prune(net(), None, f"sparsity={sparsity}", allocate="erk", pattern="n:4", repair="none")
+    room = round((1 - sparsity) * result.problem.budget.total) - sum(result.allocation.kept.values())
+    assert room >= 0
+    for layer in result.problem.scope:
+        per_group = layer.matrix(result.masks[layer.name]).unflatten(1, (-1, 4)).sum(-1)
+        n = int(per_group[0, 0])
+        assert bool((per_group == n).all()) and 1 <= n <= 4
+        assert n == 4 or layer.total // 4 > room
+
+
+def test_caps_and_floors_are_rounded_to_whole_n():
+    rules = Rules(min_density={"0": 0.3}, max_density={"4": 0.6})
+    scope = Scope.of(net(), rules)
+    assert NM(None, 4).feasible(scope["0.weight"]) == (32, 64, 128)
+    assert NM(None, 4).feasible(scope["4.weight"]) == (16, 16, 32)
+    with pytest.raises(PatternError, match="multiples of 16"):
+        NM(None, 4).feasible(Scope.of(net(), Rules(max_density={"4": 0.2}))["4.weight"])
+
+
+def test_below_one_in_m_is_an_error_that_names_the_nearest_budget():
+    with pytest.raises(BudgetError, match=r"Nearest that can be met: sparsity=0\.75"):
+        prune(net(), None, "sparsity=0.9", pattern="n:4", repair="none")
+
+
+def test_every_layer_that_does_not_fit_is_named_at_once():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 1), nn.Conv2d(6, 8, 1))
+    with pytest.raises(PatternError, match=r"2 layers: --exclude 0\.weight --exclude 2\.weight"):
+        pose(model, Budget(sparsity=0.5), NM(2, 4))
