@@ -16,11 +16,11 @@ k-th score. So the density is what is learned, and the budget holds in every ste
 
 and when masks are selected, after `learn_from` T, with u_l = p_l n_l d_l (1 - d_l), <x> = sum u_l x_l / sum u_l:
 
-    r_l = clip( (a_l/p_l - <a/p>) / rms(a/p - <a/p>), -2, 2 ) + log(b_l/p_l) - <log(b/p)>
+    r_l = signed clip( (a_l/p_l - <a/p>) / rms(a/p - <a/p>), -2, 2 ) + absolute ( log(b_l/p_l) - <log(b/p)> )
     logit d_l <- logit d_l + clip( eta_t r_l, -1/2, 1/2 ),   then d <- Budget.project(d)
 
-eta_t falls as a cosine and adds up to `distance`. At the optimum the marginal gain per unit of cost is the same in all
-layers that are free to move, and r = 0.
+eta_t falls as a cosine and adds up to `distance`. At the optimum of a budget the marginal gain per unit of cost is the
+same in all layers that are free to move.
 
 `FcptsPaper`, for comparison. With s_l the learnable score of a layer, M_l a scale:
 
@@ -74,7 +74,7 @@ class Fcpts:
         learn_from: share of the steps after which densities move, until `freeze_at`.
         distance: how far a layer moves in all where its r_l stays 1, in units of log-odds; 0 learns nothing.
         window: h over k_l.
-        signed, absolute: weights of the two terms of r_l.
+        signed, absolute: weights of the two terms of r_l; the first is off, it brought nothing beside the second.
     Raises:
         UsageError: a value out of its range.
     """
@@ -85,7 +85,7 @@ class Fcpts:
     learn_from: float = 0.1
     distance: float = 1.0
     window: float = 0.5
-    signed: float = 1.0
+    signed: float = 0.0
     absolute: float = 1.0
 
     role = "allocate"
@@ -165,7 +165,7 @@ class Fcpts:
 
 
 def moved(
-    budget: Budget, density: Shares, a: Shares, b: Shares, eta: float, signed: float = 1.0, absolute: float = 1.0
+    budget: Budget, density: Shares, a: Shares, b: Shares, eta: float, signed: float = 0.0, absolute: float = 1.0
 ) -> dict[str, float]:
     """Densities d_l after one update by a_l and b_l, using up the budget; where b_l is 0, the log-odds stay."""
     price = budget.prices(budget.counts(density))
