@@ -68,7 +68,7 @@ def _densities(axes: Axes, title: str, run: Mapping[str, Any]) -> None:
     for density, name in ends:  # labels from the top down, none on another
         height = min(density, height / 1.25)
         axes.annotate(
-            f"{name.removesuffix('.weight')} {density:.2f}",
+            f"{name.removesuffix('.weight')} {density:.2g}",
             (steps[-1], height),
             xytext=(4, 0),
             textcoords="offset points",
@@ -78,8 +78,8 @@ def _densities(axes: Axes, title: str, run: Mapping[str, Any]) -> None:
             annotation_clip=False,
         )
     axes.plot(steps, whole, color=INK, linewidth=2, linestyle="--", label="whole model")
-    axes.set(title=title, xlabel="step", yscale="log", ylim=(2e-3, 1.15))
-    axes.set_yticks([0.003, 0.01, 0.03, 0.1, 0.3, 1], ["0.003", "0.01", "0.03", "0.1", "0.3", "1"])
+    axes.set(title=title, xlabel="step", yscale="log", ylim=(8e-4, 1.15))
+    axes.set_yticks([0.001, 0.01, 0.1, 1], ["0.001", "0.01", "0.1", "1"])
     axes.minorticks_off()
     axes.legend(frameon=False, loc="lower left", fontsize=8)
 

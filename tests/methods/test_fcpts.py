@@ -15,6 +15,7 @@ from hypothesis import strategies as some
 from torch import Tensor, nn
 
 import allot
+from allot import zoo
 from allot.budget import Budget
 from allot.calibration import Calibration
 from allot.costs import Term
@@ -253,6 +254,19 @@ def test_an_option_out_of_its_range_is_refused(option: dict[str, Any]):
     name = "fcpts-paper" if "momentum" in option else "fcpts"
     with pytest.raises(UsageError, match=next(iter(option))):
         allot.prune(CASES["linear chain"].make(), None, "sparsity=0.5", method=name, options={name: option})
+
+
+@pytest.mark.slow
+def test_from_a_uniform_start_it_finds_the_layers_that_need_more():
+    net, test = zoo.model("digits-resnet20"), zoo.data("digits", "test")
+    short: dict[str, Any] = {"steps": 60}
+    control = {"allocate": "uniform", "repair": "distill,bn", "options": {"distill": short}}
+    learned = {"method": "fcpts", "options": {"fcpts": {"start": "uniform", **short}}}
+    data = zoo.data("digits", "calibration")
+    results = [allot.prune(net, data, "sparsity=0.95", **chain) for chain in (control, learned)]
+    scores = [allot.evaluate(result.model(), test).score for result in results]
+    assert scores[1] > scores[0] + 0.08
+    assert max(abs(density - 0.05) for density in results[1].allocation.values()) > 0.2
 
 
 # the paper's form
