@@ -68,8 +68,13 @@ class Training:
     block_weight: float = 0.1
 
     def __post_init__(self) -> None:
-        if isinstance(self.blocks, str | list):
-            object.__setattr__(self, "blocks", (self.blocks,) if isinstance(self.blocks, str) else tuple(self.blocks))
+        blocks: Any = self.blocks
+        blocks = (blocks,) if isinstance(blocks, str) else blocks
+        if not isinstance(blocks, list | tuple) or not all(isinstance(block, str) for block in blocks):
+            raise UsageError(f"blocks={blocks!r}: names of modules are accepted, like [layer1, layer2].")
+        object.__setattr__(self, "blocks", tuple(blocks))
+        if not (self.outputs is None or isinstance(self.outputs, str) or callable(self.outputs)):
+            raise UsageError(f"outputs={self.outputs!r}: a function, or package.module:function is accepted.")
         check_number("steps", self.steps, 1, whole=True)
         check_number("temperature", self.temperature, 1e-3)
         for name in ("learning_rate", "block_weight"):

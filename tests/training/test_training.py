@@ -298,6 +298,9 @@ def test_half_precision_is_trained_in_float32_and_comes_back_in_its_own():
         {"temperature": 0},
         {"loss": "kll"},
         {"block_weight": float("nan")},
+        {"blocks": 3},
+        {"blocks": [1]},
+        {"outputs": 3},
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(option: dict[str, Any]):
