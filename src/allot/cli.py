@@ -284,7 +284,7 @@ def methods_command(
         _say(f"{name}: {told[name]['role']}, needs {told[name]['needs']}")
         _say(told[name]["text"])
         for option, default in told[name]["options"].items():
-            _say(f"  --set options.{name}.{option}={default}")
+            _say(f"  --set options.{name}.{option}={default if isinstance(default, str) else json.dumps(default)}")
     else:
         rows = [(key, t["role"], t["needs"], t["summary"]) for key, t in told.items()]
         people.print(table.methods_table(rows))

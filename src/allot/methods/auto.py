@@ -55,7 +55,9 @@ class Auto:
         t, steps = training["step"], self.training.steps
         if t < steps:
             if self.schedule.due(t, steps):
-                state["masks"] = self.training.select(train, training, evidence, state["kept"])
+                budget = problem.budget.widened(self.schedule.factor(t, steps))
+                kept = budget.counts(Allocation.of(state["kept"], candidate.allocation.total))
+                state["masks"] = self.training.select(train, training, evidence, kept)
             gradients, metrics = self.training.gradients(train, training, state["masks"])
             self.training.update(training, gradients)
             return metrics | {"forward": metrics["forward"] + evidence.forward}

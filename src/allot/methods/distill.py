@@ -36,9 +36,8 @@ class Distill:
         t, training = state["step"], state["training"]
         evidence = Evidence(problem, candidate, state["squares"])
         if self.schedule.due(t, state["steps"]):
-            factor = self.schedule.factor(t, state["steps"])
-            kept = problem.budget.widened(factor).counts(candidate.allocation)
-            kept = kept if factor > 1 else candidate.allocation.kept
+            budget = problem.budget.widened(self.schedule.factor(t, state["steps"]))
+            kept = budget.counts(candidate.allocation)
             state["masks"] = self.training.select(problem, training, evidence, kept)
         gradients, metrics = self.training.gradients(problem, training, state["masks"])
         self.training.update(training, gradients)
