@@ -131,8 +131,7 @@ def page(found: Mapping[str, Mapping[str, Any]]) -> str:
         "Top-1 on the held-out test split after the last step, in percent: mean ± standard deviation over three seeds",
         "(draw and order of 512 unlabelled calibration images). Every row of a table has the same images, steps and",
         "repair (network-wise distillation, then batch-norm re-estimation). *uniform*, *erk*: densities fixed;",
-        "*erk, ramp*: the same with the budget coming down from eight times as much, as in *fcpts*. *fcpts-paper* has",
-        "1,600 steps of its own.",
+        "*erk, ramp*: the same with the budget coming down from eight times as much, as in *fcpts*.",
         "",
     ]
     for sparsity in (0.95, 0.98, 0.99):
