@@ -10,7 +10,7 @@ k-th score. So the density is what is learned, and the budget holds in every ste
 
     k_l  = counts of c * d_l,   c the largest price that C_t allows                    (bisection, `Budget.counts`)
     m_l  = the k_l best-scored of the current weights
-    A_l  = ranks k_l - h .. k_l + h,  h = max(16, k_l / 2):  the weights on both sides of the cut
+    A_l  = ranks k_l - h .. k_l + h,  h = k_l / 2, within 16 .. 16,384:  the weights on both sides of the cut
     a_l <- 0.9 a_l + 0.1 mean_{A_l}( -G w )       how much the loss falls per weight more: the marginal gain
     b_l <- 0.9 b_l + 0.1 mean_{A_l}( |G w| )      how much these weights matter at all
 
@@ -35,7 +35,7 @@ Differences from the authors' code:
     - thresholds reach M_l = max(1, 10 upper quartile of |w|), there at most 1: a larger start has no logit;
     - a weight at its threshold is pruned; there, it is halved;
     - the teacher is in eval mode; there, in train mode, with its dropout on;
-    - gradients are scaled down to norm 10: one step on a net with huge weights does not end in nan;
+    - gradients are scaled down to norm 10: a step on a net with huge weights does not end in nan;
     - the budget is met exactly at the end, by a common shift of all s_l; there, it ends where SGD leaves it.
 The paper reports, for ResNet-50 on ImageNet at 80 %, more than 30 % above earlier post-training methods.
 """
@@ -192,7 +192,7 @@ def moved(
 
 def _around(budget: Budget, kept: Mapping[str, int], window: float) -> tuple[dict[str, int], dict[str, int]]:
     """k_l - h and k_l + h, whole steps of the pattern, within each layer's bounds."""
-    h = {term.name: -(-max(16, math.ceil(window * kept[term.name])) // term.step) * term.step for term in budget.terms}
+    h = {t.name: -(-min(max(16, math.ceil(window * kept[t.name])), 16_384) // t.step) * t.step for t in budget.terms}
     return budget.clip({l: kept[l] - h[l] for l in h}), budget.clip({l: kept[l] + h[l] for l in h})
 
 
