@@ -181,7 +181,7 @@ def moved(
     z = {l: math.log(d[l] / (1 - d[l])) for l in d}
     if u:
         gain = {l: a[l] / p[l] for l in u}
-        weight = {l: math.log(b[l] / p[l]) for l in u}
+        weight = {l: math.log(b[l]) - math.log(p[l]) for l in u}  # b/p may underflow
         mean_gain, mean_weight = mean(gain), mean(weight)
         rms = math.sqrt(mean({l: (gain[l] - mean_gain) ** 2 for l in u})) or 1.0
         for l in u:
