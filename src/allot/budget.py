@@ -260,7 +260,8 @@ class Budget:
             return ceiling
         base = self._base(kind)
         most = self.cost(kind, {term.name: term.upper for term in self.terms})
-        return max(ceiling, min(base + math.floor(self.factor * (ceiling - base)), most))
+        # the smaller one first: a product beyond every float has no floor
+        return max(ceiling, base + math.floor(min(self.factor * (ceiling - base), most - base)))
 
     def _check_reachable(self) -> None:
         least = {term.name: term.lower for term in self.terms}

@@ -79,7 +79,7 @@ class Training:
         check_number("temperature", self.temperature, 1e-3)
         for name in ("learning_rate", "block_weight"):
             check_number(name, getattr(self, name), 0)
-        if self.loss not in LOSSES:
+        if self.loss not in tuple(LOSSES):  # a list has no hash
             raise unknown("loss", str(self.loss), LOSSES)
 
     def begin(self, problem: Problem, candidate: Candidate) -> State:
@@ -118,18 +118,21 @@ class Training:
         """(L of the net with `tensors` in place on the state's next batch, samples pushed forward).
 
         Raises:
-            UsageError: outputs that the loss cannot read, or a batch too small for batch norm.
+            UsageError: outputs that the loss cannot read or that carry no gradients, or a batch too small for batch
+                norm.
         """
         calibration = problem.inputs()
         positions = calibration.positions(state["step"])
         inputs = calibration.pick(positions)
         dense_blocks: list[Tensor] = []
         known = state["repeat"] and state["step"] >= calibration.batches
+        probed = 0
         if known:
             teacher = [table[positions] for table in state["teacher"]]
         else:
             with torch.no_grad(), _watched(problem.model, self.blocks, dense_blocks):
                 teacher = self._read(call(problem.model, {}, inputs))
+            probed = self._probe(problem, state, teacher, positions)
             _keep(state, teacher, positions, len(calibration))
         blocks: list[Tensor] = []
         with _watched(problem.model, self.blocks, blocks):
@@ -144,10 +147,16 @@ class Training:
         loss = self._compared(self._read(output), teacher)
         for ours, theirs in zip(blocks, dense_blocks, strict=True):
             loss = loss + self.block_weight * _relative_error(ours, theirs, 1.0)
-        return loss, len(positions) * (1 if known else 2)
+        if not loss.requires_grad:
+            raise UsageError("the model's outputs carry no gradients: take no_grad and detach out of its forward.")
+        return loss, len(positions) * (1 if known else 2) + probed
 
     def judge(self, problem: Problem, state: State, masks: Mapping[str, Tensor], k: int) -> tuple[float, int]:
-        """(L of the sparse net in eval mode on batch k, samples pushed forward)."""
+        """(L of the sparse net in eval mode on batch k, samples pushed forward).
+
+        Raises:
+            AllotError: the loss is not finite.
+        """
         inputs, samples = problem.inputs().batch(k)
         tensors = {
             name: (masked(value, masks[name]) if name in masks else value).to(problem.dense[name].dtype)
@@ -155,7 +164,9 @@ class Training:
         }
         with torch.no_grad():
             teacher, student = (self._read(call(problem.model, given, inputs)) for given in ({}, tensors))
-            return float(self._compared(student, teacher)), 2 * samples
+            loss = self._compared(student, teacher)
+        check_finite(loss, state)
+        return float(loss), 2 * samples
 
     def gradients(
         self, problem: Problem, state: State, masks: Mapping[str, Tensor]
@@ -164,6 +175,7 @@ class Training:
 
         Raises:
             AllotError: the loss is not finite.
+            UsageError: as `loss_of`.
         """
         dense, tensors = problem.dense, state["tensors"]
         leaves = {}
@@ -218,11 +230,26 @@ class Training:
                 outputs = pkgutil.resolve_name(outputs)
             except (ImportError, AttributeError, ValueError) as error:
                 raise UsageError(f"outputs={self.outputs!r}: {error}; package.module:function is accepted.") from error
+            if not callable(outputs):
+                raise UsageError(f"outputs={self.outputs!r} is no function: package.module:function is accepted.")
         found = _flat(outputs(output) if callable(outputs) else getattr(output, "logits", output), given=outputs)
         if self.loss == "kl" and any(tensor.dim() < 2 or tensor.shape[_classes(tensor)] < 2 for tensor in found):
             shapes = ", ".join(str(list(tensor.shape)) for tensor in found)
             raise UsageError(f"the kl loss needs logits [B, classes] of two or more classes, not {shapes}: use mse.")
         return found
+
+    def _probe(self, problem: Problem, state: State, teacher: list[Tensor], batch: list[int]) -> int:
+        """Keep no table of outputs whose first dimension counts the places of a sequence; samples pushed for that.
+
+        Logits [B, classes] need no look: only in three dimensions or more may as many places as samples go unnoticed.
+        """
+        if state["step"] or not state["repeat"] or all(tensor.dim() < 3 for tensor in teacher):
+            return 0
+        few = batch[: min(2, len(batch) - 1)] or batch  # fewer than a batch
+        with torch.no_grad():
+            outputs = self._read(call(problem.model, {}, problem.inputs().pick(few)))
+        state["repeat"] = all(tensor.shape[:1] == (len(few),) for tensor in outputs)
+        return len(few)
 
     def _compared(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
         pairs = zip(student, teacher, strict=True)
@@ -299,7 +326,7 @@ def _keep(state: State, teacher: list[Tensor], positions: list[int], samples: in
     """Remember the teacher's outputs for these samples, where inputs repeat and there is room."""
     if state["repeat"] and not state["teacher"]:
         size = sum(tensor.numel() * tensor.element_size() for tensor in teacher) / len(positions) * samples
-        state["repeat"] = size <= CACHED_BYTES and all(len(tensor) == len(positions) for tensor in teacher)
+        state["repeat"] = size <= CACHED_BYTES and all(tensor.shape[:1] == (len(positions),) for tensor in teacher)
         if state["repeat"]:
             state["teacher"] = [tensor.new_zeros(samples, *tensor.shape[1:]) for tensor in teacher]
     for table, tensor in zip(state["teacher"], teacher, strict=False):

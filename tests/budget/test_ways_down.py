@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given, settings
 from torch import nn
 
+from allot.allocation import Allocation
 from allot.budget import Budget
 from allot.costs import Term
 from allot.errors import BudgetError, PatternError
@@ -27,6 +30,7 @@ BUDGETS: list[dict[str, Any]] = [
     {"macs": "15%"},
     {"bytes": 1_000},
     {"macs": "20%", "params": "12%"},
+    {"params": "99.9%"},  # more than the caps allow
 ]
 
 
@@ -62,6 +66,10 @@ def test_a_price_is_what_one_more_weight_costs(limits: dict[str, Any]):
         assert budget.prices(kept)[term.name] == pytest.approx(cost / 10, rel=0.02)
 
 
+def test_a_factor_beyond_every_float_is_room_for_everything():
+    assert bound({"sparsity": 0.9}).widened(1e308).counts({"a": 1, "b": 1, "c": 1}) == {"a": 300, "b": 40, "c": 1_000}
+
+
 def test_weights_of_a_layer_that_is_stored_dense_are_free():
     kept = {"a": 300, "b": 10, "c": 10}
     assert bound({"bytes": 3_000}).prices(kept) == {"a": 0.0, "b": 4.0, "c": 4.0}
@@ -70,9 +78,57 @@ def test_weights_of_a_layer_that_is_stored_dense_are_free():
 def test_whole_groups_meet_a_sparsity_when_not_one_more_fits():
     terms = (Term("a", 16, lower=4, upper=16, step=4), Term("b", 24, lower=6, upper=24, step=6))
     budget = Budget(sparsity=0.5).on(terms)  # 20 of 40
-    met = {(a, b) for a, b in itertools.product((4, 8, 12, 16), (6, 12, 18, 24)) if budget.meets({"a": a, "b": b})}
+    met = {(a, b) for a, b in itertools.product(range(4, 17), range(6, 25)) if budget.meets({"a": a, "b": b})}
     assert met == {(8, 12), (12, 6)}  # not (4, 12): 16 kept, 4 more would fit
     assert (budget.counts({"a": 1, "b": 1})["a"], budget.counts({"a": 1, "b": 1})["b"]) in met
+    assert budget.prices({"a": 8, "b": 12}) == {"a": 1.0, "b": 1.0}  # of one weight, though a group comes or goes
+
+
+@st.composite
+def grouped(draw: st.DrawFn) -> tuple[Term, ...]:
+    """Up to three layers of up to six groups each."""
+    terms = []
+    for i in range(draw(st.integers(1, 3))):
+        step, groups = draw(st.integers(1, 12)), draw(st.integers(1, 6))
+        lower = draw(st.integers(0, groups))
+        upper = draw(st.integers(lower, groups))
+        total = step * groups
+        terms.append(
+            Term(
+                f"layer{i}", total, step * lower, step * upper, step, total * draw(st.integers(1, 9)),
+                dense_bytes=4 * total, mask_bytes=(total + 7) // 8, value_bytes=4,
+            )
+        )  # fmt: skip
+    return tuple(terms)
+
+
+@settings(max_examples=150, deadline=None)
+@given(grouped(), st.sampled_from(["sparsity", "params", "macs", "bytes"]), st.floats(0.05, 0.95), st.data())
+def test_whole_groups_are_one_of_the_fullest_answers_that_there_are(terms, kind, share, data):
+    limit = share if kind == "sparsity" else max(1, round(share * PRICED[kind](terms)))
+    try:
+        budget = Budget(**{kind: limit}).on(terms, full_bytes=PRICED["bytes"](terms))
+    except BudgetError:
+        return
+    names = [term.name for term in terms]
+    every = itertools.product(*(range(term.lower, term.upper + 1, term.step) for term in terms))
+    fitting = [kept for kept in (dict(zip(names, row, strict=True)) for row in every) if budget.fits(kept)]
+    fullest = [
+        kept
+        for kept in fitting
+        if not any(kept | {term.name: kept[term.name] + term.step} in fitting for term in terms)
+    ]
+    kept = budget.counts({name: data.draw(st.floats(0, 1)) for name in names})
+    assert kept in fullest
+    assert budget.counts(Allocation.of(kept, {term.name: term.total for term in terms})) == kept
+    assert [kept for kept in fitting if budget.meets(kept)] == (fullest if kind == "sparsity" else fitting)
+
+
+PRICED: dict[str, Any] = {
+    "params": lambda terms: sum(term.total for term in terms),
+    "macs": lambda terms: sum(term.macs for term in terms),
+    "bytes": lambda terms: sum(term.dense_bytes for term in terms),
+}
 
 
 # n of every m, an n per layer
@@ -102,11 +158,31 @@ def test_each_layer_keeps_a_whole_n_and_not_one_more_fits(sparsity: float):
         assert n == 4 or layer.total // 4 > room
 
 
+@pytest.mark.parametrize("budget", ["sparsity=0.5", "macs=60%", "bytes=2000", "sparsity=0.3,macs=55%"])
+def test_layers_have_an_n_of_their_own_under_every_budget_and_keep_it_in_repair(budget: str):
+    wished = {"0.weight": 1.0, "2.weight": 0.2, "4.weight": 0.6}
+    options = {"distill": {"steps": 6, "every": 2, "ramp": 3.0}}
+    inputs = torch.randn(16, 8)
+    result = prune(net(), inputs, budget, allocate=wished, pattern="n:4", repair="distill", options=options)
+    chosen = set()
+    for layer in result.problem.scope:
+        per_group = layer.matrix(result.masks[layer.name]).unflatten(1, (-1, 4)).sum(-1)
+        assert per_group.min() == per_group.max()
+        chosen.add(int(per_group.min()))
+    assert len(chosen) > 1
+    kept, bound = result.allocation.kept, result.problem.budget
+    assert bound.meets(kept)
+    for term in bound.terms:
+        assert kept[term.name] == term.upper or not bound.fits(kept | {term.name: kept[term.name] + term.step})
+
+
 def test_caps_and_floors_are_rounded_to_whole_n():
     rules = Rules(min_density={"0": 0.3}, max_density={"4": 0.6})
     scope = Scope.of(net(), rules)
     assert NM(None, 4).feasible(scope["0.weight"]) == (32, 64, 128)
     assert NM(None, 4).feasible(scope["4.weight"]) == (16, 16, 32)
+    assert NM(None, 4).feasible(Scope.of(net(), Rules(floor=0))["4.weight"]) == (16, 16, 64)
+    assert NM(None, 4).feasible(Scope.of(net(), Rules(floor="5/row"))["4.weight"]) == (16, 32, 64)
     with pytest.raises(PatternError, match="multiples of 16"):
         NM(None, 4).feasible(Scope.of(net(), Rules(max_density={"4": 0.2}))["4.weight"])
 

@@ -68,6 +68,27 @@ def test_numbers_in_settings_are_numbers_and_reach_the_method():
     assert hyperparameters["repair"] == [{"type": "OutputMoments", "scale": True, "limit": 2.0}]
 
 
+def test_an_option_goes_by_its_own_name_wherever_the_method_holds_it():
+    line = f"prune {MLP} --data {SAMPLES} --budget sparsity=0.5 --method uniform --repair distill --out RUN"
+    said = done(f"{line} --set options.distill.steps=5 --set options.distill.every=2 --json").json
+    assert said["images"]["backward"] == 5 * 40
+    (used,) = json.loads(Path("RUN/run.json").read_text())["configuration"]["hyperparameters"]["repair"]
+    assert (used["training"]["steps"], used["schedule"]["every"], used["schedule"]["freeze_at"]) == (5, 2, 0.8)
+    assert used["training"]["learning_rate"] == done("methods distill --json").json["options"]["learning_rate"]
+
+
+@pytest.mark.parametrize("start", ["uniform", "auto", "plan.json"])
+def test_an_option_that_is_a_method_takes_what_allocate_takes(start):
+    done(f"plan {MLP} --budget sparsity=0.5 --method uniform --save plan.json")
+    line = f"prune {MLP} --data {SAMPLES} --budget sparsity=0.5 --method fcpts --out RUN --json"
+    # without a ramp and without learning, what it starts from is what it ends with
+    options = {"start": start, "steps": 2, "ramp": 1, "distance": 0}
+    said = done(line + "".join(f" --set options.fcpts.{key}={value}" for key, value in options.items())).json
+    expected = said["diagnostics"]["auto"]["chosen"] if start == "auto" else "uniform"
+    planned_kept = planned(f"{MLP} --budget sparsity=0.5 --method {expected}")["layers"]
+    assert [row["kept"] for row in said["layers"]] == [row["kept"] for row in planned_kept]
+
+
 def test_the_resolved_recipe_of_a_run_makes_the_same_run():
     line = f"prune {MLP} --data {SAMPLES} --test {SAMPLES} --budget sparsity=0.6 --allocate lamp --score random"
     first = done(
@@ -167,6 +188,15 @@ def test_a_recipe_that_cannot_be_read_is_refused():
         ("options.variance.limt=5", "did you mean 'limit'?"),
         ("options.erk.densities=5", "densities"),
         ("options.lamp.x=1", "lamp"),
+        ("options.fcpts.stepps=5 --method fcpts", "unknown option of fcpts 'stepps': did you mean 'steps'?"),
+        ("options.fcpts.evry=5 --method fcpts", "did you mean 'every'?"),
+        ("options.fcpts.training=5 --method fcpts", "unknown option of fcpts 'training'"),
+        ("options.fcpts.start=ekr --method fcpts", "unknown allocator 'ekr': did you mean 'erk'?"),
+        ("options.fcpts.start=bn --method fcpts", "unknown allocator 'bn'"),
+        ("options.fcpts.start=3 --method fcpts", "int is no method with role 'allocate'"),
+        ("options.auto.among=[erk] --allocate auto", "unknown option of auto 'among'"),
+        ("options.distill.steps=0 --repair distill", "steps=0"),
+        ("options.distill.loss=[kl] --repair distill", "unknown loss"),
         ("seed.a=1", "seed"),
     ],
 )

@@ -147,6 +147,32 @@ def test_methods_lists_every_method_and_tells_about_one():
     assert "--set options.variance.limit=10.0" in done("methods variance").err
 
 
+def test_a_method_lists_options_flat_as_a_recipe_says_them():
+    options = done("methods distill --json").json["options"]
+    assert {
+        "steps": 250,
+        "loss": "kl",
+        "outputs": None,
+        "blocks": [],
+        "every": 5,
+        "ramp": 1.0,
+    }.items() <= options.items()
+    assert not options.keys() & {"training", "schedule"}
+    shown = done("methods auto").err
+    assert "--set options.auto.steps=40\n" in shown and "options.auto.among" not in shown
+    assert "--set options.fcpts.start=erk\n" in done("methods fcpts").err
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_a_method_offers_to_set_is_accepted_as_it_stands(name):
+    shown = [line.strip() for line in done(f"methods {name}").err.splitlines() if line.startswith("  --set ")]
+    part = "--allocate" if METHODS[name].role == "allocate" else "--method uniform --repair"
+    line = f"prune {MLP} --data {SAMPLES} --budget sparsity=0.5 {part} {name} --out RUN"
+    line += "".join(f" --set '{setting.removeprefix('--set ')}'" for setting in shown)
+    said = done(line + (f" --set options.{name}.steps=2" if any(".steps=" in setting for setting in shown) else ""))
+    assert "pass" in said.err
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_what_a_method_says_about_itself_keeps_its_lines(name):
     assert done(f"methods {name} --json").json["text"] in done(f"methods {name}").err

@@ -8,13 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
+import allot
 from allot.calibration import Calibration
-from allot.errors import UsageError
-from allot.masks import masked
+from allot.errors import AllotError, UsageError
+from allot.masks import call, masked
 from allot.methods import METHODS
 from allot.methods.auto import Auto
-from allot.run import Candidate, drive
-from allot.training import Training
+from allot.methods.distill import Distill
+from allot.run import Candidate, Selection, drive
+from allot.scores import wanda
+from allot.store import Log
+from allot.training import Schedule, Training
 from contract.cases import CASES, problem_of
 
 AMONG = tuple((name, METHODS[name]) for name in ("uniform", "erk", "global"))
@@ -60,6 +64,47 @@ def test_without_training_the_loss_is_that_of_the_pruned_net():
         ours, dense = torch.func.functional_call(model, pruned, half), model(half)
         expected = float((ours - dense).square().mean() / dense.square().mean())
     assert candidate.diagnostics["auto"]["loss"]["uniform"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_losses_are_those_of_distilling_on_one_half_and_judging_on_the_other():
+    problem = problem_of("with batch norm", "sparsity=0.7", batch_size=5)
+    training, schedule = Training(steps=6, learning_rate=0.2), Schedule(every=2, ramp=3.0)
+    candidate = drive(Auto(AMONG, training, schedule), problem, Candidate.dense(problem))
+    inputs, indices = CASES["with batch norm"].inputs(), problem.inputs().indices
+    train = replace(problem, calibration=replace(problem.inputs(), indices=indices[0::2]))
+    half = inputs[list(indices[1::2])]
+    for name, allocator in AMONG:
+        start = drive(Selection(), train, drive(allocator, train, Candidate.dense(train)))
+        trained = drive(Distill(training, schedule), train, start)
+        with torch.no_grad():
+            p, q = (
+                call(problem.model, tensors, half).div(2).softmax(1) for tensors in ({}, trained.effective(problem))
+            )
+        expected = float(4 * (p * (p.log() - q.log())).sum(1).mean())
+        assert candidate.diagnostics["auto"]["loss"][name] == pytest.approx(expected, rel=1e-4)
+
+
+def test_equal_losses_go_to_the_earlier_one_and_the_report_tells_of_all():
+    method = Auto((("second", METHODS["erk"]), ("first", METHODS["erk"])), Training(steps=2))
+    case = CASES["linear chain"]
+    told = allot.prune(case.make(), case.inputs(), "sparsity=0.5", allocate=method, repair="none").report()
+    auto = told["diagnostics"]["auto"]
+    assert auto["chosen"] == "second" and auto["loss"]["first"] == auto["loss"]["second"] > 0
+
+
+def test_every_sample_that_is_pushed_through_is_counted():
+    problem = replace(problem_of("linear chain", batch_size=5), score=wanda)
+    log = Log()
+    drive(Auto((("uniform", METHODS["uniform"]),), Training(steps=3)), problem, Candidate.dense(problem), log=log)
+    # halves of two batches of 5; the score looks at one of them; dense answers are there in the third step
+    assert log.forward == 10 + (10 + 10 + 5) + 2 * 10 and log.backward == 3 * 5
+
+
+def test_a_loss_that_is_not_finite_is_no_lowest_loss():
+    problem = problem_of("linear chain")
+    method = Auto(AMONG, Training(steps=1, learning_rate=1e38))
+    with pytest.raises(AllotError, match="lower learning_rate"):
+        drive(method, problem, Candidate.dense(problem))
 
 
 def test_one_sample_cannot_be_split():

@@ -103,6 +103,11 @@ def test_options_reach_training_and_schedule_by_one_name_each():
     )
     # 20 samples are 3 batches of 7, 7 and 6; the teacher runs once on each
     assert result.log.backward == 20 + 7 and result.log.forward == 2 * 20 + 7
+    wanda = allot.prune(
+        problem.model, inputs, "sparsity=0.5", score="wanda", options={"distill": {"steps": 4}}, **arguments
+    )
+    # the score looks at all samples to select, and once more, at the pruned net, to train
+    assert wanda.log.forward == 2 * 20 + 7 + 2 * 20
     with pytest.raises(UsageError, match="did you mean 'steps'"):
         allot.prune(problem.model, inputs, "sparsity=0.5", options={"distill": {"step": 4}}, **arguments)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -95,7 +96,7 @@ def test_mse_is_relative_to_the_dense_output():
     assert float(LOSSES["mse"](100 * ours, 100 * theirs, 1.0)) == pytest.approx(5 / 19)
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+@pytest.mark.parametrize("scale", [1e-5, 1e-3, 1.0, 1e4])
 def test_a_step_is_a_share_of_the_tensor_whatever_its_scale(scale: float):
     model = nn.Linear(4, 3, bias=False)
     with torch.no_grad():
@@ -108,6 +109,26 @@ def test_a_step_is_a_share_of_the_tensor_whatever_its_scale(scale: float):
     moved = (state["tensors"]["weight"] - model.weight.detach()).abs() / model.weight.detach().square().mean().sqrt()
     # the first step of Adam is a sign; warm-up makes it a tenth
     assert float(moved.max()) == pytest.approx(0.1 * warm_cosine(0, 250), rel=1e-2)
+
+
+def test_what_starts_at_zero_can_move():
+    model = nn.Linear(4, 3)
+    nn.init.zeros_(model.bias)
+    problem, training = posed(model, torch.randn(8, 4)), Training(loss="mse", learning_rate=0.1)
+    state = begun(training, problem)
+    training.update(state, training.gradients(problem, state, half(problem))[0])
+    # the first step of Adam is a sign, and a vector counts as at least 0.001
+    assert torch.allclose(
+        state["tensors"]["bias"].abs(), torch.full((3,), 0.001 * 0.1 * warm_cosine(0, 250)), rtol=0.01
+    )
+
+
+def test_training_goes_on_from_what_came_before_it():
+    problem = posed(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), torch.randn(8, 4))
+    changed = {name: problem.dense[name] + 1 for name in ("0.weight", "1.running_mean")}
+    state = Training().begin(problem, replace(Candidate.dense(problem), tensors=changed))
+    for name, tensor in (problem.dense | changed).items():
+        assert torch.equal(state["tensors"][name], tensor) and state["tensors"][name] is not tensor
 
 
 def test_a_loss_that_is_not_finite_is_an_error_that_says_what_to_do():
@@ -164,11 +185,25 @@ def test_an_object_with_logits_needs_nothing():
     assert told["loss"] > 0 and all(bool(gradient.any()) for gradient in gradients.values())
 
 
-def test_a_function_that_cannot_be_found_is_an_error():
-    training = Training(outputs="no.such:place")
+@pytest.mark.parametrize("outputs", ["no.such:place", "math:no", "json", "math:pi"])
+def test_what_is_no_function_that_can_be_found_is_an_error(outputs: str):
+    training = Training(outputs=outputs)
     problem = posed(perceptron(), torch.randn(8, 5))
-    with pytest.raises(UsageError, match=r"package\.module:function"):
+    with pytest.raises(UsageError, match=rf"outputs='{outputs}'.* package\.module:function is accepted"):
         training.gradients(problem, begun(training, problem), {})
+
+
+def test_one_number_for_a_whole_batch_can_be_compared():
+    problem = posed(perceptron(), torch.randn(8, 5))
+    training = Training(outputs=lambda output: output.square().mean(), loss="mse")
+    _, told = training.gradients(problem, begun(training, problem), {})
+    assert told["loss"] == pytest.approx(0, abs=1e-9)
+
+
+def test_outputs_without_gradients_say_what_to_change():
+    problem = posed(Told(lambda z: z.detach()), torch.randn(8, 5))
+    with pytest.raises(UsageError, match="no_grad and detach"):
+        Training().gradients(problem, begun(Training(), problem), {})
 
 
 def test_one_class_has_no_kl():
@@ -187,8 +222,29 @@ def test_block_outputs_add_their_error():
 
     apart, once, twice = loss(), loss(blocks=["0"], block_weight=1.0), loss(blocks="0", block_weight=2.0)
     assert once > apart and twice - apart == pytest.approx(2 * (once - apart), rel=1e-4)
-    with pytest.raises(UsageError, match="unknown module in blocks"):
-        loss(blocks=["layer9"])
+    with pytest.raises(UsageError, match="unknown module in blocks 'layer9'"):
+        loss(blocks=["0", "layer9"])
+
+
+def test_a_block_term_is_the_relative_error_of_what_its_module_gives():
+    inputs = torch.randn(8, 5)
+    problem = posed(Told(lambda z: z), inputs)
+    masks, model = half(problem), perceptron()
+    pruned = {name: problem.dense[name] * mask for name, mask in masks.items()}
+    found = {}
+    for blocks in ((), ("inner.[01]",)):
+        training = Training(blocks=blocks, block_weight=0.5)
+        found[blocks] = training.gradients(problem, begun(training, problem), masks)
+    with torch.no_grad():
+        dense = model[0](inputs)
+        sparse = nn.functional.linear(inputs, pruned["inner.0.weight"], model[0].bias)
+    errors = [(b - a).square().mean() / a.square().mean() for a, b in ((dense, sparse), (dense.tanh(), sparse.tanh()))]
+    (apart, without), (together, told) = found.values()
+    assert told["loss"] - without["loss"] == pytest.approx(0.5 * float(sum(errors)), rel=1e-4)
+    assert not torch.allclose(together["inner.0.weight"], apart["inner.0.weight"], rtol=1e-3)
+    assert torch.allclose(together["inner.2.weight"], apart["inner.2.weight"])  # it comes after the blocks
+    with pytest.raises(UsageError, match=r"'inner\.00': did you mean 'inner\.0'"):
+        begun(Training(blocks=("inner.00",)), problem)
 
 
 # the teacher
@@ -229,6 +285,25 @@ def test_a_table_of_answers_changes_nothing():
             training.update(state, training.gradients(problem, state, half(problem))[0])
         states.append(state["tensors"])
     assert all(torch.allclose(states[0][name], states[1][name], atol=1e-6) for name in states[0])
+
+
+@pytest.mark.parametrize("samples", [12, 11])  # 11 make a batch of 6 and one of 5
+def test_answers_are_kept_by_sample_only_where_their_first_dimension_counts_samples(samples: int):
+    model, inputs = perceptron(), torch.randn(samples, 6, 5)  # 6 places, and 6 samples a batch
+    losses: dict[str, list[float]] = {}
+    for order in ("samples first", "places first"):
+        turned = Told((lambda z: z.transpose(0, 1)) if order == "places first" else lambda z: z)
+        turned.inner.load_state_dict(model.state_dict())
+        problem, training = posed(turned, inputs, batch_size=6), Training(learning_rate=0.0)
+        state, losses[order] = begun(training, problem), []
+        for k in range(4):
+            gradients, told = training.gradients(problem, state, half(problem))
+            training.update(state, gradients)
+            losses[order].append(told["loss"])
+            assert state["repeat"] == (order == "samples first")
+            if k == 0:  # two of the samples tell
+                assert told["forward"] == 2 * len(problem.inputs().positions(0)) + 2
+    assert losses["places first"] == pytest.approx(losses["samples first"], rel=1e-4)
 
 
 class Normed(nn.Sequential):
@@ -297,6 +372,7 @@ def test_half_precision_is_trained_in_float32_and_comes_back_in_its_own():
         {"learning_rate": "fast"},
         {"temperature": 0},
         {"loss": "kll"},
+        {"loss": ["kl"]},
         {"block_weight": float("nan")},
         {"blocks": 3},
         {"blocks": [1]},
