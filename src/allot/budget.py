@@ -155,6 +155,10 @@ class Budget:
         """Whether whole numbers of weights meet every limit."""
         return all(self.cost(limit.kind, kept) <= limit.ceiling for limit in self.limits)
 
+    def fits_real(self, kept: Mapping[str, float]) -> bool:
+        """Whether real numbers of weights meet every limit."""
+        return all(self._real_cost(limit.kind, kept) <= limit.ceiling for limit in self.limits)
+
     def meets(self, kept: Mapping[str, int]) -> bool:
         """Whether `kept` is an answer: it fits, layers are in their bounds, and sparsity alone is met exactly.
 
@@ -237,6 +241,9 @@ class Budget:
     def _base(self, kind: str) -> int:
         return self.fixed_bytes if kind == "bytes" else 0
 
+    def _real_cost(self, kind: str, kept: Mapping[str, float]) -> float:
+        return self._base(kind) + math.fsum(REAL_PRICES[kind](term, kept[term.name]) for term in self.terms)
+
     def _full(self, kind: str) -> int:
         if kind == "bytes":
             return self.full_bytes
@@ -315,11 +322,7 @@ class Budget:
             return self.clip({name: price * x for name, x in share.items()})
 
         def costs(price: float) -> list[float]:
-            kept = at(price)
-            return [
-                self._base(kind) + math.fsum(REAL_PRICES[kind](term, kept[term.name]) for term in self.terms)
-                for kind, _ in ceilings
-            ]
+            return [self._real_cost(kind, at(price)) for kind, _ in ceilings]
 
         def breaks(price: float) -> bool:
             return any(cost > ceiling for cost, (_, ceiling) in zip(costs(price), ceilings, strict=True))

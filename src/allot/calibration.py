@@ -107,6 +107,18 @@ class Calibration:
         """A batch of the first sample."""
         return self.take([self.indices[0]])
 
+    def repeats(self) -> bool:
+        """Whether samples come the same again, as far as two more looks at up to 64 of them tell.
+
+        Samples that are drawn anew, as augmentation does, do not.
+        """
+
+        def looked() -> list[Any]:
+            return [self.pick([i]) for i in range(min(len(self), 64))]
+
+        first = looked()
+        return all(_same(seen, again) for _ in range(2) for seen, again in zip(first, looked(), strict=True))
+
     def take(self, indices: Sequence[int]) -> Any:
         """These samples of the source as one batch of inputs, on the device.
 
@@ -204,5 +216,44 @@ def _refuse_texts(batch: Any) -> None:
             _refuse_texts(part)
 
 
+def _same(left: Any, right: Any) -> bool:
+    if isinstance(left, Tensor):
+        return torch.equal(left, right)
+    if isinstance(left, Mapping):
+        return all(_same(left[key], right[key]) for key in left)
+    return all(map(_same, left, right)) if isinstance(left, tuple) else bool(left == right)
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+class Noisy:
+    """Samples of `source` with Gaussian noise on their inputs, the same every time: a function of (seed, index).
+
+    Args:
+        share: standard deviation of the noise over that of the tensor that it is added to.
+    """
+
+    def __init__(self, source: Any, share: float, seed: int) -> None:
+        self.source, self.share, self.seed = source, share, seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Any:
+        draw = torch.Generator().manual_seed((self.seed * 1_000_003 + index) % 2**63)
+
+        def noised(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {key: noised(part) for key, part in value.items()}
+            if isinstance(value, tuple):
+                return tuple(map(noised, value))
+            value = torch.as_tensor(value) if hasattr(value, "dtype") else value
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                return value
+            noise = torch.randn(value.shape, generator=draw).to(value)
+            return value + self.share * value.std(correction=0) * noise
+
+        inputs = noised(inputs_of(self.source[index]))
+        return (inputs,)

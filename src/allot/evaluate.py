@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from allot.calibration import LABEL_KEYS, inputs_of, moved
@@ -17,15 +19,20 @@ from allot.masks import call
 
 @dataclass(frozen=True)
 class Score:
-    """A score: `metric` by name, `score` as a fraction, over `samples` samples."""
+    """A score: `metric` by name, `score` as a fraction, over `samples` samples.
+
+    `nll` is the mean negative log-likelihood of the labels in nats, which tells whether confidence is deserved; None
+    where a label is no class of the model.
+    """
 
     metric: str
     score: float
     samples: int
+    nll: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """`{"metric", "score", "samples"}`."""
-        return asdict(self)
+        return {"metric": self.metric, "score": self.score, "samples": self.samples}
 
 
 def evaluate(
@@ -50,6 +57,7 @@ def evaluate(
     counted: Any = data.dataset if isinstance(data, DataLoader) else data
     total = len(counted) if hasattr(counted, "__len__") else None
     right = samples = 0
+    nll = 0.0
     with torch.no_grad():
         for inputs, labels in _batches(data, batch_size):
             output = attempt(model, moved(inputs, reference.device, reference.dtype), tensors or {})
@@ -60,12 +68,15 @@ def evaluate(
                     f"{list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__}."
                 )
             right += int((logits.argmax(1).cpu() == labels.cpu()).sum())
+            labels = labels.to(logits.device)
+            known = bool(((labels >= 0) & (labels < logits.shape[1])).all())
+            nll += float(F.cross_entropy(logits.double(), labels, reduction="sum")) if known else math.nan
             samples += len(labels)
             if on_batch:
                 on_batch(samples, total)
     if not samples:
         raise UsageError("the data to score on is empty.")
-    return Score("top1", right / samples, samples)
+    return Score("top1", right / samples, samples, None if math.isnan(nll) else nll / samples)
 
 
 def attempt(model: nn.Module, inputs: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -26,6 +26,7 @@ def call(
     inputs: Any,
     *,
     training: Callable[[nn.Module], bool] | None = None,
+    then: Callable[[Any], Any] | None = None,
 ) -> Any:
     """What `model` gives for `inputs` with `tensors` in place of its own; the model is left as it was.
 
@@ -34,6 +35,8 @@ def call(
             one of its names. Buffers that the forward pass updates are updated in the tensors passed in.
         inputs: a tuple is spread over positional arguments, a dict over keywords, anything else is one argument.
         training: which modules run in train mode; None: none of them.
+        then: applied to the output while tensors and modes are still in place; what it returns is returned. Gradients
+            belong here: activation checkpointing runs parts of the model again when they are taken.
     Raises:
         UsageError: a name that the model does not have, a shape other than the model's, or two values for one
             tied weight.
@@ -46,8 +49,9 @@ def call(
             raise UsageError(f"{name} has shape {list(tensor.shape)}; the model has {list(own[name].shape)}.")
     _refuse_two_values(tensors, {name: id(own[name]) for name in tensors})
     args, kwargs = as_arguments(inputs)
+    placed = {f"model.{name}": tensor for name, tensor in _placed(model, tensors, own).items()}
     with modes(model, training or (lambda module: False)):
-        return torch.func.functional_call(model, _placed(model, tensors, own), args, kwargs, tie_weights=False)
+        return torch.func.functional_call(_Then(model, then), placed, args, kwargs, tie_weights=False)
 
 
 def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -68,6 +72,18 @@ def modes(model: nn.Module, training: Callable[[nn.Module], bool]) -> Iterator[N
     finally:
         for module, mode in before:
             module.training = mode
+
+
+class _Then(nn.Module):
+    """`then` of what `model` gives."""
+
+    def __init__(self, model: nn.Module, then: Callable[[Any], Any] | None) -> None:
+        super().__init__()
+        self.model, self.then = model, then
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.model(*args, **kwargs)
+        return output if self.then is None else self.then(output)
 
 
 class Mask(nn.Module):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -153,6 +154,84 @@ def watched_outputs(model: nn.Module, scope: Scope, visit: Callable[[Layer, Mome
         yield
 
 
+Apply = Callable[[Tensor, Tensor | None], Tensor]
+
+
+@contextmanager
+def watched_layers(model: nn.Module, scope: Scope, visit: Callable[[Layer, Apply, Tensor], None]) -> Iterator[None]:
+    """While open, each forward pass calls `visit(layer, apply, output)` where a layer has been applied.
+
+    `apply(weight, bias)` is what the layer gives for the same inputs with another weight and bias `[rows]` (None where
+    it has none), shaped like `output`; for the input projections of an attention both are flat.
+    """
+    places = places_of(model)
+    busy: set[int] = set()
+
+    @contextmanager
+    def alone(module: nn.Module) -> Iterator[bool]:
+        """False where this very hook made the module run again."""
+        if id(module) in busy:
+            yield False
+            return
+        busy.add(id(module))
+        try:
+            yield True
+        finally:
+            busy.discard(id(module))
+
+    def plain(layer: Layer, place: Place) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            def apply(weight: Tensor, bias: Tensor | None) -> Tensor:
+                tensors = {place.attribute: weight} | ({} if bias is None else {"bias": bias})
+                return torch.func.functional_call(module, tensors, args, kwargs)
+
+            with alone(module) as first:
+                if first:
+                    visit(layer, apply, output)
+
+        return hook
+
+    def attention(layers: Mapping[str, Layer]) -> Callable[..., None]:
+        def hook(module: nn.MultiheadAttention, args: Any, kwargs: Any, output: Any) -> None:
+            with alone(module) as first:
+                if not first:
+                    return
+                for attribute, layer in layers.items():
+                    if attribute == "out_proj.weight":
+                        visit(layer, partial(nn.functional.linear, _attended(module, args, kwargs)), output[0])
+                        continue
+                    apply = _projecting(_projected(module, attribute, args, kwargs))
+                    rows = _attention_rows(module, attribute, layer)
+                    bias = None if module.in_proj_bias is None else module.in_proj_bias[rows]
+                    visit(layer, apply, apply(getattr(module, attribute), bias))
+
+        return hook
+
+    with ExitStack() as stack:
+        for layer, place in plain_places(scope, places):
+            stack.enter_context(hooked(place.module, plain(layer, place)))
+        for module, layers in _attentions(model, scope, places):
+            stack.enter_context(hooked(module, attention(layers)))
+        yield
+
+
+def _projecting(parts: list[tuple[int, int, Tensor]]) -> Apply:
+    def apply(weight: Tensor, bias: Tensor | None) -> Tensor:
+        outputs = [
+            nn.functional.linear(x, weight[start:stop], None if bias is None else bias[start:stop])
+            for start, stop, x in parts
+        ]
+        return torch.cat([output.flatten() for output in outputs])
+
+    return apply
+
+
+def _attention_rows(module: nn.MultiheadAttention, attribute: str, layer: Layer) -> slice:
+    """The part of in_proj_bias that belongs to an input projection."""
+    start = max(ATTENTION_INPUTS.index(attribute) - 1, 0) * module.embed_dim
+    return slice(start, start + layer.rows)
+
+
 def biases_of(model: nn.Module, scope: Iterable[Layer]) -> dict[str, tuple[str, slice]]:
     """Layer name -> name of the bias that is added to its output, and the part of it; without those that have none."""
     places = places_of(model)
@@ -242,7 +321,7 @@ def _corrected_projections(
         if attribute == "out_proj.weight":
             continue
         weight = getattr(module, attribute)
-        first = max(ATTENTION_INPUTS.index(attribute) - 1, 0) * module.embed_dim
+        first = _attention_rows(module, attribute, layer).start
         parts = []
         for start, stop, x in _projected(module, attribute, args, kwargs):
             added = None if bias is None else bias[first + start : first + stop]

@@ -48,9 +48,12 @@ def assemble(
     Raises:
         UsageError: an unknown name (with the nearest), a method in the wrong place, or an unknown option.
     """
+    if method in METHODS and method not in RECIPES:
+        raise UsageError(f"{method} is no whole recipe but a part of one: use --{METHODS[method].role} {method}.")
     if method not in RECIPES:
         raise unknown("method", method, RECIPES)
     recipe, options = RECIPES[method], dict(options or {})
+    unused = dict(options)
     allocate = recipe.allocate if allocate is None else allocate
     repairs = recipe.repair if repair is None else repair
     if isinstance(repairs, str):
@@ -59,12 +62,13 @@ def assemble(
     score = recipe.score if score is None else score
     if isinstance(score, str) and score not in SCORES:
         raise unknown("score", score, SCORES)
-    chosen = _allocator(allocate, options)
-    found = tuple(_named(p, "repair", options) if isinstance(p, str) else _fitting(p, "repair") for p in repairs)
-    if options:
-        raise unknown(
-            "method with options", next(iter(options)), [n for n in (allocate, *repairs) if isinstance(n, str)]
-        )
+    chosen = _allocator(allocate, options, unused)
+    found = tuple(
+        _named(p, "repair", options, unused) if isinstance(p, str) else _fitting(p, "repair") for p in repairs
+    )
+    if unused:
+        used = [n for n in (allocate, *repairs) if isinstance(n, str)]
+        raise unknown("options: no method of this run is called", next(iter(unused)), used)
     names = Recipe(
         _name(allocate),
         score if isinstance(score, str) else getattr(score, "__name__", "custom"),
@@ -81,7 +85,11 @@ def assemble(
     )
 
 
-def _allocator(allocate: str | Method | Mapping[str, float], options: dict[str, Mapping[str, Any]]) -> Method:
+Options = Mapping[str, Mapping[str, Any]]
+
+
+def _allocator(allocate: str | Method | Mapping[str, float], options: Options, unused: dict[str, Any]) -> Method:
+    """The allocator of this name, of the recipe of this name, or from a file."""
     if isinstance(allocate, Mapping):
         try:
             return Rule(Given({name: float(density) for name, density in allocate.items()}))
@@ -89,22 +97,28 @@ def _allocator(allocate: str | Method | Mapping[str, float], options: dict[str, 
             raise UsageError(f"allocate: a density is no number ({error}).") from error
     if not isinstance(allocate, str):
         return _fitting(allocate, "allocate")
-    if allocate not in METHODS and (allocate.endswith(".json") or Path(allocate).is_dir()):
+    role = METHODS[allocate].role if allocate in METHODS else None
+    if role is None and (allocate.endswith(".json") or Path(allocate).is_dir()):
         path = Path(allocate)
         return Rule(Given(Allocation.load(path / "allocation.json" if path.is_dir() else path)))
-    return _named(allocate, "allocate", options)
+    if role != "allocate" and allocate in RECIPES:
+        allocate = RECIPES[allocate].allocate
+    return _named(allocate, "allocate", options, unused)
 
 
-def _named(name: str, role: str, options: dict[str, Mapping[str, Any]]) -> Method:
+def _named(name: str, role: str, options: Options, unused: dict[str, Any]) -> Method:
     accepted = [key for key, method in METHODS.items() if method.role == role]
     if name not in accepted:
         raise unknown({"allocate": "allocator", "repair": "repair"}[role], name, accepted)
-    given = dict(options.pop(name, {}))
+    unused.pop(name, None)
+    given = options.get(name, {})
     known = options_of(METHODS[name])
     for key in given:
         if key not in known:
             raise unknown(f"option of {name}", key, known)
-    return _replaced(METHODS[name], given)
+        if given[key] == name:
+            raise UsageError(f"options.{name}.{key}: {name} cannot be that of itself.")
+    return _replaced(METHODS[name], given, name, options, unused)
 
 
 def options_of(method: Any) -> dict[str, Any]:
@@ -131,15 +145,18 @@ def _plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def _replaced(method: Any, given: Mapping[str, Any]) -> Any:
-    """`method` with options of `options_of` set."""
+def _replaced(method: Any, given: Mapping[str, Any], name: str, options: Options, unused: dict[str, Any]) -> Any:
+    """`method` with options of `options_of` set; a method among them takes its own from `options`."""
     changed = {}
     for f in fields(method):
         value = getattr(method, f.name)
         if hasattr(value, "role"):
-            changed[f.name] = _allocator(given[f.name], {}) if f.name in given else value
+            try:
+                changed[f.name] = _allocator(given[f.name], options, unused) if f.name in given else value
+            except UsageError as error:
+                raise UsageError(f"options.{name}.{f.name}: {error}") from error
         elif is_dataclass(value) and given.keys() & options_of(value).keys():
-            changed[f.name] = _replaced(value, given)
+            changed[f.name] = _replaced(value, given, name, options, unused)
         elif f.name in given:
             changed[f.name] = given[f.name]
     return replace(method, **changed)

@@ -25,6 +25,13 @@ class Pattern(Protocol):
         """Mask of exactly `kept` weights with the highest score; `score` has the weight's shape."""
         ...
 
+    def order(self, layer: Layer, score: Tensor) -> Tensor:
+        """Flat indices of all weights; the first `kept` of them are those of `mask`, for every feasible `kept`.
+
+        One sort, where many masks of one score are needed.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class Unstructured:
@@ -54,6 +61,14 @@ class Unstructured:
         except PatternError as error:
             raise PatternError(f"{layer.name}: {error}") from error
         return mask.view(score.shape)
+
+    def order(self, layer: Layer, score: Tensor) -> Tensor:
+        """By score, each row's `layer.min_per_row` best first."""
+        order = score.flatten().argsort(descending=True, stable=True)
+        if not layer.min_per_row:
+            return order
+        first = layer.unmatrix(_best_per_group(layer.matrix(score), layer.min_per_row)).flatten()[order]
+        return torch.cat([order[first], order[~first]])
 
     def __str__(self) -> str:
         return "unstructured"
@@ -117,6 +132,12 @@ class NM:
             raise PatternError(f"{layer.name}: {_NAN}")
         groups = layer.matrix(score).unflatten(1, (-1, self.m))  # [rows, cols/m, m]
         return layer.unmatrix(_best_per_group(groups, per_group).flatten(1))
+
+    def order(self, layer: Layer, score: Tensor) -> Tensor:
+        """The best of every group, then the second best of every group, and so on."""
+        groups = layer.matrix(score).unflatten(1, (-1, self.m))  # [rows, cols/m, m]
+        places = groups.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        return layer.unmatrix(places.flatten(1)).flatten().argsort(stable=True)
 
     def __str__(self) -> str:
         return f"{self.n or 'n'}:{self.m}"

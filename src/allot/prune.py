@@ -30,11 +30,12 @@ from allot.parts import Parts, assemble, settings
 from allot.patterns import Pattern
 from allot.realise import certificate, files
 from allot.result import Result
-from allot.run import Candidate, Method, Problem, Progress, Selection, drive
+from allot.run import Candidate, Method, Problem, Progress, Selection, drive, repeatable
 from allot.scores import SCORES, Score
 from allot.store import Log, Store, read_run, write
 
 
+@torch.inference_mode(mode=False)
 def prune(
     model: nn.Module,
     calibration: Any,
@@ -91,17 +92,18 @@ def prune(
     Scope.of(model, rules)  # what is wrong with the model comes before a forward pass: one would fill lazy layers
     budget = Budget.parse(budget) if isinstance(budget, str) else budget
     parts = assemble(method, allocate=allocate, score=score, pattern=pattern, repair=repair, options=options)
-    inputs = _calibration(model, calibration, samples=samples, batch_size=batch_size, seed=seed)
-    problem = pose(
-        model,
-        budget,
-        parts.pattern,
-        calibration=inputs,
-        example=None if inputs else example,
-        rules=rules,
-        score=parts.score,
-        seed=seed,
-    )
+    with repeatable(model, seed, "pose"):
+        inputs = _calibration(model, calibration, samples=samples, batch_size=batch_size, seed=seed)
+        problem = pose(
+            model,
+            budget,
+            parts.pattern,
+            calibration=inputs,
+            example=None if inputs else example,
+            rules=rules,
+            score=parts.score,
+            seed=seed,
+        )
     for part in (parts.allocate, *parts.repair):
         if part.needs_data:
             problem.inputs()
@@ -112,10 +114,12 @@ def prune(
         test = list(test)  # it is read twice
     done = save_to and (Path(save_to) / "run.json").exists() and read_run(save_to)["state"] == "done"
     dense = evaluate(model, test) if test is not None and not done else None  # unusable test data costs no run
-    asked = {"configuration": _configuration(budget, parts, rules, seed, inputs), "fingerprint": fingerprint(problem)}
+    with repeatable(model, seed, "fingerprint"):
+        found = fingerprint(problem)
+    asked = {"configuration": _configuration(budget, parts, rules, seed, inputs), "fingerprint": found}
     known = {key: value for key, value in asked["configuration"].items() if key != "hyperparameters"}
     limits = [f"{kind}={amount}" for kind, amount in budget.to_json().items()]
-    recipe = {**known, "budget": limits, "options": dict(options or {}), **(recipe or {})}
+    recipe = {**known, "budget": limits, "options": settings(options or {}), **(recipe or {})}
     device = next(iter(problem.dense.values())).device
     store = Store(save_to, asked, {**_versions(), "recipe": recipe}, device) if save_to else None
     try:
@@ -146,8 +150,9 @@ def pose(
     """
     _check_plain(model)
     scope = Scope.of(model, rules)
+    before = _names(model)
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter.detach()).all()):
             raise UsageError(f"{name} holds nan or infinite values: the model cannot be pruned as it is.")
     for name, buffer in model.named_buffers():
         # infinite is what attention masks hold
@@ -156,6 +161,7 @@ def pose(
     example = calibration.example() if example is None and calibration else example
     if example is not None:
         scope = measured(scope, model, lambda: attempt(model, example, {}))
+    _check_made_nothing(model, before)
     state, _ = files.plain_state(model)
     layout = files.layout(state, files.about(model, scope, budget))
     terms = []
@@ -195,11 +201,23 @@ def _check_plain(model: nn.Module) -> None:
         )
 
 
+def _names(model: nn.Module) -> set[str]:
+    return {name for named in (model.named_parameters(), model.named_buffers()) for name, _ in named}
+
+
+def _check_made_nothing(model: nn.Module, before: set[str]) -> None:
+    if made := sorted(_names(model) - before):
+        raise UsageError(
+            f"the model made {', '.join(made[:3])} when it first ran: prune it again now that it has them."
+        )
+
+
 def _calibration(model: nn.Module, data: Any, *, samples: int, batch_size: int, seed: int) -> Calibration | None:
     """Calibration on the model's device; an iterable whose items are batches already is recognised by trying."""
     if data is None or isinstance(data, Calibration):
         return data
     reference = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    before = _names(model)
     if isinstance(data, Iterable) and not hasattr(data, "__len__") and not hasattr(data, "dataset"):
         data = list(itertools.islice(data, samples))  # an iterator: it can only be read once, and may have no end
 
@@ -214,6 +232,7 @@ def _calibration(model: nn.Module, data: Any, *, samples: int, batch_size: int, 
             dtype=reference.dtype,
         )
         attempt(model, found.example(), {})
+        _check_made_nothing(model, before)
         return found
 
     try:
@@ -304,7 +323,13 @@ def _reopened(problem: Problem, parts: Parts, store: Store, label: str, test: An
 
 def _scores(problem: Problem, candidate: Candidate, test: Any, dense: Accuracy) -> dict[str, Any]:
     sparse = evaluate(problem.model, test, tensors=candidate.effective(problem))
-    return {"metric": dense.metric, "dense": dense.score, "sparse": sparse.score, "samples": dense.samples}
+    return {
+        "metric": dense.metric,
+        "dense": dense.score,
+        "sparse": sparse.score,
+        "samples": dense.samples,
+        "nll": {"dense": dense.nll, "sparse": sparse.nll},
+    }
 
 
 def _configuration(

@@ -46,7 +46,8 @@ class Problem:
     def dense(self) -> dict[str, Tensor]:
         """Every parameter and buffer of the model as it came, by name, detached."""
         tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        return {name: tensor.detach() for name, tensor in tensors.items()}
+        # a tensor made in inference mode cannot take part in training
+        return {n: (t.clone() if t.is_inference() else t).detach() for n, t in tensors.items()}
 
     def inputs(self) -> Calibration:
         """The calibration data.
@@ -307,7 +308,7 @@ def drive(
         candidate = Candidate.from_state(saved.candidate, problem)
         state = saved.state
     else:
-        with _repeatable(problem, stage, -1):
+        with repeatable(problem.model, problem.seed, stage):
             state = method.init(problem, candidate)
     started = last_saved = time.monotonic()
     before = log.seconds.get(stage, 0.0)
@@ -323,7 +324,7 @@ def drive(
         if should_stop and should_stop():
             save()
             raise Stopped(f"stopped in stage {stage} after step {state['step']} of {state['steps']}")
-        with _repeatable(problem, stage, state["step"]):
+        with repeatable(problem.model, problem.seed, stage, state["step"]):
             metrics = method.step(problem, candidate, state)
         log.forward += int(metrics["forward"])
         log.backward += int(metrics["backward"])
@@ -340,11 +341,14 @@ def drive(
 
 
 @contextmanager
-def _repeatable(problem: Problem, stage: str, step: int) -> Iterator[None]:
-    """While open, torch draws by (seed, stage, step): models and data may draw; the caller's draws go on as before."""
-    device = next(iter(problem.dense.values())).device
+def repeatable(model: nn.Module, seed: int, stage: str, step: int = -1) -> Iterator[None]:
+    """While open, torch draws by (seed, stage, step): models and data may draw; the caller's draws go on as before.
+
+    Draws from other generators, Python's and numpy's, are the user's to seed.
+    """
+    device = next(model.parameters(), torch.zeros(())).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(((problem.seed * 1_000_003 + zlib.crc32(stage.encode())) * 1_000_003 + step) % 2**63)
+        torch.manual_seed(((seed * 1_000_003 + zlib.crc32(stage.encode())) * 1_000_003 + step) % 2**63)
         yield
 
 

@@ -1,7 +1,8 @@
 """MODEL and DATA of the command line: where a model and its data come from, by a prefix.
 
 MODEL: `zoo:NAME`, `torchvision:NAME`, `timm:NAME`, `hf:NAME_OR_DIR`, `package.module:factory`, `file.py:factory`.
-DATA:  `zoo:NAME`, `folder:DIR` (one sub-folder a class), `npz:FILE`, `package.module:factory`, `file.py:factory`.
+DATA:  `zoo:NAME`, `folder:DIR` (one sub-folder a class), `npz:FILE`, `synthetic`, `synthetic:C,H,W`,
+       `package.module:factory`, `file.py:factory`.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from allot.errors import UsageError, unknown
+from allot.synthetic import Fractals
 from allot.weights import fill
 
 MODEL_FORMS = "zoo:NAME, torchvision:NAME, timm:NAME, hf:NAME_OR_DIR, package.module:factory or file.py:factory"
-DATA_FORMS = "zoo:NAME, folder:DIR, npz:FILE, package.module:factory or file.py:factory"
+DATA_FORMS = "zoo:NAME, folder:DIR, npz:FILE, synthetic[:C,H,W], package.module:factory or file.py:factory"
 REMOTE = ("torchvision", "timm", "hf")  # origins that fetch trained weights
 _LABELS = ("y", "label", "labels", "target", "targets")
 
@@ -88,6 +90,8 @@ def load_data(spec: str, source: ModelSource | None = None, *, split: str = "cal
         UsageError: unknown name, missing package, unreadable or empty data.
     """
     origin, _, name = spec.partition(":")
+    if origin == "synthetic":
+        return Fractals(_image_shape(spec, name, source))
     if not name:
         raise UsageError(f"DATA {spec!r}: {DATA_FORMS} is accepted.")
     if origin == "zoo":
@@ -277,6 +281,19 @@ class _Arrays(Dataset[Any]):
         if len(inputs) == 1:
             inputs = next(iter(inputs.values()))
         return (inputs,) if self.labels is None else (inputs, self.labels[index])
+
+
+def _image_shape(spec: str, text: str, source: ModelSource | None) -> tuple[int, ...]:
+    """C,H,W as said, or as the model takes them."""
+    if not text:
+        shape = getattr(source.example if source else None, "shape", None)
+        if shape is None:
+            raise UsageError("synthetic: needs the size of an image: synthetic:CHANNELS,HEIGHT,WIDTH is accepted.")
+        return tuple(shape[1:])
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"DATA {spec!r}: synthetic:CHANNELS,HEIGHT,WIDTH, like synthetic:3,224,224.") from None
 
 
 def _folder(path: Path, source: ModelSource | None) -> Any:

@@ -154,6 +154,10 @@ class Store:
                 raise UsageError(f"{self.directory} holds other files and no run.json: choose another directory.")
             return None
         before = read_run(self.directory)
+        steps = self.directory / "steps.jsonl"
+        if before["state"] != "done" and steps.exists() and not steps.stat().st_size:
+            self._forget()  # it ended before its first step: nothing is lost
+            return None
         differing = sorted(
             key
             for key in flat(self.asked).keys() | flat(before).keys()

@@ -17,8 +17,6 @@ outputs are kept where the calibration data gives the same inputs again.
 from __future__ import annotations
 
 import fnmatch
-import math
-import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -26,19 +24,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.adam import adam
 
 from allot.errors import AllotError, UsageError, check_number, unknown
+from allot.losses import LOSSES, Outputs, compared, compared_tensors, relative_error, wide
 from allot.masks import call, masked
 from allot.observe import hooked
 from allot.run import Candidate, Evidence, Problem, scored
+from allot.schedule import Schedule, warm_cosine
 from allot.store import State
 
+Select = Callable[[Evidence, Mapping[str, int]], dict[str, Tensor]]
 CACHED_BYTES = 64 * 2**20  # of teacher outputs; they are part of the saved state
-
-Outputs = Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
@@ -47,14 +45,16 @@ class Training:
 
     Args:
         steps: batches, 1 or more.
-        learning_rate: peak step of Adam, as a share of each tensor's root mean square.
+        learning_rate: peak step of Adam, as a share of each tensor's root mean square; of SGD, in absolute units.
         temperature: T of the KL loss, above 0.
+        student_temperature: T_s, see `allot.losses`; None: as `temperature`.
         loss: "kl" on logits: over the last dimension of `[B, classes]` and `[B, T, classes]`, over dimension 1 of
-            `[B, classes, H, W]`; or "mse": squared error over the mean square of the dense net's output.
+            `[B, classes, H, W]` and more; or "mse": squared error over the mean square of the dense net's output.
         outputs: what of the model's output is compared: a function `output -> tensors` (a tensor, or a tuple, list or
             dict of them), or its place as text, "package.module:function". None: the output itself, or its `.logits`.
         blocks: names of modules, globs allowed, whose outputs are compared as well, by squared error.
         block_weight: of these terms, each.
+        optimizer: "adam"; or "sgd" with momentum 0.9, as papers train.
     Raises:
         UsageError: a value out of its range.
     """
@@ -62,10 +62,12 @@ class Training:
     steps: int = 250
     learning_rate: float = 0.05
     temperature: float = 2.0
+    student_temperature: float | None = None
     loss: str = "kl"
     outputs: str | Outputs | None = None
     blocks: tuple[str, ...] = ()
     block_weight: float = 0.1
+    optimizer: str = "adam"
 
     def __post_init__(self) -> None:
         blocks: Any = self.blocks
@@ -77,10 +79,14 @@ class Training:
             raise UsageError(f"outputs={self.outputs!r}: a function, or package.module:function is accepted.")
         check_number("steps", self.steps, 1, whole=True)
         check_number("temperature", self.temperature, 1e-3)
+        if self.student_temperature is not None:
+            check_number("student_temperature", self.student_temperature, 1e-3)
         for name in ("learning_rate", "block_weight"):
             check_number(name, getattr(self, name), 0)
         if self.loss not in tuple(LOSSES):  # a list has no hash
             raise unknown("loss", str(self.loss), LOSSES)
+        if self.optimizer not in ("adam", "sgd"):
+            raise unknown("optimizer", str(self.optimizer), ("adam", "sgd"))
 
     def begin(self, problem: Problem, candidate: Candidate) -> State:
         """The state before the first step: copies of what will change, in float32 where the model has less."""
@@ -88,12 +94,10 @@ class Training:
         tensors: dict[str, Tensor] = {}
         for name in trained(problem):
             value = candidate.tensors.get(name, problem.dense[name])
-            tensors[name] = _wide(value).clone()
+            tensors[name] = wide(value).clone()
         for name in _statistics(problem.model):
             tensors[name] = candidate.tensors.get(name, problem.dense[name]).clone()
         _check_blocks(problem.model, self.blocks)
-        first = calibration.positions(0)
-        repeat = not self.blocks and _same(calibration.pick(first), calibration.pick(first))
         return {
             "step": 0,
             "steps": self.steps,
@@ -101,7 +105,7 @@ class Training:
             "mean": {name: torch.zeros_like(tensors[name]) for name in trained(problem)},
             "square": {name: torch.zeros_like(tensors[name]) for name in trained(problem)},
             "scale": {name: _scale(tensors[name]) for name in trained(problem)},
-            "repeat": repeat,
+            "repeat": not self.blocks and calibration.repeats(),
             "teacher": [],
         }
 
@@ -114,10 +118,15 @@ class Training:
             for layer in problem.scope
         }
 
-    def loss_of(self, problem: Problem, state: State, tensors: Mapping[str, Tensor]) -> tuple[Tensor, int]:
-        """(L of the net with `tensors` in place on the state's next batch, samples pushed forward).
+    def loss_of(
+        self, problem: Problem, state: State, tensors: Mapping[str, Tensor], then: Callable[[Tensor], Any]
+    ) -> tuple[Any, int]:
+        """(`then` of L of the net with `tensors` in place on the state's next batch, samples pushed forward).
 
+        Args:
+            then: takes the gradients, while the tensors are in place.
         Raises:
+            AllotError: the loss is not finite.
             UsageError: outputs that the loss cannot read or that carry no gradients, or a batch too small for batch
                 norm.
         """
@@ -135,38 +144,46 @@ class Training:
             probed = self._probe(problem, state, teacher, positions)
             _keep(state, teacher, positions, len(calibration))
         blocks: list[Tensor] = []
+
+        def compare(output: Any) -> Any:
+            loss = self._compared(self._read(output), teacher)
+            for ours, theirs in zip(blocks, dense_blocks, strict=True):
+                loss = loss + self.block_weight * relative_error(ours, theirs)
+            if not loss.requires_grad:
+                raise UsageError("the model's outputs carry no gradients: take no_grad and detach out of its forward.")
+            check_finite(loss, state["step"])
+            return then(loss)
+
         with _watched(problem.model, self.blocks, blocks):
             try:
-                output = call(problem.model, tensors, inputs, training=lambda module: isinstance(module, _BatchNorm))
+                found = call(problem.model, tensors, inputs, training=lambda m: isinstance(m, _BatchNorm), then=compare)
             except ValueError as error:
                 if "more than 1 value per channel" not in str(error):
                     raise
                 raise UsageError(
                     f"no batch statistics from {len(positions)} samples: {error}. Use a larger batch_size."
                 ) from error
-        loss = self._compared(self._read(output), teacher)
-        for ours, theirs in zip(blocks, dense_blocks, strict=True):
-            loss = loss + self.block_weight * _relative_error(ours, theirs, 1.0)
-        if not loss.requires_grad:
-            raise UsageError("the model's outputs carry no gradients: take no_grad and detach out of its forward.")
-        return loss, len(positions) * (1 if known else 2) + probed
+        return found, len(positions) * (1 if known else 2) + probed
 
-    def judge(self, problem: Problem, state: State, masks: Mapping[str, Tensor], k: int) -> tuple[float, int]:
-        """(L of the sparse net in eval mode on batch k, samples pushed forward).
+    def judge(
+        self, problem: Problem, tensors: Mapping[str, Tensor], k: int, teacher: list[Tensor] | None = None
+    ) -> tuple[float, list[Tensor], int]:
+        """(L in eval mode of the net with `tensors` in place, the dense net's outputs, samples pushed) on batch k.
 
+        Args:
+            teacher: the dense net's outputs, where they are known.
         Raises:
             AllotError: the loss is not finite.
         """
         inputs, samples = problem.inputs().batch(k)
-        tensors = {
-            name: (masked(value, masks[name]) if name in masks else value).to(problem.dense[name].dtype)
-            for name, value in state["tensors"].items()
-        }
+        pushed = samples
         with torch.no_grad():
-            teacher, student = (self._read(call(problem.model, given, inputs)) for given in ({}, tensors))
-            loss = self._compared(student, teacher)
-        check_finite(loss, state)
-        return float(loss), 2 * samples
+            if teacher is None:
+                pushed += samples
+                teacher = self._read(call(problem.model, {}, inputs))
+            loss = self._compared(self._read(call(problem.model, tensors, inputs)), teacher)
+        check_finite(loss, k)
+        return float(loss), teacher, pushed
 
     def gradients(
         self, problem: Problem, state: State, masks: Mapping[str, Tensor]
@@ -183,24 +200,35 @@ class Training:
             value = masked(tensors[name], masks[name]) if name in masks else tensors[name]
             leaves[name] = value.to(dense[name].dtype).detach().requires_grad_()
         buffers = {name: value for name, value in tensors.items() if name not in leaves}
+
+        def grad(loss: Tensor) -> tuple[float, tuple[Tensor | None, ...]]:
+            return float(loss.detach()), torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+
         with torch.enable_grad():
-            loss, forward = self.loss_of(problem, state, leaves | buffers)
-            check_finite(loss, state)
-            found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+            (loss, found), forward = self.loss_of(problem, state, leaves | buffers, grad)
         pairs = zip(leaves, found, strict=True)
         gradients = {name: gradient.to(tensors[name].dtype) for name, gradient in pairs if gradient is not None}
         samples = len(problem.inputs().positions(state["step"]))
-        return gradients, {"loss": float(loss.detach()), "forward": forward, "backward": samples}
+        return gradients, {"loss": loss, "forward": forward, "backward": samples}
 
-    def update(self, state: State, gradients: Mapping[str, Tensor]) -> None:
-        """One step of Adam on the state's tensors, in place."""
+    def update(self, state: State, gradients: Mapping[str, Tensor], *, scale: float = 1.0) -> None:
+        """One step on the state's tensors, in place.
+
+        Args:
+            scale: factor on the loss. Adam does not see it in a gradient, so it is a factor on the step.
+        """
         t = state["step"]
-        lr = self.learning_rate * warm_cosine(t, self.steps)
+        lr = scale * self.learning_rate * warm_cosine(t, self.steps)
         for name, gradient in gradients.items():
+            value, mean = state["tensors"][name], state["mean"][name]
+            if self.optimizer == "sgd":
+                mean.mul_(0.9).add_(gradient)
+                value.sub_(lr * mean)
+                continue
             adam(
-                [state["tensors"][name]],
+                [value],
                 [gradient],
-                [state["mean"][name]],
+                [mean],
                 [state["square"][name]],
                 [],
                 [torch.tensor(float(t))],
@@ -224,19 +252,7 @@ class Training:
         return found
 
     def _read(self, output: Any) -> list[Tensor]:
-        outputs = self.outputs
-        if isinstance(outputs, str):
-            try:
-                outputs = pkgutil.resolve_name(outputs)
-            except (ImportError, AttributeError, ValueError) as error:
-                raise UsageError(f"outputs={self.outputs!r}: {error}; package.module:function is accepted.") from error
-            if not callable(outputs):
-                raise UsageError(f"outputs={self.outputs!r} is no function: package.module:function is accepted.")
-        found = _flat(outputs(output) if callable(outputs) else getattr(output, "logits", output), given=outputs)
-        if self.loss == "kl" and any(tensor.dim() < 2 or tensor.shape[_classes(tensor)] < 2 for tensor in found):
-            shapes = ", ".join(str(list(tensor.shape)) for tensor in found)
-            raise UsageError(f"the kl loss needs logits [B, classes] of two or more classes, not {shapes}: use mse.")
-        return found
+        return compared_tensors(output, self.outputs, self.loss)
 
     def _probe(self, problem: Problem, state: State, teacher: list[Tensor], batch: list[int]) -> int:
         """Keep no table of outputs whose first dimension counts the places of a sequence; samples pushed for that.
@@ -252,55 +268,38 @@ class Training:
         return len(few)
 
     def _compared(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-        pairs = zip(student, teacher, strict=True)
-        return torch.stack([LOSSES[self.loss](ours, theirs, self.temperature) for ours, theirs in pairs]).sum()
+        T = self.temperature
+        return compared(
+            student, teacher, self.loss, T, T if self.student_temperature is None else self.student_temperature
+        )
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """When masks are selected again while weights train, and how much room the budget has on the way.
-
-    In step t of T the budget is `Budget.widened(1 + (ramp - 1) (1 - t / (ramp_until T))^3)`, from ramp_until T on the
-    budget itself. Masks change every `every` steps until step `freeze_at` T, the last one included.
+def distil(
+    training: Training,
+    schedule: Schedule,
+    problem: Problem,
+    candidate: Candidate,
+    state: State,
+    *,
+    select: Select | None = None,
+    scale: float = 1.0,
+) -> dict[str, float | int]:
+    """Metrics of one step that keeps what `candidate` allocates, in place: masks where they are due, then weights.
 
     Args:
-        every: steps, 1 or more.
-        freeze_at: from 0 (masks are selected before the first step only) to 1, a share of the steps.
-        ramp: how many times the budget may be used at first, 1 or more.
-        ramp_until: share of the steps, from 0 to 1.
-    Raises:
-        UsageError: a value out of its range.
+        state: {"training": of `Training.begin`, "masks": layer -> mask, "squares": of `Evidence`}.
+        select: (evidence, kept by layer) -> masks; None: the best-scored of the current weights.
+        scale: as in `Training.update`.
     """
-
-    every: int = 5
-    freeze_at: float = 0.8
-    ramp: float = 1.0
-    ramp_until: float = 0.6
-
-    def __post_init__(self) -> None:
-        check_number("every", self.every, 1, whole=True)
-        check_number("ramp", self.ramp, 1)
-        for name in ("freeze_at", "ramp_until"):
-            check_number(name, getattr(self, name), 0, 1)
-
-    def last(self, steps: int) -> int:
-        """The step in which masks change for the last time."""
-        return min(math.floor(self.freeze_at * steps), steps - 1)
-
-    def due(self, t: int, steps: int) -> bool:
-        """Whether masks are selected before step t."""
-        return t == self.last(steps) or (t % self.every == 0 and t < self.last(steps))
-
-    def factor(self, t: int, steps: int) -> float:
-        """How many times the budget may be used in step t; it changes where masks do."""
-        end = self.ramp_until * steps
-        t = t - t % self.every if t < self.last(steps) else t
-        return 1.0 if t >= min(end, self.last(steps)) else 1 + (self.ramp - 1) * (1 - t / end) ** 3
-
-
-def warm_cosine(t: int, steps: int, warm: int = 10) -> float:
-    """Factor on a learning rate in step t of `steps`: linear over the first `warm` steps, cosine to zero."""
-    return min(1.0, (t + 1) / warm) * (1 + math.cos(math.pi * t / steps)) / 2
+    own = state["training"]
+    t, T = own["step"], training.steps
+    evidence = Evidence(problem, candidate, state["squares"])
+    if schedule.due(t, T):
+        kept = problem.budget.widened(schedule.factor(t, T)).counts(candidate.allocation)
+        state["masks"] = select(evidence, kept) if select else training.select(problem, own, evidence, kept)
+    gradients, metrics = training.gradients(problem, own, state["masks"])
+    training.update(own, gradients, scale=scale)
+    return metrics | {"forward": metrics["forward"] + evidence.forward}
 
 
 def trained(problem: Problem) -> list[str]:
@@ -314,12 +313,12 @@ def _scale(tensor: Tensor) -> float:
     return max(scale, 1e-3) if tensor.dim() < 2 or not scale else scale
 
 
-def check_finite(loss: Tensor, state: State) -> None:
+def check_finite(loss: Tensor, step: int) -> None:
     """Raises:
     AllotError: the loss is nan or infinite.
     """
     if not bool(torch.isfinite(loss)):
-        raise AllotError(f"the loss is {float(loss.detach())} in step {state['step']}: lower learning_rate.")
+        raise AllotError(f"the loss is {float(loss.detach())} in step {step}: lower learning_rate.")
 
 
 def _keep(state: State, teacher: list[Tensor], positions: list[int], samples: int) -> None:
@@ -329,50 +328,10 @@ def _keep(state: State, teacher: list[Tensor], positions: list[int], samples: in
         state["repeat"] = size <= CACHED_BYTES and all(tensor.shape[:1] == (len(positions),) for tensor in teacher)
         if state["repeat"]:
             state["teacher"] = [tensor.new_zeros(samples, *tensor.shape[1:]) for tensor in teacher]
+    if any(table.shape[1:] != tensor.shape[1:] for table, tensor in zip(state["teacher"], teacher, strict=False)):
+        state |= {"repeat": False, "teacher": []}  # samples of several shapes
     for table, tensor in zip(state["teacher"], teacher, strict=False):
         table[positions] = tensor
-
-
-def _kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    dim = _classes(student)
-    theirs, ours = ((_wide(z) / temperature).log_softmax(dim) for z in (teacher, student))
-    return temperature**2 * F.kl_div(ours, theirs, reduction="none", log_target=True).sum(dim).mean()
-
-
-def _relative_error(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    scale = _wide(teacher).square().mean().clamp_min(1e-12)
-    return (_wide(student) - _wide(teacher)).square().mean() / scale
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-LOSSES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {"kl": _kl, "mse": _relative_error}
-
-
-def _classes(logits: Tensor) -> int:
-    return 1 if logits.dim() == 4 else -1
-
-
-def _flat(output: Any, given: Any) -> list[Tensor]:
-    if isinstance(output, Tensor) and output.is_floating_point():
-        return [output]
-    if given is not None and isinstance(output, tuple | list | Mapping) and output:
-        parts = output.values() if isinstance(output, Mapping) else output
-        return [tensor for part in parts for tensor in _flat(part, given)]
-    raise UsageError(
-        f"a model output of type {type(output).__name__} cannot be compared: give outputs, a function from it to "
-        "floating-point tensors (--set options.METHOD.outputs=package.module:function)."
-    )
-
-
-def _same(left: Any, right: Any) -> bool:
-    if isinstance(left, Tensor):
-        return torch.equal(left, right)
-    if isinstance(left, Mapping):
-        return all(_same(left[key], right[key]) for key in left)
-    return all(map(_same, left, right)) if isinstance(left, tuple) else bool(left == right)
 
 
 def _statistics(model: nn.Module) -> Iterator[str]:

@@ -466,7 +466,7 @@ def test_parts_may_be_values_and_are_called_by_their_names():
         ({"options": {"variance": {"limits": 3}}}, r"unknown option of variance 'limits': did you mean 'limit'"),
         ({"options": {"erk": {"densities": 3}}}, r"unknown option of erk 'densities'"),
         ({"options": {"variance": {"limit": "x"}}}, r"limit='x': a number"),
-        ({"options": {"lamp": {}}}, r"unknown method with options 'lamp'"),
+        ({"options": {"lamp": {}}}, r"no method of this run is called 'lamp'"),
         ({"samples": 0}, r"samples=0"),
         ({"batch_size": 0}, r"batch_size=0"),
         ({"budget": "sparsity=1.5"}, r"sparsity=1\.5 is out of range"),

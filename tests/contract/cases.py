@@ -118,15 +118,20 @@ def _dead_rows(weight: Tensor) -> None:
     weight[: len(weight) // 2] = 0
 
 
+FEW = {"steps": 12, "generations": 2, "population": 4, "parents": 2, "crossovers": 2, "mutants": 2}
+
+
 def _short(method: Method) -> Method:
-    """A method that trains, with fewer steps: 12, over the samples of a case more than one pass."""
+    """A method that trains, with fewer steps: 12, over the samples of a case more than one pass; small populations."""
     changed: dict[str, Any] = {}
     for option in fields(method):
         value = getattr(method, option.name)
-        if option.name == "steps":
-            changed["steps"] = 12
+        if option.name in FEW:
+            changed[option.name] = min(value, FEW[option.name])
         elif is_dataclass(value) or hasattr(value, "role"):
             changed[option.name] = _short(value)
+        elif option.name == "starts":
+            changed["starts"] = tuple((name, _short(start)) for name, start in value)
     return replace(method, **changed)
 
 

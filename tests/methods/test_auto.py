@@ -16,9 +16,11 @@ from allot.methods import METHODS
 from allot.methods.auto import Auto
 from allot.methods.distill import Distill
 from allot.run import Candidate, Selection, drive
+from allot.schedule import Schedule
 from allot.scores import wanda
 from allot.store import Log
-from allot.training import Schedule, Training
+from allot.training import Training
+from allot.trial import Trial
 from contract.cases import CASES, problem_of
 
 AMONG = tuple((name, METHODS[name]) for name in ("uniform", "erk", "global"))
@@ -26,7 +28,7 @@ AMONG = tuple((name, METHODS[name]) for name in ("uniform", "erk", "global"))
 
 def test_the_allocation_with_the_lowest_held_out_loss_is_taken():
     problem = problem_of("without batch norm", "sparsity=0.9", batch_size=5)
-    method = Auto(AMONG, Training(steps=4))
+    method = Auto(AMONG, Trial(Training(steps=4)))
     candidate = drive(method, problem, Candidate.dense(problem))
     told = candidate.diagnostics["auto"]
     assert told["loss"].keys() == dict(AMONG).keys() and len(set(told["loss"].values())) == 3
@@ -41,7 +43,7 @@ def test_the_loss_is_that_of_the_trained_net_on_the_other_half():
     samples = problem.inputs().indices
     seen: list[Tensor] = []
     handle = problem.model.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().clone()))
-    drive(Auto((("uniform", METHODS["uniform"]),), Training(steps=3)), problem, Candidate.dense(problem))
+    drive(Auto((("uniform", METHODS["uniform"]),), Trial(Training(steps=3))), problem, Candidate.dense(problem))
     handle.remove()
     every = CASES["linear chain"].inputs()
     trained, judged = (
@@ -52,7 +54,7 @@ def test_the_loss_is_that_of_the_trained_net_on_the_other_half():
 
 def test_without_training_the_loss_is_that_of_the_pruned_net():
     problem = problem_of("linear chain", "sparsity=0.6", batch_size=10)
-    method = Auto((("uniform", METHODS["uniform"]),), Training(steps=1, learning_rate=0.0, loss="mse"))
+    method = Auto((("uniform", METHODS["uniform"]),), Trial(Training(steps=1, learning_rate=0.0, loss="mse")))
     candidate = drive(method, problem, Candidate.dense(problem))
     model, kept = problem.model, candidate.allocation.kept
     half = CASES["linear chain"].inputs()[list(problem.inputs().indices[1::2])]
@@ -69,7 +71,7 @@ def test_without_training_the_loss_is_that_of_the_pruned_net():
 def test_the_losses_are_those_of_distilling_on_one_half_and_judging_on_the_other():
     problem = problem_of("with batch norm", "sparsity=0.7", batch_size=5)
     training, schedule = Training(steps=6, learning_rate=0.2), Schedule(every=2, ramp=3.0)
-    candidate = drive(Auto(AMONG, training, schedule), problem, Candidate.dense(problem))
+    candidate = drive(Auto(AMONG, Trial(training, schedule)), problem, Candidate.dense(problem))
     inputs, indices = CASES["with batch norm"].inputs(), problem.inputs().indices
     train = replace(problem, calibration=replace(problem.inputs(), indices=indices[0::2]))
     half = inputs[list(indices[1::2])]
@@ -85,7 +87,7 @@ def test_the_losses_are_those_of_distilling_on_one_half_and_judging_on_the_other
 
 
 def test_equal_losses_go_to_the_earlier_one_and_the_report_tells_of_all():
-    method = Auto((("second", METHODS["erk"]), ("first", METHODS["erk"])), Training(steps=2))
+    method = Auto((("second", METHODS["erk"]), ("first", METHODS["erk"])), Trial(Training(steps=2)))
     case = CASES["linear chain"]
     told = allot.prune(case.make(), case.inputs(), "sparsity=0.5", allocate=method, repair="none").report()
     auto = told["diagnostics"]["auto"]
@@ -95,14 +97,16 @@ def test_equal_losses_go_to_the_earlier_one_and_the_report_tells_of_all():
 def test_every_sample_that_is_pushed_through_is_counted():
     problem = replace(problem_of("linear chain", batch_size=5), score=wanda)
     log = Log()
-    drive(Auto((("uniform", METHODS["uniform"]),), Training(steps=3)), problem, Candidate.dense(problem), log=log)
+    drive(
+        Auto((("uniform", METHODS["uniform"]),), Trial(Training(steps=3))), problem, Candidate.dense(problem), log=log
+    )
     # halves of two batches of 5; the score looks at one of them; dense answers are there in the third step
     assert log.forward == 10 + (10 + 10 + 5) + 2 * 10 and log.backward == 3 * 5
 
 
 def test_a_loss_that_is_not_finite_is_no_lowest_loss():
     problem = problem_of("linear chain")
-    method = Auto(AMONG, Training(steps=1, learning_rate=1e38))
+    method = Auto(AMONG, Trial(Training(steps=1, learning_rate=1e38)))
     with pytest.raises(AllotError, match="lower learning_rate"):
         drive(method, problem, Candidate.dense(problem))
 
@@ -110,5 +114,5 @@ def test_a_loss_that_is_not_finite_is_no_lowest_loss():
 def test_one_sample_cannot_be_split():
     problem = problem_of("linear chain")
     alone = replace(problem, calibration=Calibration.of(torch.zeros(1, 6)))
-    with pytest.raises(UsageError, match="at least 2 calibration samples"):
+    with pytest.raises(UsageError, match="give 2 or more"):
         drive(METHODS["auto"], alone, Candidate.dense(alone))

@@ -18,7 +18,8 @@ from allot.methods.distill import Distill
 from allot.patterns import NM, Pattern, Unstructured
 from allot.prune import pose
 from allot.run import Candidate, Problem, Selection, drive
-from allot.training import Schedule, Training
+from allot.schedule import Schedule
+from allot.training import Training
 from contract.cases import CASES, bits, problem_of
 
 

@@ -26,8 +26,10 @@ from allot.methods.fcpts import Fcpts, FcptsPaper, bridge, keep, moved, pruned
 from allot.patterns import NM, Unstructured
 from allot.prune import pose
 from allot.run import Candidate, Problem, Progress, drive
+from allot.schedule import Schedule
 from allot.scores import wanda
-from allot.training import Schedule, Training
+from allot.training import Training
+from allot.trial import Trial
 from contract.cases import CASES, problem_of
 
 UNIFORM, ERK = METHODS["uniform"], METHODS["erk"]
@@ -184,7 +186,7 @@ def test_without_distance_the_start_is_kept():
 def test_it_starts_from_any_allocator(start: str):
     method: Any = METHODS[start]
     if start == "auto":
-        method = replace(method, training=Training(steps=3))
+        method = replace(method, trial=Trial(Training(steps=3)))
     problem = problem_of()
     candidate, steps = told(Fcpts(method, Training(steps=6), Schedule(ramp=1.0)), problem)
     started = drive(method, problem, Candidate.dense(problem))

@@ -199,3 +199,20 @@ def test_patterns_are_read_and_written():
 
 def test_an_unstructured_layer_keeps_any_count_within_its_bounds():
     assert Unstructured().feasible(linear(2, 8, min_density={"*": 0.25}, max_density={"*": 0.5})) == (1, 4, 8)
+
+
+# one order for every count
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(), NM(None, 4), NM(2, 4)])
+@pytest.mark.parametrize("floor", [1, "2/row"])
+def test_the_first_of_an_order_are_the_weights_of_a_mask(pattern, floor):
+    model = nn.Sequential(nn.Conv2d(8, 6, 3, groups=2), nn.Flatten(), nn.Linear(8, 5))
+    for layer in Scope.of(model, Rules(floor=floor)):
+        score = torch.randint(6, layer.shape, generator=torch.Generator().manual_seed(1)).float()  # many are equal
+        order = pattern.order(layer, score)
+        assert sorted(order.tolist()) == list(range(layer.total))
+        step, fewest, most = pattern.feasible(layer)
+        for kept in range(fewest, most + 1, step):
+            mask = torch.zeros(layer.total, dtype=torch.bool).index_fill(0, order[:kept], True).view(layer.shape)
+            assert torch.equal(mask, pattern.mask(layer, score, kept)), kept

@@ -15,10 +15,12 @@ from allot import training as module
 from allot.budget import Budget
 from allot.calibration import Calibration
 from allot.errors import AllotError, UsageError
+from allot.losses import LOSSES
 from allot.patterns import Unstructured
 from allot.prune import pose
 from allot.run import Candidate, Problem
-from allot.training import LOSSES, Schedule, Training, trained, warm_cosine
+from allot.schedule import Schedule, warm_cosine
+from allot.training import Training, trained
 
 
 def posed(model: nn.Module, inputs: Any, *, batch_size: int = 8) -> Problem:
@@ -86,13 +88,13 @@ def test_kl_is_taken_over_the_classes_and_averaged_over_everything_else(shape: t
     ours, theirs = torch.randn(2, *shape).double()
     p, q = (theirs / 2).softmax(dim), (ours / 2).softmax(dim)
     expected = 4 * (p * (p.log() - q.log())).sum(dim).mean()
-    assert float(LOSSES["kl"](ours, theirs, 2.0)) == pytest.approx(float(expected), rel=1e-5)
-    assert float(LOSSES["kl"](theirs, theirs, 2.0)) == pytest.approx(0, abs=1e-6)
+    assert float(LOSSES["kl"](ours, theirs, 2.0, 2.0)) == pytest.approx(float(expected), rel=1e-5)
+    assert float(LOSSES["kl"](theirs, theirs, 2.0, 2.0)) == pytest.approx(0, abs=1e-6)
 
 
 def test_mse_is_relative_to_the_dense_output():
     ours, theirs = torch.tensor([1.0, 2.0, 5.0]), torch.tensor([1.0, 3.0, 3.0])
-    assert float(LOSSES["mse"](ours, theirs, 1.0)) == pytest.approx((0 + 1 + 4) / (1 + 9 + 9))
+    assert float(LOSSES["mse"](ours, theirs, 1.0, 1.0)) == pytest.approx((0 + 1 + 4) / (1 + 9 + 9))
     assert float(LOSSES["mse"](100 * ours, 100 * theirs, 1.0)) == pytest.approx(5 / 19)
 
 
@@ -327,7 +329,7 @@ def test_teacher_in_eval_mode_student_with_batch_statistics_and_without_dropout(
             model[0](inputs), None, None, model[1].weight, model[1].bias, training=True
         )
         batch = model[3](normal)[order]
-    assert first == pytest.approx(float(LOSSES["kl"](batch, dense, 2.0)), rel=1e-4)
+    assert first == pytest.approx(float(LOSSES["kl"](batch, dense, 2.0, 2.0)), rel=1e-4)
     expected = 0.9 * before["1.running_mean"] + 0.1 * model[0](inputs).mean(0).detach()
     assert torch.allclose(state["tensors"]["1.running_mean"], expected, atol=1e-5)
     assert int(state["tensors"]["1.num_batches_tracked"]) == int(before["1.num_batches_tracked"]) + 1

@@ -5,10 +5,17 @@ from allot.methods.batchnorm import BatchNorm
 from allot.methods.distill import Distill
 from allot.methods.erk import erk
 from allot.methods.fcpts import Fcpts, FcptsPaper
+from allot.methods.knapsack import Knapsack
 from allot.methods.moments import OutputMoments
+from allot.methods.pot import Layerwise, WeightMoments
 from allot.methods.ranking import global_magnitude, global_normalised, lamp
 from allot.methods.uniform import uniform
+from allot.methods.unipts import Unipts
+from allot.methods.unipts_search import Search, equal_counts
 from allot.run import Method, Recipe, Rule
+from allot.schedule import Schedule
+from allot.training import Training
+from allot.trial import Trial
 
 METHODS: dict[str, Method] = {
     # allocate: how much each layer keeps
@@ -17,19 +24,48 @@ METHODS: dict[str, Method] = {
     "lamp": Rule(lamp),
     "global": Rule(global_magnitude),
     "global-normalised": Rule(global_normalised),
-    "auto": Auto((("erk", Rule(erk)), ("lamp", Rule(lamp)), ("uniform", Rule(uniform)))),
+    "knapsack": Knapsack(),
+    "auto": Auto(
+        (("erk", Rule(erk)), ("lamp", Rule(lamp)), ("uniform", Rule(uniform))),
+        Trial(Training(steps=40), Schedule(ramp=8.0), (BatchNorm(),)),
+    ),
     "fcpts": Fcpts(start=Rule(erk)),
     "fcpts-paper": FcptsPaper(start=Rule(erk)),
+    "unipts-search": Search(
+        (("erk", Rule(erk)), ("lamp", Rule(lamp)), ("fcpts", Fcpts(Rule(erk), Training(steps=32)))),
+        Trial(Training(steps=16), Schedule(ramp=8.0), (BatchNorm(),)),
+    ),
+    "unipts-paper": Search(
+        (("equal counts", Rule(equal_counts)),),
+        Trial(statistics=(BatchNorm(), OutputMoments(scale=True)), one_shot=True),
+        excess=0.05,
+        relative=False,
+        generations=25,
+        population=25,
+        parents=10,
+        crossovers=12,
+        mutants=12,
+        mutation=0.1,
+        strength=1.0,
+        change="multiply",
+        noise=0.01,
+    ),
     # repair: adjust what is left
     "bn": BatchNorm(),
     "bias": OutputMoments(scale=False),
     "variance": OutputMoments(scale=True),
+    "weight-moments": WeightMoments(),
+    "layerwise": Layerwise(),
     "distill": Distill(),
+    "unipts": Unipts(),
 }
 
 RECIPES: dict[str, Recipe] = {
     "fcpts": Recipe("fcpts", repair=("bn",)),
     "fcpts-paper": Recipe("fcpts-paper", repair=("bn",)),
+    "unipts": Recipe("unipts-search", repair=("unipts", "bn")),
+    "unipts-paper": Recipe("unipts-paper", repair=("unipts", "bn")),
+    "pot": Recipe("global-normalised", repair=("weight-moments", "layerwise", "bn", "bias")),
     "uniform": Recipe("uniform", repair=("bn", "variance")),
     "erk": Recipe("erk", repair=("bn", "variance")),
     "lamp": Recipe("lamp", repair=("bn", "variance")),

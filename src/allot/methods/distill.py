@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from allot.run import Candidate, Evidence, Metrics, Problem
+from allot.run import Candidate, Metrics, Problem
+from allot.schedule import Schedule
 from allot.store import State
-from allot.training import Schedule, Training
+from allot.training import Training, distil
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,9 @@ class Distill:
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         """One calibration batch."""
-        t, training = state["step"], state["training"]
-        evidence = Evidence(problem, candidate, state["squares"])
-        if self.schedule.due(t, state["steps"]):
-            budget = problem.budget.widened(self.schedule.factor(t, state["steps"]))
-            kept = budget.counts(candidate.allocation)
-            state["masks"] = self.training.select(problem, training, evidence, kept)
-        gradients, metrics = self.training.gradients(problem, training, state["masks"])
-        self.training.update(training, gradients)
+        metrics = distil(self.training, self.schedule, problem, candidate, state)
         state["step"] += 1
-        return metrics | {"forward": metrics["forward"] + evidence.forward}
+        return metrics
 
     def done(self, state: State) -> bool:
         """After the last step."""

@@ -19,8 +19,9 @@ and when masks are selected, after `learn_from` T, with u_l = p_l n_l d_l (1 - d
     r_l = signed clip( (a_l/p_l - <a/p>) / rms(a/p - <a/p>), -2, 2 ) + absolute ( log(b_l/p_l) - <log(b/p)> )
     logit d_l <- logit d_l + clip( eta_t r_l, -1/2, 1/2 ),   then d <- Budget.project(d)
 
-eta_t falls as a cosine and adds up to `distance`. At the optimum of a budget the marginal gain per unit of cost is the
-same in all layers that are free to move.
+eta_t falls as a cosine and adds up to `distance`. Layers that are free move until b/p is the same in all of them (with
+`signed`, a/p: equal marginal gains per unit of cost are what an optimum has). First averages are plain means, prices
+count as at least a thousandth of the largest, A_l ends at a layer's bounds, and d_l above 0.95 moves down from there.
 
 `FcptsPaper`, for comparison. With s_l the learnable score of a layer, M_l a scale:
 
@@ -56,11 +57,13 @@ from allot.allocation import Allocation
 from allot.budget import Budget
 from allot.errors import UsageError, check_number
 from allot.run import Candidate, Evidence, Method, Metrics, Problem
+from allot.schedule import Schedule, warm_cosine
 from allot.scores import magnitude
 from allot.store import State
-from allot.training import Schedule, Training, check_finite, warm_cosine
+from allot.training import Training
 
 Shares = Mapping[str, float]  # layer -> number
+MOVABLE = 0.95  # where whole layers move down from: their log-odds are infinite
 SAMPLED = 65_536  # most weights of a layer that its density is estimated from
 STEEPEST = 10.0  # norm of all gradients together, above which they are scaled down
 
@@ -114,7 +117,7 @@ class Fcpts:
         limits = {limit.kind: limit.ceiling for limit in budget.limits}
         moving: Metrics = {f"limit.{kind}": ceiling for kind, ceiling in limits.items()}
         if self.schedule.due(t, T):
-            if eta := self.eta(t, T):
+            if eta := self.distance * self.schedule.share(t, T, self.learn_from):
                 state["density"] = moved(
                     problem.budget, state["density"], state["a"], state["b"], eta, self.signed, self.absolute
                 )
@@ -142,14 +145,6 @@ class Fcpts:
         told = {word: {l: state[x][l] / p[l] for l in p if p[l]} for word, x in (("gain", "a"), ("sensitivity", "b"))}
         return _finished(self, "fcpts", problem, candidate, state, told)
 
-    def eta(self, t: int, T: int) -> float:
-        """How far densities move before step t; 0 where they do not."""
-        begin, end = self.learn_from * T, self.schedule.last(T)
-        if t == 0 or not begin <= t <= end:
-            return 0.0
-        updates = (end - begin) / self.schedule.every + 1
-        return self.distance / updates * (1 + math.cos(math.pi * (t - begin) / max(end - begin, 1)))
-
     def _begun(self, problem: Problem, candidate: Candidate, state: State) -> State:
         started = self.start.finish(problem, candidate, state["start"])
         return {
@@ -167,18 +162,18 @@ class Fcpts:
 def moved(
     budget: Budget, density: Shares, a: Shares, b: Shares, eta: float, signed: float = 0.0, absolute: float = 1.0
 ) -> dict[str, float]:
-    """Densities d_l after one update by a_l and b_l, using up the budget; where b_l is 0, the log-odds stay."""
+    """Densities d_l after one update by a_l and b_l, using up the budget; where b_l is 0, proportions stay."""
     price = budget.prices(budget.counts(density))
     least = max(price.values()) * 1e-3 or 1.0  # a layer may cost nothing more
     p = {l: max(price[l], least) for l in density}
-    d = {l: min(max(density[l], 1e-4), 1 - 1e-4) for l in density}
+    d = {l: min(max(density[l], 1e-9), MOVABLE) for l in density}
     free = [term for term in budget.terms if term.lower < term.upper and b[term.name] > 0]
     u = {term.name: p[term.name] * term.total * d[term.name] * (1 - d[term.name]) for term in free}
 
     def mean(x: Shares) -> float:
         return math.fsum(u[l] * x[l] for l in u) / math.fsum(u.values())
 
-    z = {l: math.log(d[l] / (1 - d[l])) for l in d}
+    new = dict(density)
     if u:
         gain = {l: a[l] / p[l] for l in u}
         weight = {l: math.log(b[l]) - math.log(p[l]) for l in u}  # b/p may underflow
@@ -186,8 +181,10 @@ def moved(
         rms = math.sqrt(mean({l: (gain[l] - mean_gain) ** 2 for l in u})) or 1.0
         for l in u:
             r = signed * min(max((gain[l] - mean_gain) / rms, -2), 2) + absolute * (weight[l] - mean_weight)
-            z[l] += min(max(eta * r, -0.5), 0.5)
-    return dict(budget.project({l: 1 / (1 + math.exp(-z[l])) for l in z}))
+            z = math.log(d[l] / (1 - d[l])) + min(max(eta * r, -0.5), 0.5)
+            there = 1 / (1 + math.exp(-z))
+            new[l] = there if r < 0 else max(there, density[l])
+    return dict(budget.project(new))
 
 
 def _around(budget: Budget, kept: Mapping[str, int], window: float) -> tuple[dict[str, int], dict[str, int]]:
@@ -265,10 +262,13 @@ class FcptsPaper:
             wm = {name: w[name] * keep((w[name].abs() - t[name]) / M[name]) for name in s}
             S = {name: pruned(t[name], w[name].detach().abs()) for name in s}
             inside = {name: value.to(problem.dense[name].dtype) for name, value in (tensors | w | wm).items()}
-            loss, forward = self.training.loss_of(problem, training, inside)
             off, sparsity = _missed(problem.budget, S)
-            check_finite(loss, training)
-            found = torch.autograd.grad(loss + self.penalty * off, [*w.values(), *s.values()], allow_unused=True)
+
+            def grad(loss: Tensor) -> tuple[float, tuple[Tensor | None, ...]]:
+                by = [*w.values(), *s.values()]
+                return float(loss.detach()), torch.autograd.grad(loss + self.penalty * off, by, allow_unused=True)
+
+            (loss, found), forward = self.training.loss_of(problem, training, inside, grad)
         moving = [(tensors[name], training["mean"][name], self.decay) for name in w]
         moving += [(state["s"][name], state["speed"][name], 0.0) for name in s]
         norm = float(get_total_norm([gradient for gradient in found if gradient is not None]))
@@ -277,7 +277,7 @@ class FcptsPaper:
             if gradient is not None:
                 speed.mul_(self.momentum).add_(gradient / max(norm / STEEPEST, 1.0) + decay * value)
                 value.sub_(lr * speed)
-        told = {"loss": float(loss.detach()), "penalty": float(off.detach()), "sparsity": sparsity}
+        told = {"loss": loss, "penalty": float(off.detach()), "sparsity": sparsity}
         told |= {"forward": forward, "backward": len(problem.inputs().positions(training["step"]))}
         if training["step"] % 10 == 0:
             state["trajectory"].append({"step": training["step"], "kept": _counts(S, problem.budget)})
@@ -297,10 +297,8 @@ class FcptsPaper:
             return {name: state["M"][name] * torch.sigmoid(s + shift) for name, s in state["s"].items()}
 
         def above(shift: float) -> dict[str, int]:
-            places = {
-                l: torch.searchsorted(ranked[l], t.to(ranked[l]), right=True) for l, t in thresholds(shift).items()
-            }
-            return {l: total[l] - int(place) for l, place in places.items()}
+            t = thresholds(shift)
+            return {l: total[l] - int(torch.searchsorted(ranked[l], t[l].to(ranked[l]), right=True)) for l in t}
 
         low, high = -40.0, 40.0
         for _ in range(60):

@@ -1,0 +1,110 @@
+"""How far the sparse net's outputs are from the dense net's.
+
+    kl    T^2 KL( softmax(z_dense / T) || softmax(z / T_s) ),  mean over everything but the classes
+    mse   mean (z - z_dense)^2 / mean z_dense^2
+
+T_s is T unless it is given: with T_s below T the optimum is z = z_dense T_s / T, the same answers with less confidence.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from allot.errors import UsageError
+
+Outputs = Callable[[Any], Any]
+
+
+def compared(
+    student: list[Tensor], teacher: list[Tensor], loss: str, temperature: float, student_temperature: float
+) -> Float[Tensor, ""]:
+    """Sum of the losses of pairs of tensors, in float32 or better.
+
+    Args:
+        loss: a key of `LOSSES`.
+    """
+    pairs = zip(student, teacher, strict=True)
+    return torch.stack([LOSSES[loss](ours, theirs, temperature, student_temperature) for ours, theirs in pairs]).sum()
+
+
+def compared_tensors(output: Any, outputs: str | Outputs | None, loss: str) -> list[Tensor]:
+    """What of a model's output is compared.
+
+    Args:
+        outputs: function `output -> tensors`, or its place as "package.module:function"; None: the output itself, or
+            its `.logits`.
+    Raises:
+        UsageError: no such function, or outputs that the loss cannot compare.
+    """
+    if isinstance(outputs, str):
+        try:
+            found = pkgutil.resolve_name(outputs)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise UsageError(f"outputs={outputs!r}: {error}; package.module:function is accepted.") from error
+        if not callable(found):
+            raise UsageError(f"outputs={outputs!r} is no function: package.module:function is accepted.")
+        outputs = found
+    if callable(outputs):
+        try:
+            output = outputs(output)
+        except Exception as error:
+            raise UsageError(f"outputs failed on a model output of type {type(output).__name__}: {error!r}") from error
+    tensors = _flat(getattr(output, "logits", output), given=outputs)
+    if loss == "kl" and any(tensor.dim() < 2 or tensor.shape[_classes(tensor)] < 2 for tensor in tensors):
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors)
+        raise UsageError(f"the kl loss needs logits [B, classes] of two or more classes, not {shapes}: use mse.")
+    return tensors
+
+
+def relative_error(student: Float[Tensor, "*shape"], teacher: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
+    """Mean squared difference over the mean square of `teacher`, which counts as at least 1e-12."""
+    theirs = wide(teacher)
+    scale = theirs.abs().amax().clamp_min(1e-6)  # squares of large outputs are beyond float32
+    least = float(1e-12 / scale.double().square())
+    return ((wide(student) - theirs) / scale).square().mean() / (theirs / scale).square().mean().clamp_min(least)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32, or float64 where it is that."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _kl(student: Tensor, teacher: Tensor, temperature: float, student_temperature: float) -> Tensor:
+    dim = _classes(student)
+    theirs = (wide(teacher) / temperature).log_softmax(dim)
+    ours = (wide(student) / student_temperature).log_softmax(dim)
+    return temperature**2 * F.kl_div(ours, theirs, reduction="none", log_target=True).sum(dim).mean()
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor, float, float], Tensor]] = {
+    "kl": _kl,
+    "mse": lambda student, teacher, *_: relative_error(student, teacher),
+}
+
+
+def _classes(logits: Tensor) -> int:
+    return 1 if logits.dim() > 3 else -1
+
+
+def _flat(output: Any, given: Any) -> list[Tensor]:
+    if isinstance(output, Tensor) and output.is_floating_point():
+        return [output]
+    if given is not None and isinstance(output, tuple | list | Mapping) and output:
+        parts = output.values() if isinstance(output, Mapping) else output
+        return [tensor for part in parts for tensor in _flat(part, given)]
+    if given is not None:
+        what = f"{str(output.dtype)[6:]} values" if isinstance(output, Tensor) else type(output).__name__
+        raise UsageError(
+            f"outputs gave {what}: floating-point tensors, or a tuple, list or dict of them, are accepted."
+        )
+    raise UsageError(
+        f"a model output of type {type(output).__name__} cannot be compared: give outputs, a function from it to "
+        "floating-point tensors (--set options.METHOD.outputs=package.module:function)."
+    )

@@ -1,0 +1,142 @@
+"""Separable sensitivity: each layer is pruned alone, at a few densities; the errors are added up and shared out.
+
+    e_l(d)   loss against the dense net, in eval mode, when layer l alone keeps the best-scored d of its weights
+    min over d_1..d_L:  sum_l e_l(d_l),   the cost of d within the budget
+
+e_l is replaced by its lower convex hull, whose slopes say what one unit of cost more saves. Slopes are taken from the
+steepest down until the budget is used up; that is the optimum of the hulls (the multiple-choice knapsack relaxed).
+
+The errors are measured with all other layers dense, where the loss still tells layers apart; around a net that is
+sparse already they do not. Layers act together at high sparsity, which a sum cannot see.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from allot.allocation import Allocation
+from allot.budget import Budget
+from allot.errors import UsageError, check_number
+from allot.masks import masked
+from allot.run import Candidate, Evidence, Metrics, Problem, scored
+from allot.store import State
+from allot.training import Training
+
+Curve = list[Sequence[float]]  # [density, error], densities ascending
+
+
+@dataclass(frozen=True)
+class Knapsack:
+    """Share the budget out by how much each layer's pruning alone disturbs the outputs.
+
+    Args:
+        training: its loss judges, on one calibration batch; nothing is trained.
+        densities: at which each layer is tried, ascending from 0, below 1; at 0 the layer keeps its floor.
+    Raises:
+        UsageError: a value out of its range.
+    """
+
+    training: Training = field(default_factory=Training)
+    densities: tuple[float, ...] = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7)
+
+    role = "allocate"
+    needs_data = True
+
+    def __post_init__(self) -> None:
+        densities: Any = self.densities
+        densities = tuple(densities) if isinstance(densities, list | tuple) else (densities,)
+        for density in densities:
+            check_number("densities", density, 0, 1)
+        if list(densities) != sorted(set(densities)) or densities[:1] != (0,) or densities[-1] == 1:
+            raise UsageError(f"densities={list(densities)}: ascending from 0, below 1, is accepted.")
+        object.__setattr__(self, "densities", densities)
+
+    def init(self, problem: Problem, candidate: Candidate) -> State:
+        """Nothing measured."""
+        return {
+            "step": 0,
+            "steps": len(problem.scope) * len(self.densities),
+            "error": {layer.name: [] for layer in problem.scope},
+            "squares": {},
+            "answers": None,
+        }
+
+    def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
+        """One layer at one density."""
+        i, j = divmod(state["step"], len(self.densities))
+        layer = problem.scope.layers[i]
+        evidence = Evidence(problem, candidate, state["squares"])
+        weight = problem.dense[layer.name]
+        step, fewest, most = problem.pattern.feasible(layer)
+        kept = min(max(round(self.densities[j] * layer.total / step) * step, fewest), most)
+        mask = problem.pattern.mask(layer, scored(problem, layer, weight, evidence), kept)
+        pruned = {layer.name: masked(weight, mask)}
+        loss, answers, forward = self.training.judge(problem, pruned, 0, state["answers"])
+        state["answers"] = answers if problem.inputs().repeats() else None
+        state["error"][layer.name].append([kept / layer.total, loss])
+        state["step"] += 1
+        return {"forward": forward + evidence.forward, "backward": 0, "loss": loss}
+
+    def done(self, state: State) -> bool:
+        """After the last layer."""
+        return bool(state["step"] >= state["steps"])
+
+    def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
+        """The candidate with the allocation; the measured curves go to the report."""
+        kept = problem.budget.counts(shared_out(problem.budget, state["error"]))
+        return replace(
+            candidate,
+            allocation=Allocation.of(kept, candidate.allocation.total),
+            diagnostics={**candidate.diagnostics, "knapsack": {"error": state["error"]}},
+        )
+
+
+def shared_out(budget: Budget, error: Mapping[str, Curve]) -> dict[str, float]:
+    """Densities that minimise the sum of the curves' lower hulls within the budget.
+
+    Args:
+        error: layer -> [density, error], densities ascending from the floor; a whole layer has error 0.
+    """
+    terms = {term.name: term for term in budget.terms}
+    kept = {name: term.lower for name, term in terms.items()}
+    price = budget.prices(kept)
+
+    def breaks(name: str, k: int) -> bool:
+        return not budget.fits(kept | {name: k})
+
+    pieces = []
+    for name, term in terms.items():
+        hull = lower_hull([*error[name], *([[1.0, 0.0]] if term.upper == term.total else [])])
+        for (d, e), (more, less) in itertools.pairwise(hull):
+            saved = (e - less) / max((more - d) * term.total * price[name], 1e-12)
+            pieces.append((-saved, name, math.ceil(more * term.total / term.step) * term.step))
+    for _, name, more in sorted(pieces):
+        steps = range(kept[name], more + 1, terms[name].step)
+        fitting = bisect_left(steps, True, key=partial(breaks, name))
+        kept[name] = steps[max(fitting - 1, 0)]
+        if fitting < len(steps):
+            break
+    return {name: kept[name] / terms[name].total for name in terms}
+
+
+def lower_hull(points: Iterable[Sequence[float]]) -> Curve:
+    """The lower convex hull of points (x, y) with ascending x; of equal x the first counts."""
+    hull: Curve = []
+    for x, y in points:
+        if hull and x <= hull[-1][0]:
+            continue
+        while len(hull) > 1 and _above(hull[-2], hull[-1], [x, y]):
+            hull.pop()
+        hull.append([x, y])
+    return hull
+
+
+def _above(a: Sequence[float], b: Sequence[float], c: Sequence[float]) -> bool:
+    """Whether b lies on or above the line from a to c."""
+    return (b[1] - a[1]) * (c[0] - a[0]) >= (c[1] - a[1]) * (b[0] - a[0])

@@ -1,0 +1,339 @@
+"""UniPTS, the search: densities by reducing and regrowing (Xie et al., CVPR 2024). The training is beside it.
+
+    l        layer; n_l weights, k_l of them kept;  u_l weights that a uniform density keeps
+    x_l, a_l genome, and a = softmax(x): shares of what is grown again;  e excess
+
+An individual is decoded by reducing and regrowing:
+
+    reduce    r_l = (1 - e) u_l        every layer down to one density, which is a floor: a share e is free
+              r_l = u_l - e n_l        the paper's form, e = 0.05, where `relative` is off
+    regrow    k_l = min(r_l + c a_l, most that l may keep),  c the largest number that the budget allows
+
+so that what does not fit into a full layer goes to the others (water-filling), then to whole numbers (`Budget.counts`).
+Individuals are encoded the other way round, a_l ~ k_l - r_l, so that any allocation can start the search.
+
+    fitness   minus the loss of `allot.trial` on held-out calibration samples, the same samples, batches and draws for
+              all; kept by counts, so that nothing is tried twice
+    halving   all individuals are tried with the first of `rungs` as their share of steps and samples, the best
+              1/`halving` of them with the next one, and so on; losses of one rung are compared with each other only
+    generation g: parents are the best of all that reached the last rung (the best is never lost);
+              crossover takes each gene from one of two of them; mutation changes genes with probability `mutation`
+
+`Search` as `unipts-search` tries a few starts and no more by default: ERK, LAMP, and what a short FCPTS learns. Later
+generations did not pay for themselves after the full repair (docs/methods/unipts.md); `generations` turns them on.
+As `unipts-paper` it has the paper's schedule: 25 individuals, 25 generations, no training in the fitness.
+
+Differences from the authors' code:
+    - the fitness is the KL to the dense net on held-out samples; there, top-1 on those that are trained on later;
+    - clipped shares go to other layers; there, they are lost and the net is sparser than asked. Where P + e exceeds 1,
+      layers are reduced to their floor; there, they are emptied;
+    - the best is never lost, and told by its known fitness; there, the last children are drawn and judged once more;
+    - statistics by exact pooling, as in `bn`; there, by momentum, over the last batches. Without batch norm, mean and
+      spread of outputs are corrected in its place;
+    - input noise is a share of each sample's standard deviation; there, 1e-6 in absolute units, which float32 swallows;
+    - weights are sorted once; there, in every forward pass of every individual, on a copy of the net.
+The paper's search costs 12.8 million images forward on ImageNet.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from allot.allocation import Allocation
+from allot.budget import Budget
+from allot.calibration import Noisy
+from allot.errors import UsageError, check_number, unknown
+from allot.run import Candidate, Evidence, Method, Metrics, Problem, scored
+from allot.store import State
+from allot.trial import Trial, halves
+
+MUTATIONS = ("add", "multiply")
+
+
+@dataclass(frozen=True)
+class Search:
+    """Evolve how much each layer keeps; every individual meets the budget.
+
+    Args:
+        starts: (name, allocator) pairs, which see the training half of the samples.
+        trial: the fitness.
+        excess: e, above 0, at most 1.
+        relative: whether e is a share of the weights kept or, as in the paper, of all weights.
+        generations: after the first population, 0 or more.
+        population: individuals of the first population: the starts, filled up with genomes at random.
+        parents, crossovers, mutants: of each generation.
+        mutation: probability that a gene of a mutant changes.
+        strength: standard deviation of a change.
+        change: "add" it to the gene, or "multiply" the gene by 1 + it.
+        rungs: shares of steps and samples, ascending, the last one 1.
+        halving: one in how many goes on to the next rung.
+        noise: of inputs while individuals are judged, as a share of a sample's standard deviation.
+    Raises:
+        UsageError: a value out of its range.
+    """
+
+    starts: tuple[tuple[str, Method], ...]
+    trial: Trial
+    excess: float = 0.9
+    relative: bool = True
+    generations: int = 0
+    population: int = 1
+    parents: int = 4
+    crossovers: int = 3
+    mutants: int = 3
+    mutation: float = 0.3
+    strength: float = 0.5
+    change: str = "add"
+    rungs: tuple[float, ...] = (1.0,)
+    halving: int = 2
+    noise: float = 0.0
+
+    role = "allocate"
+    needs_data = True
+
+    def __post_init__(self) -> None:
+        check_number("excess", self.excess, 1e-6, 1)
+        for name in ("generations", "crossovers", "mutants"):
+            check_number(name, getattr(self, name), 0, whole=True)
+        for name in ("population", "parents", "halving"):
+            check_number(name, getattr(self, name), 1, whole=True)
+        check_number("mutation", self.mutation, 0, 1)
+        for name in ("strength", "noise"):
+            check_number(name, getattr(self, name), 0)
+        if self.change not in MUTATIONS:
+            raise unknown("change", str(self.change), MUTATIONS)
+        rungs: Any = self.rungs
+        rungs = tuple(rungs) if isinstance(rungs, list | tuple) else (rungs,)
+        for rung in rungs:
+            check_number("rungs", rung, 1e-6, 1)
+        if list(rungs) != sorted(set(rungs)) or rungs[-1:] != (1,):
+            raise UsageError(f"rungs={list(rungs)}: ascending shares that end with 1 are accepted, like [0.25, 1].")
+        object.__setattr__(self, "rungs", rungs)
+
+    def init(self, problem: Problem, candidate: Candidate) -> State:
+        """Nothing tried."""
+        train = self._noisy(halves(problem)[0])
+        allocating = sum(method.init(train, candidate)["steps"] for _, method in self.starts)
+        sizes = [max(self.population, len(self.starts)), *[self.crossovers + self.mutants] * self.generations]
+        each = [self.trial.steps(problem, candidate, share) for share in self.rungs]
+        trials = sum(each[i] * self._through(size, i) for size in sizes for i in range(len(each)))
+        return {
+            "step": 0,
+            "steps": int(allocating + trials),
+            "each": each,
+            "starts": [],
+            "pool": [],  # {"name", "x", "kept", "generation", "losses": one a rung}
+            "queue": [],  # places in the pool, of those to be tried on this rung
+            "rung": 0,
+            "generation": 0,
+            "best": [],
+            "answers": {} if problem.inputs().repeats() else None,
+        }
+
+    def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
+        """One step of a start, or one calibration batch of a trial."""
+        state["step"] += 1
+        if len(state["starts"]) < len(self.starts):
+            return self._started(problem, candidate, state)
+        noisy = self._noisy(problem)
+        if not state["pool"]:
+            self._populate(problem, state)
+        individual = state["pool"][state["queue"][0]]
+        forward = 0
+        if "trial" not in state:
+            allocated, forward = self._allocated(problem, candidate, state, individual["kept"])
+            state["trial"] = self.trial.begin(noisy, allocated, self.rungs[state["rung"]])
+        metrics = self.trial.step(noisy, state["trial"], state["answers"])
+        if self.trial.done(state["trial"]):
+            individual["losses"].append(self.trial.loss(state.pop("trial")))
+            self._next(problem, state)
+        return metrics | {"forward": metrics["forward"] + forward, "generation": state["generation"]}
+
+    def done(self, state: State) -> bool:
+        """After the last generation."""
+        return bool(state["step"] >= state["steps"])
+
+    def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
+        """The candidate with the best allocation ever tried, not with the tensors of its trial."""
+        best = self._ranked(state)[0]
+        allocation = Allocation.of(best["kept"], candidate.allocation.total)
+        told = {
+            "chosen": best["name"],
+            "best": state["best"],
+            "tried": [{key: row[key] for key in ("name", "generation", "losses", "kept")} for row in state["pool"]],
+        }
+        return replace(candidate, allocation=allocation, diagnostics={**candidate.diagnostics, "search": told})
+
+    def _started(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
+        name, method = self.starts[len(state["starts"])]
+        train = halves(problem)[0]
+        if "inner" not in state:
+            state["inner"] = method.init(train, candidate)
+        metrics = method.step(train, candidate, state["inner"])
+        if method.done(state["inner"]):
+            kept = method.finish(train, candidate, state.pop("inner")).allocation.kept
+            state["starts"].append({"name": name, "kept": kept})
+        return {key: metrics[key] for key in ("forward", "backward")}
+
+    def _populate(self, problem: Problem, state: State) -> None:
+        """The first population: the starts as they are, then genomes at random."""
+        base = self._base(problem.budget)
+        for row in state["starts"]:
+            x = encoded(problem.budget, base, row["kept"])
+            self._add(state, row["name"], x, row["kept"])
+        draw = torch.Generator().manual_seed(problem.seed % 2**63)
+        for i in range(self.population - len(state["starts"])):
+            x = torch.rand(len(base), generator=draw, dtype=torch.float64).tolist()
+            self._add(state, f"random {i + 1}", x, decoded(problem.budget, base, x))
+        self._skip(problem, state)
+
+    def _add(self, state: State, name: str, x: list[float], kept: dict[str, int]) -> None:
+        """An individual, to be tried unless its counts were already."""
+        if any(row["kept"] == kept for row in state["pool"]):
+            state["steps"] -= state["each"][0]
+            return
+        state["queue"].append(len(state["pool"]))
+        row = {"name": name, "x": x, "kept": kept, "generation": state["generation"], "losses": []}
+        state["pool"].append(row)
+
+    def _next(self, problem: Problem, state: State) -> None:
+        """After a trial: the next individual, rung or generation."""
+        tried = state.setdefault("tried", [])
+        tried.append(state["queue"].pop(0))
+        self._skip(problem, state)
+
+    def _skip(self, problem: Problem, state: State) -> None:
+        while not state["queue"]:
+            tried = sorted(state.pop("tried", []), key=lambda i: state["pool"][i]["losses"][-1])
+            state["rung"] += 1
+            if state["rung"] < len(self.rungs):
+                state["queue"] = tried[: self._through(len(tried), 1)]
+                continue
+            state["best"].append(self._ranked(state)[0]["losses"][-1])
+            state["rung"] = 0
+            if state["generation"] == self.generations:
+                state["steps"] = state["step"]
+                return
+            state["generation"] += 1
+            self._breed(problem, state)
+
+    def _breed(self, problem: Problem, state: State) -> None:
+        """The children of the best individuals, drawn by seed and generation."""
+        base, g = self._base(problem.budget), state["generation"]
+        draw = torch.Generator().manual_seed((problem.seed * 1_000_003 + g) % 2**63)
+        parents = [torch.tensor(row["x"], dtype=torch.float64) for row in self._ranked(state)[: self.parents]]
+
+        def parent() -> Tensor:
+            return parents[int(torch.randint(len(parents), (), generator=draw))]
+
+        for i in range(self.crossovers + self.mutants):
+            if i < self.crossovers:
+                one, other = parent(), parent()
+                x = torch.where(torch.rand(len(one), generator=draw) < 0.5, one, other)
+            else:
+                one = parent()
+                moved = self.strength * torch.randn(len(one), generator=draw, dtype=torch.float64)
+                moved = moved.where(torch.rand(len(one), generator=draw) < self.mutation, 0.0)
+                x = one + moved if self.change == "add" else one * (1 + moved)
+            self._add(state, f"child {g}.{i + 1}", x.tolist(), decoded(problem.budget, base, x.tolist()))
+
+    def _ranked(self, state: State) -> list[dict[str, Any]]:
+        """All that reached the last rung, best first; equal losses go to the earlier one."""
+        return sorted(
+            (row for row in state["pool"] if len(row["losses"]) == len(self.rungs)), key=lambda row: row["losses"][-1]
+        )
+
+    def _through(self, individuals: int, rung: int) -> int:
+        """How many of so many individuals reach a rung."""
+        for _ in range(rung):
+            individuals = -(-individuals // self.halving)
+        return individuals
+
+    def _allocated(
+        self, problem: Problem, candidate: Candidate, state: State, kept: Mapping[str, int]
+    ) -> tuple[Candidate, int]:
+        """The candidate with these counts, with masks where the trial is one-shot, and samples pushed for that."""
+        allocated = replace(candidate, allocation=Allocation.of(kept, candidate.allocation.total))
+        if not self.trial.one_shot:
+            return allocated, 0
+        forward = 0
+        if "order" not in state:
+            evidence = Evidence(problem, candidate, {})
+            state["order"] = {
+                layer.name: problem.pattern.order(layer, scored(problem, layer, problem.dense[layer.name], evidence))
+                for layer in problem.scope
+            }
+            forward = evidence.forward
+        masks = {}
+        for layer in problem.scope:
+            mask = torch.zeros(layer.total, dtype=torch.bool, device=state["order"][layer.name].device)
+            masks[layer.name] = mask.index_fill(0, state["order"][layer.name][: kept[layer.name]], True).view(
+                layer.shape
+            )
+        return replace(allocated, masks=masks), forward
+
+    def _base(self, budget: Budget) -> dict[str, float]:
+        return reduced(budget, self.excess, relative=self.relative)
+
+    def _noisy(self, problem: Problem) -> Problem:
+        if not self.noise:
+            return problem
+        calibration = problem.inputs()
+        return replace(
+            problem, calibration=replace(calibration, source=Noisy(calibration.source, self.noise, problem.seed))
+        )
+
+
+def reduced(budget: Budget, excess: float, *, relative: bool) -> dict[str, float]:
+    """r_l of every layer, in weights."""
+    uniform = budget.project({term.name: 1.0 for term in budget.terms})
+    left = {
+        term: uniform[term.name] * (1 - excess) if relative else uniform[term.name] - excess for term in budget.terms
+    }
+    return {term.name: max(density * term.total, float(term.lower)) for term, density in left.items()}
+
+
+def decoded(budget: Budget, base: Mapping[str, float], x: list[float]) -> dict[str, int]:
+    """Counts k_l of a genome: base, grown by shares softmax(x) until the budget is used up.
+
+    Args:
+        base: r_l by layer; x has the order of the budget's terms.
+    """
+    top = max(x)
+    weights = [math.exp(value - top) for value in x]
+    a = {term.name: weight / math.fsum(weights) for term, weight in zip(budget.terms, weights, strict=True)}
+
+    def grown(c: float) -> dict[str, float]:
+        return {t.name: max(min(base[t.name] + c * a[t.name], t.upper), t.lower) for t in budget.terms}
+
+    def fits(c: float) -> bool:
+        return budget.fits_real(grown(c))
+
+    low, high = 0.0, 1.0
+    while fits(high) and any(grown(high)[t.name] < t.upper for t in budget.terms) and high < 1e300:
+        low, high = high, 2 * high
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return budget.counts({t.name: grown(low)[t.name] / t.total for t in budget.terms})
+
+
+def equal_counts(problem: Problem) -> dict[str, float]:
+    """The paper's start, a constant genome: every layer grows by the same number of weights."""
+    budget = problem.budget
+    base = reduced(budget, 0.05, relative=False)
+    kept = decoded(budget, base, [0.0] * len(budget.terms))
+    return {term.name: kept[term.name] / term.total for term in budget.terms}
+
+
+def encoded(budget: Budget, base: Mapping[str, float], kept: Mapping[str, int]) -> list[float]:
+    """The genome whose counts are `kept`, or nearest to it where a layer keeps less than its base."""
+    above = [max(kept[term.name] - base[term.name], 0.0) for term in budget.terms]
+    least = max(math.fsum(above) * 1e-6, 1e-9)
+    return [math.log(max(grown, least)) for grown in above]

@@ -1,0 +1,69 @@
+"""When things change while weights are trained: masks, budget, learning rate."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from allot.errors import check_number
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When masks are selected again while weights train, and how much room the budget has on the way.
+
+    In step t of T the budget is `Budget.widened(1 + (ramp - 1) (1 - t / (ramp_until T))^3)`, from ramp_until T on the
+    budget itself. Masks change every `every` steps until step `freeze_at` T, the last one included.
+
+    Args:
+        every: steps, 1 or more.
+        freeze_at: from 0 (masks are selected before the first step only) to 1, a share of the steps.
+        ramp: how many times the budget may be used at first, 1 or more.
+        ramp_until: share of the steps, from 0 to 1.
+    Raises:
+        UsageError: a value out of its range.
+    """
+
+    every: int = 5
+    freeze_at: float = 0.8
+    ramp: float = 1.0
+    ramp_until: float = 0.6
+
+    def __post_init__(self) -> None:
+        check_number("every", self.every, 1, whole=True)
+        check_number("ramp", self.ramp, 1)
+        for name in ("freeze_at", "ramp_until"):
+            check_number(name, getattr(self, name), 0, 1)
+
+    def last(self, steps: int) -> int:
+        """The step in which masks change for the last time."""
+        return min(math.floor(self.freeze_at * steps), steps - 1)
+
+    def due(self, t: int, steps: int) -> bool:
+        """Whether masks are selected before step t."""
+        return t == self.last(steps) or (t % self.every == 0 and t < self.last(steps))
+
+    def share(self, t: int, steps: int, begin: float) -> float:
+        """Which part of a change is made before step t, falling as a cosine; the parts add up to 1.
+
+        Args:
+            begin: share of the steps after which it begins; it ends with the last change of masks.
+        """
+        first, last = begin * steps, self.last(steps)
+        updates = [k for k in range(max(math.ceil(first), 1), last + 1) if self.due(k, steps)]
+        if t not in updates:
+            return 0.0
+        falling = {k: 1 + math.cos(math.pi * (k - first) / max(last - first, 1)) for k in updates}
+        whole = math.fsum(falling.values())
+        return falling[t] / whole if whole > 1e-9 else 1 / len(updates)  # one that falls due at the very end
+
+    def factor(self, t: int, steps: int) -> float:
+        """How many times the budget may be used in step t; it changes where masks do."""
+        end = self.ramp_until * steps
+        t = t - t % self.every if t < self.last(steps) else t
+        return 1.0 if t >= min(end, self.last(steps)) else 1 + (self.ramp - 1) * (1 - t / end) ** 3
+
+
+def warm_cosine(t: int, steps: int, warm: int = 10) -> float:
+    """Factor on a learning rate in step t of `steps`: linear over the first `warm` steps, cosine to zero."""
+    return min(1.0, (t + 1) / warm) * (1 + math.cos(math.pi * t / steps)) / 2
