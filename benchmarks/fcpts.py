@@ -5,18 +5,16 @@ Writes docs/fcpts-results.md, the summary in docs/methods/fcpts.md, and the pict
 Every run goes through `allot.prune` with names and options that anyone can give. Scores are top-1 on the held-out test
 split after the last step; nothing is chosen by it. Mean and spread (standard deviation) over three seeds, which decide
 the draw of 512 calibration images and their order. Measured runs are kept in runs/fcpts.json, so that an interrupted
-command goes on (delete it to start afresh). About two hours on two cores; `--only main` and the like do a part.
+command goes on (delete it to start afresh). About three hours on two cores; `--only main` and the like do a part.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import statistics
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +24,14 @@ from rich.logging import RichHandler
 import allot
 from allot import zoo
 from benchmarks import fcpts_pictures
+from benchmarks.runs import cell, fill, measured
 
 NETS = ("digits-resnet20", "glyph-resnet20", "glyph-mobilenetv2", "glyph-vit")
 SEEDS = (0, 1, 2)
 CONTROL: dict[str, Any] = {"repair": "distill,bn"}
 CHAINS: dict[str, dict[str, Any]] = {
     "uniform": {"allocate": "uniform", **CONTROL},
+    "uniform, ramp": {"allocate": "uniform", **CONTROL, "options": {"distill": {"ramp": 8.0}}},
     "erk": {"allocate": "erk", **CONTROL},
     "erk, ramp": {"allocate": "erk", **CONTROL, "options": {"distill": {"ramp": 8.0}}},
     "fcpts from uniform": {"method": "fcpts", "options": {"fcpts": {"start": "uniform"}}},
@@ -102,25 +102,6 @@ def measure(net: str, sparsity: float, chain: Mapping[str, Any], seed: int) -> d
     }
 
 
-def measured(cache: Path, only: str, workers: int) -> dict[str, dict[str, Any]]:
-    """Every run, from the cache where it is there."""
-    found: dict[str, dict[str, Any]] = json.loads(cache.read_text()) if cache.exists() else {}
-    cache.parent.mkdir(exist_ok=True)
-    with ProcessPoolExecutor(workers) as pool:
-        jobs = {
-            pool.submit(measure, net, sparsity, chain, seed): key
-            for key, net, sparsity, chain, seed in cells(only)
-            if key not in found
-        }
-        for i, job in enumerate(as_completed(jobs), 1):
-            found[jobs[job]] = job.result()
-            logging.info("%d of %d: %s: %.4f", i, len(jobs), jobs[job], found[jobs[job]]["score"])
-            beside = cache.with_suffix(".tmp")
-            beside.write_text(json.dumps(found))
-            beside.replace(cache)
-    return found
-
-
 def page(found: Mapping[str, Mapping[str, Any]]) -> str:
     """docs/fcpts-results.md."""
     lines = [
@@ -131,7 +112,7 @@ def page(found: Mapping[str, Mapping[str, Any]]) -> str:
         "Top-1 on the held-out test split after the last step, in percent: mean ± standard deviation over three seeds",
         "(draw and order of 512 unlabelled calibration images). Every row of a table has the same images, steps and",
         "repair (network-wise distillation, then batch-norm re-estimation). *uniform*, *erk*: densities fixed;",
-        "*erk, ramp*: the same with the budget coming down from eight times as much, as in *fcpts*.",
+        "*ramp*: the same with the budget coming down from eight times as much, as in *fcpts*.",
         "",
     ]
     for sparsity in (0.95, 0.98, 0.99):
@@ -166,12 +147,12 @@ def _rows(found: Mapping[str, Mapping[str, Any]], names: Mapping[str, str], *, m
     for shown, name in names.items():
         scores = [_scores(found, net, name) for net in NETS]
         if all(scores):
-            cells = [_cell(some) for some in scores]
+            cells = [cell(some) for some in scores]
             mean = statistics.mean(statistics.mean(some) for some in scores)
             shares = [
-                100 * cell["macs"]["sparse"] / cell["macs"]["dense"]
+                100 * run["macs"]["sparse"] / run["macs"]["dense"]
                 for net in NETS
-                if (cell := found[f"{net} {name} {SEEDS[0]}"])
+                if (run := found[f"{net} {name} {SEEDS[0]}"])
             ]
             kept = " / ".join(f"{share:.1f}" for share in shares)
             rows.append(f"| {shown} | {' | '.join(cells)} | {mean:.1f} |" + (f" {kept} % |" if macs else ""))
@@ -181,7 +162,8 @@ def _rows(found: Mapping[str, Mapping[str, Any]], names: Mapping[str, str], *, m
 def _gains(found: Mapping[str, Mapping[str, Any]], sparsity: float) -> list[str]:
     """Paired differences, seed by seed."""
     lines = []
-    for name, control in (("fcpts", "erk"), ("fcpts", "erk, ramp"), ("fcpts from uniform", "uniform")):
+    pairs = (("fcpts", "erk"), ("fcpts", "erk, ramp"), *(("fcpts from uniform", f"uniform{x}") for x in ("", ", ramp")))
+    for name, control in pairs:
         parts = []
         for net in NETS:
             ours, theirs = (_scores(found, net, f"{sparsity} {n}") for n in (name, control))
@@ -190,7 +172,7 @@ def _gains(found: Mapping[str, Mapping[str, Any]], sparsity: float) -> list[str]
             parts.append([a - b for a, b in zip(ours, theirs, strict=True)])
         if len(parts) == len(NETS):
             mean = statistics.mean(statistics.mean(part) for part in parts)
-            shown = ", ".join(f"{net} {_cell(part, signed=True)}" for net, part in zip(NETS, parts, strict=True))
+            shown = ", ".join(f"{net} {cell(part, signed=True)}" for net, part in zip(NETS, parts, strict=True))
             lines.append(f"- {name} minus {control}, paired by seed: {shown}; mean {mean:+.1f}.")
     runs = [[found.get(f"{net} {sparsity} fcpts from uniform {seed}") for seed in SEEDS] for net in NETS]
     if all(all(some) for some in runs):
@@ -208,11 +190,6 @@ def _gains(found: Mapping[str, Mapping[str, Any]], sparsity: float) -> list[str]
     return lines
 
 
-def _cell(scores: list[float], *, signed: bool = False) -> str:
-    text = f"{statistics.mean(scores):{'+' if signed else ''}.1f}"
-    return f"{text} ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else text
-
-
 def main() -> None:
     """Measure what is missing, write the page and the pictures."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fcpts", description=__doc__.splitlines()[0])
@@ -224,12 +201,11 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("runs/fcpts.json"))
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False)])
-    found = measured(options.cache, options.only, options.workers)
+    jobs = ((key, rest) for key, *rest in cells(options.only))
+    found = measured(jobs, measure, options.cache, options.workers)
     options.out.write_text(page(found))
-    summary = "\n".join(_rows(found, {name: f"0.98 {name}" for name in CHAINS}, macs=False))
-    about = Path("docs/methods/fcpts.md")
-    before, mark, rest = about.read_text().partition("<!-- 98 % -->\n")
-    about.write_text(before + mark + summary + "\n" + "<!-- end -->" + rest.partition("<!-- end -->")[2])
+    rows = _rows(found, {name: f"0.98 {name}" for name in CHAINS}, macs=False)
+    fill(Path("docs/methods/fcpts.md"), "98 %", rows)
     fcpts_pictures.draw(found, NETS, tuple(ABLATION), SEEDS, Path("docs/pictures"))
 
 

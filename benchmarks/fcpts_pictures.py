@@ -13,23 +13,24 @@ from matplotlib.axes import Axes
 
 Found = Mapping[str, Mapping[str, Any]]
 INK, GREY, BLUE, RED = "#1c2733", "#b6bfc9", "#1764ab", "#c4452f"
+STYLE = {
+    "svg.hashsalt": "allot",  # the same ids, and so the same file, every time
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
 MARKED = 5  # layers with a colour and a name of their own
 
 
 def draw(found: Found, nets: Sequence[str], ablation: Sequence[str], seeds: Sequence[int], directory: Path) -> None:
     """Write fcpts-densities.svg and fcpts-ablation.svg, each if its runs are there."""
     mpl.use("svg")
-    mpl.rcParams |= {
-        "svg.hashsalt": "allot",  # the same ids, and so the same file, every time
-        "font.size": 9,
-        "text.color": INK,
-        "axes.edgecolor": INK,
-        "axes.labelcolor": INK,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "xtick.color": INK,
-        "ytick.color": INK,
-    }
+    mpl.rcParams |= STYLE
     shown = {
         "glyph-resnet20, 95 %, from uniform": "glyph-resnet20 0.95 fcpts from uniform 0",
         "glyph-resnet20, 98 %, from erk": "glyph-resnet20 0.98 fcpts 0",
@@ -40,13 +41,13 @@ def draw(found: Found, nets: Sequence[str], ablation: Sequence[str], seeds: Sequ
         for axes, (title, key) in zip(places, shown.items(), strict=True):
             _densities(axes, title, found[key])
         places[0].set_ylabel("density (share of the layer kept)")
-        _save(figure, directory / "fcpts-densities.svg")
+        save(figure, directory / "fcpts-densities.svg")
     keys = {name: "0.98 fcpts" if name == "fcpts" else f"0.98 ablation {name}" for name in ablation}
     if all(f"{net} {key} {seed}" in found for net in nets for key in keys.values() for seed in seeds):
         figure, places = plt.subplots(1, len(nets), figsize=(11, 3.2), sharey=True, layout="constrained")
         for axes, net in zip(places, nets, strict=True):
             _ablation(axes, net, {n: [100 * found[f"{net} {k} {s}"]["score"] for s in seeds] for n, k in keys.items()})
-        _save(figure, directory / "fcpts-ablation.svg")
+        save(figure, directory / "fcpts-ablation.svg")
 
 
 def _densities(axes: Axes, title: str, run: Mapping[str, Any]) -> None:
@@ -97,7 +98,8 @@ def _ablation(axes: Axes, net: str, scores: Mapping[str, Sequence[float]]) -> No
     axes.tick_params(axis="y", length=0)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """Write and close a figure; no date in it."""
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
