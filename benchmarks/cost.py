@@ -1,10 +1,10 @@
-"""What a step of `fcpts` costs: `python -m benchmarks.cost` compares it with plain distillation of the dense model.
+"""What a step of training costs: `python -m benchmarks.cost` compares it with distillation of the dense model.
 
-Both see the same batches and run the teacher on each of them (`--cached`: fcpts reads the teacher's outputs of later
-passes from its table, as it does on inputs that repeat). Seconds: blocks of steps in turns, in one process; the ratio
-is of the medians. Memory: each in a process of its own; what its peak adds to what it held before the first step.
-With a GPU, `--device cuda --model torchvision:resnet50 --shape 3,224,224 --batch 64 --whole 1600` also runs a whole
-repair against the clock.
+Of `fcpts`, or with `--method unipts` of the repair of that name, from ERK. Both see the same batches and run the
+teacher on each of them (`--cached`: ours reads the teacher's outputs of later passes from its table, as on inputs that
+repeat). Seconds: blocks of steps in turns, in one process; the ratio is of the medians. Memory: each in a process of
+its own; what its peak adds to what it held before the first step. With a GPU, `--device cuda --model
+torchvision:resnet50 --shape 3,224,224 --batch 64 --whole 1600` also runs a whole repair against the clock.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from torch.nn import functional as F
 
 from allot import METHODS, Budget, Calibration, Unstructured, zoo
 from allot.prune import pose
-from allot.run import Candidate
+from allot.run import Candidate, drive
 from allot.sources import load_model
 
 BLOCK = 10
 
 
 def steps_of(name: str, model: nn.Module, inputs: Tensor, options: argparse.Namespace) -> Callable[[], None]:
-    """A function that takes the next step of `plain` or `fcpts`."""
+    """A function that takes the next step of `plain`, or of a method."""
     calibration = Calibration.of(inputs, samples=len(inputs), batch_size=options.batch, device=inputs.device)
-    return plain(model, calibration) if name == "plain" else fcpts(model, calibration, options)
+    return plain(model, calibration) if name == "plain" else ours(name, model, calibration, options)
 
 
 def plain(model: nn.Module, calibration: Calibration) -> Callable[[], None]:
@@ -59,14 +59,17 @@ def plain(model: nn.Module, calibration: Calibration) -> Callable[[], None]:
     return step
 
 
-def fcpts(model: nn.Module, calibration: Calibration, options: argparse.Namespace) -> Callable[[], None]:
+def ours(name: str, model: nn.Module, calibration: Calibration, options: argparse.Namespace) -> Callable[[], None]:
     """The method itself, step by step."""
     problem = pose(model, Budget(sparsity=0.95), Unstructured(), calibration=calibration)
-    method: Any = METHODS["fcpts"]
+    method: Any = METHODS[name]
     method = replace(method, training=replace(method.training, steps=options.length))
     candidate = Candidate.dense(problem)
+    if method.role == "repair":
+        candidate = drive(METHODS["erk"], problem, candidate)
     state = method.init(problem, candidate)
-    method.step(problem, candidate, state)  # the start
+    if method.role == "allocate":
+        method.step(problem, candidate, state)  # the start
 
     def step() -> None:
         method.step(problem, candidate, state)
@@ -94,7 +97,7 @@ def setting(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
 def seconds(options: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds a step, block by block, both in turns."""
     model, inputs = setting(options)
-    steps = {name: steps_of(name, model, inputs, options) for name in ("plain", "fcpts")}
+    steps = {name: steps_of(name, model, inputs, options) for name in ("plain", options.method)}
     found: dict[str, list[float]] = {name: [] for name in steps}
     for block in range(options.length // BLOCK):
         for name, step in steps.items():
@@ -131,14 +134,20 @@ def _resident(what: str) -> int:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cost", description=__doc__.splitlines()[0])
+    parser.add_argument("--method", choices=("fcpts", "unipts"), default="fcpts")
     parser.add_argument("--model", default="zoo:glyph-resnet20")
-    parser.add_argument("--shape", default="3,224,224", type=lambda text: tuple(int(part) for part in text.split(",")))
+    parser.add_argument(
+        "--shape",
+        default="3,224,224",
+        type=lambda text: tuple(int(part) for part in text.split(",")),
+        help="of one input; zoo nets have their own",
+    )
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--length", type=int, default=200, help="steps of each")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--cached", action="store_true")
     parser.add_argument("--whole", type=int, default=0, help="also time a whole run of this many steps")
-    parser.add_argument("--peak", choices=("plain", "fcpts"), help=argparse.SUPPRESS)
+    parser.add_argument("--peak", choices=("plain", "fcpts", "unipts"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.device == "cpu":
         torch.set_num_threads(1)
@@ -151,10 +160,11 @@ def main() -> None:
         command = [sys.executable, "-m", "benchmarks.cost", *sys.argv[1:], "--peak", name]
         memory[name] = int(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     say = Console(soft_wrap=True).print
-    say(f"{options.model}, batch {options.batch}, {options.device}, fcpts at 95 %:")
+    say(f"{options.model}, batch {options.batch}, {options.device}, {options.method} at 95 %:")
     for name in found:
         say(f"  {name:6} {1000 * found[name]:8.1f} ms a step   {memory[name] / 2**20:8.1f} MiB at the peak")
-    say(f"  ratio  {found['fcpts'] / found['plain']:8.2f}             {memory['fcpts'] / memory['plain']:8.2f}")
+    ratio, more = (some[options.method] / some["plain"] for some in (found, memory))
+    say(f"  ratio  {ratio:8.2f}             {more:8.2f}")
     if options.whole:
         options.length = options.whole
         model, inputs = setting(options)
