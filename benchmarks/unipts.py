@@ -26,7 +26,9 @@ from rich.logging import RichHandler
 import allot
 from allot import zoo
 from allot.methods.given import Given
+from allot.methods.unipts_search import Search
 from allot.run import Rule
+from allot.training import Training
 from benchmarks import unipts_pictures
 from benchmarks.runs import Found, cell, fill, measured
 
@@ -43,9 +45,19 @@ CHAINS: dict[str, dict[str, Any]] = {
     "uniform + pot": {"allocate": "uniform", "repair": POT},
     "pot": {"method": "pot"},
 }
+# a search that tries: ERK, LAMP and a short FCPTS, each by a repair of 16 steps
+CHOICE = Search(
+    (
+        ("erk", allot.METHODS["erk"]),
+        ("lamp", allot.METHODS["lamp"]),
+        ("fcpts", replace(allot.METHODS["fcpts"], training=Training(steps=32))),  # type: ignore[type-var]
+    ),
+    allot.METHODS["unipts-search"].trial,  # type: ignore[attr-defined]
+)
 SEARCHES: dict[str, dict[str, Any]] = {
     "unipts-paper": {"allocate": "unipts-paper", "repair": "unipts,bn"},
-    "unipts, 3 generations": {"method": "unipts", "options": {"unipts-search": {"generations": 3}}},
+    "choice of three": {"allocate": CHOICE, "repair": "unipts,bn"},
+    "choice of three, 3 generations": {"allocate": replace(CHOICE, generations=3), "repair": "unipts,bn"},
 }
 PAPER = {"optimizer": "sgd", "learning_rate": 0.01, "temperature": 4.0, "student_temperature": 1.0}
 ABLATION: dict[str, dict[str, Any]] = {
@@ -54,6 +66,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "no ramp": {"ramp": 1.0},
     "base decays": {"base_decay": 0.366},
     "pruned weights decay": {"decay": 0.1},
+    "pruned weights decay faster": {"decay": 0.4},
     "growth by gradient": {"growth": "gradient"},
     "growth by saliency": {"growth": "saliency"},
     "student temperature 1": {"temperature": 4.0, "student_temperature": 1.0},

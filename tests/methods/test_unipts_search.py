@@ -217,6 +217,16 @@ def test_noise_is_a_share_of_a_sample_and_the_same_every_time():
     assert torch.equal(Calibration.of(Noisy(calibration.source, 0.0, 0)).batch(0)[0], calibration.batch(0)[0])
 
 
+def test_a_single_individual_is_not_tried_and_its_start_sees_every_sample():
+    problem, log = problem_of("with batch norm", batch_size=5), Log()
+    learned = replace(METHODS["fcpts"], training=Training(steps=4))
+    method = Search((("fcpts", learned),), QUICK)
+    candidate = drive(method, problem, Candidate.dense(problem), log=log)
+    expected = drive(learned, problem, Candidate.dense(problem))
+    assert candidate.allocation.kept == expected.allocation.kept and not candidate.masks and not candidate.tensors
+    assert log.backward == 4 * 5 and candidate.diagnostics["search"]["tried"][0]["losses"] == []
+
+
 def test_layer_bounds_hold_in_every_individual():
     model, inputs = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(16, 8)
     rules = Rules(max_density={"0": 0.5}, min_density={"2": 0.25})

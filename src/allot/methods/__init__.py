@@ -32,7 +32,7 @@ METHODS: dict[str, Method] = {
     "fcpts": Fcpts(start=Rule(erk)),
     "fcpts-paper": FcptsPaper(start=Rule(erk)),
     "unipts-search": Search(
-        (("erk", Rule(erk)), ("lamp", Rule(lamp)), ("fcpts", Fcpts(Rule(erk), Training(steps=32)))),
+        (("fcpts", Fcpts(Rule(erk), Training(steps=90))),),
         Trial(Training(steps=16), Schedule(ramp=8.0), (BatchNorm(),)),
     ),
     "unipts-paper": Search(

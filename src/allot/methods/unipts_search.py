@@ -19,9 +19,10 @@ Individuals are encoded the other way round, a_l ~ k_l - r_l, so that any alloca
     generation g: parents are the best of all that reached the last rung (the best is never lost);
               crossover takes each gene from one of two of them; mutation changes genes with probability `mutation`
 
-`Search` as `unipts-search` tries a few starts and no more by default: ERK, LAMP, and what a short FCPTS learns. Later
-generations did not pay for themselves after the full repair (docs/methods/unipts.md); `generations` turns them on.
-As `unipts-paper` it has the paper's schedule: 25 individuals, 25 generations, no training in the fitness.
+`Search` as `unipts-search` has one start, what a short FCPTS learns, and stops there: one individual needs no trial.
+More starts and `generations` make it search on; at the sparsities where allocation matters, short trials cannot tell
+individuals apart, and chose worse (docs/methods/unipts.md). As `unipts-paper` it has the paper's schedule: 25
+individuals, 25 generations, no training in the fitness.
 
 Differences from the authors' code:
     - the fitness is the KL to the dense net on held-out samples; there, top-1 on those that are trained on later;
@@ -61,7 +62,7 @@ class Search:
     """Evolve how much each layer keeps; every individual meets the budget.
 
     Args:
-        starts: (name, allocator) pairs, which see the training half of the samples.
+        starts: (name, allocator) pairs; where individuals are tried they see the training half of the samples.
         trial: the fitness.
         excess: e, above 0, at most 1.
         relative: whether e is a share of the weights kept or, as in the paper, of all weights.
@@ -118,10 +119,10 @@ class Search:
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
         """Nothing tried."""
-        train = self._noisy(halves(problem)[0])
+        train = self._training(problem)
         allocating = sum(method.init(train, candidate)["steps"] for _, method in self.starts)
         sizes = [max(self.population, len(self.starts)), *[self.crossovers + self.mutants] * self.generations]
-        each = [self.trial.steps(problem, candidate, share) for share in self.rungs]
+        each = [self.trial.steps(problem, candidate, share) for share in self.rungs] if self.tries else []
         trials = sum(each[i] * self._through(size, i) for size in sizes for i in range(len(each)))
         return {
             "step": 0,
@@ -161,7 +162,9 @@ class Search:
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         """The candidate with the best allocation ever tried, not with the tensors of its trial."""
-        best = self._ranked(state)[0]
+        if not self.tries:
+            state["pool"] = [row | {"generation": 0, "losses": []} for row in state["starts"]]
+        best = self._ranked(state)[0] if self.tries else state["pool"][0]
         allocation = Allocation.of(best["kept"], candidate.allocation.total)
         told = {
             "chosen": best["name"],
@@ -170,9 +173,17 @@ class Search:
         }
         return replace(candidate, allocation=allocation, diagnostics={**candidate.diagnostics, "search": told})
 
+    @property
+    def tries(self) -> bool:
+        """Whether there is anything to choose from."""
+        return len(self.starts) > 1 or self.population > 1 or self.generations > 0
+
+    def _training(self, problem: Problem) -> Problem:
+        return halves(problem)[0] if self.tries else problem
+
     def _started(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         name, method = self.starts[len(state["starts"])]
-        train = halves(problem)[0]
+        train = self._training(problem)
         if "inner" not in state:
             state["inner"] = method.init(train, candidate)
         metrics = method.step(train, candidate, state["inner"])
