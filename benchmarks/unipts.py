@@ -28,7 +28,9 @@ from allot import zoo
 from allot.methods.given import Given
 from allot.methods.unipts_search import Search
 from allot.run import Rule
+from allot.schedule import Schedule
 from allot.training import Training
+from allot.trial import Trial
 from benchmarks import unipts_pictures
 from benchmarks.runs import Found, cell, fill, measured
 
@@ -52,7 +54,7 @@ CHOICE = Search(
         ("lamp", allot.METHODS["lamp"]),
         ("fcpts", replace(allot.METHODS["fcpts"], training=Training(steps=32))),  # type: ignore[type-var]
     ),
-    allot.METHODS["unipts-search"].trial,  # type: ignore[attr-defined]
+    Trial(Training(steps=16), Schedule(ramp=8.0), (allot.METHODS["bn"],)),
 )
 SEARCHES: dict[str, dict[str, Any]] = {
     "unipts-paper": {"allocate": "unipts-paper", "repair": "unipts,bn"},
@@ -75,7 +77,7 @@ ABLATION: dict[str, dict[str, Any]] = {
 }
 ABLATED = ("glyph-resnet20", "glyph-vit")
 # allocations that a fitness has to rank; "erk x": every density of ERK times e to the power of a draw from N(0, 1/4)
-RANKED = ("uniform", "erk", "lamp", "global", "global-normalised", "knapsack", "equal counts", "fcpts")
+RANKED = ("uniform", "erk", "lamp", "global", "global-normalised", "knapsack", "equal-counts", "fcpts")
 RANKED += tuple(f"erk x {i}" for i in range(4))
 
 Cell = tuple[str, str, float, dict[str, Any], int]  # key, net, sparsity, arguments of `prune`, seed
@@ -147,9 +149,6 @@ def rank(net: str, sparsity: float) -> dict[str, Any]:
             scaled = dict(zip(allocations["erk"], factors, strict=True))
             given = {layer: min(1.0, d * scaled[layer]) for layer, d in allocations["erk"].items()}
             allocations[name] = dict(pruned(allocate=given, repair="none").allocation)
-        elif name == "equal counts":
-            start = dict(allot.METHODS["unipts-paper"].starts)[name]  # type: ignore[attr-defined]
-            allocations[name] = dict(pruned(allocate=start, repair="none").allocation)
         else:
             allocations[name] = dict(pruned(allocate=name, repair="none").allocation)
     found: dict[str, Any] = {name: {} for name in allocations}

@@ -47,6 +47,14 @@ def unknown(what: str, name: str, accepted: Iterable[str]) -> UsageError:
     return UsageError(f"unknown {what} {name!r}{hint} Accepted: {', '.join(names) or 'none'}.")
 
 
+def check_flag(name: str, value: object) -> None:
+    """Raises:
+    UsageError: `value` is neither True nor False.
+    """
+    if not isinstance(value, bool):
+        raise UsageError(f"{name}={value!r}: true or false is accepted.")
+
+
 def check_number(name: str, value: object, low: float, high: float = math.inf, *, whole: bool = False) -> None:
     """Raises:
     UsageError: `value` is no number (no whole number) from `low` to `high`.

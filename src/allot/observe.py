@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -161,8 +160,8 @@ Apply = Callable[[Tensor, Tensor | None], Tensor]
 def watched_layers(model: nn.Module, scope: Scope, visit: Callable[[Layer, Apply, Tensor], None]) -> Iterator[None]:
     """While open, each forward pass calls `visit(layer, apply, output)` where a layer has been applied.
 
-    `apply(weight, bias)` is what the layer gives for the same inputs with another weight and bias `[rows]` (None where
-    it has none), shaped like `output`; for the input projections of an attention both are flat.
+    `apply(weight, bias)` is what the layer gives for the same inputs with another weight and bias `[rows]` (None: its
+    own), shaped like `output`; for the input projections of an attention both are flat.
     """
     places = places_of(model)
     busy: set[int] = set()
@@ -198,12 +197,13 @@ def watched_layers(model: nn.Module, scope: Scope, visit: Callable[[Layer, Apply
                     return
                 for attribute, layer in layers.items():
                     if attribute == "out_proj.weight":
-                        visit(layer, partial(nn.functional.linear, _attended(module, args, kwargs)), output[0])
+                        parts = [(0, layer.rows, _attended(module, args, kwargs))]
+                        visit(layer, _projecting(parts, module.out_proj.bias, flat=False), output[0])
                         continue
-                    apply = _projecting(_projected(module, attribute, args, kwargs))
                     rows = _attention_rows(module, attribute, layer)
-                    bias = None if module.in_proj_bias is None else module.in_proj_bias[rows]
-                    visit(layer, apply, apply(getattr(module, attribute), bias))
+                    own = None if module.in_proj_bias is None else module.in_proj_bias[rows]
+                    apply = _projecting(_projected(module, attribute, args, kwargs), own)
+                    visit(layer, apply, apply(getattr(module, attribute), None))
 
         return hook
 
@@ -215,13 +215,16 @@ def watched_layers(model: nn.Module, scope: Scope, visit: Callable[[Layer, Apply
         yield
 
 
-def _projecting(parts: list[tuple[int, int, Tensor]]) -> Apply:
+def _projecting(parts: list[tuple[int, int, Tensor]], own: Tensor | None, *, flat: bool = True) -> Apply:
+    """What projections of several inputs give, each with its rows of a weight; `own` is the bias without another."""
+
     def apply(weight: Tensor, bias: Tensor | None) -> Tensor:
+        bias = own if bias is None else bias
         outputs = [
             nn.functional.linear(x, weight[start:stop], None if bias is None else bias[start:stop])
             for start, stop, x in parts
         ]
-        return torch.cat([output.flatten() for output in outputs])
+        return torch.cat([output.flatten() for output in outputs]) if flat else outputs[0]
 
     return apply
 

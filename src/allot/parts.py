@@ -85,6 +85,7 @@ def assemble(
     )
 
 
+SETTABLE = ("starts", "among")  # fields of several allocators that a recipe can name
 Options = Mapping[str, Mapping[str, Any]]
 
 
@@ -131,11 +132,19 @@ def options_of(method: Any) -> dict[str, Any]:
         value = getattr(method, f.name)
         if hasattr(value, "role"):
             found[f.name] = _name(value)
+        elif _methods(value):
+            if f.name in SETTABLE:
+                found[f.name] = [label for label, _ in value]
         elif is_dataclass(value):
             found |= options_of(value)
         elif _plain(value):
             found[f.name] = value
     return found
+
+
+def _methods(value: Any) -> bool:
+    """Whether it is a tuple of (label, method)."""
+    return isinstance(value, tuple) and bool(value) and hasattr(value[0], "__len__") and hasattr(value[0][-1], "role")
 
 
 def _plain(value: Any) -> bool:
@@ -155,11 +164,34 @@ def _replaced(method: Any, given: Mapping[str, Any], name: str, options: Options
                 changed[f.name] = _allocator(given[f.name], options, unused) if f.name in given else value
             except UsageError as error:
                 raise UsageError(f"options.{name}.{f.name}: {error}") from error
+        elif _methods(value) and f.name in SETTABLE:
+            changed[f.name] = _several(value, given.get(f.name), name, options, unused)
         elif is_dataclass(value) and given.keys() & options_of(value).keys():
             changed[f.name] = _replaced(value, given, name, options, unused)
         elif f.name in given:
             changed[f.name] = given[f.name]
     return replace(method, **changed)
+
+
+def _several(
+    value: tuple[tuple[str, Any], ...], names: Any, name: str, options: Options, unused: dict[str, Any]
+) -> tuple[tuple[str, Any], ...]:
+    """The allocators called `names`, or those that are there; each takes its own options."""
+    if names is not None:
+        names = [names] if isinstance(names, str) else names
+        if not isinstance(names, list | tuple) or not names or not all(isinstance(part, str) for part in names):
+            raise UsageError(f"options.{name}: {names!r}: names of allocators are accepted, like [erk, fcpts].")
+        return tuple((part, _allocator(part, options, unused)) for part in names)
+    found = []
+    for label, method in value:
+        given = options.get(label, {})
+        unused.pop(label, None)
+        known = options_of(method)
+        for key in given:
+            if key not in known:
+                raise unknown(f"option of {label}", key, known)
+        found.append((label, _replaced(method, given, label, options, unused) if given else method))
+    return tuple(found)
 
 
 def _fitting(part: Any, role: str) -> Method:

@@ -228,9 +228,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, keys joined with dots."""
+    """Nested mappings, and lists of them, as one; keys joined with dots, places in a list counted from 0."""
     found: dict[str, Any] = {}
     for key, value in content.items():
+        if isinstance(value, list) and value and all(isinstance(part, Mapping) for part in value):
+            value = {str(i): part for i, part in enumerate(value)}
         if isinstance(value, Mapping) and value:
             found |= flat(value, f"{prefix}{key}.")
         else:

@@ -22,11 +22,12 @@ class Fractals(Dataset[tuple[Tensor]]):
     """`count` images `[channels, height, width]`, float32.
 
     Raises:
-        UsageError: not three whole numbers above 0.
+        UsageError: the shape is not three whole numbers above 0, or the count none.
     """
 
     def __init__(self, shape: tuple[int, ...], count: int = 512, seed: int = 0) -> None:
-        if len(shape) != 3 or min(shape) < 1:
+        whole = all(isinstance(size, int) and size > 0 for size in (*shape, count))
+        if len(shape) != 3 or not whole:
             raise UsageError(
                 f"synthetic data of shape {list(shape)}: CHANNELS,HEIGHT,WIDTH is accepted, like 3,224,224."
             )

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from allot.errors import UsageError
-from allot.run import Candidate, Method, Metrics, Problem
+from allot.errors import UsageError, check_flag
+from allot.run import Candidate, Method, Metrics, Problem, repeatable
 from allot.schedule import Schedule
 from allot.store import State
 from allot.training import Training, distil
@@ -39,6 +39,9 @@ class Trial:
     statistics: tuple[Method, ...] = ()
     one_shot: bool = False
 
+    def __post_init__(self) -> None:
+        check_flag("one_shot", self.one_shot)
+
     def steps(self, problem: Problem, candidate: Candidate, share: float = 1.0) -> int:
         """How many steps a trial takes."""
         train, judge = halves(problem, share)
@@ -54,7 +57,14 @@ class Trial:
         Raises:
             UsageError: fewer than 2 calibration samples.
         """
-        state: State = {"stage": -1, "share": share, "candidate": candidate.to_state(), "inner": {}, "losses": []}
+        state: State = {
+            "stage": -1,
+            "share": share,
+            "candidate": candidate.to_state(),
+            "inner": {},
+            "losses": [],
+            "taken": 0,
+        }
         self._advance(halves(problem, share)[0], candidate, state)
         return state
 
@@ -64,6 +74,11 @@ class Trial:
         Args:
             answers: the dense net's on the judging half, from trial to trial, filled here; None keeps none.
         """
+        state["taken"] += 1
+        with repeatable(problem.model, problem.seed, "trial", state["taken"]):  # the same draws for every individual
+            return self._taken(problem, state, answers)
+
+    def _taken(self, problem: Problem, state: State, answers: dict[str, list[Tensor]] | None) -> Metrics:
         train, judge = halves(problem, state["share"])
         candidate = Candidate.from_state(state["candidate"], problem)
         stage, inner = state["stage"], state["inner"]

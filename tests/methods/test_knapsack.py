@@ -56,6 +56,14 @@ def test_convex_errors_are_shared_out_as_the_best_of_all_choices(budget: dict[st
     assert ours <= best + max(error(n, k - 1) - error(n, k) for n, k in kept.items() if k > 1) + 1e-9
 
 
+def test_what_saves_as_much_at_a_lower_price_goes_first():
+    terms = (Term("cheap", 10, macs=10), Term("dear", 10, macs=1_000))
+    bound = Budget(macs=520).on(terms)
+    curve = [[k / 10, (1 - k / 10) ** 2] for k in range(1, 10)]
+    kept = bound.counts(shared_out(bound, {"cheap": curve, "dear": curve}))
+    assert kept == {"cheap": 10, "dear": 5}
+
+
 def test_an_error_is_the_loss_of_the_net_with_that_layer_alone_pruned():
     problem = problem_of("without batch norm", "sparsity=0.6", batch_size=20)
     told = drive(Knapsack(densities=(0.0, 0.25)), problem, Candidate.dense(problem)).diagnostics["knapsack"]["error"]

@@ -190,3 +190,42 @@ def test_masked_weights_do_not_move():
     for name, mask in pruned.masks.items():
         assert torch.equal(found.tensors[name][~mask], problem.dense[name][~mask])
         assert not torch.equal(masked(found.tensors[name], mask), masked(problem.dense[name], mask))
+
+
+def test_a_tied_weight_is_rebuilt_at_all_its_places_and_biases_beside_it_stay():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6, bias=False), nn.Linear(6, 4)
+            self.b.weight = self.a.weight
+            nn.init.ones_(self.a.bias)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(self.b(torch.tanh(self.a(x))))
+
+    problem = problem_of("linear chain", "sparsity=0.3", batch_size=20, model=Tied())
+    pruned, found = repaired(Layerwise(steps=60, learning_rate=0.03), problem)
+    x = problem.inputs().pick(range(20))
+    with torch.no_grad():
+        dense, before_it, after = (
+            call(problem.model, tensors, x) for tensors in ({}, pruned.effective(problem), found.effective(problem))
+        )
+    assert float((after - dense).square().mean()) < float((before_it - dense).square().mean())
+    assert torch.equal(found.effective(problem).get("a.bias", problem.dense["a.bias"]), problem.dense["a.bias"])
+
+
+def test_a_sparse_net_that_takes_another_way_is_told():
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            return self.c(self.b(h) if h.std() < 0.5 else h)
+
+    problem = problem_of("linear chain", "sparsity=0.9", batch_size=20, model=Gate())
+    with pytest.raises(UsageError, match=r"b\.weight is applied more often"):
+        repaired(Layerwise(steps=2, inputs="sparse"), problem)

@@ -219,3 +219,51 @@ def test_any_allocator_goes_with_any_repair_and_a_recipe_lends_its_allocator():
             options=options,
         )
         assert result.report()["kept"] == round(0.4 * result.problem.budget.total), name
+
+
+def test_a_step_under_sgd_is_the_hand_written_one():
+    problem = problem_of("linear chain", "sparsity=0.5")
+    training = Training(steps=4, learning_rate=0.1, optimizer="sgd", loss="mse")
+    plain, falling = (states(Unipts(training, PLAIN, base_decay=decay), problem) for decay in (1.0, 0.25))
+    dense, name = problem.dense, "0.weight"
+    # the first step is of scale 1, the second of 0.25 ** (-1/4), on the same momentum
+    assert torch.equal(plain[0]["tensors"][name], falling[0]["tensors"][name])
+    moved = [state[1]["tensors"][name] - state[0]["tensors"][name] for state in (plain, falling)]
+    assert torch.allclose(moved[1], moved[0] * 0.25**-0.25, rtol=1e-3, atol=1e-7)
+    assert not torch.equal(plain[0]["tensors"][name], dense[name])
+
+
+@pytest.mark.parametrize("growth", ["gradient", "saliency"])
+@pytest.mark.parametrize(("step", "share"), [(0, 0.4), (10, 0.2), (20, 0.0)])
+def test_what_grows_is_what_the_criterion_says_and_less_and_less_of_it(growth: str, step: int, share: float):
+    problem = problem_of("linear chain", "sparsity=0.5")
+    method = Unipts(Training(steps=20), PLAIN, growth=growth, exchange=0.4)
+    layer, w = problem.scope["2.weight"], problem.dense["2.weight"]
+    G = torch.randn(w.shape, generator=torch.Generator().manual_seed(1))
+    before = select(torch.rand(w.shape, generator=torch.Generator().manual_seed(2)), 30)
+    training = {"tensors": {layer.name: w}, "mean": {layer.name: G}}
+    state = {"training": training, "masks": {layer.name: before}, "step": step, "steps": 21}
+    evidence: Any = None
+    mask = method._mask(problem, state, layer, evidence, 30)
+    criterion = G.abs() if growth == "gradient" else (G * w).abs()
+    assert torch.equal(mask, select(exchanged(w.abs(), criterion, before, share, 30), 30))
+
+
+def test_models_of_other_outputs_go_through_the_whole_recipe():
+    class Both(nn.Module):
+        def __init__(self, classes: int) -> None:
+            super().__init__()
+            self.inside = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, classes))
+
+        def forward(self, x):
+            return {"answer": self.inside(x)}
+
+    inputs = torch.randn(24, 6)
+    for classes, loss in ((4, "kl"), (1, "mse")):
+        told = {"outputs": lambda output: output["answer"], "loss": loss}
+        options = {"unipts": {"steps": 3, **told}, "fcpts": {"steps": 3, **told}}
+        result = allot.prune(Both(classes), inputs, "sparsity=0.5", method="unipts", options=options)
+        assert result.log.backward == 2 * 3 * 24
+        given = {"unipts-search": {"starts": ["erk", "lamp"], "steps": 2, **told}, "unipts": {"steps": 3, **told}}
+        result = allot.prune(Both(classes), inputs, "sparsity=0.5", method="unipts", options=given)
+        assert {row["name"] for row in result.report()["diagnostics"]["search"]["tried"]} <= {"erk", "lamp"}

@@ -227,6 +227,69 @@ def test_a_single_individual_is_not_tried_and_its_start_sees_every_sample():
     assert log.backward == 4 * 5 and candidate.diagnostics["search"]["tried"][0]["losses"] == []
 
 
+def test_children_have_genes_of_both_parents_and_of_the_best_ones_only():
+    problem = problem_of("without batch norm", "sparsity=0.8")
+    method = evolving(generations=1, mutants=0, crossovers=6, parents=2, population=5)
+    state = method.init(problem, Candidate.dense(problem))
+    while not method.done(state):
+        method.step(problem, Candidate.dense(problem), state)
+    first = [row for row in state["pool"] if row["generation"] == 0]
+    assert len(first) == 5
+    parents = sorted(first, key=lambda row: row["losses"][-1])[:2]
+    children = [row for row in state["pool"] if row["generation"] == 1]
+    assert children
+    for child in children:
+        origin = [{x == y for x, y in zip(child["x"], row["x"], strict=True)} for row in parents]
+        assert all(x in {a, b} for x, a, b in zip(child["x"], *(row["x"] for row in parents), strict=True))
+        assert all(True in found for found in origin)
+
+
+def test_multiplying_leaves_a_gene_of_zero_alone_and_adding_does_not():
+    for change, moves in (("multiply", False), ("add", True)):
+        problem = problem_of("without batch norm", "sparsity=0.8")
+        method = evolving(generations=1, crossovers=0, mutation=1.0, change=change)
+        state = method.init(problem, Candidate.dense(problem))
+        while not state["pool"]:
+            method.step(problem, Candidate.dense(problem), state)
+        state["pool"] = [state["pool"][0] | {"x": [0.0] * len(problem.scope), "losses": [1.0]}]
+        state["queue"], state["generation"] = [], 1
+        method._breed(problem, state)
+        children = [row["x"] for row in state["pool"][1:]]
+        assert any(any(x) for x in children) == moves
+
+
+def test_noise_reaches_the_trials():
+    losses = [
+        searched(evolving(generations=0, noise=noise), problem_of("linear chain"))["tried"][0]["losses"]
+        for noise in (0.0, 0.5)
+    ]
+    assert losses[0] != losses[1]
+
+
+def test_individuals_are_judged_by_the_same_draws():
+    class Drawn(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 16
+
+        def __getitem__(self, i: int) -> Tensor:
+            return torch.rand(6)
+
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    seen: dict[int, list[Tensor]] = {}
+    step = [0]
+    model.register_forward_pre_hook(lambda module, args: seen.setdefault(step[0], []).append(args[0].clone()))
+    search = Search(STARTS, QUICK)
+    allot.prune(
+        model, Drawn(), "sparsity=0.5", allocate=search, repair="none", batch_size=4,
+        on_step=lambda progress: step.__setitem__(0, progress.step),
+    )  # fmt: skip
+    each = (max(seen) - 1) // 2
+    inputs = [
+        torch.cat([x for k in sorted(seen) if 2 + i * each <= k < 2 + (i + 1) * each for x in seen[k]]) for i in (0, 1)
+    ]
+    assert inputs[0].shape == inputs[1].shape and torch.equal(*inputs)
+
+
 def test_layer_bounds_hold_in_every_individual():
     model, inputs = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(16, 8)
     rules = Rules(max_density={"0": 0.5}, min_density={"2": 0.25})
@@ -247,6 +310,8 @@ def test_layer_bounds_hold_in_every_individual():
         {"rungs": (1.0, 0.5)},
         {"rungs": 0.3},
         {"noise": -1},
+        {"relative": "no"},
+        {"rungs": "0.25,1"},
     ],
 )
 def test_a_value_out_of_its_range_is_refused(wrong: dict[str, Any]):

@@ -11,7 +11,7 @@ from allot.methods.pot import Layerwise, WeightMoments
 from allot.methods.ranking import global_magnitude, global_normalised, lamp
 from allot.methods.uniform import uniform
 from allot.methods.unipts import Unipts
-from allot.methods.unipts_search import Search, equal_counts
+from allot.methods.unipts_search import EXCESS, Search, equal_counts
 from allot.run import Method, Recipe, Rule
 from allot.schedule import Schedule
 from allot.training import Training
@@ -24,21 +24,22 @@ METHODS: dict[str, Method] = {
     "lamp": Rule(lamp),
     "global": Rule(global_magnitude),
     "global-normalised": Rule(global_normalised),
+    "equal-counts": Rule(equal_counts),
     "knapsack": Knapsack(),
     "auto": Auto(
         (("erk", Rule(erk)), ("lamp", Rule(lamp)), ("uniform", Rule(uniform))),
-        Trial(Training(steps=40), Schedule(ramp=8.0), (BatchNorm(),)),
+        Trial(Training(steps=40), Schedule(ramp=8.0), (BatchNorm(), OutputMoments(scale=True))),
     ),
     "fcpts": Fcpts(start=Rule(erk)),
     "fcpts-paper": FcptsPaper(start=Rule(erk)),
     "unipts-search": Search(
         (("fcpts", Fcpts(Rule(erk), Training(steps=90))),),
-        Trial(Training(steps=16), Schedule(ramp=8.0), (BatchNorm(),)),
+        Trial(Training(steps=16), Schedule(ramp=8.0), (BatchNorm(), OutputMoments(scale=True))),
     ),
     "unipts-paper": Search(
-        (("equal counts", Rule(equal_counts)),),
+        (("equal-counts", Rule(equal_counts)),),
         Trial(statistics=(BatchNorm(), OutputMoments(scale=True)), one_shot=True),
-        excess=0.05,
+        excess=EXCESS,
         relative=False,
         generations=25,
         population=25,

@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from allot.errors import check_number, unknown
+from allot.errors import UsageError, check_number, unknown
 from allot.layers import Layer
 from allot.losses import relative_error
 from allot.masks import call, masked
@@ -136,6 +136,10 @@ class Layerwise:
             targets.setdefault(layer.name, []).append(output.clone())  # the net may go on in place
 
         def compare(layer: Layer, apply: Apply, output: Tensor) -> None:
+            if not targets.get(layer.name):
+                raise UsageError(
+                    f"{layer.name} is applied more often in the sparse net than in the dense one: inputs=dense."
+                )
             rebuild(layer, apply, targets[layer.name].pop(0))
 
         dense = self.inputs == "dense"
@@ -175,7 +179,9 @@ class Layerwise:
         gradients: dict[str, Tensor],
     ) -> Callable[[Layer, Apply, Tensor], None]:
         """What to do at a layer: compare it with a target, and add up the gradients of its weight and bias."""
-        tensors, biases = state["training"]["tensors"], biases_of(problem.model, problem.scope)
+        tensors = state["training"]["tensors"]
+        # a tied weight may be used beside several biases: each keeps its own
+        biases = biases_of(problem.model, [layer for layer in problem.scope if not layer.aliases])
 
         def rebuild(layer: Layer, apply: Apply, target: Tensor) -> None:
             mask = candidate.masks[layer.name]

@@ -49,11 +49,12 @@ from torch import Tensor
 from allot.allocation import Allocation
 from allot.budget import Budget
 from allot.calibration import Noisy
-from allot.errors import UsageError, check_number, unknown
+from allot.errors import UsageError, check_flag, check_number, unknown
 from allot.run import Candidate, Evidence, Method, Metrics, Problem, scored
 from allot.store import State
 from allot.trial import Trial, halves
 
+EXCESS = 0.05  # the paper's, of all weights
 MUTATIONS = ("add", "multiply")
 
 
@@ -100,6 +101,7 @@ class Search:
 
     def __post_init__(self) -> None:
         check_number("excess", self.excess, 1e-6, 1)
+        check_flag("relative", self.relative)
         for name in ("generations", "crossovers", "mutants"):
             check_number(name, getattr(self, name), 0, whole=True)
         for name in ("population", "parents", "halving"):
@@ -111,9 +113,8 @@ class Search:
             raise unknown("change", str(self.change), MUTATIONS)
         rungs: Any = self.rungs
         rungs = tuple(rungs) if isinstance(rungs, list | tuple) else (rungs,)
-        for rung in rungs:
-            check_number("rungs", rung, 1e-6, 1)
-        if list(rungs) != sorted(set(rungs)) or rungs[-1:] != (1,):
+        shares = all(isinstance(rung, int | float) and 0 < rung <= 1 for rung in rungs)
+        if not shares or list(rungs) != sorted(set(rungs)) or rungs[-1:] != (1,):
             raise UsageError(f"rungs={list(rungs)}: ascending shares that end with 1 are accepted, like [0.25, 1].")
         object.__setattr__(self, "rungs", rungs)
 
@@ -338,7 +339,7 @@ def decoded(budget: Budget, base: Mapping[str, float], x: list[float]) -> dict[s
 def equal_counts(problem: Problem) -> dict[str, float]:
     """The paper's start, a constant genome: every layer grows by the same number of weights."""
     budget = problem.budget
-    base = reduced(budget, 0.05, relative=False)
+    base = reduced(budget, EXCESS, relative=False)
     kept = decoded(budget, base, [0.0] * len(budget.terms))
     return {term.name: kept[term.name] / term.total for term in budget.terms}
 
