@@ -6,7 +6,7 @@
     loss        mean loss against the dense net on the judging half, in eval mode
 
 The one-shot loss is no judge at high sparsity: a net that was not trained is near chance there, and the allocations
-that look best starve layers that training would need.
+that look best starve layers that training would need. So it is with a repair too short to lead away from there.
 """
 
 from __future__ import annotations

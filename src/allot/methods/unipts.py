@@ -23,7 +23,7 @@ Differences from the authors' code:
     - Adam, whose steps are shares of a tensor's size; there, SGD (`optimizer=sgd`);
     - masks are selected every few steps by partial sorting, and frozen at the end; there, sorted in every forward pass;
     - the budget comes down from a wider one (`ramp`); there, it is the budget from the first step;
-    - base decay, lambda and growth by gradient are off: an ablation found no gain from them (docs/methods/unipts.md).
+    - base decay, lambda and growth by gradient are off: no clear gain in the ablation (docs/unipts-results.md).
 The paper reports 68.6 % for ResNet-50 on ImageNet at 90 % sparsity, where POT has 3.9 %.
 """
 

@@ -20,8 +20,8 @@ Individuals are encoded the other way round, a_l ~ k_l - r_l, so that any alloca
               crossover takes each gene from one of two of them; mutation changes genes with probability `mutation`
 
 `Search` as `unipts-search` has one start, what a short FCPTS learns, and stops there: one individual needs no trial.
-More starts and `generations` make it search on; at the sparsities where allocation matters, short trials cannot tell
-individuals apart, and chose worse (docs/methods/unipts.md). As `unipts-paper` it has the paper's schedule: 25
+More starts and `generations` make it search on; at the sparsities where allocation matters, trials of 16 steps cannot
+tell individuals apart, and chose worse (docs/methods/unipts.md). As `unipts-paper` it has the paper's schedule: 25
 individuals, 25 generations, no training in the fitness.
 
 Differences from the authors' code:
