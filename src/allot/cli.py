@@ -268,13 +268,19 @@ def report_command(
 
 @app.command("methods")
 def methods_command(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="a method")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="a method or recipe")] = None,
     *,
     as_json: option.Json = False,
 ) -> None:
     """List the methods, or tell what one does, needs and cites, with its options."""
+    if name in RECIPES and name not in METHODS:
+        chain = RECIPES[name]
+        said = f"--method {name}: --allocate {chain.allocate} --repair {','.join(chain.repair)}"
+        return (
+            _print_json(dataclasses.asdict(chain)) if as_json else _say(f"{said}; `allot methods PART` tells of each")
+        )
     if name is not None and name not in METHODS:
-        raise unknown("method", name, METHODS)
+        raise unknown("method", name, {*METHODS, *RECIPES})
     told = {key: _told(key) for key in ([name] if name else METHODS)}
     if as_json:
         _print_json(
@@ -290,6 +296,7 @@ def methods_command(
         people.print(table.methods_table(rows))
         for key, chain in RECIPES.items():
             _say(f"--method {key}: allocate {chain.allocate}, repair {', '.join(chain.repair)}")
+    return None
 
 
 def main() -> None:

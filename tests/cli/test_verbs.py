@@ -147,6 +147,11 @@ def test_methods_lists_every_method_and_tells_about_one():
     assert "--set options.variance.limit=10.0" in done("methods variance").err
 
 
+def test_a_recipe_tells_its_parts():
+    assert "--allocate global-normalised --repair weight-moments,layerwise,bn,bias" in done("methods pot").err
+    assert done("methods pot --json").json["allocate"] == "global-normalised"
+
+
 def test_a_method_lists_options_flat_as_a_recipe_says_them():
     options = done("methods distill --json").json["options"]
     assert {
