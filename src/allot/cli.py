@@ -276,9 +276,7 @@ def methods_command(
     if name in RECIPES and name not in METHODS:
         chain = RECIPES[name]
         said = f"--method {name}: --allocate {chain.allocate} --repair {','.join(chain.repair)}"
-        return (
-            _print_json(dataclasses.asdict(chain)) if as_json else _say(f"{said}; `allot methods PART` tells of each")
-        )
+        return _print_json(dataclasses.asdict(chain)) if as_json else _say(f"{said}; see `allot methods PART`")
     if name is not None and name not in METHODS:
         raise unknown("method", name, {*METHODS, *RECIPES})
     told = {key: _told(key) for key in ([name] if name else METHODS)}
