@@ -196,7 +196,7 @@ def test_what_a_kill_left_behind_after_the_end_is_removed(tmp_path: Path):
         ({"budget": "macs=50%"}, r"configuration\.budget\.macs was None, is 50%"),
         ({"allocate": "uniform"}, r"configuration\.allocate was erk, is uniform"),
         ({"repair": "bn"}, r"configuration\.repair was"),
-        ({"options": {"variance": {"limit": 3.0}}}, r"configuration\.hyperparameters\.repair was"),
+        ({"options": {"variance": {"limit": 3.0}}}, r"configuration\.hyperparameters\.repair\.1\.limit was"),
         ({"seed": 1}, r"configuration\.seed was 0, is 1"),
         ({"batch_size": 5}, r"configuration\.batch_size was 8, is 5"),
         ({"samples": 12}, r"configuration\.samples was 20, is 12.*fingerprint\.calibration was"),
