@@ -57,44 +57,30 @@ def watched_inputs(model: nn.Module, scope: Scope, visit: Callable[[Layer, Tenso
     `squares` has the weight's shape. For a layer that is linear in its weight it is d/dw sum(forward(x^2; w)), which
     holds for every kernel, stride, padding and group; the module's own forward is used.
     """
-    places = places_of(model)
     busy: set[int] = set()
 
     def plain(layer: Layer, place: Place) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if id(module) in busy:
-                return
-            busy.add(id(module))
-            try:
-                visit(layer, _squares(place, args, kwargs))
-            finally:
-                busy.discard(id(module))
+            with _alone(module, busy) as first:
+                if first:
+                    visit(layer, _squares(place, args, kwargs))
 
         return hook
 
     def attention(layers: Mapping[str, Layer]) -> Callable[..., None]:
         def hook(module: nn.MultiheadAttention, args: Any, kwargs: Any, output: Any) -> None:
-            if id(module) in busy:
-                return
-            busy.add(id(module))
-            try:
-                for attribute, layer in layers.items():
+            with _alone(module, busy) as first:
+                for attribute, layer in layers.items() if first else ():
                     if attribute == "out_proj.weight":
                         visit(layer, _column_squares(_attended(module, args, kwargs)).expand(layer.shape))
                     else:
                         parts = _projected(module, attribute, args, kwargs)
                         rows = [_column_squares(x).expand(stop - start, -1) for start, stop, x in parts]
                         visit(layer, torch.cat(rows))
-            finally:
-                busy.discard(id(module))
 
         return hook
 
-    with ExitStack() as stack:
-        for layer, place in plain_places(scope, places):
-            stack.enter_context(hooked(place.module, plain(layer, place)))
-        for module, layers in _attentions(model, scope, places):
-            stack.enter_context(hooked(module, attention(layers)))
+    with _hooked_layers(model, scope, plain, attention):
         yield
 
 
@@ -163,20 +149,7 @@ def watched_layers(model: nn.Module, scope: Scope, visit: Callable[[Layer, Apply
     `apply(weight, bias)` is what the layer gives for the same inputs with another weight and bias `[rows]` (None: its
     own), shaped like `output`; for the input projections of an attention both are flat.
     """
-    places = places_of(model)
     busy: set[int] = set()
-
-    @contextmanager
-    def alone(module: nn.Module) -> Iterator[bool]:
-        """False where this very hook made the module run again."""
-        if id(module) in busy:
-            yield False
-            return
-        busy.add(id(module))
-        try:
-            yield True
-        finally:
-            busy.discard(id(module))
 
     def plain(layer: Layer, place: Place) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -184,7 +157,7 @@ def watched_layers(model: nn.Module, scope: Scope, visit: Callable[[Layer, Apply
                 tensors = {place.attribute: weight} | ({} if bias is None else {"bias": bias})
                 return torch.func.functional_call(module, tensors, args, kwargs)
 
-            with alone(module) as first:
+            with _alone(module, busy) as first:
                 if first:
                     visit(layer, apply, output)
 
@@ -192,7 +165,7 @@ def watched_layers(model: nn.Module, scope: Scope, visit: Callable[[Layer, Apply
 
     def attention(layers: Mapping[str, Layer]) -> Callable[..., None]:
         def hook(module: nn.MultiheadAttention, args: Any, kwargs: Any, output: Any) -> None:
-            with alone(module) as first:
+            with _alone(module, busy) as first:
                 if not first:
                     return
                 for attribute, layer in layers.items():
@@ -207,6 +180,32 @@ def watched_layers(model: nn.Module, scope: Scope, visit: Callable[[Layer, Apply
 
         return hook
 
+    with _hooked_layers(model, scope, plain, attention):
+        yield
+
+
+@contextmanager
+def _alone(module: nn.Module, busy: set[int]) -> Iterator[bool]:
+    """False where this very hook made the module run again."""
+    if id(module) in busy:
+        yield False
+        return
+    busy.add(id(module))
+    try:
+        yield True
+    finally:
+        busy.discard(id(module))
+
+
+@contextmanager
+def _hooked_layers(
+    model: nn.Module,
+    scope: Scope,
+    plain: Callable[[Layer, Place], Callable[..., None]],
+    attention: Callable[[Mapping[str, Layer]], Callable[..., None]],
+) -> Iterator[None]:
+    """While open, hooks that `plain` and `attention` make run wherever a layer is applied."""
+    places = places_of(model)
     with ExitStack() as stack:
         for layer, place in plain_places(scope, places):
             stack.enter_context(hooked(place.module, plain(layer, place)))

@@ -64,6 +64,7 @@ class Knapsack:
             "steps": len(problem.scope) * len(self.densities),
             "error": {layer.name: [] for layer in problem.scope},
             "squares": {},
+            "repeats": problem.inputs().repeats(),
             "answers": None,
         }
 
@@ -78,7 +79,7 @@ class Knapsack:
         mask = problem.pattern.mask(layer, scored(problem, layer, weight, evidence), kept)
         pruned = {layer.name: masked(weight, mask)}
         loss, answers, forward = self.training.judge(problem, pruned, 0, state["answers"])
-        state["answers"] = answers if problem.inputs().repeats() else None
+        state["answers"] = answers if state["repeats"] else None
         state["error"][layer.name].append([kept / layer.total, loss])
         state["step"] += 1
         return {"forward": forward + evidence.forward, "backward": 0, "loss": loss}

@@ -154,7 +154,8 @@ class Search:
         metrics = self.trial.step(noisy, state["trial"], state["answers"])
         if self.trial.done(state["trial"]):
             individual["losses"].append(self.trial.loss(state.pop("trial")))
-            self._next(problem, state)
+            state.setdefault("tried", []).append(state["queue"].pop(0))
+            self._skip(problem, state)
         return metrics | {"forward": metrics["forward"] + forward, "generation": state["generation"]}
 
     def done(self, state: State) -> bool:
@@ -214,13 +215,8 @@ class Search:
         row = {"name": name, "x": x, "kept": kept, "generation": state["generation"], "losses": []}
         state["pool"].append(row)
 
-    def _next(self, problem: Problem, state: State) -> None:
-        """After a trial: the next individual, rung or generation."""
-        tried = state.setdefault("tried", [])
-        tried.append(state["queue"].pop(0))
-        self._skip(problem, state)
-
     def _skip(self, problem: Problem, state: State) -> None:
+        """To the next rung or generation that has anything to try."""
         while not state["queue"]:
             tried = sorted(state.pop("tried", []), key=lambda i: state["pool"][i]["losses"][-1])
             state["rung"] += 1
@@ -324,15 +320,12 @@ def decoded(budget: Budget, base: Mapping[str, float], x: list[float]) -> dict[s
     def grown(c: float) -> dict[str, float]:
         return {t.name: max(min(base[t.name] + c * a[t.name], t.upper), t.lower) for t in budget.terms}
 
-    def fits(c: float) -> bool:
-        return budget.fits_real(grown(c))
-
     low, high = 0.0, 1.0
-    while fits(high) and any(grown(high)[t.name] < t.upper for t in budget.terms) and high < 1e300:
+    while budget.fits_real(grown(high)) and any(grown(high)[t.name] < t.upper for t in budget.terms) and high < 1e300:
         low, high = high, 2 * high
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        low, high = (middle, high) if budget.fits_real(grown(middle)) else (low, middle)
     return budget.counts({t.name: grown(low)[t.name] / t.total for t in budget.terms})
 
 
