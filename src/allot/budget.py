@@ -151,6 +151,10 @@ class Budget:
         price = PRICES[kind]
         return math.ceil(self._base(kind) + sum(price(term, kept[term.name]) for term in self.terms))
 
+    def sizes(self, kept: Mapping[str, int]) -> dict[str, int]:
+        """Weights left in each layer: here what is kept itself; of channels, more than one weight goes with each."""
+        return dict(kept)
+
     def fits(self, kept: Mapping[str, int]) -> bool:
         """Whether whole numbers of weights meet every limit."""
         return all(self.cost(limit.kind, kept) <= limit.ceiling for limit in self.limits)

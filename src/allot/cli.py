@@ -23,7 +23,8 @@ from allot.errors import AllotError, Stopped, UsageError, VerificationError, unk
 from allot.evaluate import evaluate
 from allot.methods import METHODS, RECIPES
 from allot.parts import assemble, options_of
-from allot.prune import pose, prune
+from allot.pose import pose
+from allot.prune import prune
 from allot.realise.certificate import verify
 from allot.recipe import RecipeFile
 from allot.report import table

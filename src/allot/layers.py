@@ -18,6 +18,7 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from allot.channels import Group
 from allot.errors import BudgetError, UsageError, unknown
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -153,20 +154,23 @@ class Rules:
 
     def bounded(self, layer: Layer, names: Iterable[str]) -> Layer:
         """`layer` with the bounds that these rules give it."""
-        low = [value for pattern, value in self.min_density.items() if _matches(pattern, names)] or [0.0]
-        high = [value for pattern, value in self.max_density.items() if _matches(pattern, names)] or [1.0]
-        per_row, kept = 0, 0
+        per_row = 0
+        if str(self.floor).endswith("/row"):
+            per_row = min(int(str(self.floor)[:-4]), layer.total // layer.rows)
+        least, most = self.bounds(layer.total, names)
+        return replace(layer, min_kept=max(least, per_row * layer.rows), max_kept=most, min_per_row=per_row)
+
+    def bounds(self, total: int, names: Iterable[str]) -> tuple[int, int]:
+        """Fewest and most of `total` that a layer, or a group of channels, of these names may keep."""
+        low = [value for pattern, value in self.min_density.items() if matches(pattern, names)] or [0.0]
+        high = [value for pattern, value in self.max_density.items() if matches(pattern, names)] or [1.0]
         floor = str(self.floor)
-        if floor.endswith("/row"):
-            per_row = min(int(floor[:-4]), layer.total // layer.rows)
-            kept = per_row * layer.rows
-        elif floor.endswith("%"):
-            kept = math.ceil(float(floor[:-1]) / 100 * layer.total - 1e-9)
-        else:
-            kept = min(int(floor), layer.total)
-        kept = max(kept, math.ceil(low[-1] * layer.total - 1e-9))
-        most = math.floor(high[-1] * layer.total + 1e-9)
-        return replace(layer, min_kept=kept, max_kept=most, min_per_row=per_row)
+        kept = 0
+        if floor.endswith("%"):
+            kept = math.ceil(float(floor[:-1]) / 100 * total - 1e-9)
+        elif not floor.endswith("/row"):
+            kept = min(int(floor), total)
+        return max(kept, math.ceil(low[-1] * total - 1e-9)), math.floor(high[-1] * total + 1e-9)
 
 
 @dataclass(frozen=True)
@@ -175,11 +179,13 @@ class Scope:
 
     Attributes:
         layers: every prunable tensor once, in the model's order.
-        skipped: parameter name -> the reason it stays dense.
+        skipped: parameter name -> the reason it stays dense; for channels, group -> the reason it stays whole.
+        groups: coupled channels, where these are pruned and not single weights.
     """
 
     layers: tuple[Layer, ...]
     skipped: Mapping[str, str]
+    groups: tuple[Group, ...] = ()
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -216,10 +222,10 @@ class Scope:
                 continue
             prunable.append(name)
             names = [n for p in where for n in (p.name, p.module_name)]
-            used.update(pattern for pattern in rules.patterns if _matches(pattern, names))
-            if rules.include and not any(_matches(pattern, names) for pattern in rules.include):
+            used.update(pattern for pattern in rules.patterns if matches(pattern, names))
+            if rules.include and not any(matches(pattern, names) for pattern in rules.include):
                 skipped[name] = "no include rule matches it"
-            elif excluding := [pattern for pattern in rules.exclude if _matches(pattern, names)]:
+            elif excluding := [pattern for pattern in rules.exclude if matches(pattern, names)]:
                 skipped[name] = f"excluded by rule {excluding[0]!r}"
             else:
                 groups = getattr(place.module, "groups", 1) if place.kind.startswith("conv") else 1
@@ -300,7 +306,8 @@ def _reason(place: Place) -> str:
     return f"{attribute} of {owner}: not the weight of a layer that allot knows"
 
 
-def _matches(pattern: str, names: Iterable[str]) -> bool:
+def matches(pattern: str, names: Iterable[str]) -> bool:
+    """Whether a rule's pattern means one of these names."""
     if pattern.startswith("re:"):
         return any(re.fullmatch(pattern[3:], name) for name in names)
     return any(fnmatch.fnmatchcase(name, pattern) for name in names)

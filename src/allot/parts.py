@@ -17,7 +17,7 @@ from allot.methods import METHODS, RECIPES
 from allot.methods.given import Given
 from allot.patterns import Pattern
 from allot.run import Method, Recipe, Rule
-from allot.scores import SCORES, Score
+from allot.scores import CHANNEL_SCORES, SCORES, ChannelScore, Score
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Parts:
     """The parts of a chain, found: what to allocate, score, structure and repair with, and their names."""
 
     allocate: Method
-    score: Score
+    score: Score | ChannelScore
     pattern: Pattern
     repair: tuple[Method, ...]
     names: Recipe
@@ -36,7 +36,7 @@ def assemble(
     method: str,
     *,
     allocate: str | Method | Mapping[str, float] | None = None,
-    score: str | Score | None = None,
+    score: str | Score | ChannelScore | None = None,
     pattern: str | Pattern | None = None,
     repair: str | Sequence[str | Method] | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
@@ -58,33 +58,44 @@ def assemble(
     repairs = recipe.repair if repair is None else repair
     if isinstance(repairs, str):
         repairs = () if repairs in ("", "none") else tuple(part.strip() for part in repairs.split(","))
-    pattern = recipe.pattern if pattern is None else pattern
-    score = recipe.score if score is None else score
-    if isinstance(score, str) and score not in SCORES:
-        raise unknown("score", score, SCORES)
     chosen = _allocator(allocate, options, unused)
+    if pattern is None:
+        shares = getattr(chosen, "shares", ("weights",))
+        pattern = recipe.pattern if "weights" in shares or recipe.pattern.startswith("channels") else "channels"
+    structure = patterns.parse(pattern) if isinstance(pattern, str) else pattern
+    shared = "channels" if isinstance(structure, patterns.Channels) else "weights"
+    scores: Mapping[str, Any] = CHANNEL_SCORES if shared == "channels" else SCORES
+    score = recipe.score if score is None else score
+    if isinstance(score, str) and score not in scores:
+        raise unknown("score", score, scores)
     found = tuple(
         _named(p, "repair", options, unused) if isinstance(p, str) else _fitting(p, "repair") for p in repairs
     )
+    if shared not in getattr(chosen, "shares", ("weights",)):
+        others = [
+            n for n, m in METHODS.items() if m.role == "allocate" and shared in getattr(m, "shares", ("weights",))
+        ]
+        raise UsageError(f"{_name(allocate)} cannot share out {shared} (pattern {structure}): {', '.join(others)} can.")
     if unused:
         used = [n for n in (allocate, *repairs) if isinstance(n, str)]
         raise unknown("options: no method of this run is called", next(iter(unused)), used)
     names = Recipe(
         _name(allocate),
         score if isinstance(score, str) else getattr(score, "__name__", "custom"),
-        str(pattern),
+        str(structure),
         tuple(_name(part) for part in repairs),
     )
     return Parts(
         chosen,
-        SCORES[score] if isinstance(score, str) else score,
-        patterns.parse(pattern) if isinstance(pattern, str) else pattern,
+        scores[score] if isinstance(score, str) else score,
+        structure,
         found,
         names,
         method if names.allocate == recipe.allocate else names.allocate,
     )
 
 
+_BOTH = ("weights", "channels")
 SETTABLE = ("starts", "among")  # fields of several allocators that a recipe can name
 Options = Mapping[str, Mapping[str, Any]]
 
@@ -93,7 +104,7 @@ def _allocator(allocate: str | Method | Mapping[str, float], options: Options, u
     """The allocator of this name, of the recipe of this name, or from a file."""
     if isinstance(allocate, Mapping):
         try:
-            return Rule(Given({name: float(density) for name, density in allocate.items()}))
+            return Rule(Given({name: float(density) for name, density in allocate.items()}), _BOTH)
         except (TypeError, ValueError) as error:
             raise UsageError(f"allocate: a density is no number ({error}).") from error
     if not isinstance(allocate, str):
@@ -101,7 +112,7 @@ def _allocator(allocate: str | Method | Mapping[str, float], options: Options, u
     role = METHODS[allocate].role if allocate in METHODS else None
     if role is None and (allocate.endswith(".json") or Path(allocate).is_dir()):
         path = Path(allocate)
-        return Rule(Given(Allocation.load(path / "allocation.json" if path.is_dir() else path)))
+        return Rule(Given(Allocation.load(path / "allocation.json" if path.is_dir() else path)), _BOTH)
     if role != "allocate" and allocate in RECIPES:
         allocate = RECIPES[allocate].allocate
     return _named(allocate, "allocate", options, unused)
@@ -130,6 +141,8 @@ def options_of(method: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for f in fields(method):
         value = getattr(method, f.name)
+        if not f.metadata.get("option", True):
+            continue
         if hasattr(value, "role"):
             found[f.name] = _name(value)
         elif _methods(value):

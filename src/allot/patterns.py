@@ -143,6 +143,40 @@ class NM:
         return f"{self.n or 'n'}:{self.m}"
 
 
+@dataclass(frozen=True)
+class Channels:
+    """Whole channels, each removed from every tensor that holds it (`allot.channels`).
+
+    Args:
+        step: groups keep a multiple of this many channels, or all they have; 1 or more.
+    Raises:
+        PatternError: no such number.
+    """
+
+    step: int = 1
+
+    def __post_init__(self) -> None:
+        if type(self.step) is not int or self.step < 1:
+            raise PatternError(f"channels:{self.step}: a whole number, 1 or more, is accepted, like channels:8.")
+
+    def feasible(self, layer: Layer) -> tuple[int, int, int]:
+        """What weights a layer keeps follows from its channels."""
+        return 1, 0, layer.total
+
+    def mask(self, layer: Layer, score: Tensor, kept: int) -> Tensor:
+        """Raises:
+        PatternError: channels are selected by group, not by layer.
+        """
+        raise PatternError(f"{layer.name}: this selects single weights, which the pattern channels does not have.")
+
+    def order(self, layer: Layer, score: Tensor) -> Tensor:
+        """As `mask`."""
+        return self.mask(layer, score, 0)
+
+    def __str__(self) -> str:
+        return "channels" if self.step == 1 else f"channels:{self.step}"
+
+
 def select(score: Shaped[Tensor, "*shape"], kept: int) -> Bool[Tensor, "*shape"]:
     """Mask of exactly `kept` entries with the highest score; equal scores go to the lower flat index.
 
@@ -179,13 +213,17 @@ def _best_per_group(score: Shaped[Tensor, "*groups m"], kept: int) -> Bool[Tenso
 
 
 def parse(text: str) -> Pattern:
-    """`unstructured`, `N:M`, or `n:M` where each layer may have an n of its own.
+    """`unstructured`, `N:M`, `n:M` where each layer may have an n of its own, `channels`, or `channels:STEP`.
 
     Raises:
         UsageError: anything else.
     """
     if text == "unstructured":
         return Unstructured()
+    if match := re.fullmatch(r"channels(?::(\d+))?", text):
+        return Channels(int(match[1] or 1))
     if match := re.fullmatch(r"(\d+|n):(\d+)", text):
         return NM(None if match[1] == "n" else int(match[1]), int(match[2]))
-    raise UsageError(f"unknown pattern {text!r}: 'unstructured', N:M like 2:4, or n:4 is accepted.")
+    raise UsageError(
+        f"unknown pattern {text!r}: 'unstructured', N:M like 2:4, n:4, channels, or channels:8 is accepted."
+    )

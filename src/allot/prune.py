@@ -19,19 +19,20 @@ from allot import patterns
 from allot.allocation import Allocation
 from allot.budget import Budget
 from allot.calibration import Calibration
-from allot.costs import Term
-from allot.errors import AllotError, BudgetError, PatternError, Stopped, UsageError, VerificationError
+from allot.channels import ChannelPlan
+from allot.errors import AllotError, BudgetError, Stopped, UsageError, VerificationError
 from allot.evaluate import Score as Accuracy
 from allot.evaluate import attempt, evaluate
 from allot.fingerprint import fingerprint
 from allot.layers import Rules, Scope
-from allot.macs import measured
 from allot.parts import Parts, assemble, settings
-from allot.patterns import Pattern
+from allot.patterns import Channels, Pattern
+from allot.pose import check_made_nothing, check_plain, names_of, pose
 from allot.realise import certificate, files
 from allot.result import Result
-from allot.run import Candidate, Method, Problem, Progress, Selection, drive, repeatable
-from allot.scores import SCORES, Score
+from allot.run import Candidate, Method, Problem, Progress, drive, repeatable
+from allot.scores import ChannelScore, Score
+from allot.selection import Selection, channel_masks
 from allot.store import Log, Store, read_run, write
 
 
@@ -43,7 +44,7 @@ def prune(
     *,
     method: str = "erk",
     allocate: str | Method | Mapping[str, float] | None = None,
-    score: str | Score | None = None,
+    score: str | Score | ChannelScore | None = None,
     pattern: str | Pattern | None = None,
     repair: str | Sequence[str | Method] | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
@@ -88,10 +89,11 @@ def prune(
         UsageError, BudgetError, PatternError: what is wrong with the input, in one line.
         Stopped: `should_stop` said so; with `save_to` the same call goes on.
     """
-    _check_plain(model)
-    Scope.of(model, rules)  # what is wrong with the model comes before a forward pass: one would fill lazy layers
+    check_plain(model)
     budget = Budget.parse(budget) if isinstance(budget, str) else budget
     parts = assemble(method, allocate=allocate, score=score, pattern=pattern, repair=repair, options=options)
+    # what is wrong with the model comes before a forward pass: one would fill lazy layers
+    Scope.of(model, None if isinstance(parts.pattern, Channels) else rules)
     with repeatable(model, seed, "pose"):
         inputs = _calibration(model, calibration, samples=samples, batch_size=batch_size, seed=seed)
         problem = pose(
@@ -129,95 +131,12 @@ def prune(
             store.close()
 
 
-def pose(
-    model: nn.Module,
-    budget: Budget,
-    pattern: Pattern,
-    *,
-    calibration: Calibration | None = None,
-    example: Any = None,
-    rules: Rules | None = None,
-    score: Score = SCORES["magnitude"],
-    seed: int = 0,
-) -> Problem:
-    """The problem: scope measured on one example, budget tied to it.
-
-    Args:
-        example: a batch of inputs of one sample, to count MACs with; from the calibration data where None.
-    Raises:
-        UsageError: weights that are not finite, a compiled or wrapped model, or inputs that the model does not take.
-        BudgetError, PatternError: nothing meets the budget in this pattern.
-    """
-    _check_plain(model)
-    scope = Scope.of(model, rules)
-    before = _names(model)
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter.detach()).all()):
-            raise UsageError(f"{name} holds nan or infinite values: the model cannot be pruned as it is.")
-    for name, buffer in model.named_buffers():
-        # infinite is what attention masks hold
-        if buffer.is_floating_point() and not buffer.is_meta and bool(torch.isnan(buffer).any()):
-            raise UsageError(f"{name} holds nan: the model cannot be pruned as it is.")
-    example = calibration.example() if example is None and calibration else example
-    if example is not None:
-        scope = measured(scope, model, lambda: attempt(model, example, {}))
-    _check_made_nothing(model, before)
-    state, _ = files.plain_state(model)
-    layout = files.layout(state, files.about(model, scope, budget))
-    terms = []
-    for layer, (step, lower, upper) in zip(scope, _feasible(scope, pattern), strict=True):
-        size = state[layer.name].element_size()
-        terms.append(
-            Term(
-                layer.name, layer.total, lower, upper, step, layer.macs,
-                dense_bytes=size * layer.total, mask_bytes=(layer.total + 7) // 8, value_bytes=size,
-            )
-        )  # fmt: skip
-    fixed = layout.header + layout.others
-    bound = budget.on(tuple(terms), fixed_bytes=fixed, full_bytes=layout.plain)
-    return Problem(model, scope, bound, pattern, score, calibration, seed)
-
-
-def _feasible(scope: Scope, pattern: Pattern) -> list[tuple[int, int, int]]:
-    found, refused = [], []
-    for layer in scope:
-        try:
-            found.append(pattern.feasible(layer))
-        except PatternError as error:
-            refused.append((layer.name, error))
-    if len(refused) > 1:
-        names = " ".join(f"--exclude {name}" for name, _ in refused)
-        raise PatternError(f"{refused[0][1]} So it is with {len(refused)} layers: {names}.") from refused[0][1]
-    if refused:
-        raise refused[0][1]
-    return found
-
-
-def _check_plain(model: nn.Module) -> None:
-    around = torch.jit.ScriptModule, nn.DataParallel, nn.parallel.DistributedDataParallel
-    if isinstance(model, around) or hasattr(model, "_orig_mod"):
-        raise UsageError(
-            f"a compiled or wrapped model ({type(model).__name__}): pass the module that it was made from."
-        )
-
-
-def _names(model: nn.Module) -> set[str]:
-    return {name for named in (model.named_parameters(), model.named_buffers()) for name, _ in named}
-
-
-def _check_made_nothing(model: nn.Module, before: set[str]) -> None:
-    if made := sorted(_names(model) - before):
-        raise UsageError(
-            f"the model made {', '.join(made[:3])} when it first ran: prune it again now that it has them."
-        )
-
-
 def _calibration(model: nn.Module, data: Any, *, samples: int, batch_size: int, seed: int) -> Calibration | None:
     """Calibration on the model's device; an iterable whose items are batches already is recognised by trying."""
     if data is None or isinstance(data, Calibration):
         return data
     reference = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
-    before = _names(model)
+    before = names_of(model)
     if isinstance(data, Iterable) and not hasattr(data, "__len__") and not hasattr(data, "dataset"):
         data = list(itertools.islice(data, samples))  # an iterator: it can only be read once, and may have no end
 
@@ -232,7 +151,7 @@ def _calibration(model: nn.Module, data: Any, *, samples: int, batch_size: int, 
             dtype=reference.dtype,
         )
         attempt(model, found.example(), {})
-        _check_made_nothing(model, before)
+        check_made_nothing(model, before)
         return found
 
     try:
@@ -308,14 +227,19 @@ def _reopened(problem: Problem, parts: Parts, store: Store, label: str, test: An
         raise UsageError(f"{store.directory}/report.json cannot be read: {error}") from error
     scores = told.get("scores")
     state = {n: v.to(problem.dense[n].device) for n, v in files.load(store.directory).items() if n in problem.dense}
-    masks = {}
-    for layer in problem.scope:
-        # a weight that is zero but kept does not show in the file: any position will do to keep the count
-        held = state[layer.name] != 0
-        masks[layer.name] = patterns.select(held.float(), kept[layer.name])
     tensors = {name: value for name, value in state.items() if not torch.equal(value, problem.dense[name])}
-    allocation = Allocation.of(kept, {layer.name: layer.total for layer in problem.scope})
-    candidate = Candidate(allocation, masks, tensors, told.get("diagnostics", {}))
+    channels: dict[str, tuple[int, ...]] = {}
+    if problem.scope.groups:
+        channels = dict(ChannelPlan.from_json(json.loads((store.directory / files.PLAN).read_text())).kept)
+        kept = {name: len(some) for name, some in channels.items()}
+        masks = channel_masks(problem, channels)
+    else:
+        # a weight that is zero but kept does not show in the file: any position will do to keep the count
+        masks = {
+            layer.name: patterns.select((state[layer.name] != 0).float(), kept[layer.name]) for layer in problem.scope
+        }
+    allocation = Allocation.of(kept, {term.name: term.total for term in problem.budget.terms})
+    candidate = Candidate(allocation, masks, tensors, channels, told.get("diagnostics", {}))
     if test is not None:  # it may be another than the run was scored on
         scores = _scores(problem, candidate, test, evaluate(problem.model, test))
     return Result(problem, candidate, log, parts.names, parts.method, label, scores, store.directory)

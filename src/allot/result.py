@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from allot.allocation import Allocation
+from allot.channels import ChannelPlan, slimmed
 from allot.errors import AllotError, BudgetError, UsageError, VerificationError
 from allot.realise import certificate, files
 from allot.report.data import report
@@ -49,12 +50,14 @@ class Result:
     def __post_init__(self) -> None:
         state = {**self.problem.dense, **self.candidate.effective(self.problem)}
         held = {layer.name: int(torch.count_nonzero(state[layer.name])) for layer in self.problem.scope}
-        masked = {name: int(mask.sum()) for name, mask in self.candidate.masks.items()}
+        masks = self.candidate.masks
+        masked = {layer.name: int(masks[layer.name].sum()) for layer in self.problem.scope if layer.name in masks}
         kept = self.candidate.allocation.kept
-        if masked != kept or any(held[name] > kept[name] for name in kept):
-            wrong = [name for name in kept if masked.get(name) != kept[name] or held[name] > kept[name]]
+        sizes = self.problem.budget.sizes(kept)
+        if masked != sizes or any(held[name] > sizes[name] for name in sizes):
+            wrong = [name for name in sizes if masked.get(name) != sizes[name] or held[name] > sizes[name]]
             raise BudgetError(f"masks do not keep what the allocation says: {', '.join(wrong[:5])}.")
-        if not self.problem.budget.meets(masked):
+        if not self.problem.budget.meets(kept):
             cost = f"{sum(masked.values()):,} of {self.problem.budget.total:,} weights kept"
             raise BudgetError(f"the budget {self.problem.budget.to_json()} or a layer's bounds are broken: {cost}.")
         for name, value in self.candidate.tensors.items():
@@ -88,6 +91,22 @@ class Result:
             for name, value in self.candidate.effective(self.problem).items():
                 own[name].copy_(value)
         return model
+
+    def plan(self) -> ChannelPlan | None:
+        """Which channels stay, where channels were pruned: what `slim` and a slim file are cut by."""
+        groups = self.problem.scope.groups
+        return ChannelPlan.of(self.problem.model, groups, self.candidate.channels) if groups else None
+
+    def slim(self) -> nn.Module:
+        """A copy of the model that physically holds only the channels kept; its outputs are those of `model()`.
+
+        Raises:
+            UsageError: single weights were pruned, not channels.
+        """
+        plan = self.plan()
+        if plan is None:
+            raise UsageError("only channels make a model smaller: prune with pattern='channels' or method='dsa'.")
+        return slimmed(self.model(), plan)
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of the sparse model's state dict: the model's own keys, zeros folded in."""
@@ -123,12 +142,17 @@ class Result:
         tensors = self.candidate.effective(self.problem)
         state = {name: tensors.get(name, value) for name, value in files.plain_state(self.problem.model)[0].items()}
         files.save_plain(directory / files.PLAIN, state, about)
-        files.save_bitmask(directory / files.BITMASK, state, about)
-        _write_json(directory / "allocation.json", {**self.allocation.to_json(), "budget": budget.to_json()})
-        certified = certificate.certify(directory, kept)
-        _write_json(directory / "certificate.json", certified)
+        plan = self.plan()
+        if plan:
+            write_json(directory / files.PLAN, plan.to_json())
+            files.save_slim(directory / files.SLIM, state, about, plan, self.problem.scope.groups)
+        else:
+            files.save_bitmask(directory / files.BITMASK, state, about)
+        write_json(directory / "allocation.json", {**self.allocation.to_json(), "budget": budget.to_json()})
+        certified = certificate.certify(directory, budget.sizes(kept), kept)
+        write_json(directory / "certificate.json", certified)
         object.__setattr__(self, "directory", directory)
-        _write_json(directory / "report.json", self.report())
+        write_json(directory / "report.json", self.report())
         if not certified["passed"]:
             failed = next(row for row in certified["rows"] if not row["passed"])
             raise VerificationError(
@@ -147,5 +171,6 @@ class Result:
         return certificate.verify(self.directory)
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON, whole or not at all."""
     write(path, json.dumps(content, indent=2) + "\n")

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from allot.allocation import Allocation
 from allot.budget import Budget
 from allot.calibration import Calibration
+from allot.channel_budget import ChannelBudget
 from allot.errors import Stopped, UsageError
-from allot.layers import Layer, Scope
-from allot.masks import call, masked
-from allot.observe import watched_inputs
+from allot.layers import Scope
+from allot.masks import masked
 from allot.patterns import Pattern
-from allot.scores import Score
+from allot.scores import ChannelScore, Score
 from allot.store import Log, State, Store
 
 Metrics = dict[str, float | int]
@@ -36,9 +36,9 @@ class Problem:
 
     model: nn.Module
     scope: Scope
-    budget: Budget
+    budget: Budget  # of channels, a `ChannelBudget`, which has its surface but for prices and ways down
     pattern: Pattern
-    score: Score
+    score: Score | ChannelScore
     calibration: Calibration | None = None
     seed: int = 0
 
@@ -48,6 +48,17 @@ class Problem:
         tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         # a tensor made in inference mode cannot take part in training
         return {n: (t.clone() if t.is_inference() else t).detach() for n, t in tensors.items()}
+
+    @property
+    def channels(self) -> ChannelBudget:
+        """The budget of a problem of channels.
+
+        Raises:
+            UsageError: single weights are pruned.
+        """
+        if not isinstance(self.budget, ChannelBudget):
+            raise UsageError("this shares out channels: give --pattern channels.")
+        return self.budget
 
     def inputs(self) -> Calibration:
         """The calibration data.
@@ -66,7 +77,8 @@ class Candidate:
 
     Attributes:
         allocation: how much each layer keeps.
-        masks: layer name -> bool mask; empty until weights were selected.
+        masks: tensor name -> bool mask, every layer among them; empty until weights or channels were selected.
+        channels: group -> channels kept, ascending; empty where single weights are pruned.
         tensors: only the tensors that differ from the dense model, before masking.
         diagnostics: method -> what it has to tell about how it came to this, JSON-ready, for the report.
     """
@@ -74,13 +86,14 @@ class Candidate:
     allocation: Allocation
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    channels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
     _effective: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def dense(cls, problem: Problem) -> Candidate:
         """Everything kept."""
-        total = {layer.name: layer.total for layer in problem.scope}
+        total = {term.name: term.total for term in problem.budget.terms}
         return cls(Allocation(dict.fromkeys(total, 1.0), total))
 
     def effective(self, problem: Problem) -> dict[str, Tensor]:
@@ -99,7 +112,8 @@ class Candidate:
         """As dicts of tensors and numbers, for a file."""
         allocation = {"density": dict(self.allocation), "total": self.allocation.total}
         tensors = {"masks": dict(self.masks), "tensors": dict(self.tensors)}
-        return {**allocation, **tensors, "diagnostics": dict(self.diagnostics)}
+        channels = {name: list(kept) for name, kept in self.channels.items()}
+        return {**allocation, **tensors, "channels": channels, "diagnostics": dict(self.diagnostics)}
 
     @classmethod
     def from_state(cls, state: State, problem: Problem) -> Candidate:
@@ -109,7 +123,8 @@ class Candidate:
             return {name: tensor.to(problem.dense[name].device) for name, tensor in tensors.items()}
 
         allocation = Allocation(state["density"], state["total"])
-        return cls(allocation, placed(state["masks"]), placed(state["tensors"]), state["diagnostics"])
+        channels = {name: tuple(kept) for name, kept in state["channels"].items()}
+        return cls(allocation, placed(state["masks"]), placed(state["tensors"]), channels, state["diagnostics"])
 
 
 class Method(Protocol):
@@ -120,6 +135,7 @@ class Method(Protocol):
 
     Attributes:
         role: "allocate" or "repair".
+        shares: of an allocator, what it can share out: "weights", "channels" or both; a repair does without.
         needs_data: whether `problem.calibration` has to be there.
     """
 
@@ -164,6 +180,7 @@ class Rule:
     """
 
     densities: Callable[[Problem], Mapping[str, float]]
+    shares: tuple[str, ...] = field(default=("weights",), metadata={"option": False})
 
     role = "allocate"
     needs_data = False
@@ -185,90 +202,6 @@ class Rule:
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         """The candidate with the allocation."""
         return replace(candidate, allocation=Allocation.of(state["kept"], candidate.allocation.total))
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The method between allocating and repairing: `selected` layer by layer, where no masks are there yet."""
-
-    role = "select"
-    needs_data = False
-
-    def init(self, problem: Problem, candidate: Candidate) -> State:
-        """No layer done; an allocator that trains weights brings its masks."""
-        steps = 0 if candidate.masks else len(problem.scope)
-        return {"step": 0, "steps": steps, "masks": dict(candidate.masks), "squares": {}}
-
-    def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
-        """Select one layer."""
-        layer = problem.scope.layers[state["step"]]
-        evidence = Evidence(problem, candidate, state["squares"])
-        weight = candidate.tensors.get(layer.name, problem.dense[layer.name])
-        kept = candidate.allocation.kept[layer.name]
-        score = scored(problem, layer, weight, evidence)
-        state["masks"][layer.name] = problem.pattern.mask(layer, score, kept)
-        state["step"] += 1
-        return {"forward": evidence.forward, "backward": 0, "kept": kept}
-
-    def done(self, state: State) -> bool:
-        """After the last layer."""
-        return bool(state["step"] >= state["steps"])
-
-    def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
-        """The candidate with masks."""
-        return replace(candidate, masks=dict(state["masks"]))
-
-
-def scored(problem: Problem, layer: Layer, weight: Tensor, evidence: Evidence) -> Tensor:
-    """The problem's score of one weight, checked; shape of `weight`.
-
-    Raises:
-        UsageError: another shape, or values that are not finite.
-    """
-    score = problem.score(layer, weight, evidence)
-    if score.shape != weight.shape or not bool(torch.isfinite(score).all()):
-        raise UsageError(f"{layer.name}: the score has shape {list(score.shape)} or values that are not finite.")
-    return score
-
-
-class Evidence:
-    """Answers scores; runs the calibration inputs through the candidate's net once, when first asked.
-
-    Args:
-        squares: layer name -> sum of squared inputs, filled here: part of a method's state.
-    """
-
-    def __init__(self, problem: Problem, candidate: Candidate, squares: dict[str, Tensor]) -> None:
-        self.problem, self.candidate, self.squares = problem, candidate, squares
-        self.seed = problem.seed
-        self.forward = 0
-
-    def input_norm(self, layer: Layer) -> Tensor:
-        """Root of the summed squares of the inputs of each weight; shape of the weight.
-
-        Raises:
-            UsageError: the layer is never reached.
-        """
-        if not self.squares:
-            self._collect()
-        if layer.name not in self.squares:
-            raise UsageError(
-                f"{layer.name} is never reached by the calibration inputs, so it has no input norms. Exclude it, or "
-                "use the score 'magnitude'."
-            )
-        return self.squares[layer.name].sqrt()
-
-    def _collect(self) -> None:
-        problem, calibration = self.problem, self.problem.inputs()
-
-        def visit(layer: Layer, squares: Tensor) -> None:
-            self.squares[layer.name] = self.squares.get(layer.name, 0) + squares.double()
-
-        with watched_inputs(problem.model, problem.scope, visit), torch.no_grad():
-            for k in range(calibration.batches):
-                inputs, samples = calibration.batch(k)
-                call(problem.model, self.candidate.effective(problem), inputs)
-                self.forward += samples
 
 
 @dataclass(frozen=True)

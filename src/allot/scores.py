@@ -11,8 +11,10 @@ from typing import Protocol
 
 import torch
 from jaxtyping import Float, Float64
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
+from allot.channels import Group, Member
 from allot.layers import Layer
 
 
@@ -29,7 +31,24 @@ class Evidence(Protocol):
         ...
 
 
+class ChannelEvidence(Evidence, Protocol):
+    """What a score may ask about a group of channels."""
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the net."""
+        ...
+
+    def module(self, name: str) -> nn.Module:
+        """The module that holds a tensor."""
+        ...
+
+    def gate_squares(self, group: Group) -> Tensor:
+        """Expected squared gradient of the log-likelihood by a factor on each channel; `[channels]`."""
+        ...
+
+
 Score = Callable[[Layer, Tensor, Evidence], Tensor]
+ChannelScore = Callable[[Group, ChannelEvidence], Tensor]
 
 
 def magnitude(layer: Layer, weight: Tensor, evidence: Evidence) -> Tensor:
@@ -65,3 +84,57 @@ def random(layer: Layer, weight: Tensor, evidence: Evidence) -> Tensor:
 
 
 SCORES: dict[str, Score] = {"magnitude": magnitude, "lamp": lamp, "wanda": wanda, "random": random}
+
+
+# importance of whole channels: `(group, evidence) -> [channels]`
+
+
+def channel_norms(group: Group, evidence: ChannelEvidence) -> Tensor:
+    """Norm of all weights that write or read a channel, each tensor's over its mean; the mean over tensors."""
+    weights = [member for member in group.members if evidence.tensor(member.tensor).dim() > 1]
+    return torch.stack([_norms(member, evidence) for member in weights]).mean(0)
+
+
+def channel_scale(group: Group, evidence: ChannelEvidence) -> Tensor:
+    """|gamma| of the norms that scale a channel, the mean over them (Liu et al., ICCV 2017); without any, `magnitude`.
+
+    DSA's experiments use the |gamma| of one of them.
+    """
+    scales = [
+        member
+        for member in group.members
+        if member.tensor.endswith("weight") and isinstance(evidence.module(member.tensor), _NormBase | nn.GroupNorm)
+    ]
+    if not scales:
+        return channel_norms(group, evidence)
+    return torch.stack([_norms(member, evidence) for member in scales]).mean(0)
+
+
+def channel_taylor(group: Group, evidence: ChannelEvidence) -> Tensor:
+    """What the log-likelihood loses to second order without the channel: the Fisher information of a factor on it.
+
+    Labels are drawn from the model's own answers, so that none are needed (Theis et al. 2018, arXiv:1801.05787).
+    """
+    return evidence.gate_squares(group)
+
+
+def channel_random(group: Group, evidence: ChannelEvidence) -> Tensor:
+    """A draw from [0, 1) by the run's seed and the group's name."""
+    generator = torch.Generator().manual_seed((evidence.seed * 1_000_003 + zlib.crc32(group.name.encode())) % 2**63)
+    return torch.rand(group.total, generator=generator)
+
+
+CHANNEL_SCORES: dict[str, ChannelScore] = {
+    "magnitude": channel_norms,
+    "scale": channel_scale,
+    "taylor": channel_taylor,
+    "random": channel_random,
+}
+
+
+def _norms(member: Member, evidence: ChannelEvidence) -> Tensor:
+    """Norm of each channel's part of a tensor over the mean of these norms; float64 `[channels]`."""
+    tensor = evidence.tensor(member.tensor).detach().double()
+    squares = tensor.square().movedim(member.dim, 0).reshape(tensor.shape[member.dim], -1).sum(1)  # [places]
+    norms = squares[torch.tensor(member.places, device=tensor.device)].sum(1).sqrt()
+    return norms / norms.mean().clamp_min(torch.finfo(torch.float64).tiny)

@@ -31,8 +31,9 @@ from allot.errors import AllotError, UsageError, check_number, unknown
 from allot.losses import LOSSES, Outputs, compared, compared_tensors, relative_error, wide
 from allot.masks import call, masked
 from allot.observe import hooked
-from allot.run import Candidate, Evidence, Problem, scored
+from allot.run import Candidate, Problem
 from allot.schedule import Schedule, warm_cosine
+from allot.selection import Evidence, scored
 from allot.store import State
 
 Select = Callable[[Evidence, Mapping[str, int]], dict[str, Tensor]]
@@ -90,24 +91,25 @@ class Training:
 
     def begin(self, problem: Problem, candidate: Candidate) -> State:
         """The state before the first step: copies of what will change, in float32 where the model has less."""
-        calibration = problem.inputs()
         tensors: dict[str, Tensor] = {}
         for name in trained(problem):
             value = candidate.tensors.get(name, problem.dense[name])
             tensors[name] = wide(value).clone()
         for name in _statistics(problem.model):
             tensors[name] = candidate.tensors.get(name, problem.dense[name]).clone()
-        _check_blocks(problem.model, self.blocks)
         return {
-            "step": 0,
-            "steps": self.steps,
+            **self.reading(problem),
             "tensors": tensors,
             "mean": {name: torch.zeros_like(tensors[name]) for name in trained(problem)},
             "square": {name: torch.zeros_like(tensors[name]) for name in trained(problem)},
             "scale": {name: _scale(tensors[name]) for name in trained(problem)},
-            "repeat": not self.blocks and calibration.repeats(),
-            "teacher": [],
         }
+
+    def reading(self, problem: Problem) -> State:
+        """The part of the state that `loss_of` goes by: enough where no weights are trained."""
+        _check_blocks(problem.model, self.blocks)
+        repeat = not self.blocks and problem.inputs().repeats()
+        return {"step": 0, "steps": self.steps, "repeat": repeat, "teacher": []}
 
     def select(self, problem: Problem, state: State, evidence: Evidence, kept: Mapping[str, int]) -> dict[str, Tensor]:
         """Layer -> mask of the `kept` best-scored of its current weights."""
@@ -156,7 +158,7 @@ class Training:
 
         with _watched(problem.model, self.blocks, blocks):
             try:
-                found = call(problem.model, tensors, inputs, training=lambda m: isinstance(m, _BatchNorm), then=compare)
+                found = call(problem.model, tensors, inputs, training=_is_norm, then=compare)
             except ValueError as error:
                 if "more than 1 value per channel" not in str(error):
                     raise
@@ -166,12 +168,19 @@ class Training:
         return found, len(positions) * (1 if known else 2) + probed
 
     def judge(
-        self, problem: Problem, tensors: Mapping[str, Tensor], k: int, teacher: list[Tensor] | None = None
+        self,
+        problem: Problem,
+        tensors: Mapping[str, Tensor],
+        k: int,
+        teacher: list[Tensor] | None = None,
+        *,
+        batch_statistics: bool = False,
     ) -> tuple[float, list[Tensor], int]:
-        """(L in eval mode of the net with `tensors` in place, the dense net's outputs, samples pushed) on batch k.
+        """(L of the net with `tensors` in place, the dense net's outputs, samples pushed) on batch k, in eval mode.
 
         Args:
             teacher: the dense net's outputs, where they are known.
+            batch_statistics: whether batch norms of the net with `tensors` normalise by the batch.
         Raises:
             AllotError: the loss is not finite.
         """
@@ -181,7 +190,8 @@ class Training:
             if teacher is None:
                 pushed += samples
                 teacher = self._read(call(problem.model, {}, inputs))
-            loss = self._compared(self._read(call(problem.model, tensors, inputs)), teacher)
+            own = call(problem.model, tensors, inputs, training=_is_norm if batch_statistics else None)
+            loss = self._compared(self._read(own), teacher)
         check_finite(loss, k)
         return float(loss), teacher, pushed
 
@@ -294,7 +304,9 @@ def distil(
     own = state["training"]
     t, T = own["step"], training.steps
     evidence = Evidence(problem, candidate, state["squares"])
-    if schedule.due(t, T):
+    if problem.scope.groups:
+        state["masks"] = dict(candidate.masks)  # channels are selected once: a wider budget would move them all
+    elif schedule.due(t, T):
         kept = problem.budget.widened(schedule.factor(t, T)).counts(candidate.allocation)
         state["masks"] = select(evidence, kept) if select else training.select(problem, own, evidence, kept)
     gradients, metrics = training.gradients(problem, own, state["masks"])
@@ -332,6 +344,10 @@ def _keep(state: State, teacher: list[Tensor], positions: list[int], samples: in
         state |= {"repeat": False, "teacher": []}  # samples of several shapes
     for table, tensor in zip(state["teacher"], teacher, strict=False):
         table[positions] = tensor
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm)
 
 
 def _statistics(model: nn.Module) -> Iterator[str]:

@@ -15,9 +15,10 @@ from allot.masks import call, masked
 from allot.methods import METHODS
 from allot.methods.auto import Auto
 from allot.methods.distill import Distill
-from allot.run import Candidate, Selection, drive
+from allot.run import Candidate, drive
 from allot.schedule import Schedule
 from allot.scores import wanda
+from allot.selection import Selection
 from allot.store import Log
 from allot.training import Training
 from allot.trial import Trial

@@ -15,7 +15,8 @@ from allot.layers import Layer
 from allot.methods import METHODS
 from allot.patterns import Unstructured
 from allot.prune import pose
-from allot.run import Candidate, Problem, Selection, drive
+from allot.run import Candidate, Problem, drive
+from allot.selection import Selection
 from contract.cases import bits
 
 NORMS = {

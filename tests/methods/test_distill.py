@@ -17,8 +17,9 @@ from allot.methods import METHODS
 from allot.methods.distill import Distill
 from allot.patterns import NM, Pattern, Unstructured
 from allot.prune import pose
-from allot.run import Candidate, Problem, Selection, drive
+from allot.run import Candidate, Problem, drive
 from allot.schedule import Schedule
+from allot.selection import Selection
 from allot.training import Training
 from contract.cases import CASES, bits, problem_of
 

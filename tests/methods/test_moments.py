@@ -16,7 +16,8 @@ from allot.methods import METHODS
 from allot.methods.moments import OutputMoments
 from allot.patterns import Unstructured
 from allot.prune import pose, prune
-from allot.run import Candidate, Method, Problem, Selection, drive
+from allot.run import Candidate, Method, Problem, drive
+from allot.selection import Selection
 from contract.cases import CASES
 
 

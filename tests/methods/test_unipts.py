@@ -18,8 +18,9 @@ from allot.methods import METHODS
 from allot.methods.distill import Distill
 from allot.methods.unipts import Unipts, exchanged, scale
 from allot.patterns import NM, select
-from allot.run import Candidate, Problem, Selection, drive
+from allot.run import Candidate, Problem, drive
 from allot.schedule import Schedule
+from allot.selection import Selection
 from allot.training import Training
 from contract.cases import CASES, bits, convolutions, problem_of, same
 

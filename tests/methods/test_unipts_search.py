@@ -23,8 +23,9 @@ from allot.methods import METHODS
 from allot.methods.batchnorm import BatchNorm
 from allot.methods.moments import OutputMoments
 from allot.methods.unipts_search import Search, decoded, encoded, equal_counts, reduced
-from allot.run import Candidate, Problem, Selection, drive
+from allot.run import Candidate, Problem, drive
 from allot.schedule import Schedule
+from allot.selection import Selection
 from allot.store import Log
 from allot.training import Training
 from allot.trial import Trial, halves

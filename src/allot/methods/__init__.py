@@ -2,7 +2,9 @@
 
 from allot.methods.auto import Auto
 from allot.methods.batchnorm import BatchNorm
+from allot.methods.channel_baselines import GlobalChannels, Sensitivity
 from allot.methods.distill import Distill
+from allot.methods.dsa import Dsa
 from allot.methods.erk import erk
 from allot.methods.fcpts import Fcpts, FcptsPaper
 from allot.methods.knapsack import Knapsack
@@ -19,7 +21,7 @@ from allot.trial import Trial
 
 METHODS: dict[str, Method] = {
     # allocate: how much each layer keeps
-    "uniform": Rule(uniform),
+    "uniform": Rule(uniform, ("weights", "channels")),
     "erk": Rule(erk),
     "lamp": Rule(lamp),
     "global": Rule(global_magnitude),
@@ -51,6 +53,9 @@ METHODS: dict[str, Method] = {
         change="multiply",
         noise=0.01,
     ),
+    "dsa": Dsa(),
+    "global-channels": GlobalChannels(),
+    "sensitivity": Sensitivity(),
     # repair: adjust what is left
     "bn": BatchNorm(),
     "bias": OutputMoments(scale=False),
@@ -66,6 +71,7 @@ RECIPES: dict[str, Recipe] = {
     "fcpts-paper": Recipe("fcpts-paper", repair=("bn",)),
     "unipts": Recipe("unipts-search", repair=("unipts", "bn")),
     "unipts-paper": Recipe("unipts-paper", repair=("unipts", "bn")),
+    "dsa": Recipe("dsa", score="scale", pattern="channels", repair=("distill", "bn")),
     "pot": Recipe("global-normalised", repair=("weight-moments", "layerwise", "bn", "bias")),
     "uniform": Recipe("uniform", repair=("bn", "variance")),
     "erk": Recipe("erk", repair=("bn", "variance")),

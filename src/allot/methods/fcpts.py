@@ -56,9 +56,10 @@ from torch.nn.utils import get_total_norm
 from allot.allocation import Allocation
 from allot.budget import Budget
 from allot.errors import UsageError, check_number
-from allot.run import Candidate, Evidence, Method, Metrics, Problem
+from allot.run import Candidate, Method, Metrics, Problem
 from allot.schedule import Schedule, warm_cosine
 from allot.scores import magnitude
+from allot.selection import Evidence
 from allot.store import State
 from allot.training import Training
 

@@ -13,7 +13,7 @@ class Given:
     """Densities in the proportions of `wished`; where they use the budget up already, exactly these.
 
     Args:
-        wished: layer name -> density, all layers in scope.
+        wished: name -> density of all layers in scope, or of all groups of channels.
     """
 
     wished: Mapping[str, float]

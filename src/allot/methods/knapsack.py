@@ -24,7 +24,8 @@ from allot.allocation import Allocation
 from allot.budget import Budget
 from allot.errors import UsageError, check_number
 from allot.masks import masked
-from allot.run import Candidate, Evidence, Metrics, Problem, scored
+from allot.run import Candidate, Metrics, Problem
+from allot.selection import Evidence, scored
 from allot.store import State
 from allot.training import Training
 

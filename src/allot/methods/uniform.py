@@ -1,4 +1,4 @@
-"""Uniform: every layer keeps the same share. The control of every comparison."""
+"""Uniform: every layer, or group of channels, keeps the same share. The control of every comparison."""
 
 from __future__ import annotations
 
@@ -7,4 +7,4 @@ from allot.run import Problem
 
 def uniform(problem: Problem) -> dict[str, float]:
     """The same density everywhere: d_l = c."""
-    return {layer.name: 1.0 for layer in problem.scope}
+    return {term.name: 1.0 for term in problem.budget.terms}

@@ -38,8 +38,9 @@ from torch import Tensor
 
 from allot.errors import check_number, unknown
 from allot.layers import Layer
-from allot.run import Candidate, Evidence, Metrics, Problem, scored
+from allot.run import Candidate, Metrics, Problem
 from allot.schedule import Schedule, warm_cosine
+from allot.selection import Evidence, scored
 from allot.store import State
 from allot.training import Training, distil
 

@@ -50,7 +50,8 @@ from allot.allocation import Allocation
 from allot.budget import Budget
 from allot.calibration import Noisy
 from allot.errors import UsageError, check_flag, check_number, unknown
-from allot.run import Candidate, Evidence, Method, Metrics, Problem, scored
+from allot.run import Candidate, Method, Metrics, Problem
+from allot.selection import Evidence, scored
 from allot.store import State
 from allot.trial import Trial, halves
 

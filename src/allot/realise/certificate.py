@@ -13,22 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from allot.channels import ChannelPlan
 from allot.errors import UsageError
-from allot.realise.files import BITMASK, PLAIN, read
+from allot.realise.files import BITMASK, PLAIN, PLAN, SLIM, read
 from allot.store import read_run
 
 Row = dict[str, Any]
 
 
-def certify(directory: Path, kept: Mapping[str, int]) -> dict[str, Any]:
-    """The certificate of a run whose files are written: `{promised, files, rows, passed}`.
+def certify(directory: Path, kept: Mapping[str, int], allocated: Mapping[str, int]) -> dict[str, Any]:
+    """The certificate of a run whose files are written: `{promised, rows, passed}`.
 
     Args:
-        directory: the run directory; holds both model files.
+        directory: the run directory; holds model.safetensors and a smaller file.
         kept: layer name -> weights that the allocation keeps.
+        allocated: what the allocation keeps, in weights of layers or in channels of groups.
     """
-    files = {name: digest(directory / name) for name in (PLAIN, BITMASK)}
-    promised = {"kept": dict(kept), "files": files}
+    files = {name: digest(directory / name) for name in (PLAIN, BITMASK, SLIM, PLAN) if (directory / name).exists()}
+    promised = {"kept": dict(kept), "allocated": dict(allocated), "files": files}
     rows = _rows(directory, promised)
     return {"promised": promised, "rows": rows, "passed": all(row["passed"] for row in rows)}
 
@@ -68,24 +70,30 @@ def digest(path: Path) -> dict[str, Any]:
 
 def _rows(directory: Path, promised: Mapping[str, Any]) -> list[Row]:
     rows: list[Row] = []
-    states: list[dict[str, Tensor]] = []
-    for name in (PLAIN, BITMASK):
-        path, expected = directory / name, promised["files"][name]
+    states: dict[str, dict[str, Tensor]] = {}
+    for name, expected in promised["files"].items():
+        path = directory / name
         if not path.exists():
             rows.append(_row(name, "exists", "yes", "no", passed=False))
             continue
         found = digest(path)
         rows.append(_row(name, "bytes on disk", expected["bytes"], found["bytes"]))
         rows.append(_row(name, "sha256", expected["sha256"], found["sha256"]))
-        more, state = _file_rows(path, promised["kept"])
-        rows += more
-        states.append(state)
+        if name != PLAN:
+            more, states[name] = _file_rows(path, promised["kept"])
+            rows += more
     if all(row["passed"] for row in rows):
-        same = _equal(*states)
-        rows.append(_row(BITMASK, f"same tensors as {PLAIN}", "yes", "yes" if same else "no"))
+        other = SLIM if SLIM in states else BITMASK
+        plain = states[PLAIN]
+        if other == SLIM:
+            plan = ChannelPlan.from_json(json.loads((directory / PLAN).read_text()))
+            plain = {name: plan.cut(name, value) for name, value in plain.items()}
+        rows.append(_row(other, f"same tensors as {PLAIN}", "yes", "yes" if _equal(plain, states[other]) else "no"))
         allocation = json.loads((directory / "allocation.json").read_text())["layers"]
         listed = {name: layer["kept"] for name, layer in allocation.items()}
-        rows.append(_row("allocation.json", "kept per layer", "as promised", _differing(promised["kept"], listed)))
+        promise = promised.get("allocated", promised["kept"])
+        check = "kept per group" if other == SLIM else "kept per layer"
+        rows.append(_row("allocation.json", check, "as promised", _differing(promise, listed)))
     return rows
 
 
@@ -120,15 +128,13 @@ def _limit_rows(
     if all(macs is not None for _, macs in about["layers"].values()):
         exact = (Fraction(found[name] * macs, math.prod(shape)) for name, (shape, macs) in about["layers"].items())
         costs["macs"] = math.ceil(sum(exact))
-    bitmask = path if about["format"] == "bitmask" else path.with_name(BITMASK)
-    if bitmask.exists():
-        costs["bytes"] = bitmask.stat().st_size
+    small = path if about["format"] != "plain" else path.with_name(SLIM if about.get("channels") else BITMASK)
+    if small.exists():
+        costs["bytes"] = small.stat().st_size
     for kind, limit in about["limits"].items():
         label = f"{kind}={about['asked'][kind]}"
         if kind not in costs:
-            rows.append(
-                _row(path.name, label, f"at most {limit:,} bytes", f"{bitmask.name} is not there", passed=False)
-            )
+            rows.append(_row(path.name, label, f"at most {limit:,} bytes", f"{small.name} is not there", passed=False))
         elif kind == "sparsity":
             promise, holds = f"at least {1 - limit / total:.6f}", f"{1 - costs[kind] / total:.6f}"
             rows.append(_row(path.name, label, promise, holds, passed=costs[kind] <= limit))

@@ -1,9 +1,12 @@
-"""The two files of a run, and the reader of both. Both are plain safetensors with plain keys.
+"""The files of a run, and the reader of all. All are plain safetensors with plain keys.
 
 model.safetensors           every tensor of the state dict, zeros folded in.
 model.bitmask.safetensors   a layer NAME is stored as NAME (dense) or, where that is smaller, as
     NAME.mask     uint8 [ceil(n / 8)], one bit a weight in C order, first weight in the highest bit
     NAME.values   the weights whose bit is set, in C order, in the layer's dtype
+
+model.slim.safetensors      where channels were pruned, instead of the bitmask: what is left of every tensor, smaller in
+    shape; its metadata also holds `attributes` {module: {attribute: value}}, what shapes do not say of a model.
 
 Their metadata has one key, `allot`: JSON with `format`, `aliases` {tied name: stored name}, `layers` {name: [shape,
 dense MACs or null]}, `asked` {budget kind: as the user wrote it}, `limits` {budget kind: whole number} and `pad`, which
@@ -15,7 +18,7 @@ in the bitmask file is spaces that bring its header to a fixed length, so that i
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +30,14 @@ import torch
 from torch import Tensor, nn
 
 from allot.budget import Budget
+from allot.channel_budget import ChannelBudget
+from allot.channels import ChannelPlan, Group
 from allot.errors import UsageError
 from allot.layers import Scope
 from allot.store import replacing
 
 PLAIN, BITMASK = "model.safetensors", "model.bitmask.safetensors"
+SLIM, PLAN = "model.slim.safetensors", "channels.json"
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -73,7 +79,7 @@ def plain_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     return state, aliases
 
 
-def about(model: nn.Module, scope: Scope, budget: Budget) -> dict[str, Any]:
+def about(model: nn.Module, scope: Scope, budget: Budget | ChannelBudget) -> dict[str, Any]:
     """What the metadata of both files says; limits are 0 until the budget is tied to the model."""
     return {
         "aliases": plain_state(model)[1],
@@ -82,6 +88,7 @@ def about(model: nn.Module, scope: Scope, budget: Budget) -> dict[str, Any]:
         "limits": {limit.kind: limit.ceiling for limit in budget.limits}
         if budget.terms
         else dict.fromkeys(budget.asked, 0),
+        **({"channels": True} if scope.groups else {}),
     }
 
 
@@ -132,6 +139,32 @@ def save_bitmask(path: Path, state: Mapping[str, Tensor], said: Mapping[str, Any
     _save(path, tensors, _metadata("bitmask", said))
     if missing := size - path.stat().st_size:
         _save(path, tensors, _metadata("bitmask", said, " " * missing))
+
+
+def slim_header(state: Mapping[str, Tensor], said: Mapping[str, Any], groups: Iterable[Group]) -> int:
+    """Length of a slim file's header: that of the longest case, the dense model, padded to it."""
+    longest = {"limits": dict.fromkeys(said["limits"], 10**18), "asked": dict.fromkeys(said["asked"], " " * _ASKED)}
+    named = {name: dict.fromkeys(own, 10**9) for group in groups for name, own in group.attributes.items()}
+    entries: dict[str, Any] = {"__metadata__": {"allot": _metadata("slim", {**said, **longest, "attributes": named})}}
+    end = 10 ** len(str(sum(_nbytes(value) for value in state.values()))) - 1
+    for name, value in state.items():
+        dtype = _DTYPES.get(value.dtype, "F8_E4M3")
+        entries[name] = {"dtype": dtype, "shape": list(value.shape), "data_offsets": [end, end]}
+    return _header_bytes(entries)
+
+
+def save_slim(
+    path: Path, state: Mapping[str, Tensor], said: Mapping[str, Any], plan: ChannelPlan, groups: Iterable[Group]
+) -> None:
+    """Write model.slim.safetensors, the tensors as the plan cuts them; its header is that of `slim_header`."""
+    said = {**said, "channels": True}
+    header = slim_header(state, said, groups)
+    tensors = {name: plan.cut(name, value) for name, value in state.items()}
+    about = {**said, "attributes": {name: dict(own) for name, own in plan.attributes.items()}}
+    size = header + sum(_nbytes(value) for value in tensors.values())
+    _save(path, tensors, _metadata("slim", about))
+    if missing := size - path.stat().st_size:
+        _save(path, tensors, _metadata("slim", about, " " * missing))
 
 
 def load(path: str | Path) -> dict[str, Tensor]:

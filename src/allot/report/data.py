@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from allot.allocation import Allocation
-from allot.realise.files import BITMASK, PLAIN
+from allot.realise.files import BITMASK, PLAIN, SLIM
 from allot.run import Candidate, Problem, Recipe
 from allot.store import Log
 
@@ -30,6 +30,7 @@ def report(
     methods tell about how they came to their result, by method.
     """
     budget, kept = problem.budget, candidate.allocation.kept
+    sizes = budget.sizes(kept)
     counted = all(layer.macs is not None for layer in problem.scope)
     total = sum(layer.total for layer in problem.scope)
     return {
@@ -42,12 +43,16 @@ def report(
         "repair": list(names.repair),
         "seed": problem.seed,
         "budget": budget.rows(kept),
-        "kept": sum(kept.values()),
+        "kept": sum(sizes.values()),
         "total": total,
-        "sparsity": 1 - sum(kept.values()) / total,
+        "sparsity": 1 - sum(sizes.values()) / total,
         "macs": {"dense": _dense_macs(problem), "sparse": budget.cost("macs", kept)} if counted else None,
-        "bytes": {"dense": _size(directory, PLAIN), "file": _size(directory, BITMASK)},
+        "bytes": {
+            "dense": _size(directory, PLAIN),
+            "file": _size(directory, SLIM if problem.scope.groups else BITMASK),
+        },
         "layers": layer_rows(problem, candidate.allocation),
+        "groups": group_rows(problem, candidate.allocation),
         "skipped": dict(problem.scope.skipped),
         "scores": dict(scores) if scores else None,
         "seconds": {stage: round(seconds, 3) for stage, seconds in log.seconds.items()},
@@ -58,7 +63,7 @@ def report(
 
 def layer_rows(problem: Problem, allocation: Allocation) -> list[dict[str, Any]]:
     """`{name, shape, kept, total, density, macs}` of every layer; `macs` are the dense ones."""
-    kept = allocation.kept
+    kept = problem.budget.sizes(allocation.kept)
     return [
         {
             "name": layer.name,
@@ -69,6 +74,21 @@ def layer_rows(problem: Problem, allocation: Allocation) -> list[dict[str, Any]]
             "macs": layer.macs,
         }
         for layer in problem.scope
+    ]
+
+
+def group_rows(problem: Problem, allocation: Allocation) -> list[dict[str, Any]]:
+    """`{name, kept, total, density, layers}` of every group of channels; empty where single weights are pruned."""
+    kept = allocation.kept
+    return [
+        {
+            "name": group.name,
+            "kept": kept[group.name],
+            "total": group.total,
+            "density": kept[group.name] / group.total,
+            "layers": list(group.layers),
+        }
+        for group in problem.scope.groups
     ]
 
 

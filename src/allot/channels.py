@@ -1,0 +1,288 @@
+"""Coupled channels: which slices of which tensors go together, and a model with some of them gone.
+
+A `Group` is a set of channels of which any may be removed on its own, each from every tensor that holds it: the rows
+that write it, the norms that scale it, the columns that read it. What is left of a tensor along one dimension is then
+
+    size_d(n) = fixed_d + sum_g r_gd n_g            n_g channels kept of group g, r_gd places each in dimension d
+
+so that weights and MACs of a layer, products of its sizes, are multilinear in n and exact on whole numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from allot.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where the channels of a group lie in one dimension of one tensor.
+
+    Attributes:
+        tensor: name of the parameter or buffer.
+        reads: whether these are the columns by which a layer reads the channels.
+        places: one tuple a channel: its positions along `dim`; all of one length.
+    """
+
+    tensor: str
+    dim: int
+    reads: bool
+    places: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels that are removed one by one, each from all members at once.
+
+    Attributes:
+        name: of the first module that writes them; attention heads are `MODULE.heads`.
+        members: every tensor that holds them.
+        attributes: module -> {attribute: how much of it goes with one channel}, where shapes do not say it all.
+        min_kept, max_kept: fewest and most channels that rules and floor allow.
+        layers: the names by which rules can mean the group.
+    """
+
+    name: str
+    members: tuple[Member, ...]
+    attributes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    min_kept: int = 1
+    max_kept: int = -1
+    layers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_kept < 0:
+            object.__setattr__(self, "max_kept", self.total)
+
+    @property
+    def total(self) -> int:
+        """Number of channels (of heads)."""
+        return len(self.members[0].places)
+
+
+@dataclass(frozen=True)
+class ChannelPlan:
+    """Which channels stay, said so that a fresh model can be cut without being traced: JSON both ways.
+
+    Attributes:
+        kept: group -> channels kept, ascending.
+        total: group -> channels there were.
+        tensors: tensor -> {dimension: positions kept, ascending}; what is not named stays whole.
+        attributes: module -> {attribute: its new value}.
+    """
+
+    kept: Mapping[str, tuple[int, ...]]
+    total: Mapping[str, int]
+    tensors: Mapping[str, Mapping[int, tuple[int, ...]]]
+    attributes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module, groups: Iterable[Group], kept: Mapping[str, Iterable[int]]) -> ChannelPlan:
+        """The plan that keeps these channels of each group and everything else.
+
+        Raises:
+            UsageError: a group that is missing or unknown, or a channel that it does not have.
+        """
+        groups = list(groups)
+        if kept.keys() != {group.name for group in groups}:
+            raise UsageError(f"a plan for other groups: {sorted(kept.keys() ^ {group.name for group in groups})[:5]}.")
+        modules, shapes = dict(model.named_modules()), shapes_of(model)
+        chosen = {group.name: tuple(sorted(set(kept[group.name]))) for group in groups}
+        gone: dict[tuple[str, int], set[int]] = {}
+        attributes: dict[str, dict[str, int]] = {}
+        for group in groups:
+            stay = set(chosen[group.name])
+            if not stay or not stay <= set(range(group.total)):
+                raise UsageError(f"{group.name}: channels {sorted(stay)[:5]} of {group.total} cannot be kept.")
+            for member in group.members:
+                places = gone.setdefault((member.tensor, member.dim), set())
+                places.update(at for unit, where in enumerate(member.places) if unit not in stay for at in where)
+            for name, parts in group.attributes.items():
+                own = attributes.setdefault(name, {})
+                for attribute, each in parts.items():
+                    before = own.get(attribute, getattr(modules[name], attribute))
+                    own[attribute] = before - each * (group.total - len(stay))
+        tensors: dict[str, dict[int, tuple[int, ...]]] = {}
+        for (name, dim), places in gone.items():
+            if places:
+                left = tuple(i for i in range(shapes[name][dim]) if i not in places)
+                tensors.setdefault(name, {})[dim] = left
+        return cls(chosen, {group.name: group.total for group in groups}, tensors, attributes)
+
+    def mask(self, name: str, shape: torch.Size) -> Tensor:
+        """Bool mask of a tensor: False wherever it belongs to a removed channel."""
+        mask = torch.ones(shape, dtype=torch.bool)
+        for dim, places in self.tensors.get(name, {}).items():
+            line = torch.zeros(shape[dim], dtype=torch.bool)
+            line[list(places)] = True
+            mask &= line.view([-1 if d == dim else 1 for d in range(len(shape))])
+        return mask
+
+    def cut(self, name: str, tensor: Tensor) -> Tensor:
+        """What stays of a tensor of the model."""
+        for dim, places in self.tensors.get(name, {}).items():
+            tensor = tensor.index_select(dim, torch.tensor(places, device=tensor.device))
+        return tensor
+
+    def to_json(self) -> dict[str, Any]:
+        """`{"groups": {name: {total, kept}}, "tensors": {name: {dim: kept}}, "attributes": {module: {...}}}`."""
+        return {
+            "groups": {name: {"total": self.total[name], "kept": list(kept)} for name, kept in self.kept.items()},
+            "tensors": {name: {str(d): list(at) for d, at in dims.items()} for name, dims in self.tensors.items()},
+            "attributes": {name: dict(own) for name, own in self.attributes.items()},
+        }
+
+    @classmethod
+    def from_json(cls, content: Any) -> ChannelPlan:
+        """The inverse of `to_json`.
+
+        Raises:
+            UsageError: it is no such thing.
+        """
+        try:
+            groups = content["groups"]
+            return cls(
+                {name: tuple(map(int, group["kept"])) for name, group in groups.items()},
+                {name: int(group["total"]) for name, group in groups.items()},
+                {n: {int(d): tuple(map(int, at)) for d, at in dims.items()} for n, dims in content["tensors"].items()},
+                {name: {key: int(v) for key, v in own.items()} for name, own in content["attributes"].items()},
+            )
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise UsageError(f"no plan of channels: {type(error).__name__} {error}.") from error
+
+
+def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
+    """Shape of every parameter and buffer, by each of its names."""
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return {name: tensor.shape for name, tensor in named}
+
+
+def slimmed(model: nn.Module, plan: ChannelPlan) -> nn.Module:
+    """A copy of `model` that physically holds only what the plan keeps.
+
+    Parameters are new objects: optimisers are made after this. Names, `requires_grad` and modes stay.
+
+    Raises:
+        UsageError: the model cannot be copied, or has other tensors than the plan.
+    """
+    try:
+        slim = copy.deepcopy(model)
+    except Exception as error:
+        raise UsageError(f"{type(model).__name__} cannot be copied: {error}") from error
+    shapes = shapes_of(slim)
+    for name, dims in plan.tensors.items():
+        if name not in shapes:
+            raise UsageError(f"the plan cuts {name}, which the model does not have.")
+        for dim, places in dims.items():
+            if dim >= len(shapes[name]) or places[-1] >= shapes[name][dim]:
+                raise UsageError(f"the plan keeps {places[-1] + 1} of {name}, which has shape {list(shapes[name])}.")
+    done: dict[int, nn.Parameter | Tensor] = {}
+    for prefix, module in slim.named_modules():
+        for held in (module._parameters, module._buffers):
+            for attribute, tensor in list(held.items()):
+                name = f"{prefix}.{attribute}" if prefix else attribute
+                if tensor is None or not (name in plan.tensors or id(tensor) in done):
+                    continue
+                if id(tensor) not in done:
+                    small = plan.cut(name, tensor.detach()).clone()
+                    parameter = isinstance(tensor, nn.Parameter)
+                    done[id(tensor)] = nn.Parameter(small, tensor.requires_grad) if parameter else small
+                held[attribute] = done[id(tensor)]
+        _fit(module)
+    for name, own in plan.attributes.items():
+        for attribute, value in own.items():
+            setattr(slim.get_submodule(name), attribute, value)
+    for name, module in list(slim.named_modules()):
+        if isinstance(module, nn.MultiheadAttention) and name in plan.attributes:
+            parent, _, attribute = name.rpartition(".")
+            slim.get_submodule(parent).register_module(attribute, FewerHeads(module))
+    return slim
+
+
+def _fit(module: Any) -> None:
+    """Set the attributes by which a module says its sizes, after its tensors changed."""
+    weight = module._parameters.get("weight")
+    if isinstance(module, nn.modules.conv._ConvNd) and weight is not None:
+        out, inside = (1, 0) if isinstance(module, nn.modules.conv._ConvTransposeNd) else (0, 1)
+        if module.groups > 1 and module.groups == module.in_channels == module.out_channels:
+            module.groups = module.in_channels = module.out_channels = weight.shape[0]
+        elif isinstance(module, nn.modules.conv._ConvTransposeNd):
+            module.in_channels, module.out_channels = weight.shape[0], weight.shape[out] * module.groups
+        else:
+            module.out_channels, module.in_channels = weight.shape[0], weight.shape[inside] * module.groups
+    elif isinstance(module, nn.Linear) and weight is not None:
+        module.out_features, module.in_features = weight.shape
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        held = next((t for t in (weight, module._buffers.get("running_mean")) if t is not None), None)
+        module.num_features = module.num_features if held is None else len(held)
+    elif isinstance(module, nn.PReLU) and weight is not None:
+        module.num_parameters = len(weight)
+    elif isinstance(module, nn.Embedding) and weight is not None:
+        module.embedding_dim = weight.shape[1]
+
+
+class FewerHeads(nn.Module):
+    """What `nn.MultiheadAttention` computes, with fewer heads than its width would hold; the same keys."""
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = attention.num_heads, attention.head_dim
+        self.embed_dim, self.dropout, self.batch_first = attention.embed_dim, attention.dropout, attention.batch_first
+        self._qkv_same_embed_dim = False  # keeps nn.TransformerEncoderLayer off its fused path
+        self.in_proj_weight, self.in_proj_bias = attention.in_proj_weight, attention.in_proj_bias
+        self.out_proj = nn.Linear(1, 1, bias=attention.out_proj.bias is not None)
+        self.out_proj.weight, self.out_proj.bias = attention.out_proj.weight, attention.out_proj.bias
+        _fit(self.out_proj)
+        self.train(attention.training)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,  # noqa: FBT001, FBT002 - the order of nn.MultiheadAttention
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,  # noqa: FBT001, FBT002
+        is_causal: bool = False,  # noqa: FBT001, FBT002
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `nn.MultiheadAttention.forward`."""
+        batched = query.dim() == 3
+        if not batched:
+            query, key, value = (t.unsqueeze(0) for t in (query, key, value))
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        elif not self.batch_first:
+            query, key, value = (t.transpose(0, 1) for t in (query, key, value))
+        weights = self.in_proj_weight.chunk(3)
+        biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        q, k, v = (
+            nn.functional.linear(t, w, b).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+            for t, w, b in zip((query, key, value), weights, biases, strict=True)
+        )  # [B, heads, T, head_dim]
+        scores = q @ k.transpose(-2, -1) * self.head_dim**-0.5
+        if attn_mask is not None:
+            attn_mask = attn_mask.unflatten(0, (-1, self.num_heads)) if attn_mask.dim() == 3 else attn_mask
+            scores = scores + _additive(attn_mask, scores)
+        if key_padding_mask is not None:
+            scores = scores + _additive(key_padding_mask[:, None, None], scores)
+        shares = scores.softmax(-1)
+        shares = nn.functional.dropout(shares, self.dropout, self.training)
+        out = self.out_proj((shares @ v).transpose(1, 2).flatten(2))
+        if not batched:
+            out, shares = out.squeeze(0), shares.squeeze(0)
+        elif not self.batch_first:
+            out = out.transpose(0, 1)
+        if not need_weights:
+            return out, None
+        return out, shares.mean(-3) if average_attn_weights else shares
+
+
+def _additive(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask as what is added to scores: True becomes minus infinity."""
+    return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask

@@ -1,0 +1,173 @@
+"""Allocations of channels to compare with: one ranking of all channels, and greedy search by sensitivity.
+
+global        all channels of the net are ranked together by their score, and the r highest stay; r as large as the
+              budget allows (Liu et al., ICCV 2017, rank |gamma| so)
+sensitivity   from the dense net, in rounds of equal cost: each group gives up just enough channels, alone, and the one
+              whose outputs stay nearest to the dense net's is taken (NetAdapt, Yang et al., ECCV 2018, with KL for
+              accuracy and no training between rounds)
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from allot.allocation import Allocation
+from allot.channel_budget import ChannelBudget
+from allot.errors import check_number
+from allot.gates import gated
+from allot.run import Candidate, Metrics, Problem
+from allot.selection import Evidence, importance
+from allot.store import State
+from allot.training import Training
+
+
+@dataclass(frozen=True)
+class GlobalChannels:
+    """Keep the channels that score highest, whichever group they are in."""
+
+    role = "allocate"
+    needs_data = False
+    shares = ("channels",)
+
+    def init(self, problem: Problem, candidate: Candidate) -> State:
+        """No group scored."""
+        return {"step": 0, "steps": len(problem.scope.groups), "score": {}, "squares": {}}
+
+    def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
+        """Score one group."""
+        group = problem.scope.groups[state["step"]]
+        evidence = Evidence(problem, candidate, state["squares"])
+        state["score"][group.name] = importance(problem, group, evidence)
+        state["step"] += 1
+        return {"forward": evidence.forward, "backward": evidence.backward}
+
+    def done(self, state: State) -> bool:
+        """After the last group."""
+        return bool(state["step"] >= state["steps"])
+
+    def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
+        """The candidate with as many channels of each group as are among the highest."""
+        names = sorted(state["score"])
+        owner = torch.cat([torch.full((len(state["score"][name]),), i) for i, name in enumerate(names)])
+        order = torch.cat([state["score"][name] for name in names]).argsort(descending=True, stable=True)
+        ranked = owner[order]
+        budget = problem.channels
+
+        def counts(r: int) -> dict[str, int]:
+            found = torch.bincount(ranked[:r], minlength=len(names)).tolist()
+            return budget.clip(dict(zip(names, found, strict=True)))
+
+        low, high = 0, len(ranked)
+        while low < high:
+            r = (low + high + 1) // 2
+            low, high = (r, high) if budget.fits(counts(r)) else (low, r - 1)
+        total = candidate.allocation.total
+        kept = budget.counts({name: k / total[name] for name, k in counts(low).items()})
+        return replace(candidate, allocation=Allocation.of(kept, total))
+
+
+def _height(budget: ChannelBudget, kept: Mapping[str, int], name: str, fewer: int) -> float:
+    return budget.height({**kept, name: fewer})
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Search greedily: in each round the group gives up channels whose loss of them disturbs the outputs least.
+
+    Args:
+        training: its loss judges, batch norms normalising by the batch; nothing is trained.
+        rounds: in how many equal steps of cost the budget is reached, 1 or more.
+    Raises:
+        UsageError: a value out of its range.
+    """
+
+    training: Training = field(default_factory=Training)
+    rounds: int = 32
+
+    role = "allocate"
+    needs_data = True
+    shares = ("channels",)
+
+    def __post_init__(self) -> None:
+        check_number("rounds", self.rounds, 1, whole=True)
+
+    def init(self, problem: Problem, candidate: Candidate) -> State:
+        """Everything kept; what each group would give up in the first round."""
+        budget = problem.channels
+        kept = {term.name: term.upper for term in budget.terms}
+        evidence = Evidence(problem, candidate, {})
+        scores = {group.name: importance(problem, group, evidence) for group in problem.scope.groups}
+        state = {
+            "step": 0,
+            "steps": self.rounds * len(kept),
+            "kept": kept,
+            "drop": max(budget.height(kept) - 1, 0.0) / self.rounds,
+            "round": 0,
+            "order": {name: score.argsort(descending=True, stable=True) for name, score in scores.items()},
+            "tried": {},
+            "answers": {},
+            "repeats": problem.inputs().repeats(),
+            "asked": [evidence.forward, evidence.backward],
+        }
+        return state | {"open": self._proposals(budget, state)}
+
+    def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
+        """One group's proposal on one batch; after the last one of a round the best is taken."""
+        asked, state["asked"] = state["asked"], [0, 0]
+        name, fewer = state["open"].pop(0)
+        kept = state["kept"] | {name: fewer}
+        gates = {}
+        for group in problem.scope.groups:
+            gates[group.name] = torch.zeros(group.total).index_fill(
+                0, state["order"][group.name][: kept[group.name]], 1
+            )
+        tensors = gated(problem, candidate.effective(problem), gates)
+        k = state["round"] % problem.inputs().batches
+        loss, answers, forward = self.training.judge(
+            problem, tensors, k, state["answers"].get(str(k)), batch_statistics=True
+        )
+        if state["repeats"]:
+            state["answers"][str(k)] = answers
+        state["tried"][name] = [fewer, loss]
+        state["step"] += 1
+        if not state["open"]:
+            best = min(state["tried"], key=lambda group: (state["tried"][group][1], group))
+            state["kept"][best] = state["tried"][best][0]
+            state["round"] += 1
+            state |= {"tried": {}, "open": self._proposals(problem.channels, state)}
+            state["steps"] = state["step"] + len(state["open"]) * max(self.rounds - state["round"], 1)
+        return {"forward": forward + asked[0], "backward": asked[1], "loss": loss}
+
+    def done(self, state: State) -> bool:
+        """When the budget is met."""
+        return not state["open"]
+
+    def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
+        """The candidate with what is left, and what rounding leaves of the budget handed out."""
+        total = candidate.allocation.total
+        kept = problem.budget.counts({name: k / total[name] for name, k in state["kept"].items()})
+        return replace(candidate, allocation=Allocation.of(kept, total))
+
+    def _proposals(self, budget: ChannelBudget, state: State) -> list[list[Any]]:
+        """[group, channels] that would bring the cost down by one step, fewest channels given up; none when it fits."""
+        kept, height = state["kept"], budget.height(state["kept"])
+        if height <= 1:
+            return []
+        drop = state["drop"]
+        while drop > 1e-9:
+            found = []
+            for term in budget.terms:
+                levels = budget.levels(term, kept[term.name])
+                low = bisect_right(levels, height - drop, key=partial(_height, budget, kept, term.name))
+                if low:
+                    found.append([term.name, levels[low - 1]])
+            if found:
+                return found
+            drop /= 2  # no group alone can give that much any more
+        return []
