@@ -8,10 +8,12 @@ from allot.evaluate import evaluate
 from allot.layers import Layer, Rules, Scope
 from allot.masks import attach, fold
 from allot.methods import METHODS, RECIPES
-from allot.patterns import NM, Unstructured
+from allot.patterns import NM, Channels, Unstructured
 from allot.prune import prune
 from allot.realise.certificate import verify
+from allot.realise.export import export
 from allot.realise.files import load
+from allot.realise.slim import load_slim
 from allot.result import Result
 from allot.scores import SCORES
 
@@ -25,6 +27,7 @@ __all__ = [
     "Budget",
     "BudgetError",
     "Calibration",
+    "Channels",
     "Layer",
     "PatternError",
     "Result",
@@ -36,8 +39,10 @@ __all__ = [
     "VerificationError",
     "attach",
     "evaluate",
+    "export",
     "fold",
     "load",
+    "load_slim",
     "prune",
     "verify",
 ]

@@ -20,6 +20,7 @@ from numbers import Real
 from typing import Any
 
 from allot.allocation import Allocation
+from allot.amounts import sparsity_keeping
 from allot.budget import Budget, Limit
 from allot.costs import Term
 from allot.errors import BudgetError, UsageError
@@ -79,7 +80,7 @@ class ChannelBudget:
             if (cost := self.cost(limit.kind, least)) > limit.ceiling:
                 raise BudgetError(
                     f"{limit.kind}={limit.asked} allows {limit.ceiling:,}; the fewest channels that rules and model "
-                    f"allow need {cost:,}. Nearest that can be met: {self._nearest(limit, cost)}."
+                    f"allow need {cost:,}. Nearest that can be met: {self._nearest(least)}."
                 )
 
     @property
@@ -208,14 +209,24 @@ class ChannelBudget:
         most = max(term.upper / share[term.name] for term in self.terms)
         return at(largest(lambda price: self.fits(at(price)), most))
 
-    def _nearest(self, limit: Limit, cost: int) -> str:
-        if limit.kind == "sparsity":
-            return f"sparsity={math.floor(1e4 * (1 - cost / self.total)) / 1e4}"
-        return f"{limit.kind}={cost}"
+    def _nearest(self, least: Mapping[str, int]) -> str:
+        """The budget, as `Budget.parse` reads it, with limits moved where the fewest channels break them."""
+        texts = []
+        for limit in self.limits:
+            cost = self.cost(limit.kind, least)
+            if cost <= limit.ceiling:
+                texts.append(f"{limit.kind}={limit.asked}")
+            elif limit.kind == "sparsity":
+                texts.append(f"sparsity={sparsity_keeping(cost, self.total)}")
+            else:
+                texts.append(f"{limit.kind}={cost}")
+        return ",".join(texts)
 
 
 def channel_terms(named: Iterable[tuple[str, int, int, int]], step: int = 1) -> tuple[Term, ...]:
     """Terms of groups (name, channels, fewest, most) that keep multiples of `step`, or all they have.
+
+    A group of no more than `step` channels, as of attention heads, keeps any number.
 
     Raises:
         BudgetError: bounds that leave a group no such number.
@@ -224,6 +235,7 @@ def channel_terms(named: Iterable[tuple[str, int, int, int]], step: int = 1) -> 
     for name, total, lower, upper in named:
         own = step if total > step else 1
         low, high = -(-lower // own) * own, upper if upper == total else upper // own * own
+        low = min(low, total) if upper == total else low
         if low > high:
             raise BudgetError(
                 f"{name}: no multiple of {step} lies between {lower} and {upper} of its {total} channels. "

@@ -221,6 +221,9 @@ def _fit(module: Any) -> None:
     elif isinstance(module, nn.modules.batchnorm._NormBase):
         held = next((t for t in (weight, module._buffers.get("running_mean")) if t is not None), None)
         module.num_features = module.num_features if held is None else len(held)
+    elif isinstance(module, nn.GroupNorm) and weight is not None:
+        if module.num_groups == module.num_channels:  # any other keeps its channels
+            module.num_groups = module.num_channels = len(weight)
     elif isinstance(module, nn.PReLU) and weight is not None:
         module.num_parameters = len(weight)
     elif isinstance(module, nn.Embedding) and weight is not None:
@@ -236,7 +239,8 @@ class FewerHeads(nn.Module):
         self.embed_dim, self.dropout, self.batch_first = attention.embed_dim, attention.dropout, attention.batch_first
         self._qkv_same_embed_dim = False  # keeps nn.TransformerEncoderLayer off its fused path
         self.in_proj_weight, self.in_proj_bias = attention.in_proj_weight, attention.in_proj_bias
-        self.out_proj = nn.Linear(1, 1, bias=attention.out_proj.bias is not None)
+        # not nn.Linear(1, 1): its initial values would come from the caller's random stream
+        self.out_proj = torch.nn.utils.skip_init(nn.Linear, 1, 1, bias=attention.out_proj.bias is not None)
         self.out_proj.weight, self.out_proj.bias = attention.out_proj.weight, attention.out_proj.bias
         _fit(self.out_proj)
         self.train(attention.training)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import os
 import sys
@@ -21,18 +20,20 @@ from allot import options as option
 from allot.calibration import Calibration
 from allot.errors import AllotError, Stopped, UsageError, VerificationError, unknown
 from allot.evaluate import evaluate
+from allot.lookup import recipe_of, report_of, told_of
 from allot.methods import METHODS, RECIPES
-from allot.parts import assemble, options_of
+from allot.parts import assemble
 from allot.pose import pose
 from allot.prune import prune
 from allot.realise.certificate import verify
+from allot.realise.export import exported
 from allot.recipe import RecipeFile
 from allot.report import table
 from allot.report.data import layer_rows
-from allot.run import Candidate, Rule, drive, interruptible
+from allot.run import Candidate, drive, interruptible
 from allot.run import Progress as Step
 from allot.sources import DATA_FORMS, MODEL_FORMS, REMOTE, ModelSource, load_data, load_model
-from allot.store import read_run, write
+from allot.store import write
 
 app = typer.Typer(name="allot", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 # a log has no width of its own: tables are not squeezed into 80 columns there
@@ -209,7 +210,7 @@ def evaluate_command(
     if Path(target).is_dir():
         if weights:
             raise UsageError(f"{target} has its own weights: leave --weights out, or name a MODEL.")
-        wanted = _recipe_of(Path(target))
+        wanted = recipe_of(Path(target))
         own = str(Path(target) / "model.safetensors")
         source = load_model(str(wanted.model), weights=own, shape=asked_shape or wanted.input)
         data = data or wanted.test or (wanted.data if (wanted.data or "").startswith("zoo:") else None)
@@ -247,6 +248,34 @@ def verify_command(
         raise VerificationError(f"{where}: {failed['check']}: promised {failed['promised']}, found {failed['found']}.")
 
 
+@app.command("export")
+def export_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run directory")],
+    to: Annotated[str, typer.Option(metavar="FORM", help="slim, program (torch.export) or onnx")],
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="[RUN/model.pt2 or .onnx; slim: RUN]")] = None,
+    data: option.Data = None,
+    shape: option.Shape = None,
+    *,
+    as_json: option.Json = False,
+) -> None:
+    """Write what a runtime reads, open it again, compare it with the run and time it beside the dense model."""
+    report_of(run)  # finished, or an error
+    wanted = recipe_of(run)
+    asked_shape = _resolved({"shape": shape}).input or wanted.input
+    source = load_model(str(wanted.model), weights=wanted.weights, shape=asked_shape)
+    data = data or wanted.data
+    example = source.example
+    if example is None and data:
+        example = Calibration.of(load_data(data, source), samples=1, dtype=source.dtype).example()
+    if example is None:
+        raise UsageError("no input to run the model on: give --input or --data.")
+    row = exported(source.model, run, example, to, out)
+    if as_json:
+        _print_json(row)
+    else:
+        people.print(table.export_table(row))
+
+
 @app.command("report")
 def report_command(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="finished run directories")],
@@ -254,7 +283,7 @@ def report_command(
     as_json: option.Json = False,
 ) -> None:
     """Show one run, or several side by side."""
-    reports = [(str(run), _report_of(run)) for run in runs]
+    reports = [(str(run), report_of(run)) for run in runs]
     if as_json:
         _print_json(
             {**reports[0][1], "run": reports[0][0]}
@@ -280,7 +309,7 @@ def methods_command(
         return _print_json(dataclasses.asdict(chain)) if as_json else _say(f"{said}; see `allot methods PART`")
     if name is not None and name not in METHODS:
         raise unknown("method", name, {*METHODS, *RECIPES})
-    told = {key: _told(key) for key in ([name] if name else METHODS)}
+    told = {key: told_of(key) for key in ([name] if name else METHODS)}
     if as_json:
         _print_json(
             told[name] if name else {"methods": told, "recipes": {k: dataclasses.asdict(r) for k, r in RECIPES.items()}}
@@ -337,37 +366,6 @@ def _test_data(wanted: RecipeFile, source: ModelSource) -> Any:
     if wanted.data and wanted.data.startswith("zoo:"):
         return load_data(wanted.data, source, split="test")
     return None
-
-
-def _recipe_of(run: Path) -> RecipeFile:
-    content = read_run(run)
-    if content["state"] != "done":
-        raise UsageError(f"{run} is not finished: run the same prune command again to go on.")
-    if not content.get("recipe", {}).get("model"):
-        raise UsageError(f"{run} was made in Python and does not say where its model comes from: use result.model().")
-    return RecipeFile.resolve(None, content["recipe"], ())
-
-
-def _report_of(run: Path) -> dict[str, Any]:
-    if read_run(run)["state"] != "done":
-        raise UsageError(f"{run} is not finished: run the same prune command again to go on.")
-    try:
-        return dict(json.loads((run / "report.json").read_text()))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{run}/report.json cannot be read: {error}") from error
-
-
-def _told(name: str) -> dict[str, Any]:
-    method: Any = METHODS[name]
-    described = method.densities if isinstance(method, Rule) else type(method)
-    text = "\n\n".join((inspect.getdoc(described) or "", inspect.getdoc(inspect.getmodule(described)) or ""))
-    return {
-        "role": method.role,
-        "needs": "calibration data" if method.needs_data else "no data",
-        "summary": text.splitlines()[0],
-        "text": text,
-        "options": options_of(method),
-    }
 
 
 @contextmanager

@@ -113,6 +113,7 @@ def _traced(probe: nn.Module, example: Any, modules: Mapping[str, nn.Module]) ->
     dims = {id(parameter): dim for parameter, dim in graph.unwrapped_parameters}
     union, unknown = _Union({}), {}
     sizes: dict[tuple[str, str], int] = {}
+    widest = max((max(tensor.shape, default=1) for tensor in probe.parameters()), default=1)
     for name, module in modules.items():
         if not _writes(module) or module not in graph.module2node or (name, "out") in sizes:
             continue
@@ -121,7 +122,7 @@ def _traced(probe: nn.Module, example: Any, modules: Mapping[str, nn.Module]) ->
         followed = 0
         for node, handler, links in _reached(graph, module, pruner.prune_out_channels, total):
             followed += len(links)
-            if followed > FOLLOWED:
+            if followed > FOLLOWED or not links:
                 unknown[name, "out"] = "hangs together with more than can be followed"
                 break
             target = node.module
@@ -135,6 +136,9 @@ def _traced(probe: nn.Module, example: Any, modules: Mapping[str, nn.Module]) ->
                     unknown[where] = f"reaches {where[0]} ({type(target).__name__}), which {_why(target)}"
             else:
                 continue  # additions, concatenations and the like hold no tensors
+            if not all(0 <= at < widest for at, _ in links):
+                unknown[name, "out"] = "is read from an end that the trace does not know"
+                break
             sizes[where] = max(sizes.get(where, 0), 1 + max((at for at, _ in links), default=0))
             for at, root in links:
                 union.join((*where, at), (name, "out", root))
@@ -168,7 +172,10 @@ def _graph(probe: nn.Module, example: Any) -> Any:
 def _reached(
     graph: Any, module: nn.Module, remove: Any, total: int
 ) -> Iterator[tuple[Any, Any, list[tuple[int, int]]]]:
-    """(node, what is removed of it, pairs of its channel and the root's channel) for all that hangs on `module`."""
+    """(node, what is removed of it, pairs of its channel and the root's channel) for all that hangs on `module`.
+
+    No pairs where the trace fails.
+    """
     from torch_pruning._helpers import _HybridIndex
 
     pending = [(graph.module2node[module], remove, [_HybridIndex(i, i) for i in range(total)])]
@@ -183,8 +190,12 @@ def _reached(
         for dependency in node.dependencies:
             if dependency.is_triggered_by(handler):
                 mapped = links
-                for mapping in dependency.index_mapping:
-                    mapped = mapped if mapping is None else mapping(mapped)
+                try:
+                    for mapping in dependency.index_mapping:
+                        mapped = mapped if mapping is None else mapping(mapped)
+                except (ArithmeticError, LookupError, TypeError, ValueError):
+                    yield node, handler, []
+                    return
                 pending.append((dependency.target, dependency.handler, mapped))
 
 
@@ -205,8 +216,12 @@ def _grouped(
             reads[tensor, dim] = side == "in"
             for channel in range(size):
                 cells.setdefault((tensor, dim, position(channel)), []).append((name, side, channel))
-        if side == "out" and isinstance(module := modules.get(name), _ConvNd) and not _depthwise(module):
-            each = module.out_channels // module.groups
+        if _bare(modules.get(name)):
+            reads[_BARE + name, 0] = False
+            for channel in range(size):
+                cells.setdefault((_BARE + name, 0, channel), []).append((name, side, channel))
+        if isinstance(module := modules.get(name), _ConvNd) and not _depthwise(module):
+            each = (module.out_channels if side == "out" else module.in_channels) // module.groups
             for channel in range(each, size):
                 union.join((name, side, channel), (name, side, channel % each))
     for nodes in cells.values():
@@ -245,9 +260,10 @@ def _grouped(
             members = tuple(
                 Member(t, d, reads[t, d], tuple(tuple(sorted(units[root][t, d])) for root in roots))
                 for (t, d), _ in kind
+                if not t.startswith(_BARE)
             )
-            alone = {n: {"num_features": 1} for n, m in modules.items() if (n, "out") in sizes and _bare(m)}
-            attributes = {n: own for n, own in alone.items() if union.find((n, "out", 0)) in roots}
+            bare = {t.removeprefix(_BARE): each for (t, _), each in kind if t.startswith(_BARE)}
+            attributes = {n: dict.fromkeys(_counts(modules[n]), each) for n, each in bare.items()}
             groups.append(Group(name, members, attributes, layers=tuple(owners)))
     return groups, skipped
 
@@ -306,10 +322,20 @@ def _depthwise(module: nn.Module) -> bool:
     )
 
 
-def _bare(module: nn.Module) -> bool:
+_BARE = "channels of "  # stands before the name of a norm where a tensor's name would
+
+
+def _bare(module: nn.Module | None) -> bool:
     """Whether a norm per channel holds no tensor that tells how many there are."""
+    if not isinstance(module, _NormBase | nn.GroupNorm):
+        return False
     held = (module._parameters.get("weight"), module._buffers.get("running_mean"))
-    return isinstance(module, _NormBase) and all(tensor is None for tensor in held)
+    return all(tensor is None for tensor in held)
+
+
+def _counts(module: nn.Module) -> tuple[str, ...]:
+    """The attributes by which such a norm says how many channels it has."""
+    return ("num_groups", "num_channels") if isinstance(module, nn.GroupNorm) else ("num_features",)
 
 
 def _known(module: nn.Module) -> bool:

@@ -148,7 +148,8 @@ class Channels:
     """Whole channels, each removed from every tensor that holds it (`allot.channels`).
 
     Args:
-        step: groups keep a multiple of this many channels, or all they have; 1 or more.
+        step: groups keep a multiple of this many channels, or all they have; 1 or more. A group of no more than that,
+            as of attention heads, keeps any number.
     Raises:
         PatternError: no such number.
     """

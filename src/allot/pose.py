@@ -127,12 +127,17 @@ def _ruled(
     Raises:
         UsageError: a pattern that means no group.
     """
+    if str(rules.floor).endswith("/row"):
+        raise PatternError(
+            f"floor={rules.floor!r}: channels have no rows; a number of channels or a share is accepted."
+        )
     kept: list[Group] = []
     left, used = dict(skipped), set[str]()
     for group in groups:
         written = [group.name, *group.layers, *(m.tensor for m in group.members if not m.reads)]
         touched = [group.name, *(name for m in group.members for name in (m.tensor, m.tensor.rpartition(".")[0]))]
-        used.update(pattern for pattern in rules.patterns if matches(pattern, touched))
+        used.update(pattern for pattern in rules.patterns if matches(pattern, written))
+        used.update(pattern for pattern in rules.exclude if matches(pattern, touched))
         if rules.include and not any(matches(pattern, written) for pattern in rules.include):
             left[group.name] = "no include rule matches it"
         elif excluding := [pattern for pattern in rules.exclude if matches(pattern, touched)]:

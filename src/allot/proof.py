@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -48,19 +49,33 @@ def proven(probe: nn.Module, example: Any, groups: Sequence[Group]) -> tuple[lis
 
 def _kind(group: Group) -> str:
     """Blocks that repeat share what holds for the first of them, if it does not hold."""
-    return re.sub(r"\d+", "#", group.name)
+    return re.sub(r"\.\d+(?=\.)", ".#", group.name)
 
 
 def _same(
     probe: nn.Module, example: Any, groups: Sequence[Group], some: Iterable[Group], whole: Sequence[Tensor]
 ) -> bool:
-    """Whether cutting half of the channels of `some` gives the outputs that zeroing them gives."""
+    """Whether cutting half of the channels of `some` gives the outputs that zeroing them gives.
+
+    Three halves: one drawn, the first and the last, which a net that slices or flips its channels cannot pass.
+    """
     cut = {group.name for group in some}
-    kept = {}
-    for i, group in enumerate(groups):
-        draw = torch.randperm(group.total, generator=torch.Generator().manual_seed(i)).tolist()
-        kept[group.name] = draw[: max(group.total // 2, 1)] if group.name in cut else draw
-    plan = ChannelPlan.of(probe, groups, kept)
+    every = [list(range(group.total)) for group in groups]
+    drawn = [
+        torch.randperm(group.total, generator=torch.Generator().manual_seed(i)).tolist()
+        for i, group in enumerate(groups)
+    ]
+    for orders in (drawn, every, [order[::-1] for order in every]):
+        kept = {
+            group.name: order[: max(group.total // 2, 1)] if group.name in cut else order
+            for group, order in zip(groups, orders, strict=True)
+        }
+        if not _cut_is_zeroed(probe, example, ChannelPlan.of(probe, groups, kept), whole):
+            return False
+    return True
+
+
+def _cut_is_zeroed(probe: nn.Module, example: Any, plan: ChannelPlan, whole: Sequence[Tensor]) -> bool:
     zeroed = {}
     for name, parameter in probe.named_parameters():
         if name in plan.tensors:
@@ -117,5 +132,7 @@ def tensors_in(output: Any) -> Iterator[Tensor]:
             yield output
     elif isinstance(output, Mapping):
         yield from (tensor for value in output.values() for tensor in tensors_in(value))
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        yield from tensors_in(vars(output))
     elif isinstance(output, list | tuple):
         yield from (tensor for value in output for tensor in tensors_in(value))

@@ -16,6 +16,7 @@ from allot.allocation import Allocation
 from allot.channels import ChannelPlan, slimmed
 from allot.errors import AllotError, BudgetError, UsageError, VerificationError
 from allot.realise import certificate, files
+from allot.realise.dead import without_dead_channels
 from allot.report.data import report
 from allot.run import Candidate, Problem, Recipe
 from allot.store import Log, write
@@ -100,12 +101,14 @@ class Result:
     def slim(self) -> nn.Module:
         """A copy of the model that physically holds only the channels kept; its outputs are those of `model()`.
 
+        Where single weights were pruned, channels that nothing depends on any more go; often there are none.
+
         Raises:
-            UsageError: single weights were pruned, not channels.
+            UsageError: channels cannot be followed, or need calibration inputs for that.
         """
         plan = self.plan()
         if plan is None:
-            raise UsageError("only channels make a model smaller: prune with pattern='channels' or method='dsa'.")
+            return without_dead_channels(self.model(), self.problem.inputs().example())[0]
         return slimmed(self.model(), plan)
 
     def state_dict(self) -> dict[str, Any]:

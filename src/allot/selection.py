@@ -137,7 +137,7 @@ class Evidence:
         Raises:
             UsageError: the layer is never reached.
         """
-        if not self.squares:
+        if all(key.startswith("gate ") for key in self.squares):
             self._collect()
         if layer.name not in self.squares:
             raise UsageError(

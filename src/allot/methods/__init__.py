@@ -8,6 +8,7 @@ from allot.methods.dsa import Dsa
 from allot.methods.erk import erk
 from allot.methods.fcpts import Fcpts, FcptsPaper
 from allot.methods.knapsack import Knapsack
+from allot.methods.lstsq import LeastSquares
 from allot.methods.moments import OutputMoments
 from allot.methods.pot import Layerwise, WeightMoments
 from allot.methods.ranking import global_magnitude, global_normalised, lamp
@@ -62,6 +63,7 @@ METHODS: dict[str, Method] = {
     "variance": OutputMoments(scale=True),
     "weight-moments": WeightMoments(),
     "layerwise": Layerwise(),
+    "lstsq": LeastSquares(),
     "distill": Distill(),
     "unipts": Unipts(),
 }
@@ -71,7 +73,7 @@ RECIPES: dict[str, Recipe] = {
     "fcpts-paper": Recipe("fcpts-paper", repair=("bn",)),
     "unipts": Recipe("unipts-search", repair=("unipts", "bn")),
     "unipts-paper": Recipe("unipts-paper", repair=("unipts", "bn")),
-    "dsa": Recipe("dsa", score="scale", pattern="channels", repair=("distill", "bn")),
+    "dsa": Recipe("dsa", score="scale", pattern="channels", repair=("lstsq", "distill", "bn")),
     "pot": Recipe("global-normalised", repair=("weight-moments", "layerwise", "bn", "bias")),
     "uniform": Recipe("uniform", repair=("bn", "variance")),
     "erk": Recipe("erk", repair=("bn", "variance")),

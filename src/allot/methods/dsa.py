@@ -48,6 +48,7 @@ from torch import Tensor
 
 from allot.allocation import Allocation
 from allot.channel_budget import largest
+from allot.channel_costs import Costs
 from allot.errors import UsageError, check_flag, check_number, unknown
 from allot.gates import gated
 from allot.run import Candidate, Metrics, Problem
@@ -108,9 +109,9 @@ class Dsa:
         evidence = Evidence(problem, candidate, {})
         scores = {group.name: importance(problem, group, evidence) for group in groups}
         start = budget.project({group.name: 1.0 for group in groups})
-        least = self._least(problem)
+        least, top = self._bounds(problem)
         share = torch.tensor([start[group.name] for group in groups], dtype=torch.float64)
-        a = _logit(((share - least) / (1 - least)).clamp(1e-3, 1 - 1e-3))
+        a = _logit(((share - least) / (top - least).clamp_min(1e-9)).clamp(1e-3, 1 - 1e-3))
         return {
             "step": 0,
             "steps": self.training.steps,
@@ -130,7 +131,8 @@ class Dsa:
         """One calibration batch: the gradient of every alpha, and a step of Adam on the logits."""
         t, T = state["step"], state["steps"]
         groups = problem.scope.groups
-        alpha, slope = self._densities(problem, state["a"])
+        costs = Costs(problem)
+        alpha, slope = self._densities(problem, costs, state["a"])
         beta = self.steepness[0] * (self.steepness[1] / self.steepness[0]) ** (t / max(T - 1, 1))
         rho = 0.5 * 100 ** (t / max(T - 1, 1))
         table, there = padded([state["place"][group.name] for group in groups])
@@ -149,16 +151,16 @@ class Dsa:
             if gradient is not None:
                 dp[k, : group.total] = gradient.double().cpu()
         dalpha = there.sum(1) * (w * dp).sum(1)
-        costs = _costs(problem, alpha)
-        self._adam(state, self._total(problem, state, alpha, slope, dalpha, costs, rho))
+        spent = costs(alpha)
+        self._adam(state, self._total(state, alpha, slope, dalpha, spent, rho))
         self._dual(problem, state, costs, rho)
         samples = len(problem.inputs().positions(t))
         state["training"]["step"] = state["step"] = t + 1
         if t % max(T // 50, 1) == 0 or t == T - 1:
             state["moved"].append([t, alpha.tolist()])
         asked, state["asked"] = state["asked"], [0, 0]
-        spent = max(cost for cost, _ in costs)
-        return {"loss": loss, "forward": forward + asked[0], "backward": samples + asked[1], "spent": spent}
+        most = max(cost for cost, _ in spent)
+        return {"loss": loss, "forward": forward + asked[0], "backward": samples + asked[1], "spent": most}
 
     def done(self, state: State) -> bool:
         """After the last step."""
@@ -167,9 +169,7 @@ class Dsa:
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         """The candidate with whole numbers of channels; how densities moved goes to the report."""
         names = [group.name for group in problem.scope.groups]
-        alpha = self._densities(problem, state["a"])[0]
-        if self.hold == "admm":
-            alpha = state["z"]
+        alpha = state["z"] if self.hold == "admm" else self._densities(problem, Costs(problem), state["a"])[0]
         kept = problem.budget.counts(dict(zip(names, alpha.tolist(), strict=True)))
         told = {"groups": names, "densities": state["moved"]}
         return replace(
@@ -178,19 +178,17 @@ class Dsa:
             diagnostics={**candidate.diagnostics, "dsa": told},
         )
 
-    def _least(self, problem: Problem) -> Tensor:
-        """Lower bound of every alpha: of rules, of one channel, and eps."""
-        term = {term.name: max(term.lower / term.total, self.least) for term in problem.budget.terms}
-        most = {term.name: term.upper / term.total for term in problem.budget.terms}
-        bounds = [min(term[g.name], most[g.name], 0.999) for g in problem.scope.groups]
-        return torch.tensor(bounds, dtype=torch.float64)
+    def _bounds(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        """Lower and upper bound of every alpha: of rules, one channel, and eps; of rules, and what a solver needs."""
+        terms = {term.name: term for term in problem.budget.terms}
+        own = [terms[group.name] for group in problem.scope.groups]
+        top = [min(term.upper / term.total, 0.999) for term in own]
+        least = [min(max(term.lower / term.total, self.least), t) for term, t in zip(own, top, strict=True)]
+        return torch.tensor(least, dtype=torch.float64), torch.tensor(top, dtype=torch.float64)
 
-    def _densities(self, problem: Problem, a: Tensor) -> tuple[Tensor, Tensor]:
+    def _densities(self, problem: Problem, costs: Costs, a: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha, dalpha/da at fixed mu)."""
-        least = self._least(problem)
-        most = {term.name: term.upper / term.total for term in problem.budget.terms}
-        top = torch.tensor([min(most[g.name], 0.999) for g in problem.scope.groups], dtype=torch.float64)
-        top = torch.maximum(top, least)
+        least, top = self._bounds(problem)
 
         def at(mu: float) -> Tensor:
             return least + (top - least) * torch.sigmoid(a - mu)
@@ -198,38 +196,31 @@ class Dsa:
         mu = 0.0
         if self.hold == "implicit":
             low, high = float(a.min()) - 40, float(a.max()) + 40
-            mu = high - largest(lambda room: _fits(problem, at(high - room)), high - low)
+            mu = high - largest(lambda room: costs.fits(at(high - room)), high - low)
         share = torch.sigmoid(a - mu)
         return at(mu), (top - least) * share * (1 - share)
 
     def _total(
-        self,
-        problem: Problem,
-        state: State,
-        alpha: Tensor,
-        slope: Tensor,
-        dalpha: Tensor,
-        costs: list[tuple[float, Tensor]],
-        rho: float,
+        self, state: State, alpha: Tensor, slope: Tensor, dalpha: Tensor, spent: list[tuple[float, Tensor]], rho: float
     ) -> Tensor:
         """The gradient by a."""
         if self.hold == "implicit":
-            price = max(costs, key=lambda cost: cost[0])[1]  # of the limit that binds
+            price = max(spent, key=lambda cost: cost[0])[1]  # of the limit that binds
             level = (slope * dalpha).sum() / (slope * price).sum().clamp_min(1e-30)
             return slope * (dalpha - level * price)
         if self.hold == "lagrangian":
-            for (cost, price), multiplier in zip(costs, state["lambda"], strict=True):
+            for (cost, price), multiplier in zip(spent, state["lambda"], strict=True):
                 dalpha = dalpha + max(0.0, multiplier + rho * (cost - 1)) * price
             return slope * dalpha
         return slope * (dalpha + rho * (alpha - state["z"] + state["u"]))
 
-    def _dual(self, problem: Problem, state: State, costs: list[tuple[float, Tensor]], rho: float) -> None:
+    def _dual(self, problem: Problem, state: State, costs: Costs, rho: float) -> None:
         if self.hold == "lagrangian":
-            pairs = zip(state["lambda"], costs, strict=True)
+            pairs = zip(state["lambda"], costs(self._densities(problem, costs, state["a"])[0]), strict=True)
             state["lambda"] = [max(0.0, value + 0.2 * rho * (cost - 1)) for value, (cost, _) in pairs]
         if self.hold == "admm":
-            alpha = self._densities(problem, state["a"])[0]
-            state["z"] = projected(problem, alpha + state["u"], self._least(problem))
+            alpha = self._densities(problem, costs, state["a"])[0]
+            state["z"] = projected(costs, alpha + state["u"], *self._bounds(problem))
             grown = 100 ** (1 / max(state["steps"] - 1, 1))  # the dual is scaled by rho
             state["u"] = (state["u"] + alpha - state["z"]) / grown
 
@@ -281,49 +272,44 @@ def padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
     return table, there
 
 
-def projected(problem: Problem, wished: Tensor, least: Tensor) -> Tensor:
-    """The densities nearest to `wished` in squares that fit: argmin |Z - wished|^2 with F(Z) <= B, least <= Z <= 1.
+def projected(costs: Costs, wished: Tensor, least: Tensor, top: Tensor) -> Tensor:
+    """The densities nearest to `wished` in squares that fit: argmin |Z - wished|^2 with F(Z) <= B, least <= Z <= top.
 
-    Z = clip(wished - nu dF/dZ(Z)), by fixed point; nu by bisection, since F falls as nu grows.
+    Z = clip(wished - sum_l nu_l dF_l/dZ(Z)), by fixed point; each nu_l in turn by bisection, since F_l falls as it
+    grows.
     """
+    nu = [0.0] * len(costs.weights)
+    z = wished.clamp(min=least, max=top)
 
-    def at(nu: float) -> Tensor:
-        z = wished.clamp(min=least).clamp(max=1.0)
-        for _ in range(30):
-            price = max(_costs(problem, z), key=lambda cost: cost[0])[1]
-            new = torch.minimum(torch.maximum(wished - nu * price, least), torch.ones_like(z))
+    def at(values: list[float], z: Tensor) -> Tensor:
+        for _ in range(40):
+            pull = torch.stack([v * price for v, (_, price) in zip(values, costs(z), strict=True)]).sum(0)
+            new = (wished - pull).clamp(min=least, max=top)
             if bool((new - z).abs().max() < 1e-9):
                 break
             z = (z + new) / 2
         return z
 
-    if _fits(problem, z := at(0.0)):
-        return z
-    low, high = 0.0, 1.0
-    while not _fits(problem, at(high)) and high < 1e6:
-        high *= 2
-    for _ in range(25):
-        middle = (low + high) / 2
-        low, high = (low, middle) if _fits(problem, at(middle)) else (middle, high)
-    return at(high)
+    def over(values: list[float], limit: int) -> bool:
+        return costs(at(values, z))[limit][0] > 1
 
-
-def _costs(problem: Problem, alpha: Tensor) -> list[tuple[float, Tensor]]:
-    """(F / B, its gradient by alpha) of every limit."""
-    with torch.enable_grad():
-        leaf = alpha.detach().clone().requires_grad_()
-        kept = {group.name: leaf[k] * group.total for k, group in enumerate(problem.scope.groups)}
-        found = []
-        for limit in problem.channels.limits:
-            cost = problem.channels.real_cost(limit.kind, kept) / max(limit.ceiling, 1)
-            found.append((float(cost.detach()), torch.autograd.grad(cost, leaf, retain_graph=True)[0]))
-    return found
-
-
-def _fits(problem: Problem, alpha: Tensor) -> bool:
-    return problem.channels.fits(
-        {group.name: a * group.total for group, a in zip(problem.scope.groups, alpha.tolist(), strict=True)}
-    )
+    for _ in range(8 if len(nu) > 1 else 1):  # limits pull on each other
+        before = list(nu)
+        for i in range(len(nu)):
+            nu[i] = 0.0
+            if not over(nu, i):
+                continue
+            low, high = 0.0, max(2 * before[i], 1e-3)
+            while over([*nu[:i], high, *nu[i + 1 :]], i) and high < 1e6:
+                low, high = high, 2 * high
+            for _ in range(30):
+                middle = (low + high) / 2
+                low, high = (middle, high) if over([*nu[:i], middle, *nu[i + 1 :]], i) else (low, middle)
+            nu[i] = high
+        z = at(nu, z)
+        if all(abs(new - old) <= 1e-6 * max(new, 1e-9) for new, old in zip(nu, before, strict=True)):
+            break
+    return z
 
 
 def _place(score: Tensor, space: str) -> Tensor:

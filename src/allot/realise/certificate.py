@@ -87,7 +87,8 @@ def _rows(directory: Path, promised: Mapping[str, Any]) -> list[Row]:
         plain = states[PLAIN]
         if other == SLIM:
             plan = ChannelPlan.from_json(json.loads((directory / PLAN).read_text()))
-            plain = {name: plan.cut(name, value) for name, value in plain.items()}
+            aliases = read(directory / PLAIN)[1].get("aliases", {})
+            plain = {name: plan.cut(aliases.get(name, name), value) for name, value in plain.items()}
         rows.append(_row(other, f"same tensors as {PLAIN}", "yes", "yes" if _equal(plain, states[other]) else "no"))
         allocation = json.loads((directory / "allocation.json").read_text())["layers"]
         listed = {name: layer["kept"] for name, layer in allocation.items()}

@@ -88,6 +88,23 @@ def certificate_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def export_table(row: Mapping[str, Any]) -> RenderableType:
+    """One export next to the dense model in the same form."""
+    table = _table()
+    table.add_column("", no_wrap=True)
+    for column in ("dense", "sparse", ""):
+        table.add_column(column, justify="right")
+    table.add_row("bytes", f"{row['dense_bytes']:,}", f"{row['bytes']:,}", _share(row["bytes"], row["dense_bytes"]))
+    table.add_row(
+        "params", f"{row['dense_params']:,}", f"{row['params']:,}", _share(row["params"], row["dense_params"])
+    )
+    taken = row["milliseconds"]
+    verdict = f"{row['faster']:.2f}x as fast" if row["faster"] >= 1.05 else f"no faster here ({row['faster']:.2f}x)"
+    table.add_row("one input, median ms", f"{taken['dense']:.2f}", f"{taken['sparse']:.2f}", verdict)
+    said = f"{row['file']}: opened again, outputs equal the run's within {row['error']:.1g} of the largest"
+    return Group(table, Text(said))
+
+
 def methods_table(rows: Sequence[tuple[str, str, str, str]]) -> Table:
     """(name, role, needs, what it does) of every method."""
     table = _table()

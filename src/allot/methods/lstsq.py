@@ -1,0 +1,154 @@
+"""Least squares: layer after layer, what is kept of a weight is refitted until the layer answers as in the dense net.
+
+    min over W, b:  sum over samples | A(m W, b) - Y |^2      A the layer on the inputs that it has in the sparse net by
+                                                              now, m its mask, Y its outputs in the dense net
+
+Layers are taken in the order in which the model runs them, so that each makes up for what went before it. This is the
+reconstruction of He et al. (ICCV 2017, arXiv:1707.06168) for the consumers of removed channels, for any mask. Solved by
+conjugate gradients on the normal equations (CGLS), which need of a layer only A and its transpose: convolutions of any
+kind and attention are as good as matrices. Few iterations from the weights as they are regularise as a ridge would.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from allot.errors import check_number
+from allot.layers import Layer
+from allot.masks import call, masked
+from allot.observe import Apply, biases_of, watched_layers
+from allot.run import Candidate, Metrics, Problem
+from allot.store import State
+
+
+@dataclass(frozen=True)
+class LeastSquares:
+    """Refit what is kept of every layer to the dense net's outputs, front to back; no gradient crosses a layer.
+
+    Args:
+        batches: of calibration data that each layer is fitted to, 1 or more.
+        iterations: of conjugate gradients, 1 or more.
+    Raises:
+        UsageError: a value out of its range.
+    """
+
+    batches: int = 4
+    iterations: int = 20
+
+    role = "repair"
+    needs_data = True
+
+    def __post_init__(self) -> None:
+        check_number("batches", self.batches, 1, whole=True)
+        check_number("iterations", self.iterations, 1, whole=True)
+
+    def init(self, problem: Problem, candidate: Candidate) -> State:
+        """Nothing refitted; the order of layers is seen in the first step."""
+        return {"step": 0, "steps": 1 + len(problem.scope), "order": [], "tensors": {}}
+
+    def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
+        """First the order in which layers run; then one layer."""
+        if not state["step"]:
+            return self._ordered(problem, candidate, state)
+        name = state["order"][state["step"] - 1]
+        scope = replace(problem.scope, layers=(problem.scope[name],))
+        bias = biases_of(problem.model, scope).get(name)
+        now = replace(candidate, tensors={**candidate.tensors, **state["tensors"]})
+        targets: list[Tensor] = []
+        applied: list[Apply] = []
+        forward = 0
+        with torch.no_grad():
+            for k in range(min(self.batches, problem.inputs().batches)):
+                inputs, samples = problem.inputs().batch(k)
+                with watched_layers(problem.model, scope, lambda _, apply, output: targets.append(output.clone())):
+                    call(problem.model, {}, inputs)
+                with watched_layers(problem.model, scope, lambda _, apply, output: applied.append(apply)):
+                    call(problem.model, now.effective(problem), inputs)
+                forward += 2 * samples
+        mask = candidate.masks[name]
+        weight = now.effective(problem)[name]
+        value = None
+        if bias:
+            value = now.tensors.get(bias[0], problem.dense[bias[0]])[bias[1]]
+        # a tied weight may be used beside several biases, and a layer more often in one net than in the other
+        if len(targets) == len(applied) and not (bias and scope.layers[0].aliases):
+            weight, value = _fitted(applied, targets, weight, value, mask, self.iterations)
+            state["tensors"][name] = weight
+            if bias and value is not None:
+                whole = now.tensors.get(bias[0], problem.dense[bias[0]]).clone()
+                whole[bias[1]] = value
+                state["tensors"][bias[0]] = whole
+        state["step"] += 1
+        return {"forward": forward, "backward": 0}
+
+    def done(self, state: State) -> bool:
+        """After the last layer."""
+        return bool(state["step"] >= state["steps"])
+
+    def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
+        """The candidate with refitted weights and biases."""
+        return replace(candidate, tensors={**candidate.tensors, **state["tensors"]})
+
+    def _ordered(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
+        inputs, samples = problem.inputs().batch(0)
+        order: dict[str, None] = {}
+
+        def visit(layer: Layer, apply: Apply, output: Tensor) -> None:
+            order.setdefault(layer.name)
+
+        with torch.no_grad(), watched_layers(problem.model, problem.scope, visit):
+            call(problem.model, candidate.effective(problem), inputs)
+        state |= {"order": list(order), "step": 1, "steps": 1 + len(order)}
+        return {"forward": samples, "backward": 0}
+
+
+def _fitted(
+    applied: list[Apply], targets: list[Tensor], weight: Tensor, bias: Tensor | None, mask: Tensor, iterations: int
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias after CGLS from where they are: residual r, gradient s, direction d."""
+    own, dtype = weight.dtype, targets[0].dtype
+    W, b = weight.to(dtype), None if bias is None else bias.to(dtype)
+
+    def transposed(r: list[Tensor]) -> list[Tensor]:
+        """A^T r, at kept weights."""
+        w = torch.zeros_like(W, requires_grad=True)
+        leaves = [w] if b is None else [w, torch.zeros_like(b, requires_grad=True)]
+        with torch.enable_grad():
+            parts = [(apply(*_padded(leaves)) * part).sum() for apply, part in zip(applied, r, strict=True)]
+            product = torch.stack(parts).sum()
+            found = list(torch.autograd.grad(product, leaves))
+        return [masked(found[0], mask), *found[1:]]
+
+    def forward(leaves: list[Tensor]) -> list[Tensor]:
+        with torch.no_grad():
+            return [apply(*_padded(leaves)) for apply in applied]
+
+    x = [W] if b is None else [W, b]
+    r = [y - z for y, z in zip(targets, forward(x), strict=True)]
+    s = transposed(r)
+    d, size = s, _dot(s, s)
+    first = size
+    for _ in range(iterations):
+        if size <= 1e-12 * first or size == 0:
+            break
+        q = forward(d)
+        step = size / max(_dot(q, q), 1e-300)
+        x = [value + step * way for value, way in zip(x, d, strict=True)]
+        r = [value - step * way for value, way in zip(r, q, strict=True)]
+        s = transposed(r)
+        size, before = _dot(s, s), size
+        d = [new + size / before * way for new, way in zip(s, d, strict=True)]
+    if not all(bool(torch.isfinite(value).all()) for value in x):
+        return weight, bias
+    return x[0].to(own), None if bias is None else x[1].to(bias.dtype)
+
+
+def _padded(leaves: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    return leaves[0], leaves[1] if len(leaves) > 1 else None
+
+
+def _dot(one: list[Tensor], other: list[Tensor]) -> float:
+    return float(sum((a.double() * b.double()).sum() for a, b in zip(one, other, strict=True)))

@@ -1,0 +1,277 @@
+"""Models written for a runtime, re-opened there, compared with what they were made from, and timed side by side.
+
+program   a `torch.export` program (.pt2)            opened by torch.export.load
+onnx      ONNX (.onnx), any batch size               opened by ONNX Runtime; extra `onnx`
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import math
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from allot.errors import UsageError, VerificationError, unknown
+from allot.masks import as_arguments, modes
+from allot.realise.files import PLAIN, PLAN, SLIM, load
+from allot.realise.slim import load_slim
+from allot.store import replacing, write
+
+Run = Callable[[Any], list[Tensor]]
+ENDINGS = {"program": ".pt2", "onnx": ".onnx"}
+TOLERANCE = 1e-4  # of the largest output: runtimes add in another order
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A written model, opened again: what runs it, and the size of its file in bytes."""
+
+    run: Run
+    bytes: int
+
+
+def export(model: nn.Module, example: Any, path: str | Path, *, to: str | None = None) -> Opened:
+    """Write `model` to `path`, open it again, and check that it answers as `model` does.
+
+    Args:
+        example: a batch of inputs as tensors; the batch dimension, the first of each, is left open.
+        to: "program" or "onnx"; None: what the file's ending says, .pt2 or .onnx.
+    Raises:
+        UsageError: an unknown form, a missing extra, or a model that cannot be written so.
+        VerificationError: the file answers otherwise than the model.
+    """
+    path = Path(path)
+    to = {ending: form for form, ending in ENDINGS.items()}.get(path.suffix, path.suffix) if to is None else to
+    if to not in FORMS:
+        raise unknown("form of export", to, FORMS)
+    with modes(model, lambda module: False), torch.no_grad():
+        wanted = _flat(_apply(model, example))
+        with replacing(path) as temporary:
+            FORMS[to][0](model, example, temporary)
+        opened = open_export(path, to)
+        found = opened.run(example)
+    if not (error := _off(found, wanted)) <= TOLERANCE:
+        path.unlink()
+        raise VerificationError(f"{path} answers otherwise than the model: off by {error:.2g} of the largest.")
+    return opened
+
+
+def open_export(path: str | Path, to: str) -> Opened:
+    """What `export` wrote, opened again."""
+    path = Path(path)
+    return Opened(FORMS[to][1](path), path.stat().st_size)
+
+
+def timed(runs: Mapping[str, Callable[[], Any]], *, seconds: float = 2.0, least: int = 5) -> dict[str, float]:
+    """Median seconds of each, taken in turn, so that a busy machine slows all alike.
+
+    Args:
+        runs: name -> what is timed.
+        seconds: how long, in all; `least` rounds in any case.
+    """
+    for run in runs.values():
+        run()  # the first one allocates
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    started = time.perf_counter()
+    while len(next(iter(taken.values()))) < least or time.perf_counter() - started < seconds:
+        for name, run in runs.items():
+            before = time.perf_counter()
+            run()
+            taken[name].append(time.perf_counter() - before)
+    return {name: statistics.median(some) for name, some in taken.items()}
+
+
+def exported(dense: nn.Module, run: Path, example: Any, to: str, out: Path | None = None) -> dict[str, Any]:
+    """What a run's model is in one form, next to the dense model in the same form, both opened again and timed in turn.
+
+    Args:
+        dense: the model that the run pruned; its weights are those that it had then.
+        run: a finished run directory.
+        example: a batch of one input.
+        to: "slim", "program" or "onnx".
+        out: the file (of slim, a directory); None: beside the others in the run.
+    Returns:
+        `{form, file, bytes, dense_bytes, error, params, dense_params, milliseconds: {dense, sparse}, faster}`; `error`
+        is the largest difference of outputs from the run's masked model over their largest value.
+    Raises:
+        UsageError: an unknown form, or one that this model or installation does not allow.
+        VerificationError: what was written answers otherwise than the run's model.
+    """
+    if to not in ("slim", *FORMS):
+        raise unknown("form of export", to, ("slim", *FORMS))
+    masked = copy.deepcopy(dense)
+    held = dict(masked.named_parameters()) | dict(masked.named_buffers())
+    with torch.no_grad():
+        for name, value in load(run).items():
+            if name in held:
+                held[name].copy_(value)
+    has_slim = (run / SLIM).exists()
+    sparse = load_slim(dense, run) if has_slim or to == "slim" else masked.eval()
+    with modes(masked, lambda module: False), torch.no_grad():
+        wanted = _flat(_apply(masked, example))
+    if to == "slim":
+        folder = run if out is None else out
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            for name in (SLIM, PLAN):
+                write(out / name, (run / name).read_bytes())
+        file, before = folder / SLIM, (run / PLAIN).stat().st_size
+        opened = Opened(_plainly(load_slim(dense, file)), file.stat().st_size)
+        other = _plainly(dense.eval())
+    else:
+        file = out or run / f"model{ENDINGS[to]}"
+        opened = export(sparse, example, file, to=to)
+        with tempfile.TemporaryDirectory() as folder_name:
+            whole = export(dense, example, Path(folder_name) / "dense", to=to)
+        other, before = whole.run, whole.bytes
+    error = _off(opened.run(example), wanted)
+    if not error <= TOLERANCE:
+        raise VerificationError(f"{file} answers otherwise than the run's model: off by {error:.2g} of the largest.")
+    taken = timed({"dense": lambda: other(example), "sparse": lambda: opened.run(example)})
+    return {
+        "form": to,
+        "file": str(file),
+        "bytes": opened.bytes,
+        "dense_bytes": before,
+        "error": error,
+        "params": sum(p.numel() for p in sparse.parameters()),
+        "dense_params": sum(p.numel() for p in dense.parameters()),
+        "milliseconds": {name: 1000 * seconds for name, seconds in taken.items()},
+        "faster": taken["dense"] / taken["sparse"],
+    }
+
+
+def _plainly(model: nn.Module) -> Run:
+    def run(example: Any) -> list[Tensor]:
+        with torch.no_grad():
+            return _flat(_apply(model, example))
+
+    return run
+
+
+def _off(found: list[Tensor], wanted: list[Tensor]) -> float:
+    """Largest difference over the largest wanted value; infinite where shapes differ."""
+    if [a.shape for a in found] != [b.shape for b in wanted]:
+        return math.inf
+    scale = max((float(b.abs().max()) for b in wanted if b.numel()), default=1.0) or 1.0
+    return (
+        max((float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True) if a.numel()), default=0.0) / scale
+    )
+
+
+def _write_program(model: nn.Module, example: Any, path: Path) -> None:
+    args, kwargs = as_arguments(example)
+    with _quiet():
+        program = _captured(model, args, kwargs)
+        buffer = io.BytesIO()  # save looks at the ending of a path
+        torch.export.save(program, buffer)
+    path.write_bytes(buffer.getvalue())
+
+
+def _open_program(path: Path) -> Run:
+    with _quiet():
+        module = torch.export.load(io.BytesIO(path.read_bytes())).module()
+
+    def run(example: Any) -> list[Tensor]:
+        with torch.no_grad():
+            return _flat(_apply(module, example))
+
+    return run
+
+
+def _write_onnx(model: nn.Module, example: Any, path: Path) -> None:
+    _need("onnx", "onnxscript")
+    args, kwargs = as_arguments(example)
+    with _quiet():
+        program = torch.onnx.export(_captured(model, args, kwargs), dynamo=True, verbose=False, external_data=False)
+        assert program is not None
+        program.save(str(path), external_data=False)
+
+
+def _open_onnx(path: Path) -> Run:
+    _need("onnxruntime")
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    names = [each.name for each in session.get_inputs()]
+
+    def run(example: Any) -> list[Tensor]:
+        args, kwargs = as_arguments(example)
+        values = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+        fed = {name: value.detach().cpu().numpy() for name, value in zip(names, values, strict=True)}
+        return [torch.from_numpy(found) for found in session.run(None, fed)]
+
+    return run
+
+
+FORMS: dict[str, tuple[Callable[[nn.Module, Any, Path], None], Callable[[Path], Run]]] = {
+    "program": (_write_program, _open_program),
+    "onnx": (_write_onnx, _open_onnx),
+}
+
+
+def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.export.ExportedProgram:
+    """The program, for any batch size where the model allows that."""
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    many = [value.repeat(2, *[1] * (value.dim() - 1)) if len(value) < 2 else value for value in tensors]
+    wide = iter(many)
+    args = tuple(next(wide) if isinstance(value, Tensor) else value for value in args)
+    kwargs = {name: next(wide) if isinstance(value, Tensor) else value for name, value in kwargs.items()}
+    batch = torch.export.Dim("batch", min=1)
+    open_batch = [{0: batch} if isinstance(v, Tensor) else None for v in args]
+    shapes = (tuple(open_batch), {n: {0: batch} if isinstance(v, Tensor) else None for n, v in kwargs.items()})
+    try:
+        return torch.export.export(model, args, dict(kwargs), dynamic_shapes=shapes[0] if not kwargs else shapes[1])
+    except Exception as first:  # noqa: BLE001 - whatever it does not like about an open batch, it may like a fixed one
+        try:
+            return torch.export.export(model, args, dict(kwargs))
+        except Exception:  # noqa: BLE001 - and whatever it does not like at all is told in one line
+            said = (str(first).strip() or type(first).__name__).splitlines()[0]
+            raise UsageError(f"{type(model).__name__} cannot be captured by torch.export: {said}") from first
+
+
+def _apply(model: Callable[..., Any], example: Any) -> Any:
+    args, kwargs = as_arguments(example)
+    return model(*args, **kwargs)
+
+
+def _flat(output: Any) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output]
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
+    return [tensor for value in values for tensor in _flat(value)]
+
+
+def _need(*modules: str) -> None:
+    import importlib.util
+
+    if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
+        raise UsageError(f"{', '.join(missing)} is not installed: pip install 'allot[onnx]'.")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """While open, exporters keep what they would like to say to themselves."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    before = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, before, strict=True):
+                logger.setLevel(level)
