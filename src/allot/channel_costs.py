@@ -13,10 +13,13 @@ from allot.run import Problem
 class Costs:
     """F / B of every limit and its gradient by alpha, fast: all tensors of the model at once.
 
+    Args:
+        room: how many times every budget may be used.
+
     A tensor's size is w prod_d (f_d + R_d n), n = alpha C: w, f and R are the rows of three tables.
     """
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, *, room: float = 1.0) -> None:
         budget = problem.channels
         at = {group.name: k for k, group in enumerate(problem.scope.groups)}
         self.total = torch.tensor([group.total for group in problem.scope.groups], dtype=torch.float64)
@@ -32,7 +35,7 @@ class Costs:
                 self.fixed[i, d] = fixed
                 for name, each in groups:
                     self.places[i, d, at[name]] += each
-        self.weights: list[tuple[Tensor, float, int]] = []
+        self.weights: list[tuple[Tensor, float, float]] = []
         for limit in budget.limits:
             bytes_ = limit.kind == "bytes"
             price: list[float] = [
@@ -40,7 +43,7 @@ class Costs:
             ]
             counted = [float(bytes_ or e.counted) for e in extents]
             weight = still * torch.tensor(price, dtype=torch.float64) * torch.tensor(counted, dtype=torch.float64)
-            self.weights.append((weight, budget.header if bytes_ else 0, max(limit.ceiling, 1)))
+            self.weights.append((weight, budget.header if bytes_ else 0, room * max(limit.ceiling, 1)))
 
     def __call__(self, alpha: Tensor) -> list[tuple[float, Tensor]]:
         """(F / B, its gradient) of every limit."""

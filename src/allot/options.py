@@ -36,8 +36,17 @@ Allocate = Annotated[
         metavar="NAME|FILE", help="allocator, an allocation.json, or a RUN to take it from  [that of --method]"
     ),
 ]
-Pattern = Annotated[str | None, typer.Option(metavar="PATTERN", help="N:M like 2:4, or unstructured  [unstructured]")]
-Score = Annotated[str | None, typer.Option(metavar="NAME", help="magnitude, lamp, wanda or random  [magnitude]")]
+Pattern = Annotated[
+    str | None,
+    typer.Option(metavar="PATTERN", help="unstructured, N:M like 2:4, channels, or channels:8  [unstructured]"),
+]
+Score = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="magnitude, lamp, wanda or random; of channels magnitude, scale, taylor or random  [magnitude]",
+    ),
+]
 Repair = Annotated[
     str | None,
     typer.Option(metavar="NAMES", help="repairs in order, joined with commas; none for none  [those of --method]"),

@@ -27,7 +27,7 @@ admm is the paper's. rho grows in equal ratios from 0.5 to 50. At the end `count
 meet the budget exactly.
 
 Differences from the authors' code, which has no training loop:
-    - after training: weights stay as they are while alpha is learned; `allot.methods.dsa_scratch` trains both;
+    - after training: weights stay as they are while alpha is learned; `allot.scratch` trains both;
     - soft masks, no draws: in a hundred steps the noise of Bernoulli masks costs more than it explores (`sampled`);
     - ranks, not log |gamma|: the same steepness for every group, whatever its scales (`space=log`);
     - the root to 1e-11, batched over groups; there, scipy to 0.02 on the CPU, for one group after the other;
@@ -39,6 +39,7 @@ The paper reports ResNet-56 on CIFAR-10 allocated, trained and fine-tuned in 5 G
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -104,63 +105,77 @@ class Dsa:
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
         """Importances of all channels, and logits at the uniform allocation that meets the budget."""
-        budget = problem.channels
-        groups = problem.scope.groups
         evidence = Evidence(problem, candidate, {})
-        scores = {group.name: importance(problem, group, evidence) for group in groups}
-        start = budget.project({group.name: 1.0 for group in groups})
+        own = self.begin(problem, evidence) | {"training": self.training.reading(problem)}
+        return own | {"step": 0, "steps": self.training.steps, "asked": [evidence.forward, evidence.backward]}
+
+    def begin(self, problem: Problem, evidence: Evidence) -> State:
+        """The part of the state that `masks` and `learn` go by."""
+        start = problem.channels.project({group.name: 1.0 for group in problem.scope.groups})
         least, top = self._bounds(problem)
-        share = torch.tensor([start[group.name] for group in groups], dtype=torch.float64)
+        share = torch.tensor([start[group.name] for group in problem.scope.groups], dtype=torch.float64)
         a = _logit(((share - least) / (top - least).clamp_min(1e-9)).clamp(1e-3, 1 - 1e-3))
         return {
-            "step": 0,
-            "steps": self.training.steps,
-            "training": self.training.reading(problem),
-            "place": {name: _place(score, self.space) for name, score in scores.items()},
+            "place": self.places(problem, evidence),
             "a": a,
             "mean": torch.zeros_like(a),
             "square": torch.zeros_like(a),
-            "lambda": [0.0] * len(budget.limits),
+            "learned": 0,
+            "lambda": [0.0] * len(problem.channels.limits),
             "z": share.clone(),
             "u": torch.zeros_like(a),
             "moved": [],
-            "asked": [evidence.forward, evidence.backward],
         }
+
+    def places(self, problem: Problem, evidence: Evidence) -> dict[str, Tensor]:
+        """What tau is a threshold on, group by group."""
+        return {g.name: _place(importance(problem, g, evidence), self.space) for g in problem.scope.groups}
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         """One calibration batch: the gradient of every alpha, and a step of Adam on the logits."""
         t, T = state["step"], state["steps"]
-        groups = problem.scope.groups
-        costs = Costs(problem)
-        alpha, slope = self._densities(problem, costs, state["a"])
-        beta = self.steepness[0] * (self.steepness[1] / self.steepness[0]) ** (t / max(T - 1, 1))
-        rho = 0.5 * 100 ** (t / max(T - 1, 1))
-        table, there = padded([state["place"][group.name] for group in groups])
-        p, w = soft_masks(table, there, alpha, beta)
-        draws = torch.bernoulli(p.float()) if self.sampled else p
-        own = {g.name: draws[k, : g.total].float().requires_grad_() for k, g in enumerate(groups)}
+        drawn = self.masks(problem, state, t / max(T - 1, 1))
 
         def grad(loss: Tensor) -> tuple[float, tuple[Tensor | None, ...]]:
-            return float(loss.detach()), torch.autograd.grad(loss, list(own.values()), allow_unused=True)
+            return float(loss.detach()), torch.autograd.grad(loss, list(drawn.gates.values()), allow_unused=True)
 
         with torch.enable_grad():
-            tensors = gated(problem, candidate.effective(problem), own)
+            tensors = gated(problem, candidate.effective(problem), drawn.gates)
             (loss, found), forward = self.training.loss_of(problem, state["training"], tensors, grad)
-        dp = torch.zeros_like(p)
-        for k, (group, gradient) in enumerate(zip(groups, found, strict=True)):
-            if gradient is not None:
-                dp[k, : group.total] = gradient.double().cpu()
-        dalpha = there.sum(1) * (w * dp).sum(1)
-        spent = costs(alpha)
-        self._adam(state, self._total(state, alpha, slope, dalpha, spent, rho))
-        self._dual(problem, state, costs, rho)
+        spent = self.learn(problem, state, drawn, found)
+        if t % max(T // 50, 1) == 0 or t == T - 1:
+            state["moved"].append([t, drawn.alpha.tolist()])
         samples = len(problem.inputs().positions(t))
         state["training"]["step"] = state["step"] = t + 1
-        if t % max(T // 50, 1) == 0 or t == T - 1:
-            state["moved"].append([t, alpha.tolist()])
         asked, state["asked"] = state["asked"], [0, 0]
-        most = max(cost for cost, _ in spent)
-        return {"loss": loss, "forward": forward + asked[0], "backward": samples + asked[1], "spent": most}
+        return {"loss": loss, "forward": forward + asked[0], "backward": samples + asked[1], "spent": spent}
+
+    def masks(self, problem: Problem, state: State, progress: float, *, room: float = 1.0) -> Drawn:
+        """The masks of all groups as they are now.
+
+        Args:
+            progress: from 0 to 1: steepness and penalty grow with it.
+            room: how many times the budget may be used.
+        """
+        costs = Costs(problem, room=room)
+        alpha, slope = self._densities(problem, costs, state["a"])
+        beta = self.steepness[0] * (self.steepness[1] / self.steepness[0]) ** progress
+        table, there = padded([state["place"][group.name] for group in problem.scope.groups])
+        p, w = soft_masks(table, there, alpha, beta)
+        draws = torch.bernoulli(p.float()) if self.sampled else p
+        gates = {g.name: draws[k, : g.total].float().requires_grad_() for k, g in enumerate(problem.scope.groups)}
+        return Drawn(gates, alpha, slope, there.sum(1)[:, None] * w, costs, 0.5 * 100**progress)
+
+    def learn(self, problem: Problem, state: State, drawn: Drawn, gradients: Iterable[Tensor | None]) -> float:
+        """One step of Adam on the logits, by the gradients of the gates; what is spent of the budget, as a share."""
+        dp = torch.zeros_like(drawn.jacobian)
+        for k, (group, gradient) in enumerate(zip(problem.scope.groups, gradients, strict=True)):
+            if gradient is not None:
+                dp[k, : group.total] = gradient.double().cpu()
+        spent = drawn.costs(drawn.alpha)
+        self._adam(state, self._total(state, drawn.alpha, drawn.slope, (drawn.jacobian * dp).sum(1), spent, drawn.rho))
+        self._dual(problem, state, drawn.costs, drawn.rho)
+        return max(cost for cost, _ in spent)
 
     def done(self, state: State) -> bool:
         """After the last step."""
@@ -169,14 +184,19 @@ class Dsa:
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         """The candidate with whole numbers of channels; how densities moved goes to the report."""
         names = [group.name for group in problem.scope.groups]
-        alpha = state["z"] if self.hold == "admm" else self._densities(problem, Costs(problem), state["a"])[0]
-        kept = problem.budget.counts(dict(zip(names, alpha.tolist(), strict=True)))
+        kept = self.counts(problem, state)
         told = {"groups": names, "densities": state["moved"]}
         return replace(
             candidate,
             allocation=Allocation.of(kept, candidate.allocation.total),
             diagnostics={**candidate.diagnostics, "dsa": told},
         )
+
+    def counts(self, problem: Problem, state: State) -> dict[str, int]:
+        """Whole numbers of channels that meet the budget, nearest to the densities learned."""
+        alpha = state["z"] if self.hold == "admm" else self._densities(problem, Costs(problem), state["a"])[0]
+        names = [group.name for group in problem.scope.groups]
+        return problem.budget.counts(dict(zip(names, alpha.tolist(), strict=True)))
 
     def _bounds(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """Lower and upper bound of every alpha: of rules, one channel, and eps; of rules, and what a solver needs."""
@@ -221,15 +241,27 @@ class Dsa:
         if self.hold == "admm":
             alpha = self._densities(problem, costs, state["a"])[0]
             state["z"] = projected(costs, alpha + state["u"], *self._bounds(problem))
-            grown = 100 ** (1 / max(state["steps"] - 1, 1))  # the dual is scaled by rho
-            state["u"] = (state["u"] + alpha - state["z"]) / grown
+            grown = rho / state.get("rho", rho)  # the dual is scaled by rho
+            state |= {"u": state["u"] / grown + alpha - state["z"], "rho": rho}
 
     def _adam(self, state: State, gradient: Tensor) -> None:
-        t = state["step"] + 1
+        t = state["learned"] = state["learned"] + 1
         state["mean"].mul_(0.9).add_(0.1 * gradient)
         state["square"].mul_(0.99).add_(0.01 * gradient.square())
         mean, square = state["mean"] / (1 - 0.9**t), state["square"] / (1 - 0.99**t)
         state["a"] -= self.rate * mean / (square.sqrt() + 1e-12)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Masks of one step: gates by group, alpha, dalpha/da, dp/dalpha, what alpha costs, and the penalty rho."""
+
+    gates: dict[str, Tensor]
+    alpha: Tensor
+    slope: Tensor
+    jacobian: Tensor
+    costs: Costs
+    rho: float
 
 
 def soft_masks(
