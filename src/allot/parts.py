@@ -64,6 +64,11 @@ def assemble(
         pattern = recipe.pattern if "weights" in shares or recipe.pattern.startswith("channels") else "channels"
     structure = patterns.parse(pattern) if isinstance(pattern, str) else pattern
     shared = "channels" if isinstance(structure, patterns.Channels) else "weights"
+    if shared not in getattr(chosen, "shares", ("weights",)):
+        others = [
+            n for n, m in METHODS.items() if m.role == "allocate" and shared in getattr(m, "shares", ("weights",))
+        ]
+        raise UsageError(f"{_name(allocate)} cannot share out {shared} (pattern {structure}): {', '.join(others)} can.")
     scores: Mapping[str, Any] = CHANNEL_SCORES if shared == "channels" else SCORES
     score = recipe.score if score is None else score
     if isinstance(score, str) and score not in scores:
@@ -71,11 +76,6 @@ def assemble(
     found = tuple(
         _named(p, "repair", options, unused) if isinstance(p, str) else _fitting(p, "repair") for p in repairs
     )
-    if shared not in getattr(chosen, "shares", ("weights",)):
-        others = [
-            n for n, m in METHODS.items() if m.role == "allocate" and shared in getattr(m, "shares", ("weights",))
-        ]
-        raise UsageError(f"{_name(allocate)} cannot share out {shared} (pattern {structure}): {', '.join(others)} can.")
     if unused:
         used = [n for n in (allocate, *repairs) if isinstance(n, str)]
         raise unknown("options: no method of this run is called", next(iter(unused)), used)
