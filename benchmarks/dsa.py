@@ -31,10 +31,9 @@ from allot.zoo._catalogue import DATASETS, MODELS, normalise
 from allot.zoo._sources import SOURCES, draw
 from allot.zoo.nets import resnet20
 from benchmarks import dsa_pictures
-from benchmarks.runs import Found, cell, fill, measured
+from benchmarks.runs import SEEDS, Found, cell, counting, dense, fill, measured, table, values
 
 NETS = ("digits-resnet20", "glyph-resnet20", "glyph-mobilenetv2")
-SEEDS = (0, 1, 2)
 SHARES = (70, 50, 30)
 REPAIR = "lstsq,distill,bn"
 SAME = {"pattern": "channels", "score": "scale"}
@@ -88,13 +87,7 @@ def cells(only: str) -> Iterator[Cell]:
 def measure(net: str, share: int, repair: str, chain: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """One run: scores on test, what was kept, what it cost, in all and to allocate."""
     torch.set_num_threads(1)
-    pushed: dict[str, list[int]] = {}
-
-    def count(progress: allot.Progress) -> None:
-        some = pushed.setdefault(progress.stage, [0, 0])
-        for i, word in enumerate(("forward", "backward")):
-            some[i] += int(progress.metrics[word])
-
+    pushed, count = counting()
     started = time.monotonic()
     data = zoo.data(net, "calibration")
     budget = allot.Budget(macs=f"{share}%")
@@ -200,44 +193,20 @@ def page(found: Found) -> str:
         f"images). Every row is scored by |gamma| (`--score scale`) and repaired alike (`--repair {REPAIR}`):",
         "only the shares of the groups differ. Images are samples pushed forward / backward, in thousands.",
         "",
-        f"Dense: {', '.join(f'{net} {_dense(net)}' for net in NETS)}.",
+        f"Dense: {', '.join(f'{net} {dense(net)}' for net in NETS)}.",
         "",
     ]
     for share in SHARES:
         rows = {name: f"{share} {name}" for name in CHAINS}
-        if table := _table(found, rows):
-            lines += [f"## {share} % of the MACs", "", *table, "", *_costs(found, rows), "", *_gains(found, share), ""]
+        if scores := table(found, rows, NETS):
+            lines += [f"## {share} % of the MACs", "", *scores, "", *_costs(found, rows), "", *_gains(found, share), ""]
     lines += _repairs(found)
     names = {n: f"30 ablation {n}" if changed else "30 dsa" for n, changed in ABLATION.items()}
     names |= {f"score {s}": f"30 score {s}" for s in SCORES[1:]}
-    if len(table := _table(found, names, NETS[1:])) > 3:
-        lines += ["## Ablation", "", "30 % of the MACs, one thing changed at a time.", "", *table, ""]
+    if len(scores := table(found, names, NETS[1:])) > 3:
+        lines += ["## Ablation", "", "30 % of the MACs, one thing changed at a time.", "", *scores, ""]
         lines += [*_costs(found, names, NETS[1:]), ""]
     return "\n".join([*lines, *_scratch(found), *_speeds(found)])
-
-
-def _values(found: Found, net: str, name: str, what: str = "score", scale: float = 100) -> list[float]:
-    return [scale * found[key][what] for seed in SEEDS if (key := f"{net} {name} {seed}") in found]
-
-
-def _dense(net: str) -> str:
-    score = allot.evaluate(zoo.model(net), zoo.data(net, "test"))
-    return f"{100 * score.score:.1f} (nll {score.nll:.2f})"
-
-
-def _table(found: Found, rows: Mapping[str, str], nets: tuple[str, ...] = NETS) -> list[str]:
-    lines = []
-    for shown, name in rows.items():
-        scores = [_values(found, net, name) for net in nets]
-        if all(scores):
-            nll = [_values(found, net, name, "nll", 1) for net in nets]
-            cells = [f"{cell(a)} · {cell(b, digits=2)}" for a, b in zip(scores, nll, strict=True)]
-            mean = statistics.mean(statistics.mean(some) for some in scores)
-            few = min(map(len, scores))
-            seeds = "" if few == len(SEEDS) else f" ({few} of {len(SEEDS)} seeds)"
-            lines.append(f"| {shown}{seeds} | {' | '.join(cells)} | {mean:.1f} |")
-    heading = [f"| top-1 · nll | {' | '.join(nets)} | mean top-1 |", "|---|" + "--:|" * (len(nets) + 1)]
-    return heading + lines if lines else []
 
 
 def _costs(found: Found, rows: Mapping[str, str], nets: tuple[str, ...] = NETS) -> list[str]:
@@ -260,7 +229,7 @@ def _gains(found: Found, share: int) -> list[str]:
     for other in ("uniform", "global", "sensitivity"):
         parts = []
         for net in NETS:
-            ours, theirs = (_values(found, net, f"{share} {n}") for n in ("dsa", other))
+            ours, theirs = (values(found, net, f"{share} {n}") for n in ("dsa", other))
             parts.append([a - b for a, b in zip(ours, theirs, strict=False)])
         if all(parts):
             shown = ", ".join(f"{net} {cell(part, signed=True)}" for net, part in zip(NETS, parts, strict=True))
@@ -293,8 +262,8 @@ def _scratch(found: Found) -> list[str]:
     rows = []
     for share in SHARES:
         for net in NETS:
-            ours = _values(found, net, f"{share} scratch")
-            after = _values(found, net, f"{share} dsa")
+            ours = values(found, net, f"{share} scratch")
+            after = values(found, net, f"{share} dsa")
             if ours and after:
                 runs = [found[f"{net} {share} {name} 0"] for name in ("scratch", "dsa")]
                 spent = " | ".join(
@@ -335,7 +304,7 @@ def _speeds(found: Found) -> list[str]:
         "## Faster for real?",
         "",
         "Half of the MACs, uniform shares; dense and slim taken in turn in one process; median milliseconds a batch.",
-        "ONNX Runtime computes channels in blocks: a count that is no multiple of a block costs more than it saves.",
+        "ONNX Runtime computes channels in blocks: a count that is no multiple of one can cost more than it saves.",
         "",
         "| | MACs kept | ONNX Runtime, batch 1 | PyTorch, batch 1 | ONNX Runtime, batch 64 | PyTorch, batch 64 |",
         "|---|--:|--:|--:|--:|--:|",
@@ -363,7 +332,7 @@ def main() -> None:
         jobs = [(f"speed {name}", (name,)) for name in SPEED]
         found = measured(jobs, speed, options.cache, 1)  # alone on the machine, as far as that goes
     options.out.write_text(page(found))
-    fill(Path("docs/methods/dsa.md"), "30 %", _table(found, {name: f"30 {name}" for name in CHAINS}))
+    fill(Path("docs/methods/dsa.md"), "30 %", table(found, {name: f"30 {name}" for name in CHAINS}, NETS))
     dsa_pictures.draw(found, Path("docs/pictures"))
 
 

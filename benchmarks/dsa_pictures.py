@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from pathlib import Path
 
 import matplotlib as mpl
@@ -11,7 +10,7 @@ import torch
 from matplotlib.axes import Axes
 
 from allot.methods.dsa import soft_masks
-from benchmarks.fcpts_pictures import BLUE, GREY, INK, RED, STYLE, save
+from benchmarks.fcpts_pictures import BLUE, GREY, INK, RED, STYLE, curves, save
 from benchmarks.runs import Found
 
 NETS = ("digits-resnet20", "glyph-resnet20", "glyph-mobilenetv2")
@@ -57,19 +56,8 @@ def _masks(axes: Axes) -> None:
 
 
 def _scores(axes: Axes, net: str, found: Found) -> None:
-    for name, (colour, line, marker) in SHOWN.items():
-        points = []
-        for i, share in enumerate(SHARES):
-            scores = [100 * found[k]["score"] for s in range(3) if (k := f"{net} {share} {name} {s}") in found]
-            if scores:
-                points.append((i, statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0))
-        if points:
-            x, y, error = zip(*points, strict=True)
-            drawn = {"color": colour, "linestyle": line, "marker": marker, "markersize": 4, "linewidth": 1.3}
-            axes.errorbar(x, y, error, capsize=2, label=name, **drawn)
-    axes.set_xticks(range(len(SHARES)), [f"{share}" for share in SHARES])
+    curves(axes, found, net, [(str(share), str(share)) for share in SHARES], SHOWN)
     axes.set_xlabel("MACs left, %")
-    axes.set_title(net, fontsize=9)
 
 
 def _densities(axes: Axes, net: str, found: Found) -> None:

@@ -11,7 +11,8 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-Found = Mapping[str, Mapping[str, Any]]
+from benchmarks.runs import Found, values
+
 INK, GREY, BLUE, RED = "#1c2733", "#b6bfc9", "#1764ab", "#c4452f"
 STYLE = {
     "svg.hashsalt": "allot",  # the same ids, and so the same file, every time
@@ -96,6 +97,25 @@ def _ablation(axes: Axes, net: str, scores: Mapping[str, Sequence[float]]) -> No
     axes.set(title=net, xlabel="top-1 at 98 %, percent")
     axes.set_yticks(range(len(names)), names)
     axes.tick_params(axis="y", length=0)
+
+
+def curves(axes: Axes, found: Found, net: str, points: Sequence[tuple[str, str]], shown: Mapping[str, Any]) -> None:
+    """Test scores of a net, mean and standard deviation over seeds.
+
+    Args:
+        points: (label on the axis, what stands before a row's name in a run's key), from left to right.
+        shown: row -> (colour, line, marker).
+    """
+    for name, (colour, line, marker) in shown.items():
+        scores = [(i, values(found, net, f"{before} {name}")) for i, (_, before) in enumerate(points)]
+        if scores := [(i, some) for i, some in scores if some]:
+            x = [i for i, _ in scores]
+            y = [statistics.mean(some) for _, some in scores]
+            error = [statistics.stdev(some) if len(some) > 1 else 0.0 for _, some in scores]
+            drawn = {"color": colour, "linestyle": line, "marker": marker, "markersize": 4, "linewidth": 1.3}
+            axes.errorbar(x, y, error, capsize=2, label=name, **drawn)
+    axes.set_xticks(range(len(points)), [label for label, _ in points])
+    axes.set_title(net, fontsize=9)
 
 
 def save(figure: Any, path: Path) -> None:

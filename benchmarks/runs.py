@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import allot
+from allot import zoo
+from allot.run import Progress
 from allot.store import write
 
 Found = dict[str, dict[str, Any]]
+SEEDS = (0, 1, 2)
 
 
 def measured(
@@ -42,3 +46,42 @@ def fill(page: Path, mark: str, lines: Sequence[str]) -> None:
     before, found, rest = page.read_text().partition(f"<!-- {mark} -->\n")
     if found:
         page.write_text(before + found + "\n".join(lines) + "\n<!-- end -->" + rest.partition("<!-- end -->")[2])
+
+
+def values(found: Found, net: str, name: str, what: str = "score", scale: float = 100) -> list[float]:
+    """What was measured in the runs `NET NAME SEED`, one a seed."""
+    return [scale * found[key][what] for seed in SEEDS if (key := f"{net} {name} {seed}") in found]
+
+
+def dense(net: str) -> str:
+    """Top-1 and nll of a net of the zoo as it comes."""
+    score = allot.evaluate(zoo.model(net), zoo.data(net, "test"))
+    return f"{100 * score.score:.1f} (nll {score.nll:.2f})"
+
+
+def table(found: Found, rows: Mapping[str, str], nets: Sequence[str]) -> list[str]:
+    """Top-1 and nll of every net, the mean of top-1 over nets; rows that are measured on every net."""
+    lines = []
+    for shown, name in rows.items():
+        scores = [values(found, net, name) for net in nets]
+        if all(scores):
+            nll = [values(found, net, name, "nll", 1) for net in nets]
+            cells = [f"{cell(a)} · {cell(b, digits=2)}" for a, b in zip(scores, nll, strict=True)]
+            mean = statistics.mean(statistics.mean(some) for some in scores)
+            few = min(map(len, scores))
+            seeds = "" if few == len(SEEDS) else f" ({few} of {len(SEEDS)} seeds)"
+            lines.append(f"| {shown}{seeds} | {' | '.join(cells)} | {mean:.1f} |")
+    heading = [f"| top-1 · nll | {' | '.join(nets)} | mean top-1 |", "|---|" + "--:|" * (len(nets) + 1)]
+    return heading + lines if lines else []
+
+
+def counting() -> tuple[dict[str, list[int]], Callable[[Progress], None]]:
+    """(stage -> [samples forward, backward], an `on_step` that fills it)."""
+    pushed: dict[str, list[int]] = {}
+
+    def count(progress: Progress) -> None:
+        some = pushed.setdefault(progress.stage, [0, 0])
+        for i, word in enumerate(("forward", "backward")):
+            some[i] += int(progress.metrics[word])
+
+    return pushed, count

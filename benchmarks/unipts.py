@@ -32,10 +32,9 @@ from allot.schedule import Schedule
 from allot.training import Training
 from allot.trial import Trial
 from benchmarks import unipts_pictures
-from benchmarks.runs import Found, cell, fill, measured
+from benchmarks.runs import SEEDS, Found, cell, counting, dense, fill, measured, table, values
 
 NETS = ("digits-resnet20", "glyph-resnet20", "glyph-mobilenetv2", "glyph-vit")
-SEEDS = (0, 1, 2)
 POT = "weight-moments,layerwise,bn,bias"
 # rows of the main table, grouped by repair; the first of each group is its control
 CHAINS: dict[str, dict[str, Any]] = {
@@ -106,13 +105,7 @@ def cells(only: str) -> Iterator[Cell]:
 def measure(net: str, sparsity: float, chain: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """One run: scores on test, what was kept, what it cost, in all and to allocate."""
     torch.set_num_threads(1)
-    pushed: dict[str, list[int]] = {}
-
-    def count(progress: allot.Progress) -> None:
-        some = pushed.setdefault(progress.stage, [0, 0])
-        for i, word in enumerate(("forward", "backward")):
-            some[i] += int(progress.metrics[word])
-
+    pushed, count = counting()
     started = time.monotonic()
     data = zoo.data(net, "calibration")
     result = allot.prune(zoo.model(net), data, allot.Budget(sparsity=sparsity), seed=seed, on_step=count, **chain)
@@ -179,13 +172,13 @@ def page(found: Found) -> str:
         "pushed forward / backward through a whole net, in thousands, those of the search included; *layerwise* sends",
         "nothing backward through a whole net.",
         "",
-        f"Dense: {', '.join(f'{net} {_dense(net)}' for net in NETS)}.",
+        f"Dense: {', '.join(f'{net} {dense(net)}' for net in NETS)}.",
         "",
     ]
     for sparsity in (0.8, 0.9, 0.95, 0.98):
         rows = {name: f"{sparsity} {name}" for name in CHAINS}
-        if table := _table(found, rows):
-            lines += [f"## {100 * sparsity:.0f} % of the weights gone", "", *table, "", *_costs(found, rows), ""]
+        if scores := table(found, rows, NETS):
+            lines += [f"## {100 * sparsity:.0f} % of the weights gone", "", *scores, "", *_costs(found, rows), ""]
             lines += [*_gains(found, sparsity), ""]
     rows = {f"{s} {name}": f"{s} {name}" for s in (0.95, 0.98) for name in ("erk + unipts", "unipts", *SEARCHES)}
     if any(f"{net} {s} {name} 0" in found for net in NETS for s in (0.95, 0.98) for name in SEARCHES):
@@ -195,45 +188,20 @@ def page(found: Found) -> str:
             "The same repair after each. *Allocating*: images that the search costs.",
             "",
         ]
-        lines += [*_table(found, rows), "", *_costs(found, rows, allocating=True), ""]
+        lines += [*table(found, rows, NETS), "", *_costs(found, rows, allocating=True), ""]
     lines += _ranking(found)
     names = {n: f"0.95 ablation {n}" if changed else "0.95 unipts" for n, changed in ABLATION.items()}
     names |= {"search off (erk)": "0.95 erk + unipts"}
-    if table := _table(found, names, ABLATED):
+    if scores := table(found, names, ABLATED):
         lines += [
             "## Ablation",
             "",
             "95 %, one thing changed at a time; options as in `benchmarks/unipts.py`.",
             "",
-            *table,
+            *scores,
             "",
         ]
     return "\n".join(lines)
-
-
-def _values(found: Found, net: str, name: str, what: str = "score", scale: float = 100) -> list[float]:
-    return [scale * found[key][what] for seed in SEEDS if (key := f"{net} {name} {seed}") in found]
-
-
-def _dense(net: str) -> str:
-    score = allot.evaluate(zoo.model(net), zoo.data(net, "test"))
-    return f"{100 * score.score:.1f} (nll {score.nll:.2f})"
-
-
-def _table(found: Found, rows: Mapping[str, str], nets: tuple[str, ...] = NETS) -> list[str]:
-    """Top-1 and nll of every net, the mean of top-1 over nets; rows that are measured on every net."""
-    lines = []
-    for shown, name in rows.items():
-        scores = [_values(found, net, name) for net in nets]
-        if all(scores):
-            nll = [_values(found, net, name, "nll", 1) for net in nets]
-            cells = [f"{cell(a)} · {cell(b, digits=2)}" for a, b in zip(scores, nll, strict=True)]
-            mean = statistics.mean(statistics.mean(some) for some in scores)
-            few = min(map(len, scores))
-            seeds = "" if few == len(SEEDS) else f" ({few} of {len(SEEDS)} seeds)"
-            lines.append(f"| {shown}{seeds} | {' | '.join(cells)} | {mean:.1f} |")
-    heading = [f"| top-1 · nll | {' | '.join(nets)} | mean top-1 |", "|---|" + "--:|" * (len(nets) + 1)]
-    return heading + lines if lines else []
 
 
 def _costs(found: Found, rows: Mapping[str, str], *, allocating: bool = False) -> list[str]:
@@ -264,7 +232,7 @@ def _gains(found: Found, sparsity: float) -> list[str]:
     for name, control in (*pairs, ("pot", "uniform + pot")):
         parts = []
         for net in NETS:
-            ours, theirs = (_values(found, net, f"{sparsity} {n}") for n in (name, control))
+            ours, theirs = (values(found, net, f"{sparsity} {n}") for n in (name, control))
             parts.append([a - b for a, b in zip(ours, theirs, strict=False)])
         if all(parts):
             mean = statistics.mean(statistics.mean(part) for part in parts)
@@ -323,7 +291,7 @@ def main() -> None:
     for about in (Path("docs/methods/unipts.md"), Path("docs/methods/pot.md")):
         for sparsity in (0.95, 0.98):
             rows = {name: f"{sparsity} {name}" for name in CHAINS}
-            fill(about, f"{100 * sparsity:.0f} %", _table(found, rows))
+            fill(about, f"{100 * sparsity:.0f} %", table(found, rows, NETS))
     unipts_pictures.draw(found, Path("docs/pictures"))
 
 

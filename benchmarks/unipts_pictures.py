@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from pathlib import Path
 
 import matplotlib as mpl
@@ -11,7 +10,7 @@ import torch
 from matplotlib.axes import Axes
 
 from allot.synthetic import Fractals
-from benchmarks.fcpts_pictures import BLUE, GREY, INK, RED, STYLE, save
+from benchmarks.fcpts_pictures import BLUE, GREY, INK, RED, STYLE, curves, save
 from benchmarks.runs import Found
 
 NETS = ("digits-resnet20", "glyph-resnet20", "glyph-mobilenetv2", "glyph-vit")
@@ -51,29 +50,8 @@ def draw(found: Found, directory: Path) -> None:
 
 
 def _scores(axes: Axes, net: str, found: Found) -> None:
-    for name, (colour, line, marker) in SHOWN.items():
-        points = []
-        for i, sparsity in enumerate(SPARSITIES):
-            scores = [100 * found[k]["score"] for s in range(3) if (k := f"{net} {sparsity} {name} {s}") in found]
-            if scores:
-                points.append((i, statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0))
-        if points:
-            x, y, error = zip(*points, strict=True)
-            axes.errorbar(
-                x,
-                y,
-                error,
-                color=colour,
-                linestyle=line,
-                marker=marker,
-                markersize=4,
-                linewidth=1.3,
-                capsize=2,
-                label=name,
-            )
-    axes.set_xticks(range(len(SPARSITIES)), [f"{100 * sparsity:.0f}" for sparsity in SPARSITIES])
+    curves(axes, found, net, [(f"{100 * sparsity:.0f}", str(sparsity)) for sparsity in SPARSITIES], SHOWN)
     axes.set_xlabel("weights gone, %")
-    axes.set_title(net, fontsize=9)
     axes.set_ylim(0, 100)
 
 

@@ -14,15 +14,14 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from numbers import Real
 from typing import Any, TypeVar
 
 from allot.allocation import Allocation
 from allot.amounts import KINDS, Amount, sparsity_keeping, unit
-from allot.costs import PRICES, REAL_PRICES, Term, corners
+from allot.costs import PRICES, REAL_PRICES, Term, corners, shares
 from allot.errors import BudgetError, UsageError, unknown
 
 Number = TypeVar("Number", int, float)
@@ -298,28 +297,13 @@ class Budget:
 
     def _nearest(self, kept: Mapping[str, int], moved: str) -> str:
         """The budget, as `parse` reads it, with limits moved to what `kept` costs where they are out of reach."""
-        texts = []
-        for limit in self.limits:
-            cost = self.cost(limit.kind, kept)
-            if cost <= limit.ceiling and limit.kind != moved:
-                texts.append(f"{limit.kind}={limit.asked}")
-            elif limit.kind == "sparsity":
-                texts.append(f"sparsity={sparsity_keeping(cost, self.total)}")
-            else:
-                texts.append(f"{limit.kind}={cost}")
-        return ",".join(texts)
+        return nearest(
+            self.limits, {limit.kind: self.cost(limit.kind, kept) for limit in self.limits}, self.total, moved
+        )
 
     def _relaxed(self, wished: Mapping[str, float]) -> dict[str, float]:
         ceilings = [(limit.kind, limit.ceiling) for limit in self.limits]
-        names = {term.name for term in self.terms}
-        if wished.keys() != names:
-            raise UsageError(f"an allocation for other layers: {_difference(wished.keys(), names)}")
-        for name, value in wished.items():
-            if not (isinstance(value, Real) and value >= 0 and math.isfinite(value)):
-                raise UsageError(f"density of {name} is {value!r}: a finite number, 0 or more, is accepted.")
-        top = max(wished.values()) or 1.0
-        # never exactly 0: a layer wished away still takes what full layers cannot
-        share = {term.name: max(wished[term.name] / top, 1e-12) * term.total for term in self.terms}
+        share = shares(wished, self.terms, "layers")
         prices = sorted({kept / share[term.name] for term in self.terms for kept in corners(term)})
 
         def at(price: float) -> dict[str, float]:
@@ -343,6 +327,20 @@ class Budget:
             if after > ceiling
         ]
         return at(low + (high - low) * min(parts))
+
+
+def nearest(limits: Iterable[Limit], costs: Mapping[str, int], total: int, moved: str = "") -> str:
+    """A budget, as `Budget.parse` reads it, with the limits that costs break, and the one `moved`, brought to them."""
+    texts = []
+    for limit in limits:
+        cost = costs[limit.kind]
+        if cost <= limit.ceiling and limit.kind != moved:
+            texts.append(f"{limit.kind}={limit.asked}")
+        elif limit.kind == "sparsity":
+            texts.append(f"sparsity={sparsity_keeping(cost, total)}")
+        else:
+            texts.append(f"{limit.kind}={cost}")
+    return ",".join(texts)
 
 
 class _Ledger:
@@ -376,11 +374,3 @@ class _Ledger:
         most = (term.upper - kept) // term.step
         # one step first: most layers have no room left
         return 0 if not most or breaks(1) else bisect_left(range(most + 1), True, lo=1, key=breaks) - 1
-
-
-def _difference(given: Any, expected: Any) -> str:
-    surplus, missing = sorted(set(given) - set(expected)), sorted(set(expected) - set(given))
-    parts = [f"unknown {', '.join(surplus[:5])}"] if surplus else []
-    parts += [f"missing {', '.join(missing[:5])}"] if missing else []
-    more = max(len(surplus) - 5, 0) + max(len(missing) - 5, 0)
-    return "; ".join(parts) + (f" (and {more} more)" if more else "") + "."

@@ -14,16 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from numbers import Real
 from typing import Any
 
 from allot.allocation import Allocation
-from allot.amounts import sparsity_keeping
-from allot.budget import Budget, Limit
-from allot.costs import Term
-from allot.errors import BudgetError, UsageError
+from allot.budget import Budget, Limit, nearest
+from allot.costs import Term, shares
+from allot.errors import BudgetError
 
 Dimension = tuple[int, tuple[tuple[str, int], ...]]  # places of no group, (group, places a channel)
 
@@ -58,7 +56,7 @@ class ChannelBudget:
     """A budget tied to the channels of one model: the surface of a tied `Budget`, `kept` counting channels a group.
 
     Args:
-        asked: the budget tied to the weights of the model, which knows the limits.
+        weights: the budget tied to the weights of the model, which knows the limits.
         terms: one a group; `total` counts channels, and `step` those that come and go together.
         extents: every tensor of the model.
         header: bytes of a file beside its tensors.
@@ -66,11 +64,10 @@ class ChannelBudget:
         BudgetError: even the floors cost more than a limit.
     """
 
-    asked_of: Budget
+    weights: Budget
     terms: tuple[Term, ...]
     extents: tuple[Extent, ...]
     header: int = 0
-    factor: float = field(default=1.0, repr=False)
 
     def __post_init__(self) -> None:
         if not self.terms:
@@ -78,29 +75,30 @@ class ChannelBudget:
         least = {term.name: term.lower for term in self.terms}
         for limit in self.limits:
             if (cost := self.cost(limit.kind, least)) > limit.ceiling:
+                costs = {other.kind: self.cost(other.kind, least) for other in self.limits}
                 raise BudgetError(
                     f"{limit.kind}={limit.asked} allows {limit.ceiling:,}; the fewest channels that rules and model "
-                    f"allow need {cost:,}. Nearest that can be met: {self._nearest(least)}."
+                    f"allow need {cost:,}. Nearest that can be met: {nearest(self.limits, costs, self.total)}."
                 )
 
     @property
     def asked(self) -> dict[str, float | int | str]:
         """The limits as the user wrote them."""
-        return self.asked_of.asked
+        return self.weights.asked
 
     def to_json(self) -> dict[str, str]:
         """The limits as text, by kind."""
-        return self.asked_of.to_json()
+        return self.weights.to_json()
 
     @property
     def total(self) -> int:
         """Weights in scope."""
-        return self.asked_of.total
+        return self.weights.total
 
     @property
     def limits(self) -> tuple[Limit, ...]:
         """Every limit as a whole number of weights, MACs or bytes."""
-        return self.asked_of.limits
+        return self.weights.limits
 
     def sizes(self, kept: Mapping[str, int]) -> dict[str, int]:
         """Weights left in each layer in scope."""
@@ -122,8 +120,6 @@ class ChannelBudget:
     def fits(self, kept: Mapping[str, float]) -> bool:
         """Whether numbers of channels, whole or not, meet every limit."""
         return all(self.real_cost(limit.kind, kept) <= limit.ceiling for limit in self.limits)
-
-    fits_real = fits
 
     def height(self, kept: Mapping[str, float]) -> float:
         """Cost over limit, of the limit that is nearest to being broken, or broken most."""
@@ -186,41 +182,21 @@ class ChannelBudget:
 
     def rows(self, kept: Mapping[str, int]) -> list[dict[str, Any]]:
         """One row a limit, as `Budget.rows`."""
-        weights = self.asked_of.rows(self.sizes(kept))
-        for row in weights:
+        rows = self.weights.rows(self.sizes(kept))
+        for row in rows:
             if row["kind"] == "bytes":
                 row["achieved"] = self.cost("bytes", kept)
                 row["met"] = row["achieved"] <= row["limit"]
-        return weights
+        return rows
 
     def _relaxed(self, wished: Mapping[str, float]) -> dict[str, float]:
-        names = {term.name for term in self.terms}
-        if wished.keys() != names:
-            raise UsageError(f"an allocation for other groups of channels: {_difference(wished.keys(), names)}")
-        for name, value in wished.items():
-            if not (isinstance(value, Real) and value >= 0 and math.isfinite(value)):
-                raise UsageError(f"density of {name} is {value!r}: a finite number, 0 or more, is accepted.")
-        top = max(wished.values()) or 1.0
-        share = {term.name: max(wished[term.name] / top, 1e-12) * term.total for term in self.terms}
+        share = shares(wished, self.terms, "groups of channels")
 
         def at(price: float) -> dict[str, float]:
             return self.clip({name: price * x for name, x in share.items()})
 
         most = max(term.upper / share[term.name] for term in self.terms)
         return at(largest(lambda price: self.fits(at(price)), most))
-
-    def _nearest(self, least: Mapping[str, int]) -> str:
-        """The budget, as `Budget.parse` reads it, with limits moved where the fewest channels break them."""
-        texts = []
-        for limit in self.limits:
-            cost = self.cost(limit.kind, least)
-            if cost <= limit.ceiling:
-                texts.append(f"{limit.kind}={limit.asked}")
-            elif limit.kind == "sparsity":
-                texts.append(f"sparsity={sparsity_keeping(cost, self.total)}")
-            else:
-                texts.append(f"{limit.kind}={cost}")
-        return ",".join(texts)
 
 
 def channel_terms(named: Iterable[tuple[str, int, int, int]], step: int = 1) -> tuple[Term, ...]:
@@ -278,13 +254,6 @@ def _above(term: Term, kept: int) -> int | None:
     if more <= term.upper:
         return more
     return term.total if kept < term.total == term.upper else None
-
-
-def _difference(given: Any, expected: Any) -> str:
-    surplus, missing = sorted(set(given) - set(expected)), sorted(set(expected) - set(given))
-    parts = [f"unknown {', '.join(surplus[:5])}"] if surplus else []
-    parts += [f"missing {', '.join(missing[:5])}"] if missing else []
-    return "; ".join(parts) + "."
 
 
 def tied(budget: Budget, weights: Iterable[Term], *, full_bytes: int) -> Budget:

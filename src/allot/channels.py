@@ -163,6 +163,18 @@ def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in named}
 
 
+def copied(model: nn.Module) -> nn.Module:
+    """A copy of a model that shares nothing with it.
+
+    Raises:
+        UsageError: the model holds something that Python cannot copy.
+    """
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise UsageError(f"{type(model).__name__} cannot be copied: {error}") from error
+
+
 def slimmed(model: nn.Module, plan: ChannelPlan) -> nn.Module:
     """A copy of `model` that physically holds only what the plan keeps.
 
@@ -171,10 +183,7 @@ def slimmed(model: nn.Module, plan: ChannelPlan) -> nn.Module:
     Raises:
         UsageError: the model cannot be copied, or has other tensors than the plan.
     """
-    try:
-        slim = copy.deepcopy(model)
-    except Exception as error:
-        raise UsageError(f"{type(model).__name__} cannot be copied: {error}") from error
+    slim = copied(model)
     shapes = shapes_of(slim)
     for name, dims in plan.tensors.items():
         if name not in shapes:

@@ -259,8 +259,7 @@ def export_command(
     as_json: option.Json = False,
 ) -> None:
     """Write what a runtime reads, open it again, compare it with the run and time it beside the dense model."""
-    report_of(run)  # finished, or an error
-    wanted = recipe_of(run)
+    report, wanted = report_of(run), recipe_of(run)
     asked_shape = _resolved({"shape": shape}).input or wanted.input
     source = load_model(str(wanted.model), weights=wanted.weights, shape=asked_shape)
     data = data or wanted.data
@@ -269,7 +268,7 @@ def export_command(
         example = Calibration.of(load_data(data, source), samples=1, dtype=source.dtype).example()
     if example is None:
         raise UsageError("no input to run the model on: give --input or --data.")
-    row = exported(source.model, run, example, to, out)
+    row = exported(source.model, run, report, example, to, out)
     if as_json:
         _print_json(row)
     else:

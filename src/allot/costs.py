@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Real
 from typing import Any
 
-from allot.errors import BudgetError
+from allot.errors import BudgetError, UsageError
 
 
 @dataclass(frozen=True)
@@ -74,3 +76,31 @@ def corners(term: Term) -> tuple[float, ...]:
     """Where the cost of a layer stops being linear in what is kept: its bounds, and where dense is smaller."""
     dense_from = (term.dense_bytes - term.mask_bytes) / term.value_bytes if term.value_bytes else 0
     return term.lower, min(max(dense_from, term.lower), term.upper), term.upper
+
+
+def shares(wished: Mapping[str, float], terms: Iterable[Term], of: str) -> dict[str, float]:
+    """What is wished of each term, in its own units, the largest density as 1; never exactly 0.
+
+    A layer wished away still takes what full layers cannot.
+
+    Args:
+        of: what terms are called in an error.
+    Raises:
+        UsageError: a term is missing, unknown, negative or nan.
+    """
+    total = {term.name: term.total for term in terms}
+    if wished.keys() != total.keys():
+        raise UsageError(f"an allocation for other {of}: {_difference(wished.keys(), total.keys())}")
+    for name, value in wished.items():
+        if not (isinstance(value, Real) and value >= 0 and math.isfinite(value)):
+            raise UsageError(f"density of {name} is {value!r}: a finite number, 0 or more, is accepted.")
+    top = max(wished.values()) or 1.0
+    return {name: max(wished[name] / top, 1e-12) * n for name, n in total.items()}
+
+
+def _difference(given: Any, expected: Any) -> str:
+    surplus, missing = sorted(set(given) - set(expected)), sorted(set(expected) - set(given))
+    parts = [f"unknown {', '.join(surplus[:5])}"] if surplus else []
+    parts += [f"missing {', '.join(missing[:5])}"] if missing else []
+    more = max(len(surplus) - 5, 0) + max(len(missing) - 5, 0)
+    return "; ".join(parts) + (f" (and {more} more)" if more else "") + "."

@@ -15,7 +15,6 @@ half of every group's channels has to give what zeroing them gives. Groups that 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from allot.channels import Group, Member
+from allot.channels import Group, Member, copied
 from allot.errors import UsageError
 from allot.heads import heads_of
 from allot.masks import as_arguments, modes
@@ -42,10 +41,7 @@ def coupled(model: nn.Module, example: Any) -> tuple[tuple[Group, ...], dict[str
     Raises:
         UsageError: the model cannot be copied, or gives no gradients to follow.
     """
-    try:
-        probe = copy.deepcopy(model)
-    except Exception as error:
-        raise UsageError(f"{type(model).__name__} cannot be copied: {error}") from error
+    probe = copied(model)
     heads = list(heads_of(probe))
     taken = {(member.tensor, member.dim) for group in heads for member in group.members}
     modules = _as_they_run(probe, example)

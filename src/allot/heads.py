@@ -35,7 +35,7 @@ def heads_of(model: nn.Module) -> Iterator[Group]:
 _QKV = (("qkv",), ("q", "k", "v"), ("query", "key", "value"), ("q_proj", "k_proj", "v_proj"), ("to_q", "to_k", "to_v"))
 _OUT = ("proj", "out_proj", "o_proj", "dense", "out", "to_out.0", "..output.dense")
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads")
-_WIDTHS = ("attn_dim", "all_head_size", "inner_dim", "embed_dim", "dim")
+_WIDTHS = ("attn_dim", "all_head_size", "inner_dim")
 
 
 def _linear_heads(model: nn.Module, name: str, prefix: str, module: nn.Module) -> Iterator[Group]:
@@ -59,7 +59,7 @@ def _linear_heads(model: nn.Module, name: str, prefix: str, module: nn.Module) -
             members.append(Member(f"{prefix}{part}.bias", 0, False, places))
     members.append(Member(f"{out}.weight", 1, True, _rows(heads, each)))
     # a width that is said beside the number of heads shrinks with it
-    widths = {n: each for n in _WIDTHS[:3] if getattr(module, n, None) == width}
+    widths = {n: each for n in _WIDTHS if getattr(module, n, None) == width}
     yield Group(f"{prefix}heads", tuple(members), {name: {count: 1, **widths}}, layers=(name,))
 
 

@@ -86,6 +86,14 @@ class _Then(nn.Module):
         return output if self.then is None else self.then(output)
 
 
+def write_into(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give the parameters and buffers of these names these values, in place; other names are passed over."""
+    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    with torch.no_grad():
+        for name in own.keys() & tensors.keys():
+            own[name].copy_(tensors[name])
+
+
 class Mask(nn.Module):
     """A parametrization: weight -> weight with zeros where the persistent buffer `mask` is False."""
 

@@ -60,14 +60,13 @@ def assemble(
         repairs = () if repairs in ("", "none") else tuple(part.strip() for part in repairs.split(","))
     chosen = _allocator(allocate, options, unused)
     if pattern is None:
-        shares = getattr(chosen, "shares", ("weights",))
-        pattern = recipe.pattern if "weights" in shares or recipe.pattern.startswith("channels") else "channels"
+        pattern = (
+            recipe.pattern if "weights" in _shares(chosen) or recipe.pattern.startswith("channels") else "channels"
+        )
     structure = patterns.parse(pattern) if isinstance(pattern, str) else pattern
     shared = "channels" if isinstance(structure, patterns.Channels) else "weights"
-    if shared not in getattr(chosen, "shares", ("weights",)):
-        others = [
-            n for n, m in METHODS.items() if m.role == "allocate" and shared in getattr(m, "shares", ("weights",))
-        ]
+    if shared not in _shares(chosen):
+        others = [name for name, known in METHODS.items() if known.role == "allocate" and shared in _shares(known)]
         raise UsageError(f"{_name(allocate)} cannot share out {shared} (pattern {structure}): {', '.join(others)} can.")
     scores: Mapping[str, Any] = CHANNEL_SCORES if shared == "channels" else SCORES
     score = recipe.score if score is None else score
@@ -96,6 +95,13 @@ def assemble(
 
 
 _BOTH = ("weights", "channels")
+
+
+def _shares(method: Method) -> tuple[str, ...]:
+    """What an allocator can share out; one that does not say so is of single weights."""
+    return getattr(method, "shares", ("weights",))
+
+
 SETTABLE = ("starts", "among")  # fields of several allocators that a recipe can name
 Options = Mapping[str, Mapping[str, Any]]
 

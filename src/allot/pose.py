@@ -94,29 +94,24 @@ def _of_channels(
     said = files.about(model, scope, budget)
     weights = [Term(layer.name, layer.total, 0, layer.total, macs=layer.macs) for layer in scope]
     bound = tied(budget, weights, full_bytes=files.layout(state, said).plain)
-    held: dict[tuple[str, int], list[Group]] = {}
+    held: dict[tuple[str, int], list[tuple[Group, int]]] = {}  # which groups, with how many places a channel
     for group in groups:
         for member in group.members:
-            held.setdefault((member.tensor, member.dim), []).append(group)
+            held.setdefault((member.tensor, member.dim), []).append((group, len(member.places[0])))
+
+    def dimension(name: str, dim: int, size: int) -> Dimension:
+        own = held.get((name, dim), [])
+        return size - sum(places * group.total for group, places in own), tuple((g.name, places) for g, places in own)
+
     layers = {layer.name: layer for layer in scope}
     extents = []
     for name, value in state.items():
-        dims = [_dimension(name, dim, size, held.get((name, dim), ())) for dim, size in enumerate(value.shape)]
+        dims = tuple(dimension(name, dim, size) for dim, size in enumerate(value.shape))
         layer = layers.get(name)
         uses = Fraction(layer.macs or 0, layer.total) if layer else Fraction(0)
-        extents.append(Extent(name, 1, tuple(dims), uses, layer is not None, value.element_size()))
+        extents.append(Extent(name, 1, dims, uses, layer is not None, value.element_size()))
     terms = channel_terms(((g.name, g.total, g.min_kept, g.max_kept) for g in groups), step)
     return scope, ChannelBudget(bound, terms, tuple(extents), files.slim_header(state, said, groups))
-
-
-def _dimension(name: str, dim: int, size: int, groups: Sequence[Group]) -> Dimension:
-    each = [
-        (group.name, len(member.places[0]), group.total)
-        for group in groups
-        for member in group.members
-        if (member.tensor, member.dim) == (name, dim)
-    ]
-    return size - sum(places * total for _, places, total in each), tuple((group, places) for group, places, _ in each)
 
 
 def _ruled(

@@ -22,7 +22,7 @@ def proven(probe: nn.Module, example: Any, groups: Sequence[Group]) -> tuple[lis
         return [], []
     _randomise(probe)
     probe = probe.double()
-    double = _moved(example)
+    double = _doubled(example)
     try:
         whole = _answers(probe, double)
     except Exception:  # noqa: BLE001 - a model may insist on its own precision
@@ -117,12 +117,13 @@ def _randomise(model: nn.Module) -> None:
             tensor.copy_(random)
 
 
-def _moved(inputs: Any) -> Any:
+def _doubled(inputs: Any) -> Any:
+    """In float64; unlike `calibration.moved`, lists stay lists: one that is passed as it is, is one argument."""
     if isinstance(inputs, Tensor):
         return inputs.double() if inputs.is_floating_point() else inputs
     if isinstance(inputs, Mapping):
-        return {key: _moved(value) for key, value in inputs.items()}
-    return type(inputs)(map(_moved, inputs)) if isinstance(inputs, list | tuple) else inputs
+        return {key: _doubled(value) for key, value in inputs.items()}
+    return type(inputs)(map(_doubled, inputs)) if isinstance(inputs, list | tuple) else inputs
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:

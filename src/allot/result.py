@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from allot.allocation import Allocation
 from allot.channels import ChannelPlan, slimmed
 from allot.errors import AllotError, BudgetError, UsageError, VerificationError
+from allot.masks import write_into
 from allot.realise import certificate, files
 from allot.realise.dead import without_dead_channels
 from allot.report.data import report
@@ -87,10 +88,7 @@ class Result:
             raise UsageError(
                 f"{self.label} cannot be copied ({error}): load result.state_dict() into a model of your own."
             ) from error
-        own = dict(model.named_parameters()) | dict(model.named_buffers())
-        with torch.no_grad():
-            for name, value in self.candidate.effective(self.problem).items():
-                own[name].copy_(value)
+        write_into(model, self.candidate.effective(self.problem))
         return model
 
     def plan(self) -> ChannelPlan | None:

@@ -12,7 +12,6 @@ that are learned on what the weights have seen already; both splits train the we
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable
@@ -24,17 +23,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allot.budget import Budget
-from allot.channels import ChannelPlan, slimmed
+from allot.channels import ChannelPlan, copied, slimmed
 from allot.errors import UsageError, check_number, unknown
 from allot.gates import gated
 from allot.masks import as_arguments, call
 from allot.methods.dsa import Dsa
+from allot.methods.uniform import uniform
 from allot.patterns import Channels, parse
-from allot.patterns import select as highest
 from allot.pose import pose
-from allot.run import Candidate, Problem, Progress, repeatable
+from allot.run import Candidate, Problem, Progress, Rule, drive, repeatable
 from allot.scores import CHANNEL_SCORES
-from allot.selection import Evidence, importance
+from allot.selection import Evidence, Selection
 
 Batches = Callable[[str, int], tuple[Any, Tensor]]  # (split, k) -> inputs and labels of batch k
 
@@ -75,6 +74,16 @@ class Scratch:
             check_number(name, getattr(self, name), 0)
         if self.warm + self.together > 1:
             raise UsageError(f"warm={self.warm} and together={self.together} are more than all steps.")
+
+    @property
+    def begin(self) -> int:
+        """The first step in which densities are learned."""
+        return round(self.warm * self.steps)
+
+    @property
+    def stop(self) -> int:
+        """The first step of fine-tuning."""
+        return round((self.warm + self.together) * self.steps)
 
 
 @dataclass(frozen=True)
@@ -121,7 +130,7 @@ def train(
     if score not in CHANNEL_SCORES:
         raise unknown("score", score, CHANNEL_SCORES)
     started = time.monotonic()
-    net = copy.deepcopy(model).train()
+    net = copied(model).train()
     budget = Budget.parse(budget) if isinstance(budget, str) else budget
     structure = parse(pattern) if isinstance(pattern, str) else pattern
     inputs, labels = batches("weights", 0)
@@ -134,38 +143,13 @@ def train(
             metrics: dict[str, float | int] = {"loss": loss, "forward": samples, "backward": samples}
             on_step(Progress(split, step + 1, recipe.steps, metrics))
 
-    warm, stop = round(recipe.warm * recipe.steps), round((recipe.warm + recipe.together) * recipe.steps)
-    optimizer = _sgd(net, recipe)
-    whole = problem.channels.height({group.name: group.total for group in problem.scope.groups})
-    state: dict[str, Any] = {}
-    for t in range(stop):
-        with repeatable(net, seed, "scratch", t):
-            gates = {}
-            if t >= warm:
-                progress = (t - warm) / max(stop - warm - 1, 1)
-                room = max(1.0, 1 + (whole - 1) * (1 - progress / 0.6)) if progress < 0.6 else 1.0
-                if not state:
-                    state = recipe.dsa.begin(problem, _evidence(problem))
-                elif t % recipe.refresh == 0:
-                    state["place"] = recipe.dsa.places(problem, _evidence(problem))
-                if (t - warm) % recipe.every == 0:
-                    k = (t - warm) // recipe.every
-                    tell(t, "densities", *_densities(problem, recipe, state, batches("densities", k), progress, room))
-                gates = {n: g.detach() for n, g in recipe.dsa.masks(problem, state, progress, room=room).gates.items()}
-                if (t - warm) % max((stop - warm) // 50, 1) == 0:
-                    alpha = recipe.dsa.masks(problem, state, progress, room=room).alpha
-                    state["moved"].append([t, alpha.tolist()])
-            tell(t, "weights", *_weights(problem, recipe, gates, batches("weights", t), optimizer, t))
-    kept = recipe.dsa.counts(problem, state) if state else problem.budget.counts(_even(problem))
-    evidence = _evidence(problem)
-    channels = {
-        group.name: highest(importance(problem, group, evidence), kept[group.name]).nonzero().flatten().tolist()
-        for group in problem.scope.groups
-    }
-    plan = ChannelPlan.of(net, problem.scope.groups, channels)
+    state = _together(problem, recipe, batches, seed, tell)
+    whole = Candidate.dense(problem)
+    allocated = recipe.dsa.finish(problem, whole, state) if state else drive(Rule(uniform), problem, whole)
+    plan = ChannelPlan.of(net, problem.scope.groups, drive(Selection(), problem, allocated).channels)
     slim = slimmed(net, plan)
     optimizer = _sgd(slim, recipe)
-    for t in range(stop, recipe.steps):
+    for t in range(recipe.stop, recipe.steps):
         with repeatable(slim, seed, "scratch", t):
             inputs, labels = batches("all", t)
             args, kwargs = as_arguments(inputs)
@@ -174,8 +158,10 @@ def train(
             loss.backward()
             _stepped(optimizer, recipe, t)
             tell(t, "all", float(loss.detach()), len(labels))
-    full = {group.name: group.total for group in problem.scope.groups}
-    macs = {"dense": problem.budget.cost("macs", full), "slim": problem.budget.cost("macs", kept)}
+    macs = {
+        "dense": problem.budget.cost("macs", whole.allocation.kept),
+        "slim": problem.budget.cost("macs", allocated.allocation.kept),
+    }
     return Trained(slim.eval(), plan, macs, images, time.monotonic() - started, state.get("moved", []))
 
 
@@ -207,6 +193,35 @@ def split(data: Any, *, batch_size: int = 64, held_out: float = 0.1, seed: int =
         return inputs, labels
 
     return batch
+
+
+def _together(
+    problem: Problem, recipe: Scratch, batches: Batches, seed: int, tell: Callable[[int, str, float, int], None]
+) -> dict[str, Any]:
+    """The first two phases, the net trained in place; the state of the densities, empty where none were learned."""
+    net, optimizer = problem.model, _sgd(problem.model, recipe)
+    height = problem.channels.height(Candidate.dense(problem).allocation.kept)
+    state: dict[str, Any] = {}
+    length = recipe.stop - recipe.begin
+    for t in range(recipe.stop):
+        with repeatable(net, seed, "scratch", t):
+            gates = {}
+            if (done := t - recipe.begin) >= 0:
+                progress = done / max(length - 1, 1)
+                room = max(1.0, 1 + (height - 1) * (1 - progress / 0.6)) if progress < 0.6 else 1.0
+                if not state:
+                    state = recipe.dsa.begin(problem, _evidence(problem))
+                elif t % recipe.refresh == 0:
+                    state["place"] = recipe.dsa.places(problem, _evidence(problem))
+                if done % recipe.every == 0:
+                    batch = batches("densities", done // recipe.every)
+                    tell(t, "densities", *_densities(problem, recipe, state, batch, progress, room))
+                drawn = recipe.dsa.masks(problem, state, progress, room=room)
+                gates = {name: gate.detach() for name, gate in drawn.gates.items()}
+                if done % max(length // 50, 1) == 0:
+                    state["moved"].append([t, drawn.alpha.tolist()])
+            tell(t, "weights", *_weights(problem, recipe, gates, batches("weights", t), optimizer, t))
+    return state
 
 
 def _densities(
@@ -277,10 +292,6 @@ def _stepped(optimizer: torch.optim.Optimizer, recipe: Scratch, t: int) -> None:
 
 def _evidence(problem: Problem) -> Evidence:
     return Evidence(problem, Candidate.dense(problem), {})
-
-
-def _even(problem: Problem) -> dict[str, float]:
-    return {group.name: 1.0 for group in problem.scope.groups}
 
 
 def _every(module: nn.Module) -> bool:

@@ -103,10 +103,11 @@ class Evidence:
     """Answers scores; runs the calibration inputs through the candidate's net once, when first asked.
 
     Args:
-        squares: layer name -> sum of squared inputs, filled here: part of a method's state.
+        squares: "inputs": layer name -> sum of squared inputs, "gates": group -> of squared gradients; filled here:
+            part of a method's state.
     """
 
-    def __init__(self, problem: Problem, candidate: Candidate, squares: dict[str, Tensor]) -> None:
+    def __init__(self, problem: Problem, candidate: Candidate, squares: dict[str, dict[str, Tensor]]) -> None:
         self.problem, self.candidate, self.squares = problem, candidate, squares
         self.seed = problem.seed
         self.forward = self.backward = 0
@@ -124,12 +125,11 @@ class Evidence:
 
         See `allot.gates.fisher`.
         """
-        if not any(key.startswith("gate ") for key in self.squares):
-            found, forward, backward = fisher(self.problem, self.candidate)
-            self.squares.update({f"gate {name}": value for name, value in found.items()})
+        if "gates" not in self.squares:
+            self.squares["gates"], forward, backward = fisher(self.problem, self.candidate)
             self.forward += forward
             self.backward += backward
-        return self.squares[f"gate {group.name}"]
+        return self.squares["gates"][group.name]
 
     def input_norm(self, layer: Layer) -> Tensor:
         """Root of the summed squares of the inputs of each weight; shape of the weight.
@@ -137,23 +137,25 @@ class Evidence:
         Raises:
             UsageError: the layer is never reached.
         """
-        if all(key.startswith("gate ") for key in self.squares):
-            self._collect()
-        if layer.name not in self.squares:
+        if "inputs" not in self.squares:
+            self.squares["inputs"] = self._collected()
+        if layer.name not in self.squares["inputs"]:
             raise UsageError(
                 f"{layer.name} is never reached by the calibration inputs, so it has no input norms. Exclude it, or "
                 "use the score 'magnitude'."
             )
-        return self.squares[layer.name].sqrt()
+        return self.squares["inputs"][layer.name].sqrt()
 
-    def _collect(self) -> None:
+    def _collected(self) -> dict[str, Tensor]:
         problem, calibration = self.problem, self.problem.inputs()
+        found: dict[str, Tensor] = {}
 
         def visit(layer: Layer, squares: Tensor) -> None:
-            self.squares[layer.name] = self.squares.get(layer.name, 0) + squares.double()
+            found[layer.name] = found.get(layer.name, 0) + squares.double()
 
         with watched_inputs(problem.model, problem.scope, visit), torch.no_grad():
             for k in range(calibration.batches):
                 inputs, samples = calibration.batch(k)
                 call(problem.model, self.candidate.effective(problem), inputs)
                 self.forward += samples
+        return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -222,6 +222,15 @@ def run(name: str, problem: Problem, *, log: Log | None = None) -> Candidate:
     """The candidate after the method, weights selected."""
     candidate = drive(METHODS[name], problem, before(name, problem), log=log)
     return candidate if candidate.masks else drive(Selection(), problem, candidate)
+
+
+def nothing_more_fits(problem: Problem, kept: Mapping[str, int]) -> None:
+    """Every limit and bound holds, and one more weight, or channel, would break a limit."""
+    bound = problem.budget
+    assert bound.meets(kept) and all(row["met"] for row in bound.rows(kept))
+    for term in bound.terms:
+        assert term.lower <= kept[term.name] <= term.upper
+        assert kept[term.name] == term.upper or not bound.fits({**kept, term.name: kept[term.name] + 1})
 
 
 def without_data(problem: Problem) -> Problem:

@@ -17,7 +17,7 @@ from allot.run import Candidate, Problem, Progress, drive
 from allot.selection import Evidence, channel_masks, importance
 from allot.store import Log
 from allot.training import Training, _is_norm
-from contract.cases import ON_CHANNELS, problem_of
+from contract.cases import ON_CHANNELS, nothing_more_fits, problem_of
 
 SEVERAL = "macs=60%,params=45%,bytes=80%"
 CHANNEL_CASES = ["with batch norm", "without batch norm", "linear chain"]
@@ -44,14 +44,6 @@ def best_of(scores: dict[str, Tensor], kept: dict[str, int]) -> dict[str, tuple[
         name: tuple(sorted(sorted(range(len(score)), key=lambda i: (-float(score[i]), i))[: kept[name]]))
         for name, score in scores.items()
     }
-
-
-def nothing_more_fits(problem: Problem, kept: dict[str, int]) -> None:
-    bound = problem.channels
-    assert bound.meets(kept)
-    for term in bound.terms:
-        assert term.lower <= kept[term.name] <= term.upper
-        assert kept[term.name] == term.upper or not bound.fits(kept | {term.name: kept[term.name] + 1})
 
 
 # sensitivity

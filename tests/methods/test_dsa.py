@@ -26,7 +26,7 @@ from allot.run import Candidate, Problem, Progress, drive
 from allot.scores import CHANNEL_SCORES
 from allot.store import Log, Store
 from allot.training import Training
-from contract.cases import ON_CHANNELS, Case, problem_of
+from contract.cases import ON_CHANNELS, Case, nothing_more_fits, problem_of
 
 SIZES = [1, 2, 7, 40, 13, 3]
 SEVERAL = "macs=60%,params=45%,bytes=80%"
@@ -56,14 +56,6 @@ def costs_of(problem: Problem, alpha: Tensor) -> list[tuple[float, Tensor]]:
 
 def densities(method: Dsa, problem: Problem, a: Tensor) -> tuple[Tensor, Tensor]:
     return method._densities(problem, Costs(problem), a)
-
-
-def nothing_more_fits(problem: Problem, kept: dict[str, int]) -> None:
-    bound = problem.channels
-    assert bound.meets(kept)
-    for term in bound.terms:
-        assert term.lower <= kept[term.name] <= term.upper
-        assert kept[term.name] == term.upper or not bound.fits(kept | {term.name: kept[term.name] + 1})
 
 
 # soft masks

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from allot.prune import prune
 from allot.realise.certificate import verify
 from allot.realise.files import BITMASK, PLAIN
 from contract.cases import CASES
+from realise.damage import DAMAGES, any_flipped_bit_fails, damage, passed
 
 BUDGETS = {"sparsity": "sparsity=0.7", "macs": "macs=40%", "bytes": "bytes=75%", "params": "params=33%"}
 
@@ -40,13 +40,6 @@ def run(tmp_path: Path, runs: dict[str, Path]) -> Path:
     return Path(shutil.copytree(runs["sparsity"], tmp_path / "run"))
 
 
-def passed(path: Path) -> bool:
-    found = verify(path)
-    assert found["passed"] == all(row["passed"] for row in found["rows"])
-    assert all(set(row) == {"file", "check", "promised", "found", "passed"} for row in found["rows"])
-    return bool(found["passed"])
-
-
 @pytest.mark.parametrize("kind", BUDGETS)
 def test_what_a_run_wrote_passes_as_a_whole_and_file_by_file(runs: dict[str, Path], kind: str):
     assert passed(runs[kind]) and passed(runs[kind] / PLAIN) and passed(runs[kind] / BITMASK)
@@ -56,27 +49,13 @@ def test_what_a_run_wrote_passes_as_a_whole_and_file_by_file(runs: dict[str, Pat
 
 @pytest.mark.parametrize("name", [PLAIN, BITMASK])
 def test_any_flipped_bit_of_a_model_file_fails(run: Path, name: str):
-    whole = (run / name).read_bytes()
-    generator = random.Random(1)
-    for _ in range(40):
-        damaged = bytearray(whole)
-        damaged[generator.randrange(len(whole))] ^= 1 << generator.randrange(8)
-        (run / name).write_bytes(damaged)
-        assert not passed(run)
-    (run / name).write_bytes(whole)
-    assert passed(run)
+    any_flipped_bit_fails(run, name, 40)
 
 
 @pytest.mark.parametrize("name", [PLAIN, BITMASK, "certificate.json", "allocation.json"])
-@pytest.mark.parametrize("damage", ["removed", "empty", "half", "longer", "nonsense"])
-def test_any_damaged_file_fails(run: Path, name: str, damage: str):
-    path = run / name
-    whole = path.read_bytes()
-    if damage == "removed":
-        path.unlink()
-    else:
-        content = {"empty": b"", "half": whole[: len(whole) // 2], "longer": whole + b"x", "nonsense": b"[1, 2]"}
-        path.write_bytes(content[damage])
+@pytest.mark.parametrize("how", DAMAGES)
+def test_any_damaged_file_fails(run: Path, name: str, how: str):
+    damage(run / name, how)
     assert not passed(run)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 
 import allot
 from allot.errors import UsageError, VerificationError
+from allot.prune import prune
 from allot.realise import export as exporting
-from allot.realise.export import export, open_export, timed
+from allot.realise.export import export, exported, open_export, timed
 from contract.cases import CASES
 
 BUDGETS = {"with batch norm": "macs=40%", "attention": "params=60%"}
@@ -217,3 +219,25 @@ def test_the_median_is_told_and_not_the_slow_first_call(monkeypatch: pytest.Monk
 
     found = timed({name: lambda name=name: take(name) for name in durations}, seconds=0, least=5)
     assert found == {"slow": 2, "fast": 1}
+
+
+def test_a_program_holds_nothing_that_was_pickled(tmp_path: Path):
+    path = tmp_path / "model.pt2"
+    export(nn.Linear(3, 2).eval(), torch.ones(2, 3), path)
+    with zipfile.ZipFile(path) as archive:
+        assert archive.namelist()
+        assert [name for name in archive.namelist() if archive.read(name)[:2] in (b"PK", b"\x80\x02")] == []
+
+
+@pytest.mark.parametrize("case", ["with batch norm", "attention"])
+def test_the_macs_of_a_slim_file_are_counted_again_and_held_to_the_report(tmp_path: Path, case: str):
+    made = CASES[case]
+    result = prune(
+        made.make(), made.inputs(), "macs=60%", allocate="uniform", pattern="channels", repair="none", save_to=tmp_path
+    )
+    report = result.report()
+    row = exported(made.make(), tmp_path, report, made.inputs(1), "slim")
+    assert (row["macs"], row["dense_macs"]) == (report["macs"]["sparse"], report["macs"]["dense"])
+    other = {**report, "macs": {**report["macs"], "sparse": report["macs"]["sparse"] + 1}}
+    with pytest.raises(VerificationError, match="MACs; the run promised"):
+        exported(made.make(), tmp_path, other, made.inputs(1), "slim")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import random
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from allot.realise.files import BITMASK, PLAIN, PLAN, SLIM, load, read
 from allot.realise.slim import load_slim
 from allot.result import Result
 from contract.cases import CASES, Attention, Convolutions
+from realise.damage import DAMAGES, any_flipped_bit_fails, damage, passed
 
 FILES = (SLIM, PLAIN, PLAN)
 
@@ -88,12 +88,6 @@ def copied(result: Result, tmp_path: Path) -> Path:
 
 def bits_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def passed(path: Path) -> bool:
-    found = verify(path)
-    assert found["passed"] == all(row["passed"] for row in found["rows"])
-    return bool(found["passed"])
 
 
 # opened again
@@ -271,26 +265,13 @@ def test_a_channel_run_and_each_of_its_files_pass(results: dict[str, Result], ki
 
 @pytest.mark.parametrize("name", FILES)
 def test_any_flipped_bit_fails(run: Path, name: str):
-    whole = (run / name).read_bytes()
-    generator = random.Random(1)
-    for _ in range(25):
-        damaged = bytearray(whole)
-        damaged[generator.randrange(len(whole))] ^= 1 << generator.randrange(8)
-        (run / name).write_bytes(damaged)
-        assert not passed(run)
-    (run / name).write_bytes(whole)
-    assert passed(run)
+    any_flipped_bit_fails(run, name, 25)
 
 
 @pytest.mark.parametrize("name", [*FILES, "allocation.json", "certificate.json"])
-@pytest.mark.parametrize("damage", ["removed", "empty", "half", "longer"])
-def test_any_damaged_file_fails(run: Path, name: str, damage: str):
-    path = run / name
-    whole = path.read_bytes()
-    if damage == "removed":
-        path.unlink()
-    else:
-        path.write_bytes({"empty": b"", "half": whole[: len(whole) // 2], "longer": whole + b"x"}[damage])
+@pytest.mark.parametrize("how", DAMAGES)
+def test_any_damaged_file_fails(run: Path, name: str, how: str):
+    damage(run / name, how)
     assert not passed(run)
 
 

@@ -1,7 +1,7 @@
 """DSA: differentiable allocation of channels under a budget (Ning et al., ECCV 2020, arXiv:2004.02164), after training.
 
     C, n      channels a group of coupled channels has, channels it keeps
-    alpha     keep density of a group, the only thing that is learned: alpha = eps + (1 - eps) sigma(a)
+    alpha     keep density of a group, the only thing that is learned: alpha = eps + (top - eps) sigma(a), top at most 1
     x_i       importance of channel i: its rank among the C as (rank + 1/2) / C 4 - 2, or log b_i (`space`)
     p_i, tau  soft mask of channel i, threshold of the group;  beta  steepness, from beta_1 to beta_2 in equal ratios
     F, B      cost of an allocation, budget;  h = F / B - 1;  rho, lambda  penalty, multiplier
@@ -18,7 +18,7 @@ w is computed as a softmax of ln s, which underflows where beta is large. p gate
 (`allot.gates`); L is the KL of the gated net, batch norms normalising by the batch, to the dense one. Three ways to
 hold the budget, `hold`:
 
-    implicit     alpha = eps + (1 - eps) sigma(a - mu), mu such that F(alpha) = B: the same trick once more, exact in
+    implicit     alpha = eps + (top - eps) sigma(a - mu), mu such that F(alpha) = B: the same trick once more, exact in
                  every step. dL/da_k = s_k (L_k - F_k sum_j s_j L_j / sum_j s_j F_j),  s_k = dalpha_k / da_k
     lagrangian   L + (max(0, lambda + rho h)^2 - lambda^2) / (2 rho),  lambda <- max(0, lambda + rho h / 5)
     admm         L + rho/2 |alpha - Z + U|^2,  Z the projection of alpha + U on F <= B,  U <- U + alpha - Z

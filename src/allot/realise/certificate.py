@@ -80,14 +80,13 @@ def _rows(directory: Path, promised: Mapping[str, Any]) -> list[Row]:
         rows.append(_row(name, "bytes on disk", expected["bytes"], found["bytes"]))
         rows.append(_row(name, "sha256", expected["sha256"], found["sha256"]))
         if name != PLAN:
-            more, states[name] = _file_rows(path, promised["kept"])
+            more, states[name], aliases = _file_rows(path, promised["kept"])
             rows += more
     if all(row["passed"] for row in rows):
         other = SLIM if SLIM in states else BITMASK
         plain = states[PLAIN]
         if other == SLIM:
             plan = ChannelPlan.from_json(json.loads((directory / PLAN).read_text()))
-            aliases = read(directory / PLAIN)[1].get("aliases", {})
             plain = {name: plan.cut(aliases.get(name, name), value) for name, value in plain.items()}
         rows.append(_row(other, f"same tensors as {PLAIN}", "yes", "yes" if _equal(plain, states[other]) else "no"))
         allocation = json.loads((directory / "allocation.json").read_text())["layers"]
@@ -98,19 +97,19 @@ def _rows(directory: Path, promised: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
-def _file_rows(path: Path, kept: Mapping[str, int] | None) -> tuple[list[Row], dict[str, Tensor]]:
-    """Rows of one file: it opens, no layer holds more than it may, every limit holds; and its state dict."""
+def _file_rows(path: Path, kept: Mapping[str, int] | None) -> tuple[list[Row], dict[str, Tensor], dict[str, str]]:
+    """Rows of one file: it opens, no layer holds more than it may, every limit holds; its state dict; tied names."""
     try:
         state, about = read(path)
     except UsageError as error:
-        return [_row(path.name, "opens", "a whole file", str(error), passed=False)], {}
+        return [_row(path.name, "opens", "a whole file", str(error), passed=False)], {}, {}
     if not about:
         raise UsageError(f"{path} was not written by allot: it carries no budget.")
     try:
-        return _limit_rows(path, state, about, kept), state
+        return _limit_rows(path, state, about, kept), state, about.get("aliases", {})
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         problem = f"cannot be understood ({type(error).__name__}: {error})"
-        return [_row(path.name, "metadata", "layers and limits", problem, passed=False)], state
+        return [_row(path.name, "metadata", "layers and limits", problem, passed=False)], state, {}
 
 
 def _limit_rows(

@@ -7,7 +7,6 @@ onnx      ONNX (.onnx), any batch size               opened by ONNX Runtime; ext
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import logging
 import math
@@ -16,15 +15,19 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from allot.channels import copied, shapes_of
 from allot.errors import UsageError, VerificationError, unknown
-from allot.masks import as_arguments, modes
+from allot.evaluate import attempt
+from allot.layers import Layer, Scope
+from allot.macs import measured
+from allot.masks import as_arguments, modes, write_into
 from allot.realise.files import PLAIN, PLAN, SLIM, load
 from allot.realise.slim import load_slim
 from allot.store import replacing, write
@@ -32,6 +35,7 @@ from allot.store import replacing, write
 Run = Callable[[Any], list[Tensor]]
 ENDINGS = {"program": ".pt2", "onnx": ".onnx"}
 TOLERANCE = 1e-4  # of the largest output: runtimes add in another order
+SLIM_TOLERANCE = 1e-5  # the same, where PyTorch runs both
 
 
 @dataclass(frozen=True)
@@ -93,52 +97,53 @@ def timed(runs: Mapping[str, Callable[[], Any]], *, seconds: float = 2.0, least:
     return {name: statistics.median(some) for name, some in taken.items()}
 
 
-def exported(dense: nn.Module, run: Path, example: Any, to: str, out: Path | None = None) -> dict[str, Any]:
+def exported(
+    dense: nn.Module, run: Path, report: Mapping[str, Any], example: Any, to: str, out: Path | None = None
+) -> dict[str, Any]:
     """What a run's model is in one form, next to the dense model in the same form, both opened again and timed in turn.
 
     Args:
         dense: the model that the run pruned; its weights are those that it had then.
         run: a finished run directory.
+        report: its report.json.
         example: a batch of one input.
         to: "slim", "program" or "onnx".
         out: the file (of slim, a directory); None: beside the others in the run.
     Returns:
-        `{form, file, bytes, dense_bytes, error, params, dense_params, milliseconds: {dense, sparse}, faster}`; `error`
-        is the largest difference of outputs from the run's masked model over their largest value.
+        `{form, file, bytes, dense_bytes, error, params, dense_params, macs, dense_macs, milliseconds: {dense, sparse},
+        faster}`; `error` is the largest difference of outputs from the run's masked model over their largest value.
     Raises:
         UsageError: an unknown form, or one that this model or installation does not allow.
-        VerificationError: what was written answers otherwise than the run's model.
+        VerificationError: what was written answers otherwise than the run's model, or takes other MACs than promised.
     """
     if to not in ("slim", *FORMS):
         raise unknown("form of export", to, ("slim", *FORMS))
-    masked = copy.deepcopy(dense)
-    held = dict(masked.named_parameters()) | dict(masked.named_buffers())
+    dense = copied(dense).eval()
+    masked = copied(dense)
+    write_into(masked, load(run))
+    slim = to == "slim" or (run / SLIM).exists()
     with torch.no_grad():
-        for name, value in load(run).items():
-            if name in held:
-                held[name].copy_(value)
-    has_slim = (run / SLIM).exists()
-    sparse = load_slim(dense, run) if has_slim or to == "slim" else masked.eval()
-    with modes(masked, lambda module: False), torch.no_grad():
         wanted = _flat(_apply(masked, example))
     if to == "slim":
-        folder = run if out is None else out
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
             for name in (SLIM, PLAN):
                 write(out / name, (run / name).read_bytes())
-        file, before = folder / SLIM, (run / PLAIN).stat().st_size
-        opened = Opened(_plainly(load_slim(dense, file)), file.stat().st_size)
-        other = _plainly(dense.eval())
+        file, before = (out or run) / SLIM, (run / PLAIN).stat().st_size
+        sparse = load_slim(dense, file)
+        opened, other = Opened(_plainly(sparse), file.stat().st_size), _plainly(dense)
     else:
         file = out or run / f"model{ENDINGS[to]}"
+        sparse = load_slim(dense, run) if slim else masked
         opened = export(sparse, example, file, to=to)
-        with tempfile.TemporaryDirectory() as folder_name:
-            whole = export(dense, example, Path(folder_name) / "dense", to=to)
+        with tempfile.TemporaryDirectory() as folder:
+            whole = export(dense, example, Path(folder) / "dense", to=to)
         other, before = whole.run, whole.bytes
-    error = _off(opened.run(example), wanted)
-    if not error <= TOLERANCE:
+    if not (error := _off(opened.run(example), wanted)) <= (SLIM_TOLERANCE if to == "slim" else TOLERANCE):
         raise VerificationError(f"{file} answers otherwise than the run's model: off by {error:.2g} of the largest.")
+    layers = [row["name"] for row in report["layers"]]
+    if slim and (counted := _macs(sparse, example, layers)) != report["macs"]["sparse"]:
+        raise VerificationError(f"{file} takes {counted:,} MACs; the run promised {report['macs']['sparse']:,}.")
     taken = timed({"dense": lambda: other(example), "sparse": lambda: opened.run(example)})
     return {
         "form": to,
@@ -148,9 +153,22 @@ def exported(dense: nn.Module, run: Path, example: Any, to: str, out: Path | Non
         "error": error,
         "params": sum(p.numel() for p in sparse.parameters()),
         "dense_params": sum(p.numel() for p in dense.parameters()),
+        "macs": _macs(sparse, example, layers),
+        "dense_macs": _macs(dense, example, layers),
         "milliseconds": {name: 1000 * seconds for name, seconds in taken.items()},
         "faster": taken["dense"] / taken["sparse"],
     }
+
+
+def _macs(model: nn.Module, example: Any, names: list[str]) -> int:
+    """Multiply-accumulates of these layers, counted while the model runs."""
+    scope = Scope.of(model)
+    known = {layer.name: layer for layer in scope}
+    shapes = shapes_of(model)
+    # the projections of an attention with fewer heads are no layer that could be pruned again
+    layers = tuple(known.get(name, Layer(name, tuple(shapes[name]), "attention_in")) for name in names)
+    counted = measured(replace(scope, layers=layers), model, lambda: attempt(model, example, {}))
+    return sum(layer.macs or 0 for layer in counted)
 
 
 def _plainly(model: nn.Module) -> Run:
@@ -175,6 +193,7 @@ def _write_program(model: nn.Module, example: Any, path: Path) -> None:
     args, kwargs = as_arguments(example)
     with _quiet():
         program = _captured(model, args, kwargs)
+        program.example_inputs = None  # they are all that would be pickled
         buffer = io.BytesIO()  # save looks at the ending of a path
         torch.export.save(program, buffer)
     path.write_bytes(buffer.getvalue())

@@ -95,8 +95,7 @@ def about(model: nn.Module, scope: Scope, budget: Budget | ChannelBudget) -> dic
 def layout(state: Mapping[str, Tensor], said: Mapping[str, Any]) -> Layout:
     """Header and other bytes of the bitmask file; the header is that of the longest case, padded to it."""
     plain = _plain_size(state, said)
-    longest = {"limits": dict.fromkeys(said["limits"], 10**18), "asked": dict.fromkeys(said["asked"], " " * _ASKED)}
-    said = {**said, **longest}  # neither the budget nor how it is written changes the size
+    said = _longest(said)
     entries: dict[str, Any] = {"__metadata__": {"allot": _metadata("bitmask", said)}}
     end = 10 ** len(str(2 * sum(_nbytes(value) for value in state.values()) + 8 * len(state))) - 1
     for name, value in state.items():
@@ -143,9 +142,8 @@ def save_bitmask(path: Path, state: Mapping[str, Tensor], said: Mapping[str, Any
 
 def slim_header(state: Mapping[str, Tensor], said: Mapping[str, Any], groups: Iterable[Group]) -> int:
     """Length of a slim file's header: that of the longest case, the dense model, padded to it."""
-    longest = {"limits": dict.fromkeys(said["limits"], 10**18), "asked": dict.fromkeys(said["asked"], " " * _ASKED)}
     named = {name: dict.fromkeys(own, 10**9) for group in groups for name, own in group.attributes.items()}
-    entries: dict[str, Any] = {"__metadata__": {"allot": _metadata("slim", {**said, **longest, "attributes": named})}}
+    entries: dict[str, Any] = {"__metadata__": {"allot": _metadata("slim", {**_longest(said), "attributes": named})}}
     end = 10 ** len(str(sum(_nbytes(value) for value in state.values()))) - 1
     for name, value in state.items():
         dtype = _DTYPES.get(value.dtype, "F8_E4M3")
@@ -157,7 +155,6 @@ def save_slim(
     path: Path, state: Mapping[str, Tensor], said: Mapping[str, Any], plan: ChannelPlan, groups: Iterable[Group]
 ) -> None:
     """Write model.slim.safetensors, the tensors as the plan cuts them; its header is that of `slim_header`."""
-    said = {**said, "channels": True}
     header = slim_header(state, said, groups)
     tensors = {name: plan.cut(name, value) for name, value in state.items()}
     about = {**said, "attributes": {name: dict(own) for name, own in plan.attributes.items()}}
@@ -233,6 +230,12 @@ def _plain_size(state: Mapping[str, Tensor], said: Mapping[str, Any]) -> int:
         dtype = _DTYPES.get(value.dtype, "F8_E4M3")
         entries[name] = {"dtype": dtype, "shape": list(value.shape), "data_offsets": [start, end]}
     return _header_bytes(entries) + end
+
+
+def _longest(said: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata with limits as long as they get: neither a budget nor how it is written changes a header's size."""
+    limits, asked = dict.fromkeys(said["limits"], 10**18), dict.fromkeys(said["asked"], " " * _ASKED)
+    return {**said, "limits": limits, "asked": asked}
 
 
 def _metadata(form: str, said: Mapping[str, Any], pad: str = "") -> str:

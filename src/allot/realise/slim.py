@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from allot.channels import ChannelPlan, slimmed
 from allot.errors import UsageError
+from allot.masks import write_into
 from allot.realise.files import SLIM, plain_state, read
 
 
@@ -51,9 +51,5 @@ def load_slim(model: nn.Module | Callable[[], nn.Module], path: str | Path) -> n
         slim = slimmed(dense, ChannelPlan({}, {}, tensors, about["attributes"]))
     except (KeyError, AttributeError) as error:
         raise UsageError(f"{path} belongs to another model, or is damaged: {error}.") from error
-    held = dict(slim.named_parameters()) | dict(slim.named_buffers())
-    with torch.no_grad():
-        for name, value in stored.items():
-            if name in held:
-                held[name].copy_(value)
+    write_into(slim, stored)
     return slim.eval()

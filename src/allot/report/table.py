@@ -98,6 +98,7 @@ def export_table(row: Mapping[str, Any]) -> RenderableType:
     table.add_row(
         "params", f"{row['dense_params']:,}", f"{row['params']:,}", _share(row["params"], row["dense_params"])
     )
+    table.add_row("MACs in scope", f"{row['dense_macs']:,}", f"{row['macs']:,}", _share(row["macs"], row["dense_macs"]))
     taken = row["milliseconds"]
     verdict = f"{row['faster']:.2f}x as fast" if row["faster"] >= 1.05 else f"no faster here ({row['faster']:.2f}x)"
     table.add_row("one input, median ms", f"{taken['dense']:.2f}", f"{taken['sparse']:.2f}", verdict)
