@@ -181,6 +181,37 @@ def speed(name: str) -> dict[str, Any]:
     return found
 
 
+# name of SPEED -> (limit, runtime)
+LATENCY: dict[str, tuple[str, str]] = {
+    "digits-resnet20, multiples of 4": ("75%", "onnx"),
+    "resnet20, width 64, multiples of 8": ("50%", "onnx"),
+    "resnet20, width 64, multiples of 16": ("50%", "onnx:64"),
+    "resnet20, width 64": ("50%", "torch"),
+    "resnet20, width 128, multiples of 16": ("50%", "onnx"),
+}
+
+
+def latency(name: str) -> dict[str, Any]:
+    """A budget of time: what the tables foretold, and what was measured end to end."""
+    make, shape, step = SPEED[name]
+    limit, runtime = LATENCY[name]
+    torch.manual_seed(0)
+    model = make().eval()
+    result = allot.prune(
+        model,
+        None,
+        f"latency={limit}",
+        allocate="uniform",
+        pattern=f"channels:{step}",
+        repair="none",
+        example=torch.randn(1, *shape),
+        runtime=runtime,
+    )
+    report = result.report()
+    timed_nets = report["diagnostics"]["latency"]["timed"]
+    return {**report["latency"], "macs": report["macs"], "nets": timed_nets, "seconds": report["seconds"]}
+
+
 def page(found: Found) -> str:
     """docs/dsa-results.md."""
     lines = [
@@ -300,6 +331,27 @@ def _speeds(found: Found) -> list[str]:
             rows.append(f"| {name} | {share:.1f} % | {' | '.join(cells)} |")
     if not rows:
         return []
+    budgets = []
+    for name, (limit, runtime) in LATENCY.items():
+        if told := found.get(f"latency {name}"):
+            share = 100 * told["macs"]["sparse"] / told["macs"]["dense"]
+            before, after = (100 * told[key] / told["dense_ms"] for key in ("predicted_ms", "sparse_ms"))
+            budgets.append(
+                f"| {name} | {runtime} | {limit} | {told['dense_ms']:.2f} | {before:.1f} % | {after:.1f} % "
+                f"| {share:.1f} % | {told['nets']} | {sum(told['seconds'].values()):.0f} |"
+            )
+    if budgets:
+        budgets = [
+            "## Budgets of time",
+            "",
+            "`latency=LIMIT`, uniform shares: what the tables foretold once one net had been timed, and what the slim",
+            "net took end to end, measured again beside the dense one. *Nets* were timed until one used up the limit.",
+            "",
+            "| | runtime | limit | dense, ms | foretold | measured | MACs kept | nets | seconds |",
+            "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+            *budgets,
+            "",
+        ]
     return [
         "## Faster for real?",
         "",
@@ -310,15 +362,15 @@ def _speeds(found: Found) -> list[str]:
         "|---|--:|--:|--:|--:|--:|",
         *rows,
         "",
+        *budgets,
     ]
 
 
 def main() -> None:
     """Measure what is missing, write the page and the pictures."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.dsa", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--only", choices=("all", "main", "repair", "ablation", "scratch", "speed", "none"), default="all"
-    )
+    parts = ("all", "main", "repair", "ablation", "scratch", "speed", "latency", "none")
+    parser.add_argument("--only", choices=parts, default="all")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=Path("docs/dsa-results.md"))
     parser.add_argument("--cache", type=Path, default=Path("benchmarks/measured/dsa.json"))
@@ -331,6 +383,9 @@ def main() -> None:
     if options.only in ("all", "speed"):
         jobs = [(f"speed {name}", (name,)) for name in SPEED]
         found = measured(jobs, speed, options.cache, 1)  # alone on the machine, as far as that goes
+    if options.only in ("all", "latency"):
+        jobs = [(f"latency {name}", (name,)) for name in LATENCY]
+        found = measured(jobs, latency, options.cache, 1)
     options.out.write_text(page(found))
     fill(Path("docs/methods/dsa.md"), "30 %", table(found, {name: f"30 {name}" for name in CHAINS}, NETS))
     dsa_pictures.draw(found, Path("docs/pictures"))

@@ -1,4 +1,4 @@
-"""Limits as people write them: 0.9, 90%, 20k, 5M, 3MB."""
+"""Limits as people write them: 0.9, 90%, 20k, 5M, 3MB, 5ms."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fractions import Fraction
 
 from allot.errors import BudgetError
 
-KINDS = ("sparsity", "params", "macs", "bytes")
+KINDS = ("sparsity", "params", "macs", "bytes", "latency")
 _UNITS = {
     "": 1,
     "k": 10**3,
@@ -23,6 +23,7 @@ _UNITS = {
     "mib": 2**20,
     "gib": 2**30,
 }
+_NANOSECONDS = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,10 @@ class Amount:
         if relative and not 0 < value < 1:
             raise BudgetError(f"{kind}={given} is out of range. {_ACCEPTED[kind]}")
         if not relative:
-            if suffix not in _UNITS or (suffix.endswith("b") and kind != "bytes"):
+            units = _NANOSECONDS if kind == "latency" else _UNITS
+            if suffix not in units or (suffix.endswith("b") and kind != "bytes"):
                 raise BudgetError(f"{kind}={given}: unknown unit {match[2] if match else ''!r}. {_ACCEPTED[kind]}")
-            value *= _UNITS[suffix]
+            value *= units[suffix]
             if value < 1 or (value.denominator != 1 and suffix == ""):
                 raise BudgetError(f"{kind}={given} is not a whole number of {unit(kind)}. {_ACCEPTED[kind]}")
         return cls(value, relative)
@@ -68,12 +70,18 @@ _ACCEPTED = {
     "params": "A whole number, 20k, or a share above 0% and below 100% is accepted.",
     "macs": "A whole number, 5M, or a share above 0% and below 100% is accepted.",
     "bytes": "A whole number, 300kB, 3MB, or a share above 0% and below 100% is accepted.",
+    "latency": "A time, 5ms or 300us, or a share above 0% and below 100% is accepted.",
 }
 
 
 def unit(kind: str) -> str:
     """What a limit of this kind counts."""
-    return {"sparsity": "weights", "params": "weights", "macs": "MACs", "bytes": "bytes"}[kind]
+    return {"sparsity": "weights", "params": "weights", "macs": "MACs", "bytes": "bytes", "latency": "ns"}[kind]
+
+
+def written(kind: str, cost: int) -> str:
+    """A cost as a limit that allows it."""
+    return f"{-(-cost // 1000)}us" if kind == "latency" else str(cost)
 
 
 def sparsity_keeping(kept: int, total: int) -> str:

@@ -20,7 +20,7 @@ from fractions import Fraction
 from typing import Any, TypeVar
 
 from allot.allocation import Allocation
-from allot.amounts import KINDS, Amount, sparsity_keeping, unit
+from allot.amounts import KINDS, Amount, sparsity_keeping, unit, written
 from allot.costs import PRICES, REAL_PRICES, Term, corners, shares
 from allot.errors import BudgetError, UsageError, unknown
 
@@ -29,7 +29,7 @@ Number = TypeVar("Number", int, float)
 
 @dataclass(frozen=True)
 class Limit:
-    """One bound on one cost, in whole units: weights, MACs or bytes."""
+    """One bound on one cost, in whole units: weights, MACs, bytes or nanoseconds."""
 
     kind: str
     asked: float | int | str
@@ -46,6 +46,8 @@ class Budget:
         params: most weights kept in scope; a whole number, "20k", or a share of the dense model, "10%".
         macs: most effective multiply-accumulates in scope, kept weights x uses; a whole number, "5M" or "50%".
         bytes: largest bitmask file; a whole number, "300kB", "3MB", "2MiB", or a share of the dense file, "20%".
+        latency: longest one batch may take in a runtime, "5ms", "300us", or a share of what the dense model takes,
+            "50%"; of channels only.
     Raises:
         BudgetError: no limit, or one that is not in its range.
 
@@ -56,9 +58,11 @@ class Budget:
     params: int | str | None = None
     macs: int | str | None = None
     bytes: int | str | None = None
+    latency: str | None = None
     terms: tuple[Term, ...] = field(default=(), repr=False)
     fixed_bytes: int = field(default=0, repr=False)
     full_bytes: int = field(default=0, repr=False)
+    full_latency: int = field(default=0, repr=False)
     factor: float = field(default=1.0, repr=False)
 
     def __post_init__(self) -> None:
@@ -106,6 +110,11 @@ class Budget:
         bound = replace(
             self, terms=tuple(sorted(terms, key=lambda term: term.name)), fixed_bytes=fixed_bytes, full_bytes=full_bytes
         )
+        if self.latency is not None:
+            raise BudgetError(
+                f"latency={self.latency}: no runtime here is faster for single weights that are gone. "
+                "What a latency budget can share out are channels: give --pattern channels, or --method dsa."
+            )
         if not terms:
             raise BudgetError("nothing in scope: no weight can be pruned. Widen the include rules.")
         bound._check_reachable()
@@ -225,21 +234,8 @@ class Budget:
         return dict(kept)
 
     def rows(self, kept: Mapping[str, int]) -> list[dict[str, Any]]:
-        """One row a limit: `{kind, asked, limit, achieved, met}`; sparsity as a fraction, the rest whole numbers."""
-        rows: list[dict[str, Any]] = []
-        for limit in self.limits:
-            cost = self.cost(limit.kind, kept)
-            sparsity = limit.kind == "sparsity"
-            rows.append(
-                {
-                    "kind": limit.kind,
-                    "asked": str(limit.asked),
-                    "limit": float(Amount.read(limit.kind, limit.asked).value) if sparsity else limit.ceiling,
-                    "achieved": 1 - cost / self.total if sparsity else cost,
-                    "met": cost <= limit.ceiling,
-                }
-            )
-        return rows
+        """One row a limit: see `rows_of`."""
+        return rows_of(self.limits, {limit.kind: self.cost(limit.kind, kept) for limit in self.limits}, self.total)
 
     def _base(self, kind: str) -> int:
         return self.fixed_bytes if kind == "bytes" else 0
@@ -248,8 +244,8 @@ class Budget:
         return self._base(kind) + math.fsum(REAL_PRICES[kind](term, kept[term.name]) for term in self.terms)
 
     def _full(self, kind: str) -> int:
-        if kind == "bytes":
-            return self.full_bytes
+        if kind in ("bytes", "latency"):
+            return self.full_bytes if kind == "bytes" else self.full_latency
         return self.cost(kind, {term.name: term.total for term in self.terms})
 
     def _ceiling(self, kind: str, value: float | int | str) -> int:
@@ -329,6 +325,29 @@ class Budget:
         return at(low + (high - low) * min(parts))
 
 
+def rows_of(limits: Iterable[Limit], costs: Mapping[str, int], total: int) -> list[dict[str, Any]]:
+    """One row a limit: `{kind, asked, limit, achieved, met}`; sparsity as a fraction, the rest whole numbers.
+
+    Args:
+        costs: kind -> what it came to.
+        total: weights in scope.
+    """
+    rows = []
+    for limit in limits:
+        cost = costs[limit.kind]
+        sparsity = limit.kind == "sparsity"
+        rows.append(
+            {
+                "kind": limit.kind,
+                "asked": str(limit.asked),
+                "limit": float(Amount.read(limit.kind, limit.asked).value) if sparsity else limit.ceiling,
+                "achieved": 1 - cost / total if sparsity else cost,
+                "met": cost <= limit.ceiling,
+            }
+        )
+    return rows
+
+
 def nearest(limits: Iterable[Limit], costs: Mapping[str, int], total: int, moved: str = "") -> str:
     """A budget, as `Budget.parse` reads it, with the limits that costs break, and the one `moved`, brought to them."""
     texts = []
@@ -339,7 +358,7 @@ def nearest(limits: Iterable[Limit], costs: Mapping[str, int], total: int, moved
         elif limit.kind == "sparsity":
             texts.append(f"sparsity={sparsity_keeping(cost, total)}")
         else:
-            texts.append(f"{limit.kind}={cost}")
+            texts.append(f"{limit.kind}={written(limit.kind, cost)}")
     return ",".join(texts)
 
 

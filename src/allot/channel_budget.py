@@ -5,9 +5,9 @@ A tensor whose dimensions hold channels of groups has, when n_g channels of each
     size(n) = rest * prod_d ( fixed_d + sum_g r_gd n_g )
 
 places. Weights are the sizes of the layers in scope; MACs are sizes times uses; bytes are sizes of all tensors times
-the size of a number, plus the header of the file. Every cost grows with every n_g, so that along
-n(c) = clip(c wished) the largest c that fits is found by bisection; what rounding leaves is handed out channel by
-channel until none fits.
+the size of a number, plus the header of the file; latency is read off tables (`allot.latency`). Every cost grows with
+every n_g, so that along n(c) = clip(c wished) the largest c that fits is found by bisection; what rounding leaves is
+handed out channel by channel until none fits.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from fractions import Fraction
 from typing import Any
 
 from allot.allocation import Allocation
-from allot.budget import Budget, Limit, nearest
+from allot.amounts import unit
+from allot.budget import Budget, Limit, nearest, rows_of
 from allot.costs import Term, shares
 from allot.errors import BudgetError
+from allot.latency import Latency
 
 Dimension = tuple[int, tuple[tuple[str, int], ...]]  # places of no group, (group, places a channel)
 
@@ -46,9 +48,13 @@ class Extent:
     def size(self, kept: Mapping[str, Any]) -> Any:
         """Places left; whole for whole numbers of channels, and any arithmetic type goes through."""
         size: Any = self.rest
-        for fixed, groups in self.dims:
-            size = size * (fixed + sum(each * kept[name] for name, each in groups))
+        for side in self.sides(kept):
+            size = size * side
         return size
+
+    def sides(self, kept: Mapping[str, Any]) -> list[Any]:
+        """How long the tensor is along each dimension."""
+        return [fixed + sum(each * kept[name] for name, each in groups) for fixed, groups in self.dims]
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class ChannelBudget:
         terms: one a group; `total` counts channels, and `step` those that come and go together.
         extents: every tensor of the model.
         header: bytes of a file beside its tensors.
+        latency: tables of times, where time is limited.
     Raises:
         BudgetError: even the floors cost more than a limit.
     """
@@ -68,6 +75,7 @@ class ChannelBudget:
     terms: tuple[Term, ...]
     extents: tuple[Extent, ...]
     header: int = 0
+    latency: Latency | None = None
 
     def __post_init__(self) -> None:
         if not self.terms:
@@ -77,8 +85,9 @@ class ChannelBudget:
             if (cost := self.cost(limit.kind, least)) > limit.ceiling:
                 costs = {other.kind: self.cost(other.kind, least) for other in self.limits}
                 raise BudgetError(
-                    f"{limit.kind}={limit.asked} allows {limit.ceiling:,}; the fewest channels that rules and model "
-                    f"allow need {cost:,}. Nearest that can be met: {nearest(self.limits, costs, self.total)}."
+                    f"{limit.kind}={limit.asked} allows {limit.ceiling:,} {unit(limit.kind)}; the fewest channels that "
+                    f"rules and model allow need {cost:,}. "
+                    f"Nearest that can be met: {nearest(self.limits, costs, self.total)}."
                 )
 
     @property
@@ -105,17 +114,49 @@ class ChannelBudget:
         return {extent.name: int(extent.size(kept)) for extent in self.extents if extent.counted}
 
     def cost(self, kind: str, kept: Mapping[str, int]) -> int:
-        """What `kept` channels a group cost: weights, MACs (rounded up) or bytes."""
+        """What `kept` channels a group cost: weights, MACs, bytes or nanoseconds, rounded up."""
         return math.ceil(self.real_cost(kind, kept))
 
     def real_cost(self, kind: str, kept: Mapping[str, Any]) -> Any:
         """The same for real numbers of channels, and for tensors of them."""
         if kind == "bytes":
             return self.header + sum(extent.size(kept) * extent.place_bytes for extent in self.extents)
+        if kind == "latency":
+            return self.time(kept)[0]
         counted = (extent for extent in self.extents if extent.counted)
         if kind == "macs":
             return sum(_scaled(extent.size(kept), extent.uses) for extent in counted)
         return sum(extent.size(kept) for extent in counted)
+
+    def time(self, kept: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+        """(nanoseconds that the tables say, their slope by the channels of each group).
+
+        Raises:
+            BudgetError: there are no tables.
+        """
+        if self.latency is None:
+            raise BudgetError("nothing was timed: a budget of latency brings its tables.")
+        held = {extent.name: extent for extent in self.extents}
+        sides = {}
+        for layer in self.latency.layers:
+            first, second, *_ = held[layer.layer].sides(kept)
+            sides[layer.layer] = (first, second)
+        total, by_side = self.latency.of(sides)
+        slope = {term.name: 0.0 for term in self.terms}
+        for name, pair in by_side.items():
+            for side, (_, groups) in zip(pair, held[name].dims, strict=False):  # kernels have more dimensions
+                for group, each in groups:
+                    slope[group] += each * side
+        return total, slope
+
+    def slowed(self, factor: float) -> ChannelBudget:
+        """This budget where everything takes `factor` times as long as the tables say, and limits stay.
+
+        Args:
+            factor: above 0: what measuring a whole net has shown; it takes the place of an earlier one.
+        """
+        assert self.latency is not None
+        return replace(self, latency=self.latency.slowed(factor))
 
     def fits(self, kept: Mapping[str, float]) -> bool:
         """Whether numbers of channels, whole or not, meet every limit."""
@@ -182,12 +223,7 @@ class ChannelBudget:
 
     def rows(self, kept: Mapping[str, int]) -> list[dict[str, Any]]:
         """One row a limit, as `Budget.rows`."""
-        rows = self.weights.rows(self.sizes(kept))
-        for row in rows:
-            if row["kind"] == "bytes":
-                row["achieved"] = self.cost("bytes", kept)
-                row["met"] = row["achieved"] <= row["limit"]
-        return rows
+        return rows_of(self.limits, {limit.kind: self.cost(limit.kind, kept) for limit in self.limits}, self.total)
 
     def _relaxed(self, wished: Mapping[str, float]) -> dict[str, float]:
         share = shares(wished, self.terms, "groups of channels")
@@ -256,6 +292,7 @@ def _above(term: Term, kept: int) -> int | None:
     return term.total if kept < term.total == term.upper else None
 
 
-def tied(budget: Budget, weights: Iterable[Term], *, full_bytes: int) -> Budget:
+def tied(budget: Budget, weights: Iterable[Term], *, full_bytes: int, full_latency: int = 0) -> Budget:
     """The budget with its limits as whole numbers for these layers; what can be reached is for channels to say."""
-    return replace(budget, terms=tuple(sorted(weights, key=lambda term: term.name)), full_bytes=full_bytes)
+    terms = tuple(sorted(weights, key=lambda term: term.name))
+    return replace(budget, terms=terms, full_bytes=full_bytes, full_latency=full_latency)

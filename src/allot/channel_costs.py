@@ -20,7 +20,8 @@ class Costs:
     """
 
     def __init__(self, problem: Problem, *, room: float = 1.0) -> None:
-        budget = problem.channels
+        self.budget = budget = problem.channels
+        self.names = [group.name for group in problem.scope.groups]
         at = {group.name: k for k, group in enumerate(problem.scope.groups)}
         self.total = torch.tensor([group.total for group in problem.scope.groups], dtype=torch.float64)
         extents = [e for e in budget.extents if e.counted or any(limit.kind == "bytes" for limit in budget.limits)]
@@ -35,8 +36,11 @@ class Costs:
                 self.fixed[i, d] = fixed
                 for name, each in groups:
                     self.places[i, d, at[name]] += each
-        self.weights: list[tuple[Tensor, float, float]] = []
+        self.weights: list[tuple[Tensor | None, float, float]] = []
         for limit in budget.limits:
+            if limit.kind == "latency":  # read off its own tables
+                self.weights.append((None, 0.0, room * max(limit.ceiling, 1)))
+                continue
             bytes_ = limit.kind == "bytes"
             price: list[float] = [
                 e.place_bytes if bytes_ else float(e.uses) if limit.kind == "macs" else 1 for e in extents
@@ -50,6 +54,12 @@ class Costs:
         sizes = self.fixed + self.places @ (alpha * self.total)  # [tensors, dims]
         found = []
         for weight, header, ceiling in self.weights:
+            if weight is None:
+                kept = dict(zip(self.names, (alpha * self.total).tolist(), strict=True))
+                time, by_group = self.budget.time(kept)
+                steep = torch.tensor([by_group[name] for name in self.names], dtype=torch.float64)
+                found.append((time / ceiling, steep * self.total / ceiling))
+                continue
             slope = torch.zeros_like(alpha)
             for d in range(sizes.shape[1]):
                 others = sizes[:, [j for j in range(sizes.shape[1]) if j != d]].prod(1)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from allot.recipe import RecipeFile
 from allot.sources import DATA_FORMS, MODEL_FORMS
 
 Model = Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_FORMS)]
@@ -24,7 +25,7 @@ Budget = Annotated[
     typer.Option(
         "--budget",
         metavar="KIND=LIMIT",
-        help="sparsity=0.9, params=20k, macs=50%, bytes=3MB; several: repeat or join with commas",
+        help="sparsity=0.9, params=20k, macs=50%, bytes=3MB, latency=5ms; several: repeat or join with commas",
     ),
 ]
 Method = Annotated[
@@ -50,6 +51,13 @@ Score = Annotated[
 Repair = Annotated[
     str | None,
     typer.Option(metavar="NAMES", help="repairs in order, joined with commas; none for none  [those of --method]"),
+]
+Runtime = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="what latency is measured in: onnx or torch; onnx:64 for 64 samples at a time  [onnx where installed]",
+    ),
 ]
 Include = Annotated[
     list[str] | None,
@@ -80,3 +88,11 @@ Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="override one key of the recipe; repeatable")
 ]
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
+
+
+def resolved(given: dict[str, Any]) -> RecipeFile:
+    """The recipe that a command's arguments, its recipe file and its settings make together."""
+    names = {"shape": "input"}
+    keys = set(RecipeFile.model_fields) | set(names)
+    chosen = {names.get(key, key): value for key, value in given.items() if key in keys}
+    return RecipeFile.resolve(given.get("recipe"), chosen, given.get("settings") or ())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,12 +19,17 @@ from allot.costs import Term
 from allot.coupling import coupled
 from allot.errors import PatternError, UsageError
 from allot.evaluate import attempt
+from allot.latency import Latency
 from allot.layers import Rules, Scope, matches
 from allot.macs import measured
 from allot.patterns import Channels, Pattern
 from allot.realise import files
+from allot.realise.timing import Runtime, latency_of
 from allot.run import Problem
 from allot.scores import CHANNEL_SCORES, SCORES, ChannelScore, Score
+
+# tables of a model: (model, scope, groups, extents, terms, example, limit) -> times
+Timing = Callable[[nn.Module, Scope, Sequence[Group], Sequence[Extent], Sequence[Term], Any, str], Latency]
 
 
 def pose(
@@ -36,6 +42,7 @@ def pose(
     rules: Rules | None = None,
     score: Score | ChannelScore | None = None,
     seed: int = 0,
+    latency: Timing | None = None,
 ) -> Problem:
     """The problem: scope measured on one example, budget tied to it.
 
@@ -43,6 +50,7 @@ def pose(
         example: a batch of inputs of one sample, to count MACs and follow channels with; from the calibration data
             where None.
         score: of weights, or of channels; by magnitude where None.
+        latency: where the tables of a budget of time come from; measured in the runtime that is installed where None.
     Raises:
         UsageError: weights that are not finite, a compiled or wrapped model, or inputs that the model does not take.
         BudgetError, PatternError: nothing meets the budget in this pattern.
@@ -65,8 +73,9 @@ def pose(
     if isinstance(pattern, Channels):
         if example is None:
             raise UsageError("channels are found by running the model: give --data or --input (example= in Python).")
-        scope, channels = _of_channels(model, scope, budget, pattern.step, example, rules or Rules())
-        return Problem(model, scope, cast(Budget, channels), pattern, score, calibration, seed)
+        timing = latency or partial(latency_of, runtime=Runtime.parse(None), seed=seed)
+        scope, channels = _of_channels(model, scope, budget, pattern.step, example, rules or Rules(), timing)
+        return Problem(model, scope, cast(Budget, channels), pattern, score, calibration, seed, example)
     state, _ = files.plain_state(model)
     layout = files.layout(state, files.about(model, scope, budget))
     terms = []
@@ -80,11 +89,11 @@ def pose(
         )  # fmt: skip
     fixed = layout.header + layout.others
     bound = budget.on(tuple(terms), fixed_bytes=fixed, full_bytes=layout.plain)
-    return Problem(model, scope, bound, pattern, score, calibration, seed)
+    return Problem(model, scope, bound, pattern, score, calibration, seed, example)
 
 
 def _of_channels(
-    model: nn.Module, scope: Scope, budget: Budget, step: int, example: Any, rules: Rules
+    model: nn.Module, scope: Scope, budget: Budget, step: int, example: Any, rules: Rules, timing: Timing
 ) -> tuple[Scope, ChannelBudget]:
     """The scope with its groups, and the budget on them."""
     found, whole = coupled(model, example)
@@ -92,8 +101,6 @@ def _of_channels(
     scope = replace(scope, groups=groups, skipped={**scope.skipped, **skipped})
     state, _ = files.plain_state(model)
     said = files.about(model, scope, budget)
-    weights = [Term(layer.name, layer.total, 0, layer.total, macs=layer.macs) for layer in scope]
-    bound = tied(budget, weights, full_bytes=files.layout(state, said).plain)
     held: dict[tuple[str, int], list[tuple[Group, int]]] = {}  # which groups, with how many places a channel
     for group in groups:
         for member in group.members:
@@ -111,7 +118,12 @@ def _of_channels(
         uses = Fraction(layer.macs or 0, layer.total) if layer else Fraction(0)
         extents.append(Extent(name, 1, dims, uses, layer is not None, value.element_size()))
     terms = channel_terms(((g.name, g.total, g.min_kept, g.max_kept) for g in groups), step)
-    return scope, ChannelBudget(bound, terms, tuple(extents), files.slim_header(state, said, groups))
+    limit = str(budget.latency) if budget.latency is not None and groups else None
+    tables = timing(model, scope, groups, extents, terms, example, limit) if limit else None
+    weights = [Term(layer.name, layer.total, 0, layer.total, macs=layer.macs) for layer in scope]
+    full = {"full_bytes": files.layout(state, said).plain, "full_latency": tables.dense if tables else 0}
+    header = files.slim_header(state, said, groups)
+    return scope, ChannelBudget(tied(budget, weights, **full), terms, tuple(extents), header, tables)
 
 
 def _ruled(

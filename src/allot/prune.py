@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import platform
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,15 @@ from allot.errors import AllotError, BudgetError, Stopped, UsageError, Verificat
 from allot.evaluate import Score as Accuracy
 from allot.evaluate import attempt, evaluate
 from allot.fingerprint import fingerprint
+from allot.latency import Latency
 from allot.layers import Rules, Scope
 from allot.parts import Parts, assemble, settings
 from allot.patterns import Channels, Pattern
 from allot.pose import check_made_nothing, check_plain, names_of, pose
 from allot.realise import certificate, files
+from allot.realise.files import TABLES
+from allot.realise.held import Held, load_tables, paced, save_tables, told
+from allot.realise.timing import Runtime, latency_of
 from allot.result import Result
 from allot.run import Candidate, Method, Problem, Progress, drive, repeatable
 from allot.scores import ChannelScore, Score
@@ -53,6 +58,7 @@ def prune(
     samples: int = 512,
     batch_size: int = 64,
     example: Any = None,
+    runtime: str | None = None,
     test: Any = None,
     label: str | None = None,
     save_to: str | Path | None = None,
@@ -78,6 +84,8 @@ def prune(
         seed: decides every draw.
         samples, batch_size: how many calibration inputs are used, and how many at a time.
         example: a batch of one input, to count MACs with; the first calibration sample where there is one.
+        runtime: what a budget of latency is measured in, "onnx" or "torch", with a batch size after a colon: "onnx:64";
+            ONNX Runtime where it is installed, one sample at a time, where None.
         test: labelled data, never used for anything but the score before and after.
         label: what the model is called in reports; its class where None.
         save_to: run directory; an unfinished one with the same configuration goes on where it stopped, a finished
@@ -94,6 +102,8 @@ def prune(
     parts = assemble(method, allocate=allocate, score=score, pattern=pattern, repair=repair, options=options)
     # what is wrong with the model comes before a forward pass: one would fill lazy layers
     Scope.of(model, None if isinstance(parts.pattern, Channels) else rules)
+    served = Runtime.parse(runtime)
+    log = Log()
     with repeatable(model, seed, "pose"):
         inputs = _calibration(model, calibration, samples=samples, batch_size=batch_size, seed=seed)
         problem = pose(
@@ -105,6 +115,7 @@ def prune(
             rules=rules,
             score=parts.score,
             seed=seed,
+            latency=_timing(served, seed, save_to, log, on_step, should_stop),
         )
     for part in (parts.allocate, *parts.repair):
         if part.needs_data:
@@ -119,16 +130,46 @@ def prune(
     with repeatable(model, seed, "fingerprint"):
         found = fingerprint(problem)
     asked = {"configuration": _configuration(budget, parts, rules, seed, inputs), "fingerprint": found}
+    if budget.latency is not None:
+        asked["configuration"]["runtime"] = str(served)
     known = {key: value for key, value in asked["configuration"].items() if key != "hyperparameters"}
     limits = [f"{kind}={amount}" for kind, amount in budget.to_json().items()]
     recipe = {**known, "budget": limits, "options": settings(options or {}), **(recipe or {})}
     device = next(iter(problem.dense.values())).device
     store = Store(save_to, asked, {**_versions(), "recipe": recipe}, device) if save_to else None
     try:
-        return _chain(problem, parts, store, label or type(model).__name__, test, dense, on_step, should_stop)
+        return _chain(problem, parts, store, log, label or type(model).__name__, test, dense, on_step, should_stop)
     finally:
         if store:
             store.close()
+
+
+def _timing(
+    runtime: Runtime,
+    seed: int,
+    run: str | Path | None,
+    log: Log,
+    on_step: Callable[[Progress], None] | None,
+    should_stop: Callable[[], bool] | None,
+) -> Callable[..., Latency]:
+    """What gives the tables of a budget of time: those of the run, where it began before; else they are measured."""
+
+    def tell(done: int, of: int) -> None:
+        if should_stop and should_stop():
+            raise Stopped(f"stopped while timing layers, {done} of {of}")
+        if on_step:
+            on_step(Progress("measure", done, of, {}))
+
+    def timing(*problem: Any) -> Latency:
+        path = Path(run) / TABLES if run else None
+        if path and path.exists() and (path.parent / "run.json").exists():
+            return load_tables(path)
+        started = time.monotonic()
+        tables = latency_of(*problem, runtime=runtime, seed=seed, on_step=tell)
+        log.seconds["measure"] = time.monotonic() - started
+        return tables
+
+    return timing
 
 
 def _calibration(model: nn.Module, data: Any, *, samples: int, batch_size: int, seed: int) -> Calibration | None:
@@ -169,6 +210,7 @@ def _chain(
     problem: Problem,
     parts: Parts,
     store: Store | None,
+    log: Log,
     label: str,
     test: Any,
     dense: Accuracy | None,
@@ -176,16 +218,22 @@ def _chain(
     should_stop: Callable[[], bool] | None,
 ) -> Result:
     stages: list[tuple[str, Method]] = [("allocate", parts.allocate), ("select", Selection())]
+    if "latency" in problem.budget.asked:
+        stages.insert(1, ("latency", Held()))
+        if store and not store.done:
+            save_tables(store.directory, problem)
     stages += [
         (f"repair-{i}-{name}", part)
         for i, (name, part) in enumerate(zip(parts.names.repair, parts.repair, strict=True), 1)
     ]
     if store and store.done:
         return _reopened(problem, parts, store, label, test)
-    log = store.saved.log if store and store.saved else Log()
+    log = store.saved.log if store and store.saved else log
     names = [name for name, _ in stages]
     first = names.index(store.saved.stage) if store and store.saved else 0
     candidate = Candidate.dense(problem)
+    if store and store.saved:
+        problem = paced(problem, store.saved.candidate["diagnostics"])
     for name, part in stages[first:]:
         try:
             candidate = drive(
@@ -200,8 +248,14 @@ def _chain(
         except Exception as error:
             error.add_note(f"in stage {name!r} of allot.prune")
             raise
+        if name == "latency":
+            problem = paced(problem, candidate.diagnostics)
     scores = _scores(problem, candidate, test, dense) if dense else None
     result = Result(problem, candidate, log, parts.names, parts.method, label, scores)
+    if "latency" in problem.budget.asked:
+        result = replace(result, latency=told(problem, candidate))
+        if store:
+            save_tables(store.directory, problem)
     if store:
         result.save(store.directory)
         write(store.directory / "recipe.yaml", yaml.safe_dump(store.notes["recipe"], sort_keys=False))
@@ -220,12 +274,12 @@ def _reopened(problem: Problem, parts: Parts, store: Store, label: str, test: An
         what = "; ".join(f"{row['file']}: {row['check']}: {row['found']}" for row in failed[:3])
         raise VerificationError(f"{store.directory} is not what the run left there ({what}): delete it and run again.")
     try:
-        told = json.loads((store.directory / "report.json").read_text())
+        report = json.loads((store.directory / "report.json").read_text())
         kept = json.loads((store.directory / "certificate.json").read_text())["promised"]["kept"]
-        log = Log(told["seconds"], told["images"]["forward"], told["images"]["backward"])
+        log = Log(report["seconds"], report["images"]["forward"], report["images"]["backward"])
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UsageError(f"{store.directory}/report.json cannot be read: {error}") from error
-    scores = told.get("scores")
+    scores = report.get("scores")
     state = {n: v.to(problem.dense[n].device) for n, v in files.load(store.directory).items() if n in problem.dense}
     tensors = {name: value for name, value in state.items() if not torch.equal(value, problem.dense[name])}
     channels: dict[str, tuple[int, ...]] = {}
@@ -239,10 +293,11 @@ def _reopened(problem: Problem, parts: Parts, store: Store, label: str, test: An
             layer.name: patterns.select((state[layer.name] != 0).float(), kept[layer.name]) for layer in problem.scope
         }
     allocation = Allocation.of(kept, {term.name: term.total for term in problem.budget.terms})
-    candidate = Candidate(allocation, masks, tensors, channels, told.get("diagnostics", {}))
+    candidate = Candidate(allocation, masks, tensors, channels, report.get("diagnostics", {}))
     if test is not None:  # it may be another than the run was scored on
         scores = _scores(problem, candidate, test, evaluate(problem.model, test))
-    return Result(problem, candidate, log, parts.names, parts.method, label, scores, store.directory)
+    latency = report.get("latency")
+    return Result(problem, candidate, log, parts.names, parts.method, label, scores, latency, store.directory)
 
 
 def _scores(problem: Problem, candidate: Candidate, test: Any, dense: Accuracy) -> dict[str, Any]:

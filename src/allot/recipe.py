@@ -31,6 +31,7 @@ class RecipeFile(BaseModel):
     score: str | None = None
     pattern: str | None = None
     repair: str | None = None
+    runtime: str | None = None
     options: dict[str, dict[str, Any]] = {}
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()

@@ -35,6 +35,7 @@ class Result:
         method: the recipe's name, or the allocator's.
         label: what the model is called in reports.
         scores: `{"metric", "dense", "sparse"}` on held-out data, or None.
+        latency: milliseconds allowed, foretold and measured, where time was limited.
         directory: the run directory, if the run was saved.
     Raises:
         BudgetError: the recounted masks or weights break the budget or their allocation.
@@ -47,6 +48,7 @@ class Result:
     method: str
     label: str
     scores: Mapping[str, Any] | None = None
+    latency: Mapping[str, Any] | None = None
     directory: Path | None = field(default=None)
 
     def __post_init__(self) -> None:
@@ -127,6 +129,7 @@ class Result:
             self.label,
             self.method,
             self.scores,
+            self.latency,
             self.directory,
         )
 

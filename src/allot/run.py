@@ -41,6 +41,7 @@ class Problem:
     score: Score | ChannelScore
     calibration: Calibration | None = None
     seed: int = 0
+    example: Any = None  # a batch of one input, where there is one
 
     @cached_property
     def dense(self) -> dict[str, Tensor]:

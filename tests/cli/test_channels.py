@@ -9,7 +9,9 @@ import pytest
 
 import allot
 from allot import zoo
+from allot.realise import timing
 from cli.command import NET, done, refused
+from realise.test_timing import work
 
 SHORT = "--method dsa --repair bn --samples 16 --batch-size 16 --set options.dsa.steps=2"
 
@@ -68,3 +70,16 @@ def test_a_plan_of_channels_needs_no_data():
 def test_parts_that_do_not_fit_are_one_clear_line(options: str, said: str):
     code = 3 if "channels:0" in options or "/row" in options else 2
     assert said in refused(f"prune {NET} --data {NET} --budget macs=50% {options} --out RUN", code)
+
+
+def test_a_budget_of_time_is_planned_met_and_shown(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(timing, "timed", work)  # a clock that counts multiply-accumulates
+    plan = done(f"plan {NET} --budget latency=60% --pattern channels --method uniform --runtime torch --json").json
+    row = plan["budget"][0]
+    assert row["kind"] == "latency" and row["met"] and row["achieved"] <= row["limit"]
+    made = done(f"prune {NET} --data {NET} --budget latency=60% {SHORT} --runtime torch:2 --out RUN")
+    assert "ms a batch of 2, torch, measured" in made.err and "foretold" in made.err
+    assert json.loads(Path("RUN/report.json").read_text())["latency"]["met"]
+    assert done("verify RUN --json").json["passed"]
+    assert "latency=60%" in done("verify RUN").err
+    assert "tensorrt" in refused(f"plan {NET} --budget latency=60% --pattern channels --runtime tensorrt", 2)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from allot import cli
+from allot import cli, console, verbs
 from cli.command import FACTORIES, MLP, SAMPLES, done, refused, run
 
 
@@ -24,7 +24,9 @@ def terminal(monkeypatch):
 
     def at(**settings: object) -> io.StringIO:
         sent = io.StringIO()
-        monkeypatch.setattr(cli, "people", Console(file=sent, force_terminal=True, width=60, **settings))
+        screen = Console(file=sent, force_terminal=True, width=60, **settings)
+        for module in (cli, console, verbs):
+            monkeypatch.setattr(module, "people", screen)
         return sent
 
     return at

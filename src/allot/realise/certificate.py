@@ -15,7 +15,8 @@ from torch import Tensor
 
 from allot.channels import ChannelPlan
 from allot.errors import UsageError
-from allot.realise.files import BITMASK, PLAIN, PLAN, SLIM, read
+from allot.realise.files import BITMASK, PLAIN, PLAN, SLIM, TABLES, read
+from allot.realise.held import load_tables
 from allot.store import read_run
 
 Row = dict[str, Any]
@@ -29,7 +30,9 @@ def certify(directory: Path, kept: Mapping[str, int], allocated: Mapping[str, in
         kept: layer name -> weights that the allocation keeps.
         allocated: what the allocation keeps, in weights of layers or in channels of groups.
     """
-    files = {name: digest(directory / name) for name in (PLAIN, BITMASK, SLIM, PLAN) if (directory / name).exists()}
+    files = {
+        name: digest(directory / name) for name in (PLAIN, BITMASK, SLIM, PLAN, TABLES) if (directory / name).exists()
+    }
     promised = {"kept": dict(kept), "allocated": dict(allocated), "files": files}
     rows = _rows(directory, promised)
     return {"promised": promised, "rows": rows, "passed": all(row["passed"] for row in rows)}
@@ -79,7 +82,7 @@ def _rows(directory: Path, promised: Mapping[str, Any]) -> list[Row]:
         found = digest(path)
         rows.append(_row(name, "bytes on disk", expected["bytes"], found["bytes"]))
         rows.append(_row(name, "sha256", expected["sha256"], found["sha256"]))
-        if name != PLAN:
+        if name not in (PLAN, TABLES):
             more, states[name], aliases = _file_rows(path, promised["kept"])
             rows += more
     if all(row["passed"] for row in rows):
@@ -131,7 +134,12 @@ def _limit_rows(
     small = path if about["format"] != "plain" else path.with_name(SLIM if about.get("channels") else BITMASK)
     if small.exists():
         costs["bytes"] = small.stat().st_size
+    if about["format"] == "slim" and (tables := path.with_name(TABLES)).exists():
+        sides = {name: (float(state[name].shape[0]), float(state[name].shape[1])) for name in about["layers"]}
+        costs["latency"] = math.ceil(load_tables(tables).of(sides)[0])
     for kind, limit in about["limits"].items():
+        if kind == "latency" and kind not in costs:
+            continue  # a file alone does not know how fast a machine is
         label = f"{kind}={about['asked'][kind]}"
         if kind not in costs:
             rows.append(_row(path.name, label, f"at most {limit:,} bytes", f"{small.name} is not there", passed=False))

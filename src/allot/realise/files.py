@@ -38,6 +38,7 @@ from allot.store import replacing
 
 PLAIN, BITMASK = "model.safetensors", "model.bitmask.safetensors"
 SLIM, PLAN = "model.slim.safetensors", "channels.json"
+TABLES = "latency.json"  # where time was limited
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",

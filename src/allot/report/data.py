@@ -21,12 +21,14 @@ def report(
     label: str,
     method: str,
     scores: Mapping[str, Any] | None,
+    latency: Mapping[str, Any] | None,
     directory: Path | None,
 ) -> dict[str, Any]:
     """What was asked and reached, per limit and per layer; counts are whole numbers, seconds are seconds.
 
     `macs` and a layer's `macs` are null where no example input was there to count them with; `bytes` is
-    {dense, file}: the dense model's file and the bitmask file, null until the run is saved. `diagnostics` is what
+    {dense, file}: the dense model's file and the bitmask file, null until the run is saved. `latency` is null where
+    time was not limited. `diagnostics` is what
     methods tell about how they came to their result, by method.
     """
     budget, kept = problem.budget, candidate.allocation.kept
@@ -55,6 +57,7 @@ def report(
         "groups": group_rows(problem, candidate.allocation),
         "skipped": dict(problem.scope.skipped),
         "scores": dict(scores) if scores else None,
+        "latency": dict(latency) if latency else None,
         "seconds": {stage: round(seconds, 3) for stage, seconds in log.seconds.items()},
         "images": {"forward": log.forward, "backward": log.backward},
         "diagnostics": dict(candidate.diagnostics),

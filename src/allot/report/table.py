@@ -144,6 +144,13 @@ def _summary(report: Mapping[str, Any]) -> Table:
         table.add_row("score", "", "", "not measured: --test DATA")
     for name, achieved, verdict in _budget_rows(report):
         table.add_row(f"budget {name}", "", achieved, verdict)
+    if time := report["latency"]:
+        within = 100 * time["sparse_ms"] / time["dense_ms"]
+        verdict = Text(
+            f"{within:.1f} %, {'met' if time['met'] else 'OVER'}", style="green" if time["met"] else "bold red"
+        )
+        named = f"ms a batch of {time['batch']}, {time['runtime'].partition(':')[0]}, measured"
+        table.add_row(named, f"{time['dense_ms']:.3f}", f"{time['sparse_ms']:.3f}", verdict)
     seconds = sum(report["seconds"].values())
     images = report["images"]
     table.add_row("cost", "", f"{seconds:.1f} s", f"{images['forward']:,} images forward, {images['backward']:,} back")
@@ -155,6 +162,8 @@ def _budget_rows(told: Mapping[str, Any]) -> list[tuple[str, str, Text]]:
     cells = []
     for row in told["budget"]:
         achieved = f"{row['achieved']:,} of {row['limit']:,}"
+        if row["kind"] == "latency":
+            achieved = f"{row['achieved'] / 1e6:.3f} of {row['limit'] / 1e6:.3f} ms foretold"
         if row["kind"] == "sparsity":  # as near as whole weights come
             achieved = f"{told['kept']:,} kept"
         verdict = Text("met", style="green") if row["met"] else Text("MISSED", style="bold red")

@@ -1,0 +1,50 @@
+"""The terminal: what the command line says to people, on standard error, and to programs, on standard output."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from allot.run import Progress as Step
+
+# a log has no width of its own: tables are not squeezed into 80 columns there
+people = Console(stderr=True, width=None if sys.stderr.isatty() or "COLUMNS" in os.environ else 120)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[Step], None]]:
+    """A bar a stage with time left, on standard error; there too goes what models and data print meanwhile."""
+    columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bars = Progress(*columns, console=people, disable=not people.is_terminal, redirect_stdout=False)
+    with redirect_stdout(sys.stderr), bars:
+        tasks: dict[str, TaskID] = {}
+
+        def on_step(step: Step) -> None:
+            if step.stage not in tasks:
+                tasks[step.stage] = bars.add_task(step.stage, total=step.steps)
+            bars.update(tasks[step.stage], completed=step.step)
+
+        yield on_step
+
+
+def say(line: str) -> None:
+    """One line for people, whole even where the terminal is narrow."""
+    people.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def say_error(message: str) -> None:
+    """One line about what went wrong."""
+    people.print(f"error: {' '.join(message.split())}", style="red", highlight=False, markup=False, soft_wrap=True)
+
+
+def print_json(content: Any) -> None:
+    """One object on standard output."""
+    sys.stdout.write(json.dumps(content, indent=2) + "\n")
+    sys.stdout.flush()  # a reader that is gone shows here, not while Python shuts down

@@ -1,0 +1,151 @@
+"""How long a model takes once channels are gone, as arithmetic on tables that were measured (no torch).
+
+    T(n) = b + s sum_l T_l(r_l(n), c_l(n)) + m M(n)        nanoseconds a batch
+
+    n            channels kept of each group
+    r_l, c_l     first two sides of the weight of layer l;  T_l its measured times on a grid of sides
+    M            numbers that all layers put out: what everything between them has to read and write
+    b, s, m      fitted to whole nets that were measured; s and m are not negative
+
+Between the points of a grid T_l is bilinear. Tables are made monotone first, so that T grows with every n and a
+budget of time can be shared out like any other.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from allot.errors import UsageError
+
+Sides = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """Nanoseconds of one layer by the sides of its weight.
+
+    Attributes:
+        layer: name of the weight.
+        rows, columns: the sides that were measured, ascending, one or more each.
+        times: one tuple a row side.
+        out: the side that counts outputs, 0 or 1.
+        places: numbers that one output channel consists of, in a batch.
+    """
+
+    layer: str
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    times: tuple[tuple[float, ...], ...]
+    out: int
+    places: int
+
+    def at(self, sides: Sides) -> tuple[float, Sides]:
+        """(T_l, its slope by each side)."""
+        i, u, wide = _between(self.rows, sides[0])
+        j, v, high = _between(self.columns, sides[1])
+        lower, upper = self.times[i], self.times[i + 1 if wide else i]
+        k = j + 1 if high else j
+        before = lower[j] + v * (lower[k] - lower[j])
+        after = upper[j] + v * (upper[k] - upper[j])
+        across = (1 - u) * (lower[k] - lower[j]) + u * (upper[k] - upper[j])
+        return before + u * (after - before), ((after - before) / wide if wide else 0.0, across / high if high else 0.0)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Nanoseconds of a whole model: see the top of this file.
+
+    Attributes:
+        runtime, batch: what was timed, on how many samples at a time.
+        layers: the tables.
+        base, scale, traffic: b, s and m.
+        dense: what the whole model took.
+        off: the largest error of the fit among the nets that it was fitted to, as a share.
+        slow: what the fit is multiplied with, so that it is right for one net that was measured.
+    """
+
+    runtime: str
+    batch: int
+    layers: tuple[LayerTimes, ...]
+    base: float
+    scale: float
+    traffic: float
+    dense: int
+    off: float = 0.0
+    slow: float = 1.0
+
+    def of(self, sides: Mapping[str, Sides]) -> tuple[float, dict[str, Sides]]:
+        """(T, its slope by the two sides of every layer), for these sides of the weights."""
+        total, slopes = self.slow * self.base, {}
+        scale, traffic = self.slow * self.scale, self.slow * self.traffic
+        for layer in self.layers:
+            own = sides[layer.layer]
+            time, (by_row, by_column) = layer.at(own)
+            total += scale * time + traffic * layer.places * own[layer.out]
+            slopes[layer.layer] = (
+                scale * by_row + traffic * layer.places * (layer.out == 0),
+                scale * by_column + traffic * layer.places * (layer.out == 1),
+            )
+        return total, slopes
+
+    def slowed(self, factor: float) -> Latency:
+        """Where everything takes `factor` times as long as the fit says, but for what the dense model took."""
+        return replace(self, slow=factor)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Any) -> Latency:
+        """The inverse of `to_json`.
+
+        Raises:
+            UsageError: it is no such thing.
+        """
+        try:
+            layers = tuple(
+                LayerTimes(
+                    str(layer["layer"]),
+                    tuple(map(int, layer["rows"])),
+                    tuple(map(int, layer["columns"])),
+                    tuple(tuple(map(float, row)) for row in layer["times"]),
+                    int(layer["out"]),
+                    int(layer["places"]),
+                )
+                for layer in content["layers"]
+            )
+            base, scale, traffic, off, slow = (
+                float(content[name]) for name in ("base", "scale", "traffic", "off", "slow")
+            )
+            known = str(content["runtime"]), int(content["batch"])
+            return cls(*known, layers, base, scale, traffic, int(content["dense"]), off, slow)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise UsageError(f"no table of latencies: {type(error).__name__} {error}.") from error
+
+
+def monotone(times: list[list[float]]) -> tuple[tuple[float, ...], ...]:
+    """The table made to grow along both sides: halfway between the lowest such table above it and the highest below."""
+    above, below = [list(row) for row in times], [list(row) for row in times]
+    height, width = len(times), len(times[0])
+    for i in range(height):
+        for j in range(width):
+            before = ([above[i - 1][j]] if i else []) + ([above[i][j - 1]] if j else [])
+            above[i][j] = max(above[i][j], *before) if before else above[i][j]
+    for i in reversed(range(height)):
+        for j in reversed(range(width)):
+            after = ([below[i + 1][j]] if i + 1 < height else []) + ([below[i][j + 1]] if j + 1 < width else [])
+            below[i][j] = min(below[i][j], *after) if after else below[i][j]
+    return tuple(tuple((a + b) / 2 for a, b in zip(*rows, strict=True)) for rows in zip(above, below, strict=True))
+
+
+def _between(grid: tuple[int, ...], side: float) -> tuple[int, float, int]:
+    """(point below, share of the way to the next one, how far apart they are); beyond the ends, the last stretch on."""
+    if len(grid) == 1:
+        return 0, 0.0, 0
+    i = min(max(bisect_right(grid, side) - 1, 0), len(grid) - 2)
+    apart = grid[i + 1] - grid[i]
+    return i, (side - grid[i]) / apart, apart

@@ -1,0 +1,113 @@
+"""Verbs of the command line that look at what is there: files of runs, and methods."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from allot import options as option
+from allot.calibration import Calibration
+from allot.console import people, print_json, say
+from allot.errors import UsageError, VerificationError, unknown
+from allot.lookup import recipe_of, report_of, told_of
+from allot.methods import METHODS, RECIPES
+from allot.realise.certificate import verify
+from allot.realise.export import exported
+from allot.report import table
+from allot.sources import load_data, load_model
+
+
+def verify_command(
+    path: Annotated[Path, typer.Argument(metavar="RUN|FILE", help="a run directory or a file that allot wrote")],
+    *,
+    as_json: option.Json = False,
+) -> None:
+    """Re-open, recount and certify; exit code 4 if anything differs from what was promised."""
+    found = verify(path)
+    if as_json:
+        print_json(found)
+    else:
+        people.print(table.certificate_table(found["rows"]))
+    if not found["passed"]:
+        failed = next(row for row in found["rows"] if not row["passed"])
+        where = path / failed["file"] if path.is_dir() else path
+        raise VerificationError(f"{where}: {failed['check']}: promised {failed['promised']}, found {failed['found']}.")
+
+
+def export_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run directory")],
+    to: Annotated[str, typer.Option(metavar="FORM", help="slim, program (torch.export) or onnx")],
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="[RUN/model.pt2 or .onnx; slim: RUN]")] = None,
+    data: option.Data = None,
+    shape: option.Shape = None,
+    *,
+    as_json: option.Json = False,
+) -> None:
+    """Write what a runtime reads, open it again, compare it with the run and time it beside the dense model."""
+    report, wanted = report_of(run), recipe_of(run)
+    asked_shape = option.resolved({"shape": shape}).input or wanted.input
+    source = load_model(str(wanted.model), weights=wanted.weights, shape=asked_shape)
+    data = data or wanted.data
+    example = source.example
+    if example is None and data:
+        example = Calibration.of(load_data(data, source), samples=1, dtype=source.dtype).example()
+    if example is None:
+        raise UsageError("no input to run the model on: give --input or --data.")
+    row = exported(source.model, run, report, example, to, out)
+    if as_json:
+        print_json(row)
+    else:
+        people.print(table.export_table(row))
+
+
+def report_command(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="finished run directories")],
+    *,
+    as_json: option.Json = False,
+) -> None:
+    """Show one run, or several side by side."""
+    reports = [(str(run), report_of(run)) for run in runs]
+    if as_json:
+        print_json(
+            {**reports[0][1], "run": reports[0][0]}
+            if len(reports) == 1
+            else {"runs": [{**r, "run": n} for n, r in reports]}
+        )
+    elif len(reports) == 1:
+        people.print(table.run_table(reports[0][1]))
+    else:
+        people.print(table.comparison_table(reports))
+
+
+def methods_command(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="a method or recipe")] = None,
+    *,
+    as_json: option.Json = False,
+) -> None:
+    """List the methods, or tell what one does, needs and cites, with its options."""
+    if name in RECIPES and name not in METHODS:
+        chain = RECIPES[name]
+        said = f"--method {name}: --allocate {chain.allocate} --repair {','.join(chain.repair)}"
+        return print_json(dataclasses.asdict(chain)) if as_json else say(f"{said}; see `allot methods PART`")
+    if name is not None and name not in METHODS:
+        raise unknown("method", name, {*METHODS, *RECIPES})
+    told = {key: told_of(key) for key in ([name] if name else METHODS)}
+    if as_json:
+        print_json(
+            told[name] if name else {"methods": told, "recipes": {k: dataclasses.asdict(r) for k, r in RECIPES.items()}}
+        )
+    elif name:
+        say(f"{name}: {told[name]['role']}, needs {told[name]['needs']}")
+        say(told[name]["text"])
+        for option, default in told[name]["options"].items():
+            say(f"  --set options.{name}.{option}={default if isinstance(default, str) else json.dumps(default)}")
+    else:
+        rows = [(key, t["role"], t["needs"], t["summary"]) for key, t in told.items()]
+        people.print(table.methods_table(rows))
+        for key, chain in RECIPES.items():
+            say(f"--method {key}: allocate {chain.allocate}, repair {', '.join(chain.repair)}")
+    return None
