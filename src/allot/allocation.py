@@ -46,7 +46,7 @@ class Allocation(Mapping[str, float]):
 
     def __repr__(self) -> str:
         kept, total = sum(self.kept.values()), sum(self.total.values())
-        return f"Allocation({len(self)} layers, {kept:,} of {total:,} weights kept)"
+        return f"Allocation({len(self)} layers, {kept:,} of {total:,} kept)"
 
     @property
     def kept(self) -> dict[str, int]:

@@ -44,7 +44,8 @@ class Amount:
         suffix = match[2].lower() if match else ""
         if not number.is_finite():
             raise BudgetError(f"{kind}={given!r} is not a number. {_ACCEPTED[kind]}")
-        if abs(number.adjusted()) > 400:  # beyond every float; 10**999999999 would take all memory
+        # beyond every float, or every clock; 10**999999999 would take all memory
+        if abs(number.adjusted()) > (20 if kind == "latency" else 400):
             raise BudgetError(f"{kind}={given} is out of range. {_ACCEPTED[kind]}")
         value, relative = Fraction(number), suffix == "%"
         if relative:

@@ -12,6 +12,7 @@ handed out channel by channel until none fits.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -79,7 +80,7 @@ class ChannelBudget:
 
     def __post_init__(self) -> None:
         if not self.terms:
-            raise BudgetError("no channels can be removed from this model: see `skipped` for the reasons.")
+            raise BudgetError("no channels can be removed from this model.")
         least = {term.name: term.lower for term in self.terms}
         for limit in self.limits:
             if (cost := self.cost(limit.kind, least)) > limit.ceiling:
@@ -106,7 +107,7 @@ class ChannelBudget:
 
     @property
     def limits(self) -> tuple[Limit, ...]:
-        """Every limit as a whole number of weights, MACs or bytes."""
+        """Every limit as a whole number of weights, MACs, bytes or nanoseconds."""
         return self.weights.limits
 
     def sizes(self, kept: Mapping[str, int]) -> dict[str, int]:
@@ -155,8 +156,10 @@ class ChannelBudget:
         Args:
             factor: above 0: what measuring a whole net has shown; it takes the place of an earlier one.
         """
-        assert self.latency is not None
-        return replace(self, latency=self.latency.slowed(factor))
+        assert self.latency is not None  # asked for only where time is limited
+        slower = copy.copy(self)  # not `replace`: that nothing fits is an answer here
+        object.__setattr__(slower, "latency", self.latency.slowed(factor))
+        return slower
 
     def fits(self, kept: Mapping[str, float]) -> bool:
         """Whether numbers of channels, whole or not, meet every limit."""
@@ -165,6 +168,17 @@ class ChannelBudget:
     def height(self, kept: Mapping[str, float]) -> float:
         """Cost over limit, of the limit that is nearest to being broken, or broken most."""
         return max(float(self.real_cost(limit.kind, kept)) / max(limit.ceiling, 1) for limit in self.limits)
+
+    def prices(self, kept: Mapping[str, int]) -> dict[str, float]:
+        """What the last channels of each group cost, each, in units of the limit that `kept` is nearest to using up."""
+        tightest = max(self.limits, key=lambda limit: self.cost(limit.kind, kept) / max(limit.ceiling, 1)).kind
+        whole = self.real_cost(tightest, kept)
+
+        def of(term: Term) -> float:
+            fewer = max(kept[term.name] - term.step, 0)
+            return float(whole - self.real_cost(tightest, {**kept, term.name: fewer})) / max(kept[term.name] - fewer, 1)
+
+        return {term.name: of(term) for term in self.terms}
 
     def levels(self, term: Term, below: int) -> list[int]:
         """Every number of channels, ascending, that a group may have and that is smaller than `below`."""

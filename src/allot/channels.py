@@ -206,7 +206,13 @@ def slimmed(model: nn.Module, plan: ChannelPlan) -> nn.Module:
         _fit(module)
     for name, own in plan.attributes.items():
         for attribute, value in own.items():
-            setattr(slim.get_submodule(name), attribute, value)
+            module = slim.get_submodule(name)
+            if not isinstance(getattr(module, attribute), int) or not isinstance(value, int) or value < 1:
+                raise UsageError(f"the plan sets {name}.{attribute} to {value!r}, which is no size of the model.")
+            setattr(module, attribute, value)
+    for module in slim.modules():
+        if isinstance(module, nn.TransformerEncoder) and plan.attributes:
+            module.enable_nested_tensor = module.use_nested_tensor = False  # tensors that only the fused path takes
     for name, module in list(slim.named_modules()):
         if isinstance(module, nn.MultiheadAttention) and name in plan.attributes:
             parent, _, attribute = name.rpartition(".")
@@ -280,7 +286,10 @@ class FewerHeads(nn.Module):
         )  # [B, heads, T, head_dim]
         scores = q @ k.transpose(-2, -1) * self.head_dim**-0.5
         if attn_mask is not None:
-            attn_mask = attn_mask.unflatten(0, (-1, self.num_heads)) if attn_mask.dim() == 3 else attn_mask
+            if attn_mask.dim() == 3:
+                if len(attn_mask) != len(query) * self.num_heads:
+                    raise ValueError(f"attn_mask {list(attn_mask.shape)}: {self.num_heads} heads are left to mask.")
+                attn_mask = attn_mask.unflatten(0, (-1, self.num_heads))
             scores = scores + _additive(attn_mask, scores)
         if key_padding_mask is not None:
             scores = scores + _additive(key_padding_mask[:, None, None], scores)

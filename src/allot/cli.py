@@ -30,6 +30,7 @@ from allot.run import Candidate, drive, interruptible
 from allot.run import Progress as Step
 from allot.sources import DATA_FORMS, MODEL_FORMS, REMOTE, ModelSource, load_data, load_model
 from allot.store import write
+from allot.sweep import budgets_of, cells_of, sweep
 
 app = typer.Typer(name="allot", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -65,18 +66,15 @@ def prune_command(
     repair: option.Repair = None,
     runtime: option.Runtime = None,
     weights: option.Weights = None,
-    test: Annotated[
-        str | None,
-        typer.Option(metavar="DATA", help="labelled data for the score before and after  [test split of zoo data]"),
-    ] = None,
+    test: option.Test = None,
     include: option.Include = None,
     exclude: option.Exclude = None,
     min_density: option.MinDensity = None,
     max_density: option.MaxDensity = None,
     floor: option.Floor = None,
     seed: option.Seed = None,
-    samples: Annotated[int | None, typer.Option(metavar="N", help="calibration samples used  [512]")] = None,
-    batch_size: Annotated[int | None, typer.Option(metavar="N", help="calibration samples at a time  [64]")] = None,
+    samples: option.Samples = None,
+    batch_size: option.BatchSize = None,
     shape: option.Shape = None,
     recipe: option.RecipePath = None,
     settings: option.Settings = None,
@@ -123,7 +121,71 @@ def prune_command(
     people.print(table.run_table(report))
     checks = len(result.verify()["rows"])
     say(f"certificate: {checks} checks of the re-opened files passed (allot verify {out} shows them)")
-    say(f"run directory: {out}")
+    say(f"run directory: {out} (to look at: {out / 'report.html'})")
+
+
+@app.command("sweep")
+def sweep_command(
+    model: option.Model = None,
+    data: option.Data = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="a run for each cell, and the comparison")] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KIND=LIMITS", help="sparsity=0.5,0.8,0.9; one with several limits: macs=50% and bytes=3MB"
+        ),
+    ] = None,
+    method: Annotated[str | None, typer.Option(metavar="NAMES", help="recipes, joined with commas  [erk]")] = None,
+    seeds: Annotated[int, typer.Option(metavar="N", min=1, help="each cell with seeds 0 to N - 1")] = 3,
+    pattern: option.Pattern = None,
+    repair: option.Repair = None,
+    score: option.Score = None,
+    weights: option.Weights = None,
+    test: option.Test = None,
+    samples: option.Samples = None,
+    batch_size: option.BatchSize = None,
+    shape: option.Shape = None,
+    recipe: option.RecipePath = None,
+    settings: option.Settings = None,
+    *,
+    as_json: option.Json = False,
+) -> None:
+    """Prune MODEL by every method to every budget with several seeds; goes on where it was stopped."""
+    given = dict(locals())
+    budgets = budgets_of(given.pop("budget") or ())
+    methods = [name.strip() for name in (given.pop("method") or "erk").split(",")]
+    wanted = option.resolved(given)
+    if out is None or wanted.model is None or not budgets:
+        raise UsageError("a sweep needs MODEL, --budget KIND=LIMITS and --out DIR.")
+    for name in methods:
+        assemble(name, pattern=wanted.pattern, repair=wanted.repair, options=wanted.options)
+    source = load_model(wanted.model, weights=wanted.weights, shape=wanted.input)
+    calibration = load_data(wanted.data, source) if wanted.data else None
+    with interruptible() as should_stop, progress() as on_step:
+        table_of = sweep(
+            source.model,
+            calibration,
+            cells_of(methods, budgets, seeds),
+            out,
+            on_cell=lambda number, of, cell: on_step(Step("sweep", number - 1, of, {})),
+            score=wanted.score,
+            pattern=wanted.pattern,
+            repair=wanted.repair,
+            options=wanted.options,
+            rules=wanted.rules(),
+            samples=wanted.samples,
+            batch_size=wanted.batch_size,
+            example=source.example,
+            test=_test_data(wanted, source),
+            label=wanted.model,
+            recipe=wanted.model_dump(mode="json", exclude_none=True, exclude={"method", "budget", "seed"}),
+            should_stop=should_stop,
+        )
+    if as_json:
+        print_json({**table_of, "out": str(out)})
+        return
+    people.print(table.sweep_table(table_of))
+    say(f"comparison: {out / 'report.html'}   as data: {out / 'results.json'}")
 
 
 @app.command("plan")
@@ -157,8 +219,12 @@ def plan_command(
         raise UsageError(f"no MODEL: {MODEL_FORMS} is accepted.")
     asked_budget = wanted.parsed_budget()
     parts = assemble(
-        wanted.method, allocate=wanted.allocate, pattern=wanted.pattern, repair="none", options=wanted.options
+        wanted.method, allocate=wanted.allocate, pattern=wanted.pattern, repair=wanted.repair, options=wanted.options
     )
+    if parts.allocate.needs_data:
+        raise UsageError(
+            f"{parts.names.allocate} learns from data and cannot be planned: use `allot prune`, or --allocate uniform."
+        )
     origin, _, name = wanted.model.partition(":")
     chosen_weights = wanted.weights or ("random" if origin in REMOTE and not Path(name).exists() else None)
     source = load_model(wanted.model, weights=chosen_weights, shape=wanted.input)
@@ -177,8 +243,6 @@ def plan_command(
             seed=wanted.seed,
             latency=partial(latency_of, runtime=Runtime.parse(wanted.runtime), seed=wanted.seed),
         )
-    if parts.allocate.needs_data:
-        raise UsageError(f"{parts.names.allocate} needs calibration data: use `allot prune`.")
     candidate = drive(parts.allocate, problem, Candidate.dense(problem))
     if save:
         write(save, json.dumps({**candidate.allocation.to_json(), "budget": asked_budget.to_json()}, indent=2) + "\n")
@@ -187,7 +251,7 @@ def plan_command(
         "method": parts.method,
         "pattern": parts.names.pattern,
         "budget": problem.budget.rows(candidate.allocation.kept),
-        "kept": sum(candidate.allocation.kept.values()),
+        "kept": sum(problem.budget.sizes(candidate.allocation.kept).values()),
         "total": problem.budget.total,
         "layers": layer_rows(problem, candidate.allocation),
         "skipped": dict(problem.scope.skipped),
@@ -244,7 +308,7 @@ def main() -> None:
     try:
         code = app(prog_name="allot", standalone_mode=False) or 0
     except Stopped as stop:
-        say(f"{stop}: saved; the same command goes on from here.")
+        say(f"{stop}: saved; the same command goes on from here." if stop.saved else f"{stop}.")
         sys.exit(stop.exit_code)
     except AllotError as error:
         say_error(str(error))

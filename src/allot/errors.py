@@ -34,9 +34,18 @@ class VerificationError(AllotError):
 
 
 class Stopped(AllotError):
-    """The run was asked to stop; what is done so far is saved and the same command goes on from there."""
+    """The run was asked to stop; what is done so far is saved and the same command goes on from there.
+
+    Args:
+        message: what was stopped where.
+        saved: whether anything is.
+    """
 
     exit_code = 130
+
+    def __init__(self, message: str, *, saved: bool = True) -> None:
+        super().__init__(message)
+        self.saved = saved
 
 
 def unknown(what: str, name: str, accepted: Iterable[str]) -> UsageError:

@@ -7,12 +7,14 @@
     M            numbers that all layers put out: what everything between them has to read and write
     b, s, m      fitted to whole nets that were measured; s and m are not negative
 
-Between the points of a grid T_l is bilinear. Tables are made monotone first, so that T grows with every n and a
-budget of time can be shared out like any other.
+Between the points of a grid T_l is bilinear. Whoever measures makes tables `monotone`, so that T grows with every n and
+a budget of time can be shared out like any other.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -41,6 +43,13 @@ class LayerTimes:
     times: tuple[tuple[float, ...], ...]
     out: int
     places: int
+
+    def __post_init__(self) -> None:
+        grid = [len(row) for row in self.times] == [len(self.columns)] * len(self.rows) != []
+        grows = all(a < b for sides in (self.rows, self.columns) for a, b in itertools.pairwise(sides))
+        known = all(math.isfinite(time) and time >= 0 for row in self.times for time in row)
+        if not (grid and self.columns and grows and known and self.out in (0, 1) and self.places >= 0):
+            raise ValueError(f"{self.layer}: times of another grid, or no times")
 
     def at(self, sides: Sides) -> tuple[float, Sides]:
         """(T_l, its slope by each side)."""
@@ -76,6 +85,11 @@ class Latency:
     dense: int
     off: float = 0.0
     slow: float = 1.0
+
+    def __post_init__(self) -> None:
+        known = all(map(math.isfinite, (self.base, self.scale, self.traffic, self.off)))
+        if not (known and min(self.scale, self.traffic) >= 0 < min(self.slow, self.dense) < math.inf and self.layers):
+            raise ValueError("figures that are none of a clock")
 
     def of(self, sides: Mapping[str, Sides]) -> tuple[float, dict[str, Sides]]:
         """(T, its slope by the two sides of every layer), for these sides of the weights."""
@@ -123,7 +137,7 @@ class Latency:
             )
             known = str(content["runtime"]), int(content["batch"])
             return cls(*known, layers, base, scale, traffic, int(content["dense"]), off, slow)
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UsageError(f"no table of latencies: {type(error).__name__} {error}.") from error
 
 

@@ -59,6 +59,12 @@ Runtime = Annotated[
         help="what latency is measured in: onnx or torch; onnx:64 for 64 samples at a time  [onnx where installed]",
     ),
 ]
+Test = Annotated[
+    str | None,
+    typer.Option(metavar="DATA", help="labelled data for the score before and after  [test split of zoo data]"),
+]
+Samples = Annotated[int | None, typer.Option(metavar="N", help="calibration samples used  [512]")]
+BatchSize = Annotated[int | None, typer.Option(metavar="N", help="calibration samples at a time  [64]")]
 Include = Annotated[
     list[str] | None,
     typer.Option(metavar="LAYERS", help="only layers that match: glob, or regular expression after re:  [all]"),

@@ -17,7 +17,7 @@ from allot.channel_budget import ChannelBudget, Dimension, Extent, channel_terms
 from allot.channels import Group
 from allot.costs import Term
 from allot.coupling import coupled
-from allot.errors import PatternError, UsageError
+from allot.errors import BudgetError, PatternError, UsageError
 from allot.evaluate import attempt
 from allot.latency import Latency
 from allot.layers import Rules, Scope, matches
@@ -99,6 +99,9 @@ def _of_channels(
     found, whole = coupled(model, example)
     groups, skipped = _ruled(found, whole, rules)
     scope = replace(scope, groups=groups, skipped={**scope.skipped, **skipped})
+    if not groups:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list({**skipped, **whole}.items())[:4])
+        raise BudgetError(f"no channels can be removed from this model ({reasons or 'no layer writes any'}).")
     state, _ = files.plain_state(model)
     said = files.about(model, scope, budget)
     held: dict[tuple[str, int], list[tuple[Group, int]]] = {}  # which groups, with how many places a channel
@@ -118,7 +121,7 @@ def _of_channels(
         uses = Fraction(layer.macs or 0, layer.total) if layer else Fraction(0)
         extents.append(Extent(name, 1, dims, uses, layer is not None, value.element_size()))
     terms = channel_terms(((g.name, g.total, g.min_kept, g.max_kept) for g in groups), step)
-    limit = str(budget.latency) if budget.latency is not None and groups else None
+    limit = str(budget.latency) if budget.latency is not None else None
     tables = timing(model, scope, groups, extents, terms, example, limit) if limit else None
     weights = [Term(layer.name, layer.total, 0, layer.total, macs=layer.macs) for layer in scope]
     full = {"full_bytes": files.layout(state, said).plain, "full_latency": tables.dense if tables else 0}

@@ -31,6 +31,7 @@ from allot.parts import Parts, assemble, settings
 from allot.patterns import Channels, Pattern
 from allot.pose import check_made_nothing, check_plain, names_of, pose
 from allot.realise import certificate, files
+from allot.realise.compare import check_slim
 from allot.realise.files import TABLES
 from allot.realise.held import Held, load_tables, paced, save_tables, told
 from allot.realise.timing import Runtime, latency_of
@@ -156,18 +157,26 @@ def _timing(
 
     def tell(done: int, of: int) -> None:
         if should_stop and should_stop():
-            raise Stopped(f"stopped while timing layers, {done} of {of}")
+            raise Stopped(f"stopped while timing layers, {done} of {of}: the next start times them anew", saved=False)
         if on_step:
             on_step(Progress("measure", done, of, {}))
 
-    def timing(*problem: Any) -> Latency:
-        path = Path(run) / TABLES if run else None
-        if path and path.exists() and (path.parent / "run.json").exists():
-            return load_tables(path)
+    def measure(*problem: Any) -> Latency:
         started = time.monotonic()
         tables = latency_of(*problem, runtime=runtime, seed=seed, on_step=tell)
         log.seconds["measure"] = time.monotonic() - started
         return tables
+
+    def timing(*problem: Any) -> Latency:
+        path = Path(run) / TABLES if run else None
+        if path and path.exists() and (path.parent / "run.json").exists():
+            tables, extents = load_tables(path), problem[3]
+            if tables.runtime != str(runtime):
+                return measure(*problem)  # of a run that did not begin; of any other the store says what differs
+            if not {layer.layer for layer in tables.layers} <= {extent.name for extent in extents}:
+                raise UsageError(f"{run} belongs to another model: choose another directory or delete it.")
+            return tables
+        return measure(*problem)
 
     return timing
 
@@ -252,13 +261,15 @@ def _chain(
             problem = paced(problem, candidate.diagnostics)
     scores = _scores(problem, candidate, test, dense) if dense else None
     result = Result(problem, candidate, log, parts.names, parts.method, label, scores)
+    if problem.scope.groups:
+        check_slim(problem, candidate)
     if "latency" in problem.budget.asked:
         result = replace(result, latency=told(problem, candidate))
         if store:
             save_tables(store.directory, problem)
     if store:
-        result.save(store.directory)
         write(store.directory / "recipe.yaml", yaml.safe_dump(store.notes["recipe"], sort_keys=False))
+        result.save(store.directory)
         store.finish(log)
     return result
 

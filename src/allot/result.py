@@ -19,6 +19,7 @@ from allot.masks import write_into
 from allot.realise import certificate, files
 from allot.realise.dead import without_dead_channels
 from allot.report.data import report
+from allot.report.page import write_run
 from allot.run import Candidate, Problem, Recipe
 from allot.store import Log, write
 
@@ -50,6 +51,9 @@ class Result:
     scores: Mapping[str, Any] | None = None
     latency: Mapping[str, Any] | None = None
     directory: Path | None = field(default=None)
+
+    def __repr__(self) -> str:
+        return f"Result({self.label}: {self.method}, {self.problem.budget.to_json()}, {self.allocation})"
 
     def __post_init__(self) -> None:
         state = {**self.problem.dense, **self.candidate.effective(self.problem)}
@@ -134,7 +138,7 @@ class Result:
         )
 
     def save(self, directory: str | Path) -> dict[str, Any]:
-        """Write the model files, allocation.json, certificate.json and report.json; returns the certificate.
+        """Write model files, allocation.json, certificate.json, report.json and report.html; returns the certificate.
 
         Raises:
             VerificationError: what was written, re-opened, does not hold what was promised.
@@ -156,12 +160,14 @@ class Result:
         certified = certificate.certify(directory, budget.sizes(kept), kept)
         write_json(directory / "certificate.json", certified)
         object.__setattr__(self, "directory", directory)
-        write_json(directory / "report.json", self.report())
+        told = self.report()
+        write_json(directory / "report.json", told)
         if not certified["passed"]:
             failed = next(row for row in certified["rows"] if not row["passed"])
             raise VerificationError(
                 f"{failed['file']}: {failed['check']}: promised {failed['promised']}, found {failed['found']}."
             )
+        write_run(directory, told)
         return certified
 
     def verify(self) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class Problem:
 
     model: nn.Module
     scope: Scope
-    budget: Budget  # of channels, a `ChannelBudget`, which has its surface but for prices and ways down
+    budget: Budget  # of channels, a `ChannelBudget`, which has its surface but for ways down
     pattern: Pattern
     score: Score | ChannelScore
     calibration: Calibration | None = None

@@ -133,6 +133,10 @@ def train(
     net = copied(model).train()
     budget = Budget.parse(budget) if isinstance(budget, str) else budget
     structure = parse(pattern) if isinstance(pattern, str) else pattern
+    if budget.latency is not None:
+        raise UsageError("a budget of latency is measured after training: use macs=, and allot.prune for latency=.")
+    if not callable(batches):
+        raise UsageError(f"batches: {type(batches).__name__} cannot be called: pass allot.scratch.split(data).")
     inputs, labels = batches("weights", 0)
     problem = pose(net, budget, structure, example=_first(inputs), score=CHANNEL_SCORES[score], seed=seed)
     images = {"forward": 0, "backward": 0}

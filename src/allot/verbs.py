@@ -13,12 +13,14 @@ from allot import options as option
 from allot.calibration import Calibration
 from allot.console import people, print_json, say
 from allot.errors import UsageError, VerificationError, unknown
-from allot.lookup import recipe_of, report_of, told_of
+from allot.lookup import add_export, recipe_of, report_of, told_of
 from allot.methods import METHODS, RECIPES
 from allot.realise.certificate import verify
 from allot.realise.export import exported
 from allot.report import table
+from allot.report.page import comparison_page, write_run
 from allot.sources import load_data, load_model
+from allot.store import write
 
 
 def verify_command(
@@ -58,6 +60,7 @@ def export_command(
     if example is None:
         raise UsageError("no input to run the model on: give --input or --data.")
     row = exported(source.model, run, report, example, to, out)
+    add_export(run, report, row)
     if as_json:
         print_json(row)
     else:
@@ -66,21 +69,28 @@ def export_command(
 
 def report_command(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="finished run directories")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="the page  [RUN/report.html; of several: report.html]")
+    ] = None,
     *,
     as_json: option.Json = False,
 ) -> None:
-    """Show one run, or several side by side."""
+    """Show one run, or several side by side, here and as one offline page."""
     reports = [(str(run), report_of(run)) for run in runs]
+    if len(runs) == 1:
+        page = write_run(runs[0], reports[0][1], out)
+    else:
+        page = out or Path("report.html")
+        write(page, comparison_page(reports))
     if as_json:
         print_json(
             {**reports[0][1], "run": reports[0][0]}
             if len(reports) == 1
             else {"runs": [{**r, "run": n} for n, r in reports]}
         )
-    elif len(reports) == 1:
-        people.print(table.run_table(reports[0][1]))
-    else:
-        people.print(table.comparison_table(reports))
+        return
+    people.print(table.run_table(reports[0][1]) if len(reports) == 1 else table.comparison_table(reports))
+    say(f"page: {page}")
 
 
 def methods_command(

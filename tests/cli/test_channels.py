@@ -82,4 +82,6 @@ def test_a_budget_of_time_is_planned_met_and_shown(monkeypatch: pytest.MonkeyPat
     assert json.loads(Path("RUN/report.json").read_text())["latency"]["met"]
     assert done("verify RUN --json").json["passed"]
     assert "latency=60%" in done("verify RUN").err
-    assert "tensorrt" in refused(f"plan {NET} --budget latency=60% --pattern channels --method uniform --runtime tensorrt", 2)
+    assert "tensorrt" in refused(
+        f"plan {NET} --budget latency=60% --pattern channels --method uniform --runtime tensorrt", 2
+    )

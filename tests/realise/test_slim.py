@@ -152,7 +152,7 @@ def test_nothing_is_unpickled_on_the_way(run: Path, monkeypatch: pytest.MonkeyPa
 
     for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
         monkeypatch.setattr(module, name, refuse)
-    assert {path.suffix for path in run.iterdir()} <= {".safetensors", ".json", ".jsonl", ".yaml"}
+    assert {path.suffix for path in run.iterdir()} <= {".safetensors", ".json", ".jsonl", ".yaml", ".html"}
     load_slim(Convolutions(norm=True, reverse=False), run)
     assert passed(run)
 

@@ -123,6 +123,8 @@ def _limit_rows(
     if missing:
         return rows
     found = {name: int(torch.count_nonzero(state[name])) for name in about["layers"]}
+    broken = [name for name in found if not bool(torch.isfinite(state[name]).all())]
+    rows.append(_row(path.name, "weights finite", "all", ", ".join(broken) or "all"))
     if kept is not None:
         over = [f"{name} {found[name]:,} > {kept.get(name, 0):,}" for name in found if found[name] > kept.get(name, 0)]
         rows.append(_row(path.name, "nonzeros per layer", "at most kept", ", ".join(over) or "at most kept"))
@@ -140,7 +142,7 @@ def _limit_rows(
     for kind, limit in about["limits"].items():
         if kind == "latency" and kind not in costs:
             continue  # a file alone does not know how fast a machine is
-        label = f"{kind}={about['asked'][kind]}"
+        label = f"{kind}={about['asked'][kind]}" + (", ns by the tables" if kind == "latency" else "")
         if kind not in costs:
             rows.append(_row(path.name, label, f"at most {limit:,} bytes", f"{small.name} is not there", passed=False))
         elif kind == "sparsity":

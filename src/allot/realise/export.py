@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import math
 import statistics
 import tempfile
 import time
@@ -23,19 +22,19 @@ import torch
 from torch import Tensor, nn
 
 from allot.channels import copied, shapes_of
-from allot.errors import UsageError, VerificationError, unknown
+from allot.errors import AllotError, UsageError, VerificationError, unknown
 from allot.evaluate import attempt
 from allot.layers import Layer, Scope
 from allot.macs import measured
-from allot.masks import as_arguments, modes, write_into
+from allot.masks import as_arguments, write_into
+from allot.proof import tensors_in
+from allot.realise.compare import SLIM_TOLERANCE, TOLERANCE, off
 from allot.realise.files import PLAIN, PLAN, SLIM, load
 from allot.realise.slim import load_slim
 from allot.store import replacing, write
 
 Run = Callable[[Any], list[Tensor]]
 ENDINGS = {"program": ".pt2", "onnx": ".onnx"}
-TOLERANCE = 1e-4  # of the largest output: runtimes add in another order
-SLIM_TOLERANCE = 1e-5  # the same, where PyTorch runs both
 
 
 @dataclass(frozen=True)
@@ -60,15 +59,20 @@ def export(model: nn.Module, example: Any, path: str | Path, *, to: str | None =
     to = {ending: form for form, ending in ENDINGS.items()}.get(path.suffix, path.suffix) if to is None else to
     if to not in FORMS:
         raise unknown("form of export", to, FORMS)
-    with modes(model, lambda module: False), torch.no_grad():
-        wanted = _flat(_apply(model, example))
-        with replacing(path) as temporary:
+    model = copied(model).eval()  # what its forward writes to stays out of the model that was passed in
+    with torch.no_grad(), replacing(path) as temporary:
+        try:
+            wanted = _flat(_apply(model, example))
             FORMS[to][0](model, example, temporary)
-        opened = open_export(path, to)
-        found = opened.run(example)
-    if not (error := _off(found, wanted)) <= TOLERANCE:
-        path.unlink()
-        raise VerificationError(f"{path} answers otherwise than the model: off by {error:.2g} of the largest.")
+            opened = open_export(temporary, to)
+            found = opened.run(example)
+        except (AllotError, OSError):
+            raise
+        except Exception as problem:
+            said = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+            raise UsageError(f"{type(model).__name__} cannot be written as {to} for such inputs: {said}") from problem
+        if not (error := off(found, wanted)) <= TOLERANCE:
+            raise VerificationError(f"{path} answers otherwise than the model: off by {error:.2g} of the largest.")
     return opened
 
 
@@ -139,7 +143,7 @@ def exported(
         with tempfile.TemporaryDirectory() as folder:
             whole = export(dense, example, Path(folder) / "dense", to=to)
         other, before = whole.run, whole.bytes
-    if not (error := _off(opened.run(example), wanted)) <= (SLIM_TOLERANCE if to == "slim" else TOLERANCE):
+    if not (error := off(opened.run(example), wanted)) <= (SLIM_TOLERANCE if to == "slim" else TOLERANCE):
         raise VerificationError(f"{file} answers otherwise than the run's model: off by {error:.2g} of the largest.")
     layers = [row["name"] for row in report["layers"]]
     if slim and (counted := _macs(sparse, example, layers)) != report["macs"]["sparse"]:
@@ -177,16 +181,6 @@ def _plainly(model: nn.Module) -> Run:
             return _flat(_apply(model, example))
 
     return run
-
-
-def _off(found: list[Tensor], wanted: list[Tensor]) -> float:
-    """Largest difference over the largest wanted value; infinite where shapes differ."""
-    if [a.shape for a in found] != [b.shape for b in wanted]:
-        return math.inf
-    scale = max((float(b.abs().max()) for b in wanted if b.numel()), default=1.0) or 1.0
-    return (
-        max((float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True) if a.numel()), default=0.0) / scale
-    )
 
 
 def _write_program(model: nn.Module, example: Any, path: Path) -> None:
@@ -267,10 +261,7 @@ def _apply(model: Callable[..., Any], example: Any) -> Any:
 
 
 def _flat(output: Any) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output]
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
-    return [tensor for value in values for tensor in _flat(value)]
+    return list(tensors_in(output))
 
 
 def _need(*modules: str) -> None:

@@ -26,13 +26,13 @@ from torch import Tensor, nn
 
 from allot.amounts import Amount
 from allot.channel_budget import Extent, largest
-from allot.channels import ChannelPlan, Group, slimmed
+from allot.channels import ChannelPlan, Group, copied, slimmed
 from allot.costs import Term
 from allot.errors import UsageError, check_number, unknown
 from allot.evaluate import attempt
 from allot.latency import Latency, LayerTimes, Sides, monotone
 from allot.layers import Layer, Scope, places_of
-from allot.masks import as_arguments, modes
+from allot.masks import as_arguments
 from allot.observe import hooked, plain_places
 from allot.realise.export import ENDINGS, export, timed
 
@@ -78,6 +78,7 @@ class Runtime:
             example: a batch of one input.
         """
         batch = _repeated(example, self.batch)
+        model = copied(model).eval()  # what its forward writes to stays out of the model that was passed in
         if self.name == "onnx":
             with tempfile.TemporaryDirectory() as folder:
                 opened = export(model, batch, Path(folder) / f"model{ENDINGS['onnx']}")
@@ -85,9 +86,9 @@ class Runtime:
         args, kwargs = as_arguments(batch)
 
         def run() -> Any:
-            with modes(model, lambda module: False), torch.no_grad():
+            with torch.no_grad():
                 output = model(*args, **kwargs)
-            _wait(next(model.parameters()).device)
+            _wait(next(model.parameters()))
             return output
 
         return run
@@ -132,7 +133,7 @@ def latency_of(
 
     def ready(net: Mapping[str, int]) -> Run:
         plan = ChannelPlan.of(model, groups, {name: range(count) for name, count in net.items()})
-        run = runtime.ready(slimmed(model, plan).eval(), example)
+        run = runtime.ready(slimmed(model, plan), example)
         progress()
         return run
 
@@ -221,6 +222,7 @@ class _Product:
         inside: sides of the input behind the batch and without channels; of a matrix product, its rows a sample.
         calls: how often the layer runs in one pass.
         places: numbers a sample that one output channel consists of, in all calls.
+        like: the weight itself.
     """
 
     layer: Layer
@@ -228,6 +230,7 @@ class _Product:
     inside: tuple[int, ...]
     calls: int
     places: int
+    like: Tensor
 
     @property
     def settings(self) -> Any:
@@ -250,11 +253,12 @@ class _Product:
             x = torch.randn(runtime.batch, into, *self.inside)
         if runtime.name == "onnx":
             return _one_node(x, weight, self._node(groups))
+        x, weight = x.to(self.like), weight.to(self.like)  # its device and dtype
         if self.convolution is None:
-            return lambda: x @ weight
+            return lambda: _wait(x @ weight)
         stride, padding, dilation, extra = self.convolution
         transposed = bool(self.out)
-        return lambda: torch.convolution(x, weight, None, stride, padding, dilation, transposed, extra, groups)
+        return lambda: _wait(torch.convolution(x, weight, None, stride, padding, dilation, transposed, extra, groups))
 
     def _node(self, groups: int) -> tuple[str, dict[str, Any]]:
         """Name and attributes of its ONNX operator."""
@@ -276,19 +280,20 @@ def _products(model: nn.Module, scope: Scope, example: Any) -> list[_Product]:
 
         return hook
 
+    held = places_of(model)
     with ExitStack() as stack:
-        for layer, place in plain_places(scope, places_of(model)):
+        for layer, place in plain_places(scope, held):
             stack.enter_context(hooked(place.module, noted(layer)))
         attempt(model, example, {})
     found = []
     for layer in scope:
         if not layer.macs:
             continue
-        uses = max(layer.macs // layer.total, 1)
+        uses, weight = max(layer.macs // layer.total, 1), held[layer.name][0].parameter.detach()
         calls = seen.get(layer.name, [])
         if not calls or not layer.kind.startswith("conv"):  # the projections of an attention are products, too
             many = max(len(calls), 1)
-            found.append(_Product(layer, None, (max(uses // many, 1),), many, uses))
+            found.append(_Product(layer, None, (max(uses // many, 1),), many, uses, weight))
             continue
         module: Any = calls[0][0]
         inside = tuple(calls[0][1][2 - len(layer.shape) :])
@@ -296,7 +301,7 @@ def _products(model: nn.Module, scope: Scope, example: Any) -> list[_Product]:
         stride, dilation, extra = (_many(value, len(inside)) for value in sized)
         padding = _padding(module.padding, layer.shape[2:], dilation)
         places = sum(outputs for _, _, outputs in calls)
-        found.append(_Product(layer, (stride, padding, dilation, extra), inside, len(calls), places))
+        found.append(_Product(layer, (stride, padding, dilation, extra), inside, len(calls), places, weight))
     return found
 
 
@@ -341,9 +346,11 @@ def _repeated(inputs: Any, times: int) -> Any:
     return inputs
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _wait(tensor: Tensor) -> Tensor:
+    """`tensor`, once it is there: a GPU answers before it has computed."""
+    if tensor.device.type == "cuda":
+        torch.cuda.synchronize(tensor.device)
+    return tensor
 
 
 def _counted(on_step: Callable[[int, int], None] | None, of: int) -> Callable[[], None]:

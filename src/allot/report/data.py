@@ -7,6 +7,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from allot.allocation import Allocation
 from allot.realise.files import BITMASK, PLAIN, SLIM
 from allot.run import Candidate, Problem, Recipe
@@ -28,7 +30,7 @@ def report(
 
     `macs` and a layer's `macs` are null where no example input was there to count them with; `bytes` is
     {dense, file}: the dense model's file and the bitmask file, null until the run is saved. `latency` is null where
-    time was not limited. `diagnostics` is what
+    time was not limited. `exports` are what `allot export` adds. `diagnostics` is what
     methods tell about how they came to their result, by method.
     """
     budget, kept = problem.budget, candidate.allocation.kept
@@ -58,15 +60,22 @@ def report(
         "skipped": dict(problem.scope.skipped),
         "scores": dict(scores) if scores else None,
         "latency": dict(latency) if latency else None,
+        "exports": [],
         "seconds": {stage: round(seconds, 3) for stage, seconds in log.seconds.items()},
         "images": {"forward": log.forward, "backward": log.backward},
         "diagnostics": dict(candidate.diagnostics),
+        "histograms": _histograms(problem, candidate),
     }
 
 
 def layer_rows(problem: Problem, allocation: Allocation) -> list[dict[str, Any]]:
-    """`{name, shape, kept, total, density, macs}` of every layer; `macs` are the dense ones."""
+    """`{name, shape, kept, total, density, macs, price}` of every layer.
+
+    `macs` are the dense ones; `price` is what one more weight costs in units of the tightest limit, null where channels
+    are pruned.
+    """
     kept = problem.budget.sizes(allocation.kept)
+    price = {} if problem.scope.groups else problem.budget.prices(kept)
     return [
         {
             "name": layer.name,
@@ -75,14 +84,19 @@ def layer_rows(problem: Problem, allocation: Allocation) -> list[dict[str, Any]]
             "total": layer.total,
             "density": kept[layer.name] / layer.total,
             "macs": layer.macs,
+            "price": price.get(layer.name),
         }
         for layer in problem.scope
     ]
 
 
 def group_rows(problem: Problem, allocation: Allocation) -> list[dict[str, Any]]:
-    """`{name, kept, total, density, layers}` of every group of channels; empty where single weights are pruned."""
+    """`{name, kept, total, density, layers, price}` of every group of channels; empty where single weights are pruned.
+
+    `price` is what one more channel costs in units of the tightest limit.
+    """
     kept = allocation.kept
+    price = problem.channels.prices(kept) if problem.scope.groups else {}
     return [
         {
             "name": group.name,
@@ -90,9 +104,26 @@ def group_rows(problem: Problem, allocation: Allocation) -> list[dict[str, Any]]
             "total": group.total,
             "density": kept[group.name] / group.total,
             "layers": list(group.layers),
+            "price": price[group.name],
         }
         for group in problem.scope.groups
     ]
+
+
+BINS = 40
+
+
+def _histograms(problem: Problem, candidate: Candidate) -> dict[str, dict[str, list[float]]]:
+    """Layer -> `{edges, dense, sparse}`: weights of the dense and of the sparse model by value, zeros not counted."""
+    tensors = candidate.effective(problem)
+    found = {}
+    for layer in problem.scope:
+        both = [t.detach().float().cpu().numpy().ravel() for t in (problem.dense[layer.name], tensors[layer.name])]
+        edge = max(float(np.abs(values).max()) for values in both) or 1.0
+        edges = np.linspace(-edge, edge, BINS + 1)
+        counts = [np.histogram(values[values != 0], edges)[0].tolist() for values in both]
+        found[layer.name] = {"edges": edges.round(7).tolist(), "dense": counts[0], "sparse": counts[1]}
+    return found
 
 
 def _dense_macs(problem: Problem) -> int:

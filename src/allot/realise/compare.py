@@ -1,0 +1,53 @@
+"""Whether a model that was cut, or written and opened again, answers as the one it was made from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from allot.channels import ChannelPlan, slimmed
+from allot.errors import VerificationError
+from allot.evaluate import attempt
+from allot.masks import write_into
+from allot.proof import tensors_in
+from allot.run import Candidate, Problem, repeatable
+
+TOLERANCE = 1e-4  # of the largest output: runtimes add in another order
+SLIM_TOLERANCE = 1e-5  # the same, where PyTorch runs both
+
+
+def off(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """Largest difference over the largest wanted value; infinite where shapes differ or nothing is there to compare."""
+    if not wanted or [a.shape for a in found] != [b.shape for b in wanted]:
+        return math.inf
+    pairs = [(a.double().cpu(), b.double().cpu()) for a, b in zip(found, wanted, strict=True) if b.numel()]
+    scale = max((float(b.abs().max()) for _, b in pairs), default=1.0) or 1.0
+    return max((float((a - b).abs().max()) for a, b in pairs), default=0.0) / scale
+
+
+def check_slim(problem: Problem, candidate: Candidate) -> None:
+    """Hold the smaller net to the masked one on real inputs: groups were proven on random weights.
+
+    Raises:
+        VerificationError: it answers otherwise.
+    """
+    inputs = problem.calibration.batch(0)[0] if problem.calibration else problem.example
+    tensors = candidate.effective(problem)
+    plan = ChannelPlan.of(problem.model, problem.scope.groups, candidate.channels)
+    slim = slimmed(problem.model, plan).eval()
+    write_into(slim, {name: plan.cut(name, value) for name, value in tensors.items()})
+    answers = []
+    for model, own in ((problem.model, tensors), (slim, {})):
+        with repeatable(problem.model, problem.seed, "slim"):
+            answers.append(list(tensors_in(attempt(model, inputs, own))))
+    wanted, found = answers
+    # half precision adds up to what it can
+    allowed = max(SLIM_TOLERANCE, *(8 * float(torch.finfo(t.dtype).eps) for t in wanted)) if wanted else SLIM_TOLERANCE
+    if not (error := off(found, wanted)) <= allowed:
+        raise VerificationError(
+            f"the smaller net answers otherwise than the masked one, off by {error:.2g} of the largest output: its "
+            "channels hang together in a way that was not seen. Leave layers out (--exclude) until it agrees."
+        )

@@ -1,0 +1,136 @@
+"""Several budgets, methods and seeds on one model: a run directory for each, a table of all.
+
+OUT/METHOD/BUDGET/seed-N are ordinary runs. A cell that is done is opened, one that was interrupted goes on, so that the
+same call ends in the same table however often it was stopped. Model and data are those of the caller, loaded once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from allot.budget import Budget
+from allot.errors import BudgetError, PatternError, UsageError
+from allot.prune import prune
+from allot.report.page import comparison_page
+from allot.store import write
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep."""
+
+    method: str
+    budget: str
+    seed: int
+
+    def directory(self, out: Path) -> Path:
+        """Where it lives."""
+        return out / self.method / re.sub(r"[^\w.=%-]+", "_", self.budget) / f"seed-{self.seed}"
+
+
+def budgets_of(texts: Sequence[str]) -> list[str]:
+    """Budgets to try: `sparsity=0.5,0.9` is two, `macs=50% and bytes=3MB` is one.
+
+    Raises:
+        BudgetError: a limit that cannot be read.
+    """
+    found: list[str] = []
+    for text in texts:
+        kind = ""
+        for part in (piece.strip() for piece in text.split(",")):
+            if "=" in part:
+                kind = part.partition("=")[0].strip()
+            found.append(part if "=" in part else f"{kind}={part}")
+    for budget in found:
+        Budget.parse(budget)
+    return list(dict.fromkeys(found))
+
+
+def cells_of(methods: Sequence[str], budgets: Sequence[str], seeds: int) -> list[Cell]:
+    """Every cell, in the order in which a first comparison is there soonest: seed by seed."""
+    return [Cell(method, budget, seed) for seed in range(seeds) for budget in budgets for method in methods]
+
+
+def sweep(
+    model: nn.Module,
+    calibration: Any,
+    cells: Sequence[Cell],
+    out: str | Path,
+    *,
+    on_cell: Callable[[int, int, Cell], None] | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Run what is missing, then write OUT/report.html and OUT/results.json; returns what the latter holds.
+
+    Args:
+        cells: see `cells_of`.
+        on_cell: called before each cell with (number, of, cell).
+        settings: what else `prune` takes.
+    Returns:
+        `{"cells": [...], "means": [...]}`: one row a run (or the `error` of one that met no budget), and one for all
+        seeds of a method at a budget, mean and standard deviation.
+    Raises:
+        UsageError, Stopped: as `prune`; the same call goes on.
+    """
+    out = Path(out)
+    rows: list[dict[str, Any]] = []
+    reports: list[tuple[str, dict[str, Any]]] = []
+    for number, cell in enumerate(cells, 1):
+        if on_cell:
+            on_cell(number, len(cells), cell)
+        directory = cell.directory(out)
+        told = {"method": cell.method, "budget": cell.budget, "seed": cell.seed}
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            chosen = {**settings, "method": cell.method, "seed": cell.seed, "save_to": directory}
+            report = prune(model, calibration, cell.budget, **chosen).report()
+        except (BudgetError, PatternError) as error:
+            rows.append({**told, "error": str(error)})
+            continue
+        reports.append((str(directory.relative_to(out)), report))
+        rows.append({**told, "run": str(directory.relative_to(out)), **_figures(report)})
+    table = {"cells": rows, "means": list(_means(rows))}
+    write(out / "results.json", json.dumps(table, indent=2) + "\n")
+    if not reports:
+        raise UsageError(f"no cell met its budget; the first: {rows[0]['error']}")
+    write(out / "report.html", comparison_page(reports))
+    return table
+
+
+def _figures(report: dict[str, Any]) -> dict[str, Any]:
+    scores, macs = report["scores"], report["macs"]
+    return {
+        "score": scores["sparse"] if scores else None,
+        "dense": scores["dense"] if scores else None,
+        "nll": scores["nll"]["sparse"] if scores else None,
+        "kept": report["kept"],
+        "total": report["total"],
+        "macs": macs["sparse"] if macs else None,
+        "dense_macs": macs["dense"] if macs else None,
+        "bytes": report["bytes"]["file"],
+        "images": report["images"],
+        "seconds": round(sum(report["seconds"].values()), 1),
+    }
+
+
+def _means(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    pairs = dict.fromkeys((row["budget"], row["method"]) for row in rows)
+    for budget, method in pairs:
+        own = [row for row in rows if (row["budget"], row["method"]) == (budget, method)]
+        scores = [row["score"] for row in own if row.get("score") is not None]
+        yield {
+            "budget": budget,
+            "method": method,
+            "seeds": len(own),
+            "failed": sum("error" in row for row in own),
+            "score": statistics.mean(scores) if scores else None,
+            "spread": statistics.stdev(scores) if len(scores) > 1 else None,
+        }
