@@ -24,7 +24,7 @@ UNFINISHED := $(VENV)/.unfinished
 RUNTIME := $(VENV)/.runtime
 DEV := $(VENV)/.dev
 
-.PHONY: install demo check test test-slow clean
+.PHONY: install demo check browser test test-slow clean
 .NOTPARALLEL: # `make -j2 demo test` would reinstall allot while the demo runs
 
 install: $(DEV)
@@ -59,8 +59,18 @@ check: $(DEV)
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports --no-logo
 
-test: check
+test: check browser
 	$(PY) -m pytest -n 2
+
+# report.html is looked at in a browser where there is one, or where Debian's can be installed
+browser:
+	@command -v chromium >/dev/null && exit 0; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "installing Chromium, for the tests of report.html"; \
+		timeout 300 sh -c 'apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
+			--no-install-recommends chromium fonts-dejavu-core' >/dev/null 2>&1 || true; \
+	fi; \
+	command -v chromium >/dev/null || echo "NO CHROMIUM: report.html is not looked at in a browser"
 
 test-slow: $(DEV)
 	$(PY) -m pytest -n 2 -m 'slow and not gpu'

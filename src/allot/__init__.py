@@ -16,6 +16,7 @@ from allot.realise.files import load
 from allot.realise.slim import load_slim
 from allot.result import Result
 from allot.scores import SCORES
+from allot.sweep import sweep
 
 __all__ = [
     "METHODS",
@@ -44,5 +45,6 @@ __all__ = [
     "load",
     "load_slim",
     "prune",
+    "sweep",
     "verify",
 ]

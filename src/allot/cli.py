@@ -22,10 +22,12 @@ from allot.lookup import recipe_of
 from allot.parts import assemble
 from allot.pose import pose
 from allot.prune import prune
+from allot.realise.advise import advise
 from allot.realise.timing import Runtime, latency_of
 from allot.recipe import RecipeFile
 from allot.report import table
 from allot.report.data import layer_rows
+from allot.report.page import advice_page
 from allot.run import Candidate, drive, interruptible
 from allot.run import Progress as Step
 from allot.sources import DATA_FORMS, MODEL_FORMS, REMOTE, ModelSource, load_data, load_model
@@ -121,7 +123,8 @@ def prune_command(
     people.print(table.run_table(report))
     checks = len(result.verify()["rows"])
     say(f"certificate: {checks} checks of the re-opened files passed (allot verify {out} shows them)")
-    say(f"run directory: {out} (to look at: {out / 'report.html'})")
+    say(f"run directory: {out}")
+    say(f"to look at: {out / 'report.html'}")
 
 
 @app.command("sweep")
@@ -188,6 +191,43 @@ def sweep_command(
     say(f"comparison: {out / 'report.html'}   as data: {out / 'results.json'}")
 
 
+@app.command("advise")
+def advise_command(
+    model: option.Model = None,
+    data: option.Data = None,
+    out: Annotated[Path, typer.Option(metavar="FILE.html", help="the page with the curves")] = Path("advice.html"),
+    pattern: Annotated[str, typer.Option(metavar="PATTERN", help="in what multiples channels go")] = "channels:8",
+    runtime: option.Runtime = None,
+    weights: option.Weights = None,
+    shape: option.Shape = None,
+    *,
+    as_json: option.Json = False,
+) -> None:
+    """Measure layers of MODEL here, and say which sparsity pays on this machine, if any."""
+    wanted = option.resolved({"model": model, "data": data, "weights": weights, "shape": shape})
+    if wanted.model is None:
+        raise UsageError(f"no MODEL: {MODEL_FORMS} is accepted.")
+    source = load_model(wanted.model, weights=wanted.weights, shape=wanted.input)
+    example = _example(wanted, source)
+    if example is None:
+        raise UsageError("layers are timed on an input: give --input C,H,W or --data DATA.")
+    with progress() as on_step:
+        told = advise(
+            source.model,
+            example,
+            pattern=pattern,
+            runtime=Runtime.parse(runtime),
+            on_step=lambda done, of: on_step(Step("measure", done, of, {})),
+        )
+    told = {"model": wanted.model, **told}
+    write(out, advice_page(told))
+    if as_json:
+        print_json(told)
+        return
+    people.print(table.advice_table(told))
+    say(f"page: {out}")
+
+
 @app.command("plan")
 def plan_command(
     model: option.Model = None,
@@ -231,9 +271,7 @@ def plan_command(
     if chosen_weights == "random" and parts.names.allocate not in ("uniform", "erk"):
         say(f"note: random weights; {parts.names.allocate} depends on the weights: give --weights for a real plan.")
     with redirect_stdout(sys.stderr):
-        example = source.example
-        if example is None and wanted.data:
-            example = Calibration.of(load_data(wanted.data, source), samples=1, dtype=source.dtype).example()
+        example = _example(wanted, source)
         problem = pose(
             source.model,
             asked_budget,
@@ -301,6 +339,7 @@ app.command("verify")(verbs.verify_command)
 app.command("export")(verbs.export_command)
 app.command("report")(verbs.report_command)
 app.command("methods")(verbs.methods_command)
+app.command("recipes")(verbs.recipes_command)
 
 
 def main() -> None:
@@ -325,6 +364,13 @@ def main() -> None:
     if code == 130:
         say_error("interrupted.")
     sys.exit(code)
+
+
+def _example(wanted: RecipeFile, source: ModelSource) -> Any:
+    """A batch of one input: what the origin or --input says, or the first of the data."""
+    if source.example is None and wanted.data:
+        return Calibration.of(load_data(wanted.data, source), samples=1, dtype=source.dtype).example()
+    return source.example
 
 
 def _test_data(wanted: RecipeFile, source: ModelSource) -> Any:

@@ -88,7 +88,10 @@ Shape = Annotated[
     typer.Option("--input", metavar="C,H,W", help="shape of one input, without the batch  [what the origin says]"),
 ]
 RecipePath = Annotated[
-    Path | None, typer.Option("--recipe", metavar="FILE.yaml", help="the same as these options, in a file")
+    Path | None,
+    typer.Option(
+        "--recipe", metavar="FILE.yaml|NAME", help="the same as these options, in a file; or see `allot recipes`"
+    ),
 ]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="override one key of the recipe; repeatable")

@@ -121,6 +121,11 @@ class RecipeFile(BaseModel):
         return Rules(self.include, self.exclude, self.min_density, self.max_density, self.floor)
 
 
+def gallery() -> dict[str, Path]:
+    """Named recipes that come along: `--recipe NAME` takes one for a model of one's own."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
+
+
 class _Yaml(yaml.SafeLoader):
     """YAML in which `2:4` is text (YAML 1.1 reads 124, as in minutes and seconds) and `1e-3` is a number."""
 
@@ -140,6 +145,11 @@ for _tag, _pattern in _NUMBERS.items():
 
 
 def _read(path: Path) -> dict[str, Any]:
+    known = gallery()
+    if str(path) in known and not path.exists():
+        path = known[str(path)]
+    elif path.suffix == "" and not path.exists():
+        raise unknown("recipe", str(path), known)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

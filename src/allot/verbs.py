@@ -17,6 +17,7 @@ from allot.lookup import add_export, recipe_of, report_of, told_of
 from allot.methods import METHODS, RECIPES
 from allot.realise.certificate import verify
 from allot.realise.export import exported
+from allot.recipe import gallery
 from allot.report import table
 from allot.report.page import comparison_page, write_run
 from allot.sources import load_data, load_model
@@ -42,8 +43,8 @@ def verify_command(
 
 def export_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run directory")],
-    to: Annotated[str, typer.Option(metavar="FORM", help="slim, program (torch.export) or onnx")],
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="[RUN/model.pt2 or .onnx; slim: RUN]")] = None,
+    to: Annotated[str, typer.Option(metavar="FORM", help="safetensors, bitmask, slim, program, onnx or hf")],
+    out: Annotated[Path | None, typer.Option(metavar="PATH", help="of slim and hf a directory  [in RUN]")] = None,
     data: option.Data = None,
     shape: option.Shape = None,
     *,
@@ -91,6 +92,24 @@ def report_command(
         return
     people.print(table.run_table(reports[0][1]) if len(reports) == 1 else table.comparison_table(reports))
     say(f"page: {page}")
+
+
+def recipes_command(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="a named recipe")] = None,
+    *,
+    as_json: option.Json = False,
+) -> None:
+    """List the named recipes, or show one: `allot prune MODEL --recipe NAME` takes it."""
+    known = {key: path.read_text() for key, path in gallery().items()}
+    if name is not None and name not in known:
+        raise unknown("recipe", name, known)
+    if as_json:
+        print_json({"recipes": known} if name is None else {name: known[name]})
+    elif name:
+        say(known[name].rstrip())
+    else:
+        for key, text in known.items():
+            say(f"{key:<12} {text.splitlines()[0].removeprefix('# ')}")
 
 
 def methods_command(

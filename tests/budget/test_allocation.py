@@ -104,7 +104,7 @@ def test_a_file_edited_by_hand_still_meets_the_budget(tmp_path):
 def test_an_allocation_is_a_mapping_that_cannot_be_changed():
     assert dict(SHARES) == {"a": 0.5, "b": 0.25}
     assert SHARES.kept == {"a": 5, "b": 2}
-    assert repr(SHARES) == "Allocation(2 layers, 7 of 18 weights kept)"
+    assert repr(SHARES) == "Allocation(2 layers, 7 of 18 kept)"
     with pytest.raises(TypeError):
         SHARES["a"] = 1.0
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from allot.errors import UsageError
 from allot.prune import prune
-from allot.realise.certificate import verify
+from allot.realise.certificate import sealed, verify
 from allot.realise.files import BITMASK, PLAIN
 from contract.cases import CASES
 from realise.damage import DAMAGES, any_flipped_bit_fails, damage, passed
@@ -71,7 +71,8 @@ def rewrite(path: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], No
 def certificate(run: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     content = json.loads((run / "certificate.json").read_text())
     change(content)
-    (run / "certificate.json").write_text(json.dumps(content))
+    content = sealed(content) if "promised" in content else content  # forged with care
+    (run / "certificate.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
 def forge(run: Path) -> None:
@@ -145,8 +146,15 @@ def test_a_certificate_that_promises_less_fails(run: Path, change: Callable[[dic
 
 
 def test_what_the_certificate_says_of_itself_does_not_count(run: Path):
-    certificate(run, lambda content: content.update(rows=[], passed=False))
+    certificate(run, lambda content: content.update(rows=[], passed=False))  # and sealed again
     assert passed(run)
+
+
+def test_any_changed_byte_of_a_certificate_fails(run: Path):
+    any_flipped_bit_fails(run, "certificate.json", 50)
+    path = run / "certificate.json"
+    path.write_text(path.read_text().replace('": ', '":  ', 1))  # the same JSON
+    assert not passed(run)
 
 
 @pytest.mark.parametrize(

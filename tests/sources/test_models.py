@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
+import allot
 from allot import UsageError, zoo
 from allot.sources import load_model
 from cli.command import MLP, NET, done, refused, run
@@ -155,6 +156,16 @@ def test_hf_directories_are_pruned_exactly_without_being_told_their_inputs(build
     assert said["kept"] <= said["total"] / 2 and all(row["met"] for row in said["budget"])
     assert all(layer["macs"] for layer in said["layers"] if "pooler" not in layer["name"])
     assert done("verify RUN --json").json["passed"]
+
+
+def test_hf_runs_are_exported_as_directories_that_from_pretrained_opens(transformers):
+    vit(transformers)
+    done("prune hf:net --budget sparsity=0.5 --repair none --out RUN")
+    row = done("export RUN --to hf --json").json
+    assert row["form"] == "hf" and row["error"] == 0 and row["bytes"] > 0 and row["params"] == row["dense_params"]
+    again = transformers.ViTForImageClassification.from_pretrained("RUN/hf").state_dict()
+    kept = allot.load("RUN")
+    assert all(torch.equal(again[name], value) for name, value in kept.items() if name in again)
 
 
 def test_hf_plans_of_a_directory_use_its_weights(transformers):

@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 
 def certify(directory: Path, kept: Mapping[str, int], allocated: Mapping[str, int]) -> dict[str, Any]:
-    """The certificate of a run whose files are written: `{promised, rows, passed}`.
+    """The certificate of a run whose files are written: `{promised, rows, passed, sha256}`, the last of the others.
 
     Args:
         directory: the run directory; holds model.safetensors and a smaller file.
@@ -35,7 +35,13 @@ def certify(directory: Path, kept: Mapping[str, int], allocated: Mapping[str, in
     }
     promised = {"kept": dict(kept), "allocated": dict(allocated), "files": files}
     rows = _rows(directory, promised)
-    return {"promised": promised, "rows": rows, "passed": all(row["passed"] for row in rows)}
+    return sealed({"promised": promised, "rows": rows, "passed": all(row["passed"] for row in rows)})
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a certificate with the SHA-256 of its own text."""
+    own = {key: content[key] for key in ("promised", "rows", "passed")}
+    return {**own, "sha256": hashlib.sha256(json.dumps(own, indent=2).encode()).hexdigest()}
 
 
 def verify(path: str | Path) -> dict[str, Any]:
@@ -57,8 +63,11 @@ def verify(path: str | Path) -> dict[str, Any]:
         if not by_hand and read_run(path)["state"] != "done":
             raise UsageError(f"{path} is not finished: run the same prune command again to go on.")
         try:
-            promised = json.loads((path / "certificate.json").read_text())["promised"]
-            rows = _rows(path, promised)
+            text = (path / "certificate.json").read_text()
+            content = json.loads(text)
+            untouched = text == json.dumps(sealed(content), indent=2) + "\n"
+            rows = [_row("certificate.json", "untouched", "yes", "yes" if untouched else "no")]
+            rows += _rows(path, content["promised"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             problem = f"cannot be read ({type(error).__name__}: {error})"
             rows = [_row("certificate.json", "opens", "a certificate", problem, passed=False)]

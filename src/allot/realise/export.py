@@ -1,5 +1,7 @@
 """Models written for a runtime, re-opened there, compared with what they were made from, and timed side by side.
 
+safetensors, bitmask, slim   the run's own files     opened by allot
+hf        a directory of transformers                opened by from_pretrained
 program   a `torch.export` program (.pt2)            opened by torch.export.load
 onnx      ONNX (.onnx), any batch size               opened by ONNX Runtime; extra `onnx`
 """
@@ -29,11 +31,12 @@ from allot.macs import measured
 from allot.masks import as_arguments, write_into
 from allot.proof import tensors_in
 from allot.realise.compare import SLIM_TOLERANCE, TOLERANCE, off
-from allot.realise.files import PLAIN, PLAN, SLIM, load
+from allot.realise.files import BITMASK, PLAIN, PLAN, SLIM, load
 from allot.realise.slim import load_slim
 from allot.store import replacing, write
 
 Run = Callable[[Any], list[Tensor]]
+FILES = {"safetensors": PLAIN, "bitmask": BITMASK, "slim": SLIM}  # what a run holds already
 ENDINGS = {"program": ".pt2", "onnx": ".onnx"}
 
 
@@ -111,8 +114,8 @@ def exported(
         run: a finished run directory.
         report: its report.json.
         example: a batch of one input.
-        to: "slim", "program" or "onnx".
-        out: the file (of slim, a directory); None: beside the others in the run.
+        to: a key of FILES or FORMS, or "hf".
+        out: the file (of slim and hf, a directory); None: beside the others in the run.
     Returns:
         `{form, file, bytes, dense_bytes, error, params, dense_params, macs, dense_macs, milliseconds: {dense, sparse},
         faster}`; `error` is the largest difference of outputs from the run's masked model over their largest value.
@@ -120,22 +123,25 @@ def exported(
         UsageError: an unknown form, or one that this model or installation does not allow.
         VerificationError: what was written answers otherwise than the run's model, or takes other MACs than promised.
     """
-    if to not in ("slim", *FORMS):
-        raise unknown("form of export", to, ("slim", *FORMS))
+    if to not in (*FILES, *FORMS, "hf"):
+        raise unknown("form of export", to, (*FILES, *FORMS, "hf"))
     dense = copied(dense).eval()
     masked = copied(dense)
     write_into(masked, load(run))
-    slim = to == "slim" or (run / SLIM).exists()
+    slim = to in ("slim", *FORMS) and (run / SLIM).exists()
     with torch.no_grad():
         wanted = _flat(_apply(masked, example))
-    if to == "slim":
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            for name in (SLIM, PLAN):
-                write(out / name, (run / name).read_bytes())
-        file, before = (out or run) / SLIM, (run / PLAIN).stat().st_size
-        sparse = load_slim(dense, file)
-        opened, other = Opened(_plainly(sparse), file.stat().st_size), _plainly(dense)
+    other, before = _plainly(dense), (run / PLAIN).stat().st_size
+    if to in FILES:
+        file = _copied_file(run, to, out)
+        sparse = load_slim(dense, file) if to == "slim" else copied(dense)
+        if to != "slim":
+            write_into(sparse, load(file))
+        opened = Opened(_plainly(sparse), file.stat().st_size)
+    elif to == "hf":
+        file = out or run / "hf"
+        sparse, size = _through_pretrained(masked, file)
+        opened = Opened(_plainly(sparse), size)
     else:
         file = out or run / f"model{ENDINGS[to]}"
         sparse = load_slim(dense, run) if slim else masked
@@ -143,7 +149,10 @@ def exported(
         with tempfile.TemporaryDirectory() as folder:
             whole = export(dense, example, Path(folder) / "dense", to=to)
         other, before = whole.run, whole.bytes
-    if not (error := off(opened.run(example), wanted)) <= (SLIM_TOLERANCE if to == "slim" else TOLERANCE):
+    allowed = (
+        TOLERANCE if to in FORMS else SLIM_TOLERANCE if to == "slim" else 0.0
+    )  # the same numbers, the same answers
+    if not (error := off(opened.run(example), wanted)) <= allowed:
         raise VerificationError(f"{file} answers otherwise than the run's model: off by {error:.2g} of the largest.")
     layers = [row["name"] for row in report["layers"]]
     if slim and (counted := _macs(sparse, example, layers)) != report["macs"]["sparse"]:
@@ -162,6 +171,41 @@ def exported(
         "milliseconds": {name: 1000 * seconds for name, seconds in taken.items()},
         "faster": taken["dense"] / taken["sparse"],
     }
+
+
+def _copied_file(run: Path, to: str, out: Path | None) -> Path:
+    """The run's own file of this form, copied to `out` (of slim, a directory) where that is given.
+
+    Raises:
+        UsageError: the run has none.
+    """
+    name = FILES[to]
+    if not (run / name).exists():
+        others = [form for form, file in FILES.items() if (run / file).exists()]
+        raise UsageError(f"{run} has no {name}: {', '.join(others)} and {', '.join(FORMS)} can be exported.")
+    if out is None:
+        return run / name
+    if to != "slim":
+        write(out, (run / name).read_bytes())
+        return out
+    out.mkdir(parents=True, exist_ok=True)
+    for each in (SLIM, PLAN):
+        write(out / each, (run / each).read_bytes())
+    return out / SLIM
+
+
+def _through_pretrained(model: nn.Module, directory: Path) -> tuple[nn.Module, int]:
+    """What `from_pretrained` opens of what `save_pretrained` wrote, and how many bytes that is; zeros folded in.
+
+    Raises:
+        UsageError: a model that is not of transformers.
+    """
+    known: Any = model
+    if not hasattr(model, "save_pretrained") or not hasattr(type(model), "from_pretrained"):
+        raise UsageError(f"{type(model).__name__} has no save_pretrained: hf is for models of transformers.")
+    known.save_pretrained(directory, safe_serialization=True)
+    again = type(known).from_pretrained(directory)
+    return again.eval(), sum(file.stat().st_size for file in directory.iterdir())
 
 
 def _macs(model: nn.Module, example: Any, names: list[str]) -> int:

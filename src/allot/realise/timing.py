@@ -117,7 +117,7 @@ def latency_of(
         UsageError: the runtime cannot take the model.
     """
     tensors = {extent.name: extent for extent in extents}
-    products = _products(model, scope, example)
+    products = products_of(model, scope, example)
     progress = _counted(on_step, len(products) + len(WHOLE) + MIXED + 1)
     layers = _tables(products, tensors, {term.name: term for term in terms}, runtime, progress)
 
@@ -155,7 +155,7 @@ def latency_of(
 
 
 def _tables(
-    products: Sequence[_Product],
+    products: Sequence[Product],
     tensors: Mapping[str, Extent],
     terms: Mapping[str, Term],
     runtime: Runtime,
@@ -214,7 +214,7 @@ def fitted(
 
 
 @dataclass(frozen=True)
-class _Product:
+class Product:
     """One layer alone: a convolution or a matrix product, of any sides of its weight.
 
     Attributes:
@@ -269,7 +269,7 @@ class _Product:
         return ("ConvTranspose", settings | {"output_padding": extra}) if self.out else ("Conv", settings)
 
 
-def _products(model: nn.Module, scope: Scope, example: Any) -> list[_Product]:
+def products_of(model: nn.Module, scope: Scope, example: Any) -> list[Product]:
     """Every layer that the example reaches, with the inputs that it sees there."""
     seen: dict[str, list[tuple[nn.Module, torch.Size, int]]] = {}
 
@@ -293,7 +293,7 @@ def _products(model: nn.Module, scope: Scope, example: Any) -> list[_Product]:
         calls = seen.get(layer.name, [])
         if not calls or not layer.kind.startswith("conv"):  # the projections of an attention are products, too
             many = max(len(calls), 1)
-            found.append(_Product(layer, None, (max(uses // many, 1),), many, uses, weight))
+            found.append(Product(layer, None, (max(uses // many, 1),), many, uses, weight))
             continue
         module: Any = calls[0][0]
         inside = tuple(calls[0][1][2 - len(layer.shape) :])
@@ -301,7 +301,7 @@ def _products(model: nn.Module, scope: Scope, example: Any) -> list[_Product]:
         stride, dilation, extra = (_many(value, len(inside)) for value in sized)
         padding = _padding(module.padding, layer.shape[2:], dilation)
         places = sum(outputs for _, _, outputs in calls)
-        found.append(_Product(layer, (stride, padding, dilation, extra), inside, len(calls), places, weight))
+        found.append(Product(layer, (stride, padding, dilation, extra), inside, len(calls), places, weight))
     return found
 
 

@@ -44,6 +44,24 @@ def run_page(report: Report, certificate: Report, recipe: str, steps: Sequence[R
     )
 
 
+def advice_page(told: Report) -> str:
+    """What pays on this machine, with the curves that say so."""
+    channels = [(100 * row["macs"], row["faster"]) for row in told["channels"]]
+    charts = []
+    if len(channels) > 1:
+        drawn = lines([Line("channels", channels)], "MACs left, %", "times as fast", limit=1.0)
+        charts.append((f"Channels ({told['pattern']}, {told['runtime']}), foretold for equal shares", drawn))
+    last = max(len(told["linear"]) - 1, 1)
+    curves = [
+        Line(row["layer"], [(float(d), faster) for d, faster in row["faster"].items()], i / last)
+        for i, row in enumerate(told["linear"])
+    ]
+    if curves:
+        drawn = lines(curves, "density", "times as fast", limit=1.0)
+        charts.append(("Linear layers as sparse matrices, PyTorch, measured", drawn))
+    return _template("advice.html").render(told=told, charts=charts)
+
+
 def comparison_page(reports: Sequence[tuple[str, Report]]) -> str:
     """Several runs: one table, and score against sparsity, MACs and bytes, mean and spread over seeds."""
     rows, series = [], list(dict.fromkeys(_series(report) for _, report in reports))

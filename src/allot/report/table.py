@@ -127,6 +127,21 @@ def export_table(row: Mapping[str, Any]) -> RenderableType:
     return Group(table, Text(said))
 
 
+def advice_table(told: Mapping[str, Any]) -> RenderableType:
+    """What pays here: channels as foretold, linear layers as measured."""
+    table = _table()
+    table.add_column("", overflow="fold")
+    for column in ("left", "times as fast", "breaks even at"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in told["channels"]:
+        table.add_row("channels, equal shares", f"{100 * row['macs']:.0f} % of MACs", f"{row['faster']:.2f}", "")
+    for row in told["linear"]:
+        even = "never" if row["break_even"] is None else f"density {row['break_even']:.3f}"
+        best = max(row["faster"].items(), key=lambda pair: pair[1])
+        table.add_row(f"{escape(row['layer'])}, sparse matrix", f"{best[0]} of weights", f"{best[1]:.2f}", even)
+    return Group(table, *(Text(sentence) for sentence in told["said"]))
+
+
 def methods_table(rows: Sequence[tuple[str, str, str, str]]) -> Table:
     """(name, role, needs, what it does) of every method."""
     table = _table()

@@ -1,0 +1,104 @@
+"""A sweep is its cells: stopped anywhere and started again it ends in the table of one that was not stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import allot
+from allot.errors import BudgetError, Stopped, UsageError
+from allot.sweep import Cell, budgets_of, cells_of, sweep
+from contract.cases import CASES
+
+CASE = CASES["with batch norm"]
+CELLS = cells_of(("erk", "fcpts"), ("sparsity=0.5", "sparsity=0.7"), 2)
+SETTINGS: dict[str, Any] = {"batch_size": 8, "options": None}
+
+
+def labelled() -> list[tuple[torch.Tensor, int]]:
+    x = CASE.inputs(12)
+    return [(x[i], i % 3) for i in range(len(x))]
+
+
+def swept(out: Path, **settings: Any) -> dict[str, Any]:
+    known = {"batch_size": 8, "test": labelled(), **settings}
+    return sweep(CASE.make(), CASE.inputs(16), CELLS, out, **known)
+
+
+def steady(table: dict[str, Any]) -> Any:
+    """Without what a clock says."""
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in table["cells"]], table["means"]
+
+
+def test_a_sweep_killed_twice_equals_one_that_was_not(tmp_path: Path):
+    whole = swept(tmp_path / "whole")
+    assert len(whole["cells"]) == 8 and len(whole["means"]) == 4
+    asked = 0
+    for stop in (9, 60):  # in the second cell; some cells later
+        calls = iter(range(10**6))
+        with pytest.raises(Stopped):
+            swept(tmp_path / "part", should_stop=lambda calls=calls, stop=stop: next(calls) >= stop)
+        asked += len(list((tmp_path / "part").glob("*/*/*/certificate.json")))
+    assert 0 < asked < 16
+    again = swept(tmp_path / "part")
+    assert steady(again) == steady(whole)
+    for cell in CELLS:
+        for name in ("model.safetensors", "model.bitmask.safetensors", "allocation.json"):
+            left, right = (cell.directory(tmp_path / which) / name for which in ("whole", "part"))
+            assert left.read_bytes() == right.read_bytes()
+    assert (tmp_path / "part/report.html").exists()
+    assert json.loads((tmp_path / "part/results.json").read_text()) == again
+
+
+def test_means_and_spreads_are_those_of_the_cells(tmp_path: Path):
+    table = swept(tmp_path)
+    for mean in table["means"]:
+        own = [c["score"] for c in table["cells"] if (c["budget"], c["method"]) == (mean["budget"], mean["method"])]
+        assert mean["seeds"] == len(own) == 2 and mean["failed"] == 0
+        assert mean["score"] == pytest.approx(sum(own) / 2)
+        assert mean["spread"] == pytest.approx(abs(own[0] - own[1]) / 2**0.5)
+
+
+def test_a_cell_that_cannot_be_met_is_a_row_and_not_the_end(tmp_path: Path):
+    cells = cells_of(("erk",), ("sparsity=0.5", "bytes=10"), 1)
+    table = sweep(CASE.make(), CASE.inputs(16), cells, tmp_path, batch_size=8)
+    assert "bytes=10 allows 10 bytes" in table["cells"][1]["error"] and table["means"][1]["failed"] == 1
+    with pytest.raises(UsageError, match="no cell met its budget"):
+        sweep(CASE.make(), CASE.inputs(16), cells[1:], tmp_path / "none", batch_size=8)
+
+
+def test_a_finished_sweep_asked_otherwise_is_refused(tmp_path: Path):
+    sweep(CASE.make(), CASE.inputs(16), CELLS[:1], tmp_path, batch_size=8)
+    with pytest.raises(UsageError, match="belongs to another configuration"):
+        sweep(CASE.make(), CASE.inputs(16), CELLS[:1], tmp_path, batch_size=4)
+
+
+@pytest.mark.parametrize(
+    ("texts", "wanted"),
+    [
+        (["sparsity=0.5,0.8"], ["sparsity=0.5", "sparsity=0.8"]),
+        (["macs=50%", "sparsity=0.9,0.9"], ["macs=50%", "sparsity=0.9"]),
+        (["macs=50% and bytes=3MB,bytes=1MB"], ["macs=50% and bytes=3MB", "bytes=1MB"]),
+    ],
+)
+def test_limits_are_read_as_several_budgets(texts: list[str], wanted: list[str]):
+    assert budgets_of(texts) == wanted
+
+
+def test_a_limit_that_is_none_is_refused_before_anything_runs():
+    with pytest.raises(BudgetError):
+        budgets_of(["sparsity=0.5,1.5"])
+
+
+def test_every_cell_has_a_directory_of_its_own():
+    cells = cells_of(("erk", "pot"), ("macs=50% and bytes=3MB", "macs=50%"), 3)
+    assert len({cell.directory(Path("x")) for cell in cells}) == len(cells) == 12
+    assert Cell("erk", "macs=50%", 0).directory(Path("x")) == Path("x/erk/macs=50%/seed-0")
+
+
+def test_the_package_names_it():
+    assert allot.sweep is sweep

@@ -1,0 +1,98 @@
+"""Pages, sweeps and named recipes on the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from allot.parts import assemble
+from allot.realise import timing
+from allot.realise.advise import break_even
+from allot.recipe import RecipeFile, gallery
+from cli.command import MLP, NET, SAMPLES, done, refused
+from realise.test_timing import work
+
+
+def test_every_run_has_a_page_and_several_have_one_together():
+    for seed in (0, 1):
+        made = done(f"prune {MLP} --data {SAMPLES} --budget sparsity=0.5 --seed {seed} --out RUN{seed}")
+        assert f"RUN{seed}/report.html" in made.err and Path(f"RUN{seed}/report.html").exists()
+    assert "page: RUN0/report.html" in done("report RUN0").err
+    assert "page: report.html" in done("report RUN0 RUN1").err and "RUN1" in Path("report.html").read_text()
+    done("report RUN0 RUN1 --out both.html --json")
+    assert Path("both.html").read_text() == Path("report.html").read_text()
+    assert "cannot write" in refused("report RUN0 RUN1 --out nowhere/both.html")
+
+
+def test_an_export_is_a_row_of_the_page():
+    chain = "--pattern channels --allocate uniform --repair none --samples 8"
+    done(f"prune {NET} --data {NET} --budget macs=60% {chain} --out RUN")
+    row = done("export RUN --to slim --json").json
+    done("export RUN --to slim")
+    assert [export["form"] for export in json.loads(Path("RUN/report.json").read_text())["exports"]] == ["slim"]
+    assert f"{row['bytes']:,}" in Path("RUN/report.html").read_text()
+    assert done("verify RUN --json").json["passed"]
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bitmask"])
+def test_the_files_of_a_run_are_exports_as_well(form: str):
+    done(f"prune {NET} --data {NET} --budget sparsity=0.9 --repair none --samples 8 --out RUN")
+    row = done(f"export RUN --to {form} --json").json
+    assert row["error"] == 0 and row["bytes"] == Path(row["file"]).stat().st_size
+    assert row["bytes"] <= 0.16 * row["dense_bytes"] or form == "safetensors"
+    done(f"export RUN --to {form} --out copy.safetensors")
+    assert Path("copy.safetensors").read_bytes() == Path(row["file"]).read_bytes()
+    assert done("verify copy.safetensors --json").json["passed"]
+    assert "no model.slim.safetensors: safetensors, bitmask and program, onnx" in refused("export RUN --to slim")
+    assert "save_pretrained" in refused("export RUN --to hf")
+
+
+def test_a_sweep_ends_in_a_table_and_goes_on():
+    line = f"sweep {MLP} --data {SAMPLES} --budget sparsity=0.5,0.7 --method erk,pot --seeds 2 --out SWEEP --samples 8"
+    line += " --repair none"
+    table = done(f"{line} --json").json
+    assert len(table["cells"]) == 8 and table["out"] == "SWEEP" and Path("SWEEP/report.html").exists()
+    again = done(line).err
+    assert "sparsity=0.7" in again and "pot" in again and "comparison: SWEEP/report.html" in again
+    assert "needs MODEL" in refused(f"sweep {MLP} --budget sparsity=0.5")
+    assert "nothere" in refused(f"sweep {MLP} --budget sparsity=0.5 --method nothere --out S")
+    assert "out of range" in refused(f"sweep {MLP} --budget sparsity=0.5,2 --out S", 3)
+
+
+@pytest.mark.parametrize("name", gallery())
+def test_a_named_recipe_is_a_whole_one(name: str):
+    wanted = RecipeFile.resolve(Path(name), {}, ())
+    assert wanted.parsed_budget() and assemble(wanted.method, pattern=wanted.pattern)
+    assert done(f"recipes {name}").err.startswith("# ") and name in done("recipes").err
+    assert done(f"recipes {name} --json").json[name] == gallery()[name].read_text()
+
+
+def test_a_named_recipe_prunes_and_one_that_is_none_has_a_neighbour():
+    done(f"prune {MLP} --recipe quick --data {SAMPLES} --out RUN")
+    assert json.loads(Path("RUN/report.json").read_text())["sparsity"] == pytest.approx(0.8, abs=0.01)
+    assert "quick" in refused(f"prune {MLP} --recipe quik --data {SAMPLES} --out RUN2")
+    assert "quick" in refused("recipes quik")
+
+
+def test_advice_is_given_in_sentences_a_table_and_a_page(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(timing, "timed", work)  # a clock that counts multiply-accumulates
+    told = done(f"advise {NET} --runtime torch --pattern channels --json").json
+    assert [row["macs"] for row in told["channels"]] == pytest.approx([0.9, 0.7, 0.5, 0.3], abs=0.05)
+    for row in told["channels"]:
+        assert row["faster"] == pytest.approx(1 / row["macs"], rel=0.1)
+    assert told["machine"]["threads"] and "torch" in told["machine"]["runtimes"]
+    assert told["said"][0].startswith("Channels pay from") and "allot prune MODEL" in told["said"][0]
+    shown = done(f"advise {NET} --runtime torch --out advice.html").err
+    assert "classify.weight" in shown and "page: advice.html" in shown
+    assert "Dashed: as fast as dense" in Path("advice.html").read_text()
+    assert "no MODEL" in refused("advise")
+
+
+@pytest.mark.parametrize(
+    ("faster", "wanted"),
+    [([0.5, 0.8, 1.2], 0.2 + (0.1 - 0.2) * 0.5), ([1.5, 2.0, 3.0], 0.3), ([0.1, 0.2, 0.9], None)],
+)
+def test_a_break_even_is_where_the_curve_crosses_dense(faster: list[float], wanted: float | None):
+    assert break_even((0.3, 0.2, 0.1), faster) == (None if wanted is None else pytest.approx(wanted))
