@@ -161,7 +161,7 @@ def sweep_command(
     if out is None or wanted.model is None or not budgets:
         raise UsageError("a sweep needs MODEL, --budget KIND=LIMITS and --out DIR.")
     for name in methods:
-        assemble(name, pattern=wanted.pattern, repair=wanted.repair, options=wanted.options)
+        assemble(name, pattern=wanted.pattern, repair=wanted.repair)
     source = load_model(wanted.model, weights=wanted.weights, shape=wanted.input)
     calibration = load_data(wanted.data, source) if wanted.data else None
     with interruptible() as should_stop, progress() as on_step:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import nn
 
 from allot.budget import Budget
 from allot.errors import BudgetError, PatternError, UsageError
+from allot.parts import assemble
 from allot.prune import prune
 from allot.report.page import comparison_page
 from allot.store import write
@@ -73,7 +74,7 @@ def sweep(
     Args:
         cells: see `cells_of`.
         on_cell: called before each cell with (number, of, cell).
-        settings: what else `prune` takes.
+        settings: what else `prune` takes; of `options`, each method gets those that are its own.
     Returns:
         `{"cells": [...], "means": [...]}`: one row a run (or the `error` of one that met no budget), and one for all
         seeds of a method at a budget, mean and standard deviation.
@@ -81,6 +82,10 @@ def sweep(
         UsageError, Stopped: as `prune`; the same call goes on.
     """
     out = Path(out)
+    options = dict(settings.pop("options", None) or {})
+    own = {method: own_options(method, options, settings) for method in dict.fromkeys(cell.method for cell in cells)}
+    if unused := sorted(options.keys() - {name for some in own.values() for name in some}):
+        raise UsageError(f"options: {unused[0]} is no method of any cell.")
     rows: list[dict[str, Any]] = []
     reports: list[tuple[str, dict[str, Any]]] = []
     for number, cell in enumerate(cells, 1):
@@ -91,7 +96,7 @@ def sweep(
         directory.parent.mkdir(parents=True, exist_ok=True)
         try:
             chosen = {**settings, "method": cell.method, "seed": cell.seed, "save_to": directory}
-            report = prune(model, calibration, cell.budget, **chosen).report()
+            report = prune(model, calibration, cell.budget, options=own[cell.method], **chosen).report()
         except (BudgetError, PatternError) as error:
             rows.append({**told, "error": str(error)})
             continue
@@ -103,6 +108,21 @@ def sweep(
         raise UsageError(f"no cell met its budget; the first: {rows[0]['error']}")
     write(out / "report.html", comparison_page(reports))
     return table
+
+
+def own_options(method: str, options: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options that a part of this recipe takes."""
+    chain = {key: settings.get(key) for key in ("allocate", "score", "pattern", "repair")}
+
+    def takes(name: str) -> bool:
+        try:
+            assemble(method, options={name: {}}, **chain)
+        except UsageError:
+            return False
+        return True
+
+    assemble(method, **chain)  # what is wrong with the chain itself is said here
+    return {name: given for name, given in options.items() if takes(name)}
 
 
 def _figures(report: dict[str, Any]) -> dict[str, Any]:

@@ -11,12 +11,12 @@ import torch
 
 import allot
 from allot.errors import BudgetError, Stopped, UsageError
-from allot.sweep import Cell, budgets_of, cells_of, sweep
+from allot.sweep import Cell, budgets_of, cells_of, own_options, sweep
 from contract.cases import CASES
 
 CASE = CASES["with batch norm"]
 CELLS = cells_of(("erk", "fcpts"), ("sparsity=0.5", "sparsity=0.7"), 2)
-SETTINGS: dict[str, Any] = {"batch_size": 8, "options": None}
+SHORT = {"fcpts": {"steps": 6}}
 
 
 def labelled() -> list[tuple[torch.Tensor, int]]:
@@ -25,7 +25,7 @@ def labelled() -> list[tuple[torch.Tensor, int]]:
 
 
 def swept(out: Path, **settings: Any) -> dict[str, Any]:
-    known = {"batch_size": 8, "test": labelled(), **settings}
+    known = {"batch_size": 8, "test": labelled(), "options": SHORT, **settings}
     return sweep(CASE.make(), CASE.inputs(16), CELLS, out, **known)
 
 
@@ -38,7 +38,7 @@ def test_a_sweep_killed_twice_equals_one_that_was_not(tmp_path: Path):
     whole = swept(tmp_path / "whole")
     assert len(whole["cells"]) == 8 and len(whole["means"]) == 4
     asked = 0
-    for stop in (9, 60):  # in the second cell; some cells later
+    for stop in (9, 40):  # in the second cell; some cells later
         calls = iter(range(10**6))
         with pytest.raises(Stopped):
             swept(tmp_path / "part", should_stop=lambda calls=calls, stop=stop: next(calls) >= stop)
@@ -61,6 +61,14 @@ def test_means_and_spreads_are_those_of_the_cells(tmp_path: Path):
         assert mean["seeds"] == len(own) == 2 and mean["failed"] == 0
         assert mean["score"] == pytest.approx(sum(own) / 2)
         assert mean["spread"] == pytest.approx(abs(own[0] - own[1]) / 2**0.5)
+
+
+def test_options_go_to_the_methods_that_have_them():
+    assert own_options("fcpts", SHORT, {}) == SHORT and own_options("erk", SHORT, {}) == {}
+    with pytest.raises(UsageError, match="nobody is no method of any cell"):
+        sweep(CASE.make(), CASE.inputs(4), CELLS, "nowhere", options={"nobody": {}})
+    with pytest.raises(UsageError, match="stepz"):
+        sweep(CASE.make(), CASE.inputs(4), CELLS[1:2], "nowhere", options={"fcpts": {"stepz": 1}})
 
 
 def test_a_cell_that_cannot_be_met_is_a_row_and_not_the_end(tmp_path: Path):
