@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import allot
+from allot import zoo
 from allot.errors import BudgetError, Stopped, UsageError
 from allot.sweep import Cell, budgets_of, cells_of, own_options, sweep
 from contract.cases import CASES
@@ -110,3 +111,26 @@ def test_every_cell_has_a_directory_of_its_own():
 
 def test_the_package_names_it():
     assert allot.sweep is sweep
+
+
+@pytest.mark.slow
+def test_a_sweep_of_a_zoo_net_killed_twice_equals_one_that_was_not(tmp_path: Path):
+    cells = cells_of(("erk", "fcpts", "pot"), ("sparsity=0.5", "sparsity=0.8", "sparsity=0.9", "sparsity=0.95"), 2)
+    assert len(cells) == 24
+    name = "digits-resnet20"
+    data, test = zoo.data(name, "calibration"), zoo.data(name, "test")
+    short = {"fcpts": {"steps": 4}, "layerwise": {"steps": 2}}
+
+    def swept(out: Path, **more: Any) -> dict[str, Any]:
+        known = {"samples": 64, "batch_size": 32, "options": short, "test": test}
+        return sweep(zoo.model(name), data, cells, out, **known, **more)
+
+    for stop in (70, 300):
+        calls = iter(range(10**6))
+        with pytest.raises(Stopped):
+            swept(tmp_path / "part", should_stop=lambda calls=calls, stop=stop: next(calls) >= stop)
+    again, whole = swept(tmp_path / "part"), swept(tmp_path / "whole")
+    assert steady(again) == steady(whole)
+    for cell in cells:
+        left, right = (cell.directory(tmp_path / which) / "model.safetensors" for which in ("whole", "part"))
+        assert left.read_bytes() == right.read_bytes()
