@@ -14,7 +14,6 @@ import typer
 
 from allot import options as option
 from allot import verbs
-from allot.calibration import Calibration
 from allot.console import people, print_json, progress, say, say_error
 from allot.errors import AllotError, Stopped, UsageError
 from allot.evaluate import evaluate
@@ -30,7 +29,7 @@ from allot.report.data import layer_rows
 from allot.report.page import advice_page
 from allot.run import Candidate, drive, interruptible
 from allot.run import Progress as Step
-from allot.sources import DATA_FORMS, MODEL_FORMS, REMOTE, ModelSource, load_data, load_model
+from allot.sources import DATA_FORMS, MODEL_FORMS, REMOTE, ModelSource, example_of, load_data, load_model
 from allot.store import write
 from allot.sweep import budgets_of, cells_of, sweep
 
@@ -98,23 +97,12 @@ def prune_command(
             calibration,
             asked_budget,
             method=wanted.method,
-            allocate=wanted.allocate,
-            score=wanted.score,
-            pattern=wanted.pattern,
-            repair=wanted.repair,
-            options=wanted.options,
-            rules=wanted.rules(),
             seed=wanted.seed,
-            samples=wanted.samples,
-            batch_size=wanted.batch_size,
-            example=source.example,
-            runtime=wanted.runtime,
-            test=_test_data(wanted, source),
-            label=wanted.model,
             save_to=out,
             recipe=wanted.model_dump(mode="json", exclude_none=True),
             on_step=on_step,
             should_stop=should_stop,
+            **_settings(wanted, source),
         )
     report = result.report()
     if as_json:
@@ -160,8 +148,6 @@ def sweep_command(
     wanted = option.resolved(given)
     if out is None or wanted.model is None or not budgets:
         raise UsageError("a sweep needs MODEL, --budget KIND=LIMITS and --out DIR.")
-    for name in methods:
-        assemble(name, pattern=wanted.pattern, repair=wanted.repair)
     source = load_model(wanted.model, weights=wanted.weights, shape=wanted.input)
     calibration = load_data(wanted.data, source) if wanted.data else None
     with interruptible() as should_stop, progress() as on_step:
@@ -171,18 +157,9 @@ def sweep_command(
             cells_of(methods, budgets, seeds),
             out,
             on_cell=lambda number, of, cell: on_step(Step("sweep", number - 1, of, {})),
-            score=wanted.score,
-            pattern=wanted.pattern,
-            repair=wanted.repair,
-            options=wanted.options,
-            rules=wanted.rules(),
-            samples=wanted.samples,
-            batch_size=wanted.batch_size,
-            example=source.example,
-            test=_test_data(wanted, source),
-            label=wanted.model,
             recipe=wanted.model_dump(mode="json", exclude_none=True, exclude={"method", "budget", "seed"}),
             should_stop=should_stop,
+            **_settings(wanted, source),
         )
     if as_json:
         print_json({**table_of, "out": str(out)})
@@ -208,7 +185,7 @@ def advise_command(
     if wanted.model is None:
         raise UsageError(f"no MODEL: {MODEL_FORMS} is accepted.")
     source = load_model(wanted.model, weights=wanted.weights, shape=wanted.input)
-    example = _example(wanted, source)
+    example = example_of(source, wanted.data)
     if example is None:
         raise UsageError("layers are timed on an input: give --input C,H,W or --data DATA.")
     with progress() as on_step:
@@ -271,7 +248,7 @@ def plan_command(
     if chosen_weights == "random" and parts.names.allocate not in ("uniform", "erk"):
         say(f"note: random weights; {parts.names.allocate} depends on the weights: give --weights for a real plan.")
     with redirect_stdout(sys.stderr):
-        example = _example(wanted, source)
+        example = example_of(source, wanted.data)
         problem = pose(
             source.model,
             asked_budget,
@@ -366,11 +343,22 @@ def main() -> None:
     sys.exit(code)
 
 
-def _example(wanted: RecipeFile, source: ModelSource) -> Any:
-    """A batch of one input: what the origin or --input says, or the first of the data."""
-    if source.example is None and wanted.data:
-        return Calibration.of(load_data(wanted.data, source), samples=1, dtype=source.dtype).example()
-    return source.example
+def _settings(wanted: RecipeFile, source: ModelSource) -> dict[str, Any]:
+    """What `prune` and `sweep` take of a recipe alike."""
+    return {
+        "allocate": wanted.allocate,
+        "score": wanted.score,
+        "pattern": wanted.pattern,
+        "repair": wanted.repair,
+        "options": wanted.options,
+        "rules": wanted.rules(),
+        "samples": wanted.samples,
+        "batch_size": wanted.batch_size,
+        "example": source.example,
+        "runtime": wanted.runtime,
+        "test": _test_data(wanted, source),
+        "label": wanted.model,
+    }
 
 
 def _test_data(wanted: RecipeFile, source: ModelSource) -> Any:

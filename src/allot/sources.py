@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from allot.calibration import Calibration
 from allot.errors import UsageError, unknown
 from allot.synthetic import Fractals
 from allot.weights import fill
@@ -78,6 +79,13 @@ def load_model(spec: str, *, weights: str | None = None, shape: tuple[int, ...] 
     source.model.eval()
     example = torch.zeros(1, *shape, dtype=source.dtype) if shape else source.example
     return ModelSource(source.model, example, source.normalise)
+
+
+def example_of(source: ModelSource, data: str | None) -> Any:
+    """A batch of one input: what the origin or a given shape says, else the first of the data; None without either."""
+    if source.example is None and data:
+        return Calibration.of(load_data(data, source), samples=1, dtype=source.dtype).example()
+    return source.example
 
 
 def load_data(spec: str, source: ModelSource | None = None, *, split: str = "calibration") -> Any:

@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 
 from allot import options as option
-from allot.calibration import Calibration
 from allot.console import people, print_json, say
 from allot.errors import UsageError, VerificationError, unknown
 from allot.lookup import add_export, recipe_of, report_of, told_of
@@ -20,7 +19,7 @@ from allot.realise.export import exported
 from allot.recipe import gallery
 from allot.report import table
 from allot.report.page import comparison_page, write_run
-from allot.sources import load_data, load_model
+from allot.sources import example_of, load_model
 from allot.store import write
 
 
@@ -54,10 +53,7 @@ def export_command(
     report, wanted = report_of(run), recipe_of(run)
     asked_shape = option.resolved({"shape": shape}).input or wanted.input
     source = load_model(str(wanted.model), weights=wanted.weights, shape=asked_shape)
-    data = data or wanted.data
-    example = source.example
-    if example is None and data:
-        example = Calibration.of(load_data(data, source), samples=1, dtype=source.dtype).example()
+    example = example_of(source, data or wanted.data)
     if example is None:
         raise UsageError("no input to run the model on: give --input or --data.")
     row = exported(source.model, run, report, example, to, out)

@@ -25,6 +25,7 @@ from allot.realise import held, timing
 from allot.realise.timing import Runtime, fitted
 from allot.selection import Selection
 from channels.nets import net, picture
+from realise.damage import DAMAGES, damage, passed
 
 NETS = ("resnet", "mobilenet", "grouped conv")  # the clock does not see into fused attention
 
@@ -71,7 +72,7 @@ def test_a_share_of_the_time_is_that_share_of_the_macs_where_nothing_else_takes_
     }
     result = allot.prune(net(name), None, "latency=60%", **made)
     told = result.report()["latency"]
-    assert told["met"] and told["runtime"] == "torch" and told["batch"] == 1
+    assert told["runtime"] == "torch" and told["batch"] == 1
     assert told["sparse_ms"] <= told["limit_ms"] == pytest.approx(0.6 * told["dense_ms"], rel=1e-5)
     assert told["predicted_ms"] == pytest.approx(told["sparse_ms"], rel=0.02)
     slim = work({"slim": Runtime("torch").ready(result.slim(), picture(1))})["slim"]
@@ -298,3 +299,11 @@ def test_a_directory_of_another_model_is_refused_in_one_line(clock: None, torch_
         allot.prune(net("resnet"), None, "latency=60%", **made, **ends, example=picture(1))
     with pytest.raises(UsageError, match="belongs to another"):
         allot.prune(counting(), None, "latency=60%", **made, example=torch.ones(1, 6))
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_damaged_tables_fail_verification_and_do_not_raise(how: str, clock: None, torch_only: None, tmp_path: Path):
+    made = {"allocate": "uniform", "pattern": "channels", "repair": "none", "example": picture(1)}
+    allot.prune(net("resnet"), None, "latency=60%", **made, save_to=tmp_path / "run")
+    damage(tmp_path / "run/latency.json", how)
+    assert not passed(tmp_path / "run")
