@@ -16,12 +16,11 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from typing import Any, TypeVar
 
 from allot.allocation import Allocation
 from allot.amounts import KINDS, Amount, sparsity_keeping, unit, written
-from allot.costs import PRICES, REAL_PRICES, Term, corners, shares
+from allot.costs import PRICES, REAL_PRICES, Ledger, Term, corners, shares
 from allot.errors import BudgetError, UsageError, unknown
 
 Number = TypeVar("Number", int, float)
@@ -213,10 +212,14 @@ class Budget:
             BudgetError, UsageError: as in `project`.
         """
         relaxed = self._relaxed(wished)
+        own = {term.name: wished[term.name] * term.total for term in self.terms}
+        settled = {name: round(kept) for name, kept in own.items()}
+        if all(math.isclose(own[name], settled[name], abs_tol=1e-6) for name in own) and self._uses_up(settled):
+            return settled
         # what is a whole number but for float dust is not floored to the one below
         steps = {term.name: relaxed[term.name] / term.step * (1 + 1e-13) + 1e-9 for term in self.terms}
         kept = {term.name: max(term.step * math.floor(steps[term.name]), term.lower) for term in self.terms}
-        ledger = _Ledger(self, kept)
+        ledger = self._ledger(kept)
         by_remainder = sorted(
             self.terms, key=lambda term: (-round((relaxed[term.name] - kept[term.name]) / term.step, 9), term.name)
         )
@@ -232,6 +235,16 @@ class Budget:
         for term in sorted(self.terms, key=lambda term: (-dearness[term.name], term.name)):
             ledger.add(term, ledger.room(term))
         return dict(kept)
+
+    def _ledger(self, kept: dict[str, int]) -> Ledger:
+        return Ledger(self.terms, {limit.kind: limit.ceiling - self._base(limit.kind) for limit in self.limits}, kept)
+
+    def _uses_up(self, kept: dict[str, int]) -> bool:
+        """Whether `kept` is an answer that no layer can be given more in."""
+        if not self.meets(kept):
+            return False
+        ledger = self._ledger(kept)
+        return not any(ledger.room(term) for term in self.terms)
 
     def rows(self, kept: Mapping[str, int]) -> list[dict[str, Any]]:
         """One row a limit: see `rows_of`."""
@@ -360,36 +373,3 @@ def nearest(limits: Iterable[Limit], costs: Mapping[str, int], total: int, moved
         else:
             texts.append(f"{limit.kind}={written(limit.kind, cost)}")
     return ",".join(texts)
-
-
-class _Ledger:
-    """Running costs while `counts` hands out weights; changes the counts it was given."""
-
-    def __init__(self, budget: Budget, kept: dict[str, int]) -> None:
-        self.kept = kept
-        self.left: dict[str, Fraction] = {}
-        for limit in budget.limits:
-            spent = budget._base(limit.kind) + sum(PRICES[limit.kind](term, kept[term.name]) for term in budget.terms)
-            self.left[limit.kind] = Fraction(limit.ceiling) - spent
-
-    def fits(self) -> bool:
-        return all(left >= 0 for left in self.left.values())
-
-    def add(self, term: Term, steps: int) -> None:
-        before = self.kept[term.name]
-        self.kept[term.name] = before + steps * term.step
-        for kind in self.left:
-            self.left[kind] -= PRICES[kind](term, self.kept[term.name]) - PRICES[kind](term, before)
-
-    def room(self, term: Term) -> int:
-        """How many more steps of this layer every limit still allows."""
-        kept = self.kept[term.name]
-        costs = {kind: PRICES[kind](term, kept) for kind in self.left}
-
-        def breaks(steps: int) -> bool:
-            new = kept + steps * term.step
-            return any(PRICES[kind](term, new) - costs[kind] > left for kind, left in self.left.items())
-
-        most = (term.upper - kept) // term.step
-        # one step first: most layers have no room left
-        return 0 if not most or breaks(1) else bisect_left(range(most + 1), True, lo=1, key=breaks) - 1

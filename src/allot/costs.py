@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,8 +23,8 @@ class Term:
         lower, upper: fewest and most weights that rules, floor and pattern allow; multiples of `step`.
         step: the layer keeps whole multiples of this many weights (1 unless a pattern says more).
         macs: dense multiply-accumulates of the layer for one example; None where they were not measured.
-        dense_bytes, mask_bytes, value_bytes: size in a file stored dense, and stored as a bit mask plus
-            `value_bytes` per kept weight; the smaller of the two counts.
+        dense_bytes, value_bytes: size in a file stored dense, and per kept weight beside the mask (`mask_bytes`);
+            the smaller of the two counts.
     """
 
     name: str
@@ -32,7 +34,6 @@ class Term:
     step: int = 1
     macs: int | None = None
     dense_bytes: int = 0
-    mask_bytes: int = 0
     value_bytes: int = 0
 
     def __post_init__(self) -> None:
@@ -47,8 +48,35 @@ class Term:
             )
 
 
-def _price_bytes(term: Term, kept: Any) -> Any:
-    return min(term.dense_bytes, term.mask_bytes + kept * term.value_bytes)
+def mask_bits(total: int, kept: float) -> float:
+    """Size in bits of the smallest mask of `kept` of `total`: one bit a weight, or positions.
+
+    A position's lowest l bits are stored as they are, the others in unary, as what they are above those of the position
+    before (Elias 1974, Fano 1971):
+
+        bits(l) = kept (l + 1) + floor((total - 1) / 2^l) + 1
+
+    Of a quarter kept or less, that is at most 0.76 kept + 3 above the least possible; at low densities 0.56 kept.
+    """
+    return min(total, _position_bits(total, kept, low_bits(total, kept)))
+
+
+def low_bits(total: int, kept: float) -> int:
+    """The l of `mask_bits` with which positions take the fewest bits; the lowest of equal ones."""
+    near = max(int(total / max(kept, 1)).bit_length() - 1, 0)  # bits(l) is convex, its minimum here or beside
+    return min(range(max(near - 1, 0), near + 2), key=lambda low: _position_bits(total, kept, low))
+
+
+def _position_bits(total: int, kept: float, low: int) -> float:
+    return kept * (low + 1) + ((total - 1) >> low) + 1
+
+
+def _price_bytes(term: Term, kept: int) -> int:
+    return min(term.dense_bytes, -(-int(mask_bits(term.total, kept)) // 8) + kept * term.value_bytes)
+
+
+def _real_price_bytes(term: Term, kept: float) -> float:
+    return min(term.dense_bytes, mask_bits(term.total, kept) / 8 + kept * term.value_bytes)
 
 
 def _price_macs(term: Term, kept: int) -> int | Fraction:
@@ -68,14 +96,63 @@ REAL_PRICES: dict[str, Callable[[Term, float], float]] = {
     "sparsity": lambda term, kept: kept,
     "params": lambda term, kept: kept,
     "macs": lambda term, kept: kept * (term.macs or 0) / term.total,
-    "bytes": _price_bytes,
+    "bytes": _real_price_bytes,
 }
 
 
 def corners(term: Term) -> tuple[float, ...]:
-    """Where the cost of a layer stops being linear in what is kept: its bounds, and where dense is smaller."""
-    dense_from = (term.dense_bytes - term.mask_bytes) / term.value_bytes if term.value_bytes else 0
-    return term.lower, min(max(dense_from, term.lower), term.upper), term.upper
+    """Where the cost of a layer stops being linear in what is kept: its bounds, and where it is stored another way."""
+    found: list[float] = []
+    if term.value_bytes:
+        # (bytes where none is kept, bytes of one more), by one bit a weight, and by positions
+        whole = (term.total / 8, float(term.value_bytes))
+        ways = [
+            (_position_bits(term.total, 0, low) / 8, term.value_bytes + (low + 1) / 8)
+            for low in range(term.total.bit_length() + 1)
+        ]
+        pairs = [*itertools.pairwise(ways), *((way, whole) for way in ways)]
+        found += [(b - a) / (more_a - more_b) for (a, more_a), (b, more_b) in pairs]
+        found += [(term.dense_bytes - a) / more for a, more in (whole, *ways)]
+    return term.lower, *(kept for kept in found if term.lower < kept < term.upper), term.upper
+
+
+class Ledger:
+    """Running costs while weights are handed out; changes the counts it was given.
+
+    Args:
+        ceilings: kind -> what layers may cost.
+    """
+
+    def __init__(self, terms: Iterable[Term], ceilings: Mapping[str, int], kept: dict[str, int]) -> None:
+        self.kept = kept
+        self.left = {
+            kind: Fraction(ceiling) - sum(PRICES[kind](term, kept[term.name]) for term in terms)
+            for kind, ceiling in ceilings.items()
+        }
+
+    def fits(self) -> bool:
+        """Whether every limit holds."""
+        return all(left >= 0 for left in self.left.values())
+
+    def add(self, term: Term, steps: int) -> None:
+        """Give a layer so many steps more."""
+        before = self.kept[term.name]
+        self.kept[term.name] = before + steps * term.step
+        for kind in self.left:
+            self.left[kind] -= PRICES[kind](term, self.kept[term.name]) - PRICES[kind](term, before)
+
+    def room(self, term: Term) -> int:
+        """How many more steps of this layer every limit still allows."""
+        kept = self.kept[term.name]
+        costs = {kind: PRICES[kind](term, kept) for kind in self.left}
+
+        def breaks(steps: int) -> bool:
+            new = kept + steps * term.step
+            return any(PRICES[kind](term, new) - costs[kind] > left for kind, left in self.left.items())
+
+        most = (term.upper - kept) // term.step
+        # one step first: most layers have no room left
+        return 0 if not most or breaks(1) else bisect_left(range(most + 1), True, lo=1, key=breaks) - 1
 
 
 def shares(wished: Mapping[str, float], terms: Iterable[Term], of: str) -> dict[str, float]:

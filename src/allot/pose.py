@@ -84,7 +84,7 @@ def pose(
         terms.append(
             Term(
                 layer.name, layer.total, lower, upper, step, layer.macs,
-                dense_bytes=size * layer.total, mask_bytes=(layer.total + 7) // 8, value_bytes=size,
+                dense_bytes=size * layer.total, value_bytes=size,
             )
         )  # fmt: skip
     fixed = layout.header + layout.others

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 
 from allot.allocation import Allocation
 from allot.budget import Budget
-from allot.costs import Term
+from allot.costs import REAL_PRICES, Term, corners, mask_bits
 
 quick = settings(max_examples=60, deadline=None)
 SIZES = st.one_of(st.integers(1, 12), st.integers(1, 10**6))
@@ -38,11 +39,16 @@ def layers(draw, *, free=False):
         terms.append(
             Term(
                 name, total, lower, upper, 1, macs,
-                dense_bytes=size * total, mask_bytes=(total + 7) // 8, value_bytes=size,
+                dense_bytes=size * total, value_bytes=size,
             )
         )  # fmt: skip
         wished[name] = draw(WISHES)
     return tuple(terms), wished
+
+
+def smallest_mask(total: int, kept: float) -> float:
+    """Bits, of every way to write a mask."""
+    return min(total, *(kept * (low + 1) + (total - 1) // 2**low + 1 for low in range(70)))
 
 
 def price(kind: str, term: Term, kept: int) -> Fraction:
@@ -50,8 +56,15 @@ def price(kind: str, term: Term, kept: int) -> Fraction:
     if kind == "macs":
         return Fraction(kept * term.macs, term.total)
     if kind == "bytes":
-        return Fraction(min(term.dense_bytes, math.ceil(term.total / 8) + kept * term.value_bytes))
+        return Fraction(min(term.dense_bytes, math.ceil(smallest_mask(term.total, kept) / 8) + kept * term.value_bytes))
     return Fraction(kept)
+
+
+def real_price(kind: str, term: Term, kept: float) -> float:
+    """The same of a real number of weights: a mask may end within a byte."""
+    if kind == "bytes":
+        return min(term.dense_bytes, smallest_mask(term.total, kept) / 8 + kept * term.value_bytes)
+    return float(price(kind, term, Fraction(kept)))
 
 
 def cost(kind: str, terms: tuple[Term, ...], kept: dict[str, int], fixed: int = 0) -> Fraction:
@@ -153,8 +166,8 @@ def test_projected_densities_use_up_the_limit_in_real_numbers(drawn, part, kind)
     budget = Budget(**{kind: limit}).on(terms, full_bytes=10**9)
     projected = budget.project(wished)
     kept = {term.name: projected[term.name] * term.total for term in terms}
-    spent = sum(float(price(kind, term, Fraction(kept[term.name]))) for term in terms)
-    most = float(cost(kind, terms, {term.name: term.upper for term in terms}))
+    spent = sum(real_price(kind, term, kept[term.name]) for term in terms)
+    most = sum(real_price(kind, term, term.upper) for term in terms)
     assert all(term.lower - 1e-6 <= kept[term.name] <= term.upper + 1e-6 for term in terms)
     assert spent == pytest.approx(min(limit, most), rel=1e-9, abs=1e-6)
 
@@ -196,14 +209,37 @@ def test_a_percentage_is_a_share_of_the_dense_model(kind, share):
 
 
 def test_a_percentage_of_bytes_is_a_share_of_the_dense_file():
-    terms = (Term("a", 1000, dense_bytes=4000, mask_bytes=125, value_bytes=4),)
+    terms = (Term("a", 1000, dense_bytes=4000, value_bytes=4),)
     budget = Budget(bytes="25%").on(terms, fixed_bytes=300, full_bytes=4300)
     assert [limit.ceiling for limit in budget.limits] == [1075]
-    assert budget.counts({"a": 1.0}) == {"a": (1075 - 300 - 125) // 4}
+    kept = budget.counts({"a": 1.0})["a"]
+    assert (
+        300 + math.ceil(smallest_mask(1000, kept) / 8) + 4 * kept == 1075
+    )  # 170 weights, two low bits of each position
+
+
+@given(total=SIZES, share=st.floats(0, 1))
+def test_a_mask_is_the_smallest_of_all_and_near_the_least_possible(total, share):
+    kept = int(share * total)
+    assert mask_bits(total, kept) == smallest_mask(total, kept)
+    least = (math.lgamma(total + 1) - math.lgamma(kept + 1) - math.lgamma(total - kept + 1)) / math.log(2)
+    if kept <= total / 4:
+        assert mask_bits(total, kept) <= least + 0.76 * kept + 3
+
+
+@given(layers=layers(free=True), share=st.floats(0.01, 0.99))
+def test_bytes_are_linear_between_corners(layers, share):
+    for term in layers[0]:
+        at = sorted(corners(term))
+        for low, high in itertools.pairwise(at):
+            middle = low + share * (high - low)
+            line = (1 - share) * REAL_PRICES["bytes"](term, low) + share * REAL_PRICES["bytes"](term, high)
+            if low >= 1:  # of less than one weight, positions have no bits to speak of
+                assert REAL_PRICES["bytes"](term, middle) == pytest.approx(line, rel=1e-9)
 
 
 def test_a_layer_that_is_smaller_dense_is_kept_whole():
-    term = Term("a", 8, dense_bytes=32, mask_bytes=1, value_bytes=4)  # 8 weights cost no more than 7.75
+    term = Term("a", 8, dense_bytes=32, value_bytes=4)  # 8 weights cost no more than 7.75
     assert Budget(bytes=32).on((term,), full_bytes=32).counts({"a": 1.0}) == {"a": 8}
     assert Budget(bytes=31).on((term,), full_bytes=32).counts({"a": 1.0}) == {"a": 7}
 

@@ -62,7 +62,7 @@ def test_an_absurd_exponent_is_refused_at_once(value):
     ],
 )
 def test_units_are_read(kind, text, expected):
-    terms = (Term("a", 10**9, macs=10**10, dense_bytes=10**10, mask_bytes=1, value_bytes=4),)
+    terms = (Term("a", 10**9, macs=10**10, dense_bytes=10**10, value_bytes=4),)
     (limit,) = Budget(**{kind: text}).on(terms, full_bytes=10**10).limits
     assert limit.ceiling == expected
 
@@ -187,7 +187,7 @@ def test_limits_below_the_floors_name_a_budget_that_can_be_met(drawn, kinds, lim
     terms = tuple(
         Term(
             f"layer{i}", total, 1 + low % total, -1, 1, 7 * total + low,
-            dense_bytes=4 * total, mask_bytes=(total + 7) // 8, value_bytes=4,
+            dense_bytes=4 * total, value_bytes=4,
         )
         for i, (total, low) in enumerate(drawn)
     )  # fmt: skip
@@ -209,6 +209,6 @@ def test_a_layer_that_must_stay_whole_is_offered_a_sparsity_that_keeps_it_whole(
 
 
 def test_fixed_bytes_alone_can_be_too_much():
-    terms = (Term("a", 100, dense_bytes=400, mask_bytes=13, value_bytes=4),)
-    with pytest.raises(BudgetError, match=f"{NEAREST}bytes=5017"):
+    terms = (Term("a", 100, dense_bytes=400, value_bytes=4),)
+    with pytest.raises(BudgetError, match=f"{NEAREST}bytes=5006"):
         Budget(bytes=1000).on(terms, fixed_bytes=5000, full_bytes=5400)

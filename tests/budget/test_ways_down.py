@@ -20,9 +20,9 @@ from allot.patterns import NM, parse
 from allot.prune import pose, prune
 
 TERMS = (
-    Term("a", 300, macs=3_000, dense_bytes=1_200, mask_bytes=38, value_bytes=4),
-    Term("b", 50, lower=5, upper=40, macs=5_000, dense_bytes=200, mask_bytes=7, value_bytes=4),
-    Term("c", 1_000, macs=1_000, dense_bytes=4_000, mask_bytes=125, value_bytes=4),
+    Term("a", 300, macs=3_000, dense_bytes=1_200, value_bytes=4),
+    Term("b", 50, lower=5, upper=40, macs=5_000, dense_bytes=200, value_bytes=4),
+    Term("c", 1_000, macs=1_000, dense_bytes=4_000, value_bytes=4),
 )
 BUDGETS: list[dict[str, Any]] = [
     {"sparsity": 0.9},
@@ -61,9 +61,10 @@ def test_a_price_is_what_one_more_weight_costs(limits: dict[str, Any]):
     kept = budget.counts({"a": 0.3, "b": 0.5, "c": 0.1})
     nearest = max(budget.limits, key=lambda limit: budget.cost(limit.kind, kept) / limit.ceiling).kind
     whole = {term.name: 0 for term in TERMS}
-    for term in TERMS:  # over ten weights, for MACs are rounded up
-        cost = budget.cost(nearest, whole | {term.name: 15}) - budget.cost(nearest, whole | {term.name: 5})
-        assert budget.prices(kept)[term.name] == pytest.approx(cost / 10, rel=0.02)
+    for term in TERMS:  # over eight weights, of which positions fill whole bytes
+        few = kept[term.name] - 8
+        cost = budget.cost(nearest, whole | {term.name: few + 8}) - budget.cost(nearest, whole | {term.name: few})
+        assert budget.prices(kept)[term.name] == pytest.approx(cost / 8)
 
 
 def test_a_factor_beyond_every_float_is_room_for_everything():
@@ -72,7 +73,7 @@ def test_a_factor_beyond_every_float_is_room_for_everything():
 
 def test_weights_of_a_layer_that_is_stored_dense_are_free():
     kept = {"a": 300, "b": 10, "c": 10}
-    assert bound({"bytes": 3_000}).prices(kept) == {"a": 0.0, "b": 4.0, "c": 4.0}
+    assert bound({"bytes": 3_000}).prices(kept) == {"a": 0.0, "b": 4 + 3 / 8, "c": 4 + 7 / 8}
 
 
 def test_whole_groups_meet_a_sparsity_when_not_one_more_fits():
@@ -96,7 +97,7 @@ def grouped(draw: st.DrawFn) -> tuple[Term, ...]:
         terms.append(
             Term(
                 f"layer{i}", total, step * lower, step * upper, step, total * draw(st.integers(1, 9)),
-                dense_bytes=4 * total, mask_bytes=(total + 7) // 8, value_bytes=4,
+                dense_bytes=4 * total, value_bytes=4,
             )
         )  # fmt: skip
     return tuple(terms)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,27 @@ def test_what_a_run_wrote_passes_as_a_whole_and_file_by_file(runs: dict[str, Pat
 @pytest.mark.parametrize("name", [PLAIN, BITMASK])
 def test_any_flipped_bit_of_a_model_file_fails(run: Path, name: str):
     any_flipped_bit_fails(run, name, 40)
+
+
+@pytest.mark.parametrize("name", [PLAIN, BITMASK])
+def test_a_file_alone_knows_of_any_flipped_bit(run: Path, name: str, tmp_path: Path):
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(run / name, alone / name)
+    path, whole = alone / name, (alone / name).read_bytes()
+    draw = random.Random(0)
+    for _ in range(50):
+        content = bytearray(whole)
+        content[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        path.write_bytes(content)
+        assert refused(path)
+
+
+def refused(path: Path) -> bool:
+    try:
+        return not passed(path)
+    except UsageError as refusal:  # its metadata are gone
+        return "was not written by allot" in str(refusal)
 
 
 @pytest.mark.parametrize("name", [PLAIN, BITMASK, "certificate.json", "allocation.json"])

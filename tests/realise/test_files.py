@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import allot
 from allot.budget import Budget
+from allot.costs import mask_bits
 from allot.errors import UsageError
 from allot.patterns import Unstructured, select
 from allot.prune import pose, prune
@@ -96,12 +97,39 @@ def test_a_budget_in_bytes_is_that_of_the_file_on_disk(tmp_path: Path, share: st
     assert row["achieved"] >= 0.999 * row["limit"]
 
 
+def as_described(stored: np.ndarray, total: int, kept: int) -> list[bool]:
+    """A mask read bit by bit, as files.py describes it; l by trying all."""
+    bits = [bool(stored[i // 8] >> (7 - i % 8) & 1) for i in range(8 * stored.size)]
+    if stored.size == -(-total // 8):
+        return bits[:total]
+    low = min(range(total.bit_length()), key=lambda low: kept * (low + 1) + (total - 1) // 2**low + 1)
+    mask, above, place = [False] * total, 0, kept * low
+    for i in range(kept):
+        while not bits[place]:
+            above, place = above + 1, place + 1
+        place += 1
+        mask[above * 2**low + sum(bits[i * low + j] << (low - 1 - j) for j in range(low))] = True
+    return mask
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, 11, 60, 249, 250, 400, 999, 1000])
+def test_every_mask_comes_back_whatever_way_is_the_smallest(kept: int, tmp_path: Path):
+    value = torch.where(select(torch.rand(1000), kept), torch.rand(1000) + 1, 0.0)
+    said = {"aliases": {}, "layers": {"w": [[1000], None]}, "asked": {}, "limits": {}}
+    files.save_bitmask(tmp_path / "w", {"w": value}, said)
+    assert torch.equal(files.load(tmp_path / "w")["w"], value)
+    stored = safetensors.torch.load_file(tmp_path / "w")
+    if "w.mask" in stored:
+        assert as_described(stored["w.mask"].numpy(), 1000, kept) == (value != 0).tolist()
+        assert stored["w.mask"].numel() == -(-int(mask_bits(1000, kept)) // 8)
+
+
 def test_both_files_are_plain_safetensors_with_plain_keys(tmp_path: Path):
     result = prune(CASES["with batch norm"].make(), None, "sparsity=0.9", repair="none", save_to=tmp_path / "run")
     plain = safetensors.torch.load_file(tmp_path / "run" / "model.safetensors")
     assert set(plain) == set(result.state_dict())
     stored = safetensors.torch.load_file(tmp_path / "run" / "model.bitmask.safetensors")
-    mask = torch.from_numpy(np.unpackbits(stored["full.weight.mask"].numpy())[:216]).bool()
+    mask = torch.tensor(as_described(stored["full.weight.mask"].numpy(), 216, len(stored["full.weight.values"])))
     assert torch.equal(mask, plain["full.weight"].flatten() != 0)
     assert torch.equal(stored["full.weight.values"], plain["full.weight"].flatten()[mask])
     assert "full.weight" not in stored

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from allot.channels import ChannelPlan
 from allot.errors import UsageError
-from allot.realise.files import BITMASK, PLAIN, PLAN, SLIM, TABLES, read
+from allot.realise.files import BITMASK, PLAIN, PLAN, SLIM, TABLES, read, untouched
 from allot.realise.held import load_tables
 from allot.store import read_run
 
@@ -57,6 +57,8 @@ def verify(path: str | Path) -> dict[str, Any]:
         raise UsageError(f"{path}: no such file or directory.")
     if path.is_file():
         rows = _file_rows(path, None)[0]
+        if rows[0]["check"] != "opens":
+            rows.insert(0, _row(path.name, "untouched", "yes", "yes" if untouched(path) else "no"))
     else:
         # a result saved by hand has a certificate, but no run behind it
         by_hand = (path / "certificate.json").exists() and not (path / "run.json").exists()
@@ -65,8 +67,8 @@ def verify(path: str | Path) -> dict[str, Any]:
         try:
             text = (path / "certificate.json").read_text()
             content = json.loads(text)
-            untouched = text == json.dumps(sealed(content), indent=2) + "\n"
-            rows = [_row("certificate.json", "untouched", "yes", "yes" if untouched else "no")]
+            same = text == json.dumps(sealed(content), indent=2) + "\n"
+            rows = [_row("certificate.json", "untouched", "yes", "yes" if same else "no")]
             rows += _rows(path, content["promised"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             problem = f"cannot be read ({type(error).__name__}: {error})"

@@ -2,8 +2,10 @@
 
 model.safetensors           every tensor of the state dict, zeros folded in.
 model.bitmask.safetensors   a layer NAME is stored as NAME (dense) or, where that is smaller, as
-    NAME.mask     uint8 [ceil(n / 8)], one bit a weight in C order, first weight in the highest bit
-    NAME.values   the weights whose bit is set, in C order, in the layer's dtype
+    NAME.mask     uint8, which of its n weights are there, in C order; bits of a byte from the highest down:
+                  one bit a weight, ceil(n / 8) bytes; or, where that is fewer, positions (`costs.low_bits`): the lowest
+                  l bits of each, then for each the rest of it, less that of the one before, in unary: zeros and a one
+    NAME.values   those weights, in C order, in the layer's dtype
 
 model.slim.safetensors      where channels were pruned, instead of the bitmask: what is left of every tensor, smaller in
     shape; its metadata also holds `attributes` {module: {attribute: value}}, what shapes do not say of a model.
@@ -17,7 +19,9 @@ in the bitmask file is spaces that bring its header to a fixed length, so that i
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +36,7 @@ from torch import Tensor, nn
 from allot.budget import Budget
 from allot.channel_budget import ChannelBudget
 from allot.channels import ChannelPlan, Group
+from allot.costs import low_bits, mask_bits
 from allot.errors import UsageError
 from allot.layers import Scope
 from allot.store import replacing
@@ -44,7 +49,13 @@ _DTYPES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 
+_UNSEALED = "0" * 64
+_MARK = b'\\"seal\\":\\"'  # JSON in a text of JSON
 _ASKED = 32  # characters of a limit, as the user wrote it, that the metadata holds
+
+
+Bits = np.ndarray[Any, np.dtype[np.bool_]]
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 @dataclass(frozen=True)
@@ -128,9 +139,9 @@ def save_bitmask(path: Path, state: Mapping[str, Tensor], said: Mapping[str, Any
             continue
         flat = value.detach().cpu().flatten()
         mask = flat != 0
-        bits = (value.numel() + 7) // 8
-        if bits + int(mask.sum()) * value.element_size() < _nbytes(value):
-            tensors[name + ".mask"] = torch.from_numpy(np.packbits(mask.numpy()))
+        packed = _packed(mask.numpy())
+        if packed.size + int(mask.sum()) * value.element_size() < _nbytes(value):
+            tensors[name + ".mask"] = torch.from_numpy(packed)
             tensors[name + ".values"] = flat[mask]
         else:
             tensors[name] = value
@@ -214,13 +225,46 @@ def _stored(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _unpacked(path: Path, name: str, shape: list[int], mask: Tensor, values: Tensor | None) -> Tensor:
-    total = int(np.prod(shape))
-    bits = np.unpackbits(mask.numpy())[:total].astype(bool)
-    if values is None or len(bits) != total or int(bits.sum()) != len(values):
+    total = math.prod(shape)
+    if values is None or (positions := _positions(mask.numpy(), total, len(values))) is None:
         raise UsageError(f"{path} is damaged: mask and values of {name} do not belong together.")
     flat = torch.zeros(total, dtype=values.dtype)
-    flat[torch.from_numpy(bits)] = values
+    flat[torch.from_numpy(positions)] = values
     return flat.view(shape)
+
+
+def _packed(mask: Bits) -> Bytes:
+    """The smallest mask: see the top of this file."""
+    total, positions = mask.size, np.flatnonzero(mask)
+    kept, low = positions.size, low_bits(mask.size, positions.size)
+    if _mask_bytes(total, kept) == -(-total // 8):
+        return np.packbits(mask)
+    lowest = (positions[:, None] >> np.arange(low - 1, -1, -1)) & 1  # [kept, low]
+    unary = np.zeros(kept + ((total - 1) >> low) + 1, dtype=bool)
+    unary[(positions >> low) + np.arange(kept)] = True
+    return np.packbits(np.concatenate([lowest.astype(bool).ravel(), unary]))
+
+
+def _positions(packed: Bytes, total: int, kept: int) -> np.ndarray[Any, np.dtype[np.int64]] | None:
+    """Where the weights of a mask are; None where it is no mask of `kept` of `total`."""
+    bits = np.unpackbits(packed)
+    if packed.size == -(-total // 8):
+        positions = np.flatnonzero(bits)
+    elif packed.size != _mask_bytes(total, kept):
+        return None
+    else:
+        low = low_bits(total, kept)
+        ones = np.flatnonzero(bits[kept * low :])
+        if ones.size != kept:
+            return None
+        lowest = bits[: kept * low].reshape(kept, low) @ (1 << np.arange(low - 1, -1, -1))
+        positions = ((ones - np.arange(kept)) << low) + lowest
+    ascending = bool((np.diff(positions) > 0).all()) and (not positions.size or positions[-1] < total)
+    return positions if positions.size == kept and ascending else None
+
+
+def _mask_bytes(total: int, kept: int) -> int:
+    return -(-int(mask_bits(total, kept)) // 8)
 
 
 def _plain_size(state: Mapping[str, Tensor], said: Mapping[str, Any]) -> int:
@@ -240,7 +284,7 @@ def _longest(said: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _metadata(form: str, said: Mapping[str, Any], pad: str = "") -> str:
-    return json.dumps({"format": form, **said, "pad": pad}, separators=(",", ":"))
+    return json.dumps({"format": form, **said, "seal": _UNSEALED, "pad": pad}, separators=(",", ":"))
 
 
 def _header_bytes(entries: Mapping[str, Any]) -> int:
@@ -260,6 +304,31 @@ def _save(path: Path, tensors: dict[str, Tensor], about: str) -> None:
             safetensors.torch.save_file(_apart(tensors), temporary, {"allot": about})
         except safetensors.SafetensorError as error:  # wraps what the disk said
             raise OSError(str(error)) from error
+        seal, start = _seal(temporary)
+        with temporary.open("rb+") as file:
+            file.seek(start)
+            file.write(seal.encode())
+
+
+def untouched(path: Path) -> bool:
+    """Whether a file that allot wrote is as it was written, to the last bit."""
+    seal, start = _seal(path)
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(len(seal)) == seal.encode()
+
+
+def _seal(path: Path) -> tuple[str, int]:
+    """SHA-256 of the file with zeros in place of its seal, and where the seal is."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        head = file.read(8)
+        head += file.read(min(int.from_bytes(head, "little"), 10**8))
+        before, mark, rest = head.partition(_MARK)
+        digest.update(before + mark + _UNSEALED.encode() + rest[len(_UNSEALED) :])
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest(), len(before) + len(mark)
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
