@@ -25,7 +25,8 @@ from rich.logging import RichHandler
 
 import allot
 from allot import zoo
-from allot.realise.export import export, timed
+from allot.realise.clock import timed
+from allot.realise.export import export
 from allot.scratch import Scratch, train
 from allot.zoo._catalogue import DATASETS, MODELS, normalise
 from allot.zoo._sources import SOURCES, draw

@@ -61,6 +61,12 @@ def mask_bits(total: int, kept: float) -> float:
     return min(total, _position_bits(total, kept, low_bits(total, kept)))
 
 
+def least_bits(total: int, kept: int) -> float:
+    """The information limit of a mask of `kept` of `total`: total H(kept / total), H the entropy of a coin in bits."""
+    share = kept / total
+    return -total * sum(p * math.log2(p) for p in (share, 1 - share) if p)
+
+
 def low_bits(total: int, kept: float) -> int:
     """The l of `mask_bits` with which positions take the fewest bits; the lowest of equal ones."""
     near = max(int(total / max(kept, 1)).bit_length() - 1, 0)  # bits(l) is convex, its minimum here or beside

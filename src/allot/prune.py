@@ -61,6 +61,7 @@ def prune(
     example: Any = None,
     runtime: str | None = None,
     test: Any = None,
+    dense: Accuracy | None = None,
     label: str | None = None,
     save_to: str | Path | None = None,
     recipe: Mapping[str, Any] | None = None,
@@ -88,6 +89,7 @@ def prune(
         runtime: what a budget of latency is measured in, "onnx" or "torch", with a batch size after a colon: "onnx:64";
             ONNX Runtime where it is installed, one sample at a time, where None.
         test: labelled data, never used for anything but the score before and after.
+        dense: the score before, where it is known: several runs on one model measure it once.
         label: what the model is called in reports; its class where None.
         save_to: run directory; an unfinished one with the same configuration goes on where it stopped, a finished
             one is opened and returned.
@@ -127,7 +129,8 @@ def prune(
     if isinstance(test, Iterable) and not hasattr(test, "__len__") and not hasattr(test, "dataset"):
         test = list(test)  # it is read twice
     done = save_to and (Path(save_to) / "run.json").exists() and read_run(save_to)["state"] == "done"
-    dense = evaluate(model, test) if test is not None and not done else None  # unusable test data costs no run
+    if test is not None and not done:
+        dense = dense or evaluate(model, test)  # unusable test data costs no run
     with repeatable(model, seed, "fingerprint"):
         found = fingerprint(problem)
     asked = {"configuration": _configuration(budget, parts, rules, seed, inputs), "fingerprint": found}
@@ -236,7 +239,7 @@ def _chain(
         for i, (name, part) in enumerate(zip(parts.names.repair, parts.repair, strict=True), 1)
     ]
     if store and store.done:
-        return _reopened(problem, parts, store, label, test)
+        return _reopened(problem, parts, store, label, test, dense)
     log = store.saved.log if store and store.saved else log
     names = [name for name, _ in stages]
     first = names.index(store.saved.stage) if store and store.saved else 0
@@ -259,7 +262,7 @@ def _chain(
             raise
         if name == "latency":
             problem = paced(problem, candidate.diagnostics)
-    scores = _scores(problem, candidate, test, dense) if dense else None
+    scores = _scores(problem, candidate, test, dense) if test is not None and dense else None
     result = Result(problem, candidate, log, parts.names, parts.method, label, scores)
     if problem.scope.groups:
         check_slim(problem, candidate)
@@ -274,7 +277,7 @@ def _chain(
     return result
 
 
-def _reopened(problem: Problem, parts: Parts, store: Store, label: str, test: Any) -> Result:
+def _reopened(problem: Problem, parts: Parts, store: Store, label: str, test: Any, dense: Accuracy | None) -> Result:
     """The result of a finished run, read back from its files.
 
     Raises:
@@ -306,7 +309,7 @@ def _reopened(problem: Problem, parts: Parts, store: Store, label: str, test: An
     allocation = Allocation.of(kept, {term.name: term.total for term in problem.budget.terms})
     candidate = Candidate(allocation, masks, tensors, channels, report.get("diagnostics", {}))
     if test is not None:  # it may be another than the run was scored on
-        scores = _scores(problem, candidate, test, evaluate(problem.model, test))
+        scores = _scores(problem, candidate, test, dense or evaluate(problem.model, test))
     latency = report.get("latency")
     return Result(problem, candidate, log, parts.names, parts.method, label, scores, latency, store.directory)
 

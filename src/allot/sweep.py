@@ -1,11 +1,14 @@
 """Several budgets, methods and seeds on one model: a run directory for each, a table of all.
 
 OUT/METHOD/BUDGET/seed-N are ordinary runs. A cell that is done is opened, one that was interrupted goes on, so that the
-same call ends in the same table however often it was stopped. Model and data are those of the caller, loaded once.
+same call ends in the same table however often it was stopped. Model, data and the dense model's score are there once
+for all cells; what a method works out on the way, like the teacher's outputs, is each cell's own, so that what a cell
+costs does not depend on which cells ran before it.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import statistics
@@ -18,6 +21,7 @@ from torch import nn
 
 from allot.budget import Budget
 from allot.errors import BudgetError, PatternError, UsageError
+from allot.evaluate import evaluate
 from allot.parts import assemble
 from allot.prune import prune
 from allot.report.page import comparison_page
@@ -86,6 +90,11 @@ def sweep(
     own = {method: own_options(method, options, settings) for method in dict.fromkeys(cell.method for cell in cells)}
     if unused := sorted(options.keys() - {name for some in own.values() for name in some}):
         raise UsageError(f"options: {unused[0]} is no method of any cell.")
+    if isinstance(calibration, Iterator):  # every cell reads it
+        calibration = list(itertools.islice(calibration, settings.get("samples", 512)))
+    test = settings.pop("test", None)
+    test = list(test) if isinstance(test, Iterator) else test
+    dense = evaluate(model, test) if test is not None else None
     rows: list[dict[str, Any]] = []
     reports: list[tuple[str, dict[str, Any]]] = []
     for number, cell in enumerate(cells, 1):
@@ -95,7 +104,14 @@ def sweep(
         told = {"method": cell.method, "budget": cell.budget, "seed": cell.seed}
         directory.parent.mkdir(parents=True, exist_ok=True)
         try:
-            chosen = {**settings, "method": cell.method, "seed": cell.seed, "save_to": directory}
+            chosen = {
+                **settings,
+                "method": cell.method,
+                "seed": cell.seed,
+                "save_to": directory,
+                "test": test,
+                "dense": dense,
+            }
             report = prune(model, calibration, cell.budget, options=own[cell.method], **chosen).report()
         except (BudgetError, PatternError) as error:
             rows.append({**told, "error": str(error)})

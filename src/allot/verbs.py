@@ -15,7 +15,7 @@ from allot.errors import UsageError, VerificationError, unknown
 from allot.lookup import add_export, recipe_of, report_of, told_of
 from allot.methods import METHODS, RECIPES
 from allot.realise.certificate import verify
-from allot.realise.export import exported
+from allot.realise.export import EVERY, exported
 from allot.recipe import gallery
 from allot.report import table
 from allot.report.page import comparison_page, write_run
@@ -42,8 +42,10 @@ def verify_command(
 
 def export_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run directory")],
-    to: Annotated[str, typer.Option(metavar="FORM", help="safetensors, bitmask, slim, program, onnx or hf")],
-    out: Annotated[Path | None, typer.Option(metavar="PATH", help="of slim and hf a directory  [in RUN]")] = None,
+    to: Annotated[str, typer.Option(metavar="FORM", help=", ".join(EVERY))],
+    out: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="of slim, openvino and hf a directory  [in RUN]")
+    ] = None,
     data: option.Data = None,
     shape: option.Shape = None,
     *,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from allot import zoo
 from allot.errors import BudgetError, Stopped, UsageError
 from allot.sweep import Cell, budgets_of, cells_of, own_options, sweep
 from contract.cases import CASES
+
+pruning, sweeping = (sys.modules[f"allot.{name}"] for name in ("prune", "sweep"))  # functions hide the modules
 
 CASE = CASES["with batch norm"]
 CELLS = cells_of(("erk", "fcpts"), ("sparsity=0.5", "sparsity=0.7"), 2)
@@ -53,6 +56,21 @@ def test_a_sweep_killed_twice_equals_one_that_was_not(tmp_path: Path):
             assert left.read_bytes() == right.read_bytes()
     assert (tmp_path / "part/report.html").exists()
     assert json.loads((tmp_path / "part/results.json").read_text()) == again
+
+
+def test_data_that_can_be_read_once_serves_every_cell(tmp_path: Path):
+    once = {"batch_size": 8, "options": SHORT, "test": iter(labelled())}
+    table = sweep(CASE.make(), iter(CASE.inputs(16)), CELLS, tmp_path / "once", **once)
+    assert steady(table) == steady(swept(tmp_path / "many"))
+
+
+def test_the_dense_model_is_scored_once_for_all_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: list[Any] = []
+    evaluate = sweeping.evaluate
+    for module in (sweeping, pruning):
+        monkeypatch.setattr(module, "evaluate", lambda *a, **k: (seen.append(k.get("tensors")), evaluate(*a, **k))[1])
+    swept(tmp_path)
+    assert sum(tensors is None for tensors in seen) == 1 and len(seen) == 1 + len(CELLS)
 
 
 def test_means_and_spreads_are_those_of_the_cells(tmp_path: Path):

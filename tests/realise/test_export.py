@@ -16,8 +16,11 @@ from torch import Tensor, nn
 import allot
 from allot.errors import UsageError, VerificationError
 from allot.prune import prune
-from allot.realise import export as exporting
-from allot.realise.export import export, exported, open_export, timed
+from allot.realise import clock
+from allot.realise.certificate import verify
+from allot.realise.clock import timed
+from allot.realise.export import export, exported
+from allot.realise.forms import FORMS, Form, Opened
 from contract.cases import CASES
 
 BUDGETS = {"with batch norm": "macs=40%", "attention": "params=60%"}
@@ -51,9 +54,9 @@ def test_a_slim_model_that_was_exported_answers_as_before_for_any_batch(
     opened = export(model, CASES[case].inputs(1), path)
     assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert opened.bytes == path.stat().st_size > sum(4 * value.numel() for value in model.parameters())
-    assert [file.name for file in tmp_path.iterdir()] == [path.name]
-    again = open_export(path, {".pt2": "program", ".onnx": "onnx"}[ending])
-    assert again.bytes == opened.bytes
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, f"{path.name}.probe.safetensors"}
+    again = FORMS[{".pt2": "program", ".onnx": "onnx"}[ending]].open(path)
+    assert again.bytes == opened.bytes and verify(path)["passed"]
     for samples in (1, 2, 5, 17):
         x = CASES[case].inputs(samples)
         for run in (opened.run, again.run):
@@ -135,7 +138,7 @@ def test_a_capture_that_fails_without_a_word_is_refused_all_the_same(tmp_path: P
         ("model.bin", None, "unknown form of export '.bin'"),
         ("model", None, "unknown form of export ''"),
         ("model.pt2", "onx", "did you mean 'onnx'"),
-        ("model.pt2", "", "Accepted: onnx, program"),
+        ("model.pt2", "", "Accepted: hf, onnx, openvino, program"),
     ],
 )
 def test_an_unknown_form_is_refused_before_anything_is_written(name: str, to: str | None, about: str, tmp_path: Path):
@@ -168,8 +171,9 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Tensor], l
     """Lets the runtime of "program" answer as it is told."""
 
     def answer(run: Callable[[Tensor], list[Tensor]]) -> None:
-        form = (lambda model, example, path: path.write_bytes(b"model"), lambda path: run)
-        monkeypatch.setitem(exporting.FORMS, "program", form)
+        opened = Opened(run, 5, lambda: iter(()), lambda example: 0)
+        form = Form(".pt2", lambda model, example, path: path.write_bytes(b"model"), lambda path: opened)
+        monkeypatch.setitem(FORMS, "program", form)
 
     return answer
 
@@ -210,12 +214,12 @@ def test_timing_goes_on_until_the_time_is_up():
 
 
 def test_the_median_is_told_and_not_the_slow_first_call(monkeypatch: pytest.MonkeyPatch):
-    clock = [0.0]
-    monkeypatch.setattr(exporting.time, "perf_counter", lambda: clock[0])
+    now = [0.0]
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
     durations = {"slow": iter([100.0, 2, 9, 2, 2, 50]), "fast": iter([100.0, 1, 1, 7, 1, 1])}
 
     def take(name: str) -> None:
-        clock[0] += next(durations[name])
+        now[0] += next(durations[name])
 
     found = timed({name: lambda name=name: take(name) for name in durations}, seconds=0, least=5)
     assert found == {"slow": 2, "fast": 1}

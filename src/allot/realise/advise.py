@@ -30,7 +30,7 @@ from allot.layers import Scope
 from allot.macs import measured
 from allot.patterns import parse
 from allot.pose import pose
-from allot.realise.export import timed
+from allot.realise.clock import timed
 from allot.realise.timing import Product, Runtime, latency_of, products_of
 
 MACS = (0.9, 0.7, 0.5, 0.3)  # shares of the MACs that nets of fewer channels are foretold at

@@ -17,9 +17,9 @@ from allot.channels import ChannelPlan
 from allot.errors import UsageError
 from allot.realise.files import BITMASK, PLAIN, PLAN, SLIM, TABLES, read, untouched
 from allot.realise.held import load_tables
+from allot.realise.probe import probe_of, probe_rows
+from allot.realise.rows import Row, checked, digest
 from allot.store import read_run
-
-Row = dict[str, Any]
 
 
 def certify(directory: Path, kept: Mapping[str, int], allocated: Mapping[str, int]) -> dict[str, Any]:
@@ -45,9 +45,10 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def verify(path: str | Path) -> dict[str, Any]:
-    """Re-open and recount a run directory or a single file: `{passed, rows: [{file, check, promised, found, passed}]}`.
+    """Re-open and recount a run or an exported file: `{passed, rows: [{file, check, promised, found, passed}]}`.
 
-    A run is held to its certificate, a single file to the limits in its own metadata.
+    A run is held to its certificate, a single file of tensors to the limits in its own metadata, and what a runtime
+    reads to the probe beside it. Nothing is unpickled.
 
     Raises:
         UsageError: neither a finished run nor a file that allot wrote.
@@ -55,10 +56,14 @@ def verify(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.exists():
         raise UsageError(f"{path}: no such file or directory.")
-    if path.is_file():
+    if probe_of(path).exists():
+        rows = probe_rows(path)
+    elif path.is_file():
+        if path.suffix in (".onnx", ".pt2", ".xml"):
+            raise UsageError(f"{path}: {probe_of(path).name}, which allot wrote beside it, is not there.")
         rows = _file_rows(path, None)[0]
         if rows[0]["check"] != "opens":
-            rows.insert(0, _row(path.name, "untouched", "yes", "yes" if untouched(path) else "no"))
+            rows.insert(0, checked(path.name, "untouched", "yes", "yes" if untouched(path) else "no"))
     else:
         # a result saved by hand has a certificate, but no run behind it
         by_hand = (path / "certificate.json").exists() and not (path / "run.json").exists()
@@ -68,18 +73,12 @@ def verify(path: str | Path) -> dict[str, Any]:
             text = (path / "certificate.json").read_text()
             content = json.loads(text)
             same = text == json.dumps(sealed(content), indent=2) + "\n"
-            rows = [_row("certificate.json", "untouched", "yes", "yes" if same else "no")]
+            rows = [checked("certificate.json", "untouched", "yes", "yes" if same else "no")]
             rows += _rows(path, content["promised"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             problem = f"cannot be read ({type(error).__name__}: {error})"
-            rows = [_row("certificate.json", "opens", "a certificate", problem, passed=False)]
+            rows = [checked("certificate.json", "opens", "a certificate", problem, passed=False)]
     return {"passed": all(row["passed"] for row in rows), "rows": rows}
-
-
-def digest(path: Path) -> dict[str, Any]:
-    """Size in bytes and SHA-256 of a file."""
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _rows(directory: Path, promised: Mapping[str, Any]) -> list[Row]:
@@ -88,11 +87,11 @@ def _rows(directory: Path, promised: Mapping[str, Any]) -> list[Row]:
     for name, expected in promised["files"].items():
         path = directory / name
         if not path.exists():
-            rows.append(_row(name, "exists", "yes", "no", passed=False))
+            rows.append(checked(name, "exists", "yes", "no", passed=False))
             continue
         found = digest(path)
-        rows.append(_row(name, "bytes on disk", expected["bytes"], found["bytes"]))
-        rows.append(_row(name, "sha256", expected["sha256"], found["sha256"]))
+        rows.append(checked(name, "bytes on disk", expected["bytes"], found["bytes"]))
+        rows.append(checked(name, "sha256", expected["sha256"], found["sha256"]))
         if name not in (PLAN, TABLES):
             more, states[name], aliases = _file_rows(path, promised["kept"])
             rows += more
@@ -102,12 +101,12 @@ def _rows(directory: Path, promised: Mapping[str, Any]) -> list[Row]:
         if other == SLIM:
             plan = ChannelPlan.from_json(json.loads((directory / PLAN).read_text()))
             plain = {name: plan.cut(aliases.get(name, name), value) for name, value in plain.items()}
-        rows.append(_row(other, f"same tensors as {PLAIN}", "yes", "yes" if _equal(plain, states[other]) else "no"))
+        rows.append(checked(other, f"same tensors as {PLAIN}", "yes", "yes" if _equal(plain, states[other]) else "no"))
         allocation = json.loads((directory / "allocation.json").read_text())["layers"]
         listed = {name: layer["kept"] for name, layer in allocation.items()}
         promise = promised.get("allocated", promised["kept"])
         check = "kept per group" if other == SLIM else "kept per layer"
-        rows.append(_row("allocation.json", check, "as promised", _differing(promise, listed)))
+        rows.append(checked("allocation.json", check, "as promised", _differing(promise, listed)))
     return rows
 
 
@@ -116,29 +115,29 @@ def _file_rows(path: Path, kept: Mapping[str, int] | None) -> tuple[list[Row], d
     try:
         state, about = read(path)
     except UsageError as error:
-        return [_row(path.name, "opens", "a whole file", str(error), passed=False)], {}, {}
+        return [checked(path.name, "opens", "a whole file", str(error), passed=False)], {}, {}
     if not about:
         raise UsageError(f"{path} was not written by allot: it carries no budget.")
     try:
         return _limit_rows(path, state, about, kept), state, about.get("aliases", {})
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         problem = f"cannot be understood ({type(error).__name__}: {error})"
-        return [_row(path.name, "metadata", "layers and limits", problem, passed=False)], state, {}
+        return [checked(path.name, "metadata", "layers and limits", problem, passed=False)], state, {}
 
 
 def _limit_rows(
     path: Path, state: Mapping[str, Tensor], about: Mapping[str, Any], kept: Mapping[str, int] | None
 ) -> list[Row]:
     missing = [name for name in about["layers"] if name not in state]
-    rows = [_row(path.name, "layers present", "all", ", ".join(missing) or "all")]
+    rows = [checked(path.name, "layers present", "all", ", ".join(missing) or "all")]
     if missing:
         return rows
     found = {name: int(torch.count_nonzero(state[name])) for name in about["layers"]}
     broken = [name for name in found if not bool(torch.isfinite(state[name]).all())]
-    rows.append(_row(path.name, "weights finite", "all", ", ".join(broken) or "all"))
+    rows.append(checked(path.name, "weights finite", "all", ", ".join(broken) or "all"))
     if kept is not None:
         over = [f"{name} {found[name]:,} > {kept.get(name, 0):,}" for name in found if found[name] > kept.get(name, 0)]
-        rows.append(_row(path.name, "nonzeros per layer", "at most kept", ", ".join(over) or "at most kept"))
+        rows.append(checked(path.name, "nonzeros per layer", "at most kept", ", ".join(over) or "at most kept"))
     total = sum(math.prod(shape) for shape, _ in about["layers"].values())
     costs: dict[str, float] = {"params": sum(found.values()), "sparsity": sum(found.values())}
     if all(macs is not None for _, macs in about["layers"].values()):
@@ -155,23 +154,17 @@ def _limit_rows(
             continue  # a file alone does not know how fast a machine is
         label = f"{kind}={about['asked'][kind]}" + (", ns by the tables" if kind == "latency" else "")
         if kind not in costs:
-            rows.append(_row(path.name, label, f"at most {limit:,} bytes", f"{small.name} is not there", passed=False))
+            rows.append(
+                checked(path.name, label, f"at most {limit:,} bytes", f"{small.name} is not there", passed=False)
+            )
         elif kind == "sparsity":
             promise, holds = f"at least {1 - limit / total:.6f}", f"{1 - costs[kind] / total:.6f}"
-            rows.append(_row(path.name, label, promise, holds, passed=costs[kind] <= limit))
+            rows.append(checked(path.name, label, promise, holds, passed=costs[kind] <= limit))
         else:
-            rows.append(_row(path.name, label, f"at most {limit:,}", f"{costs[kind]:,}", passed=costs[kind] <= limit))
+            rows.append(
+                checked(path.name, label, f"at most {limit:,}", f"{costs[kind]:,}", passed=costs[kind] <= limit)
+            )
     return rows
-
-
-def _row(file: str, check: str, promised: Any, found: Any, *, passed: bool | None = None) -> Row:
-    return {
-        "file": file,
-        "check": check,
-        "promised": promised,
-        "found": found,
-        "passed": bool(promised == found if passed is None else passed),
-    }
 
 
 def _equal(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:

@@ -7,14 +7,18 @@ model.bitmask.safetensors   a layer NAME is stored as NAME (dense) or, where tha
                   l bits of each, then for each the rest of it, less that of the one before, in unary: zeros and a one
     NAME.values   those weights, in C order, in the layer's dtype
 
+model.csr.safetensors       what `allot export --to csr` writes: matrices as NAME.crow int32 [rows + 1], NAME.col int32
+    [kept] and NAME.values [kept], compressed sparse rows; all else as it is
+
 model.slim.safetensors      where channels were pruned, instead of the bitmask: what is left of every tensor, smaller in
     shape; its metadata also holds `attributes` {module: {attribute: value}}, what shapes do not say of a model.
 
 Their metadata has one key, `allot`: JSON with `format`, `aliases` {tied name: stored name}, `layers` {name: [shape,
-dense MACs or null]}, `asked` {budget kind: as the user wrote it}, `limits` {budget kind: whole number} and `pad`, which
-in the bitmask file is spaces that bring its header to a fixed length, so that its size is known before it is written:
+dense MACs or null]}, `asked` {budget kind: as the user wrote it}, `limits` {budget kind: whole number}, `seal`, the
+SHA-256 of the file with zeros in the seal's place, and `pad`, which in the bitmask and slim files is spaces that bring
+the header to a fixed length, so that the size is known before the file is written:
 
-    bytes(kept) = header + sum of other tensors + sum_l min(dense_l, ceil(n_l / 8) + kept_l * itemsize_l)
+    bytes(kept) = header + other tensors + sum_l min(dense_l, ceil(mask_bits(n_l, kept_l) / 8) + kept_l itemsize_l)
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +48,7 @@ from allot.store import replacing
 
 PLAIN, BITMASK = "model.safetensors", "model.bitmask.safetensors"
 SLIM, PLAN = "model.slim.safetensors", "channels.json"
+CSR = "model.csr.safetensors"
 TABLES = "latency.json"  # where time was limited
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -127,7 +133,7 @@ def layout(state: Mapping[str, Tensor], said: Mapping[str, Any]) -> Layout:
 
 def save_plain(path: Path, state: Mapping[str, Tensor], said: Mapping[str, Any]) -> None:
     """Write model.safetensors."""
-    _save(path, dict(state), _metadata("plain", said))
+    save_tensors(path, state, "plain", said)
 
 
 def save_bitmask(path: Path, state: Mapping[str, Tensor], said: Mapping[str, Any]) -> None:
@@ -150,6 +156,30 @@ def save_bitmask(path: Path, state: Mapping[str, Tensor], said: Mapping[str, Any
     _save(path, tensors, _metadata("bitmask", said))
     if missing := size - path.stat().st_size:
         _save(path, tensors, _metadata("bitmask", said, " " * missing))
+
+
+def save_csr(path: Path, state: Mapping[str, Tensor], said: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Write model.csr.safetensors: these matrices as compressed sparse rows, all else as it is."""
+    tensors = dict(state)
+    for name in names:
+        matrix = csr(tensors.pop(name))
+        tensors[f"{name}.crow"], tensors[f"{name}.col"] = matrix.crow_indices(), matrix.col_indices()
+        tensors[f"{name}.values"] = matrix.values()
+    save_tensors(path, tensors, "csr", said)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], form: str, said: Mapping[str, Any]) -> None:
+    """Write tensors as they are, with metadata, sealed."""
+    _save(path, dict(tensors), _metadata(form, said))
+
+
+def csr(weight: Tensor) -> Tensor:
+    """A matrix in compressed sparse rows, with indices of 32 bits."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the layout is called beta
+        found = weight.detach().to_sparse_csr()
+        rows, columns = found.crow_indices().int(), found.col_indices().int()
+        return torch.sparse_csr_tensor(rows, columns, found.values(), found.shape, check_invariants=True)
 
 
 def slim_header(state: Mapping[str, Tensor], said: Mapping[str, Any], groups: Iterable[Group]) -> int:
@@ -194,24 +224,42 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         UsageError: no such file, or a damaged one.
     """
-    tensors, about = _stored(path)
+    tensors, about = stored(path)
+    return unfolded(path, tensors, about), about
+
+
+def unfolded(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The plain state dict in what a file stores.
+
+    Raises:
+        UsageError: what it stores does not belong together.
+    """
     try:
         shapes = about.get("layers", {})
         state: dict[str, Tensor] = {}
         for name, value in tensors.items():
             stem, _, part = name.rpartition(".")
-            if part == "mask" and stem in shapes:
-                state[stem] = _unpacked(path, stem, shapes[stem][0], value, tensors.get(stem + ".values"))
-            elif not (part == "values" and stem in shapes):
+            if stem not in shapes or part not in ("mask", "values", "crow", "col"):
                 state[name] = value
+            elif part == "mask":
+                state[stem] = _unpacked(path, stem, shapes[stem][0], value, tensors.get(stem + ".values"))
+            elif part == "crow":
+                columns, values = tensors[stem + ".col"], tensors[stem + ".values"]
+                size = torch.Size(shapes[stem][0])
+                state[stem] = torch.sparse_csr_tensor(value, columns, values, size, check_invariants=True).to_dense()
         for alias, name in about.get("aliases", {}).items():
             state[alias] = state[name]
     except (LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise UsageError(f"{path} is damaged: its tensors and what it says of them differ ({error}).") from error
-    return state, about
+    return state
 
 
-def _stored(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def stored(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file as they are stored, and its metadata ({} from elsewhere).
+
+    Raises:
+        UsageError: no such file, or a damaged one.
+    """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

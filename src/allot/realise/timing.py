@@ -34,7 +34,8 @@ from allot.latency import Latency, LayerTimes, Sides, monotone
 from allot.layers import Layer, Scope, places_of
 from allot.masks import as_arguments
 from allot.observe import hooked, plain_places
-from allot.realise.export import ENDINGS, export, timed
+from allot.realise.clock import timed
+from allot.realise.export import reopened
 
 RUNTIMES = ("onnx", "torch")
 SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)  # of its channels that a layer is timed with, on either side
@@ -81,7 +82,7 @@ class Runtime:
         model = copied(model).eval()  # what its forward writes to stays out of the model that was passed in
         if self.name == "onnx":
             with tempfile.TemporaryDirectory() as folder:
-                opened = export(model, batch, Path(folder) / f"model{ENDINGS['onnx']}")
+                opened = reopened(model, batch, Path(folder) / "model.onnx", "onnx")
             return lambda: opened.run(batch)
         args, kwargs = as_arguments(batch)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from allot.allocation import Allocation
-from allot.realise.files import BITMASK, PLAIN, SLIM
+from allot.costs import least_bits
+from allot.realise.files import BITMASK, PLAIN, SLIM, plain_state
 from allot.run import Candidate, Problem, Recipe
 from allot.store import Log
 
@@ -29,9 +31,11 @@ def report(
     """What was asked and reached, per limit and per layer; counts are whole numbers, seconds are seconds.
 
     `macs` and a layer's `macs` are null where no example input was there to count them with; `bytes` is
-    {dense, file}: the dense model's file and the bitmask file, null until the run is saved. `latency` is null where
-    time was not limited. `exports` are what `allot export` adds. `diagnostics` is what
-    methods tell about how they came to their result, by method.
+    {dense, file, limit}: the dense model's file, the bitmask (or slim) file, and the information limit, what no file of
+    these weights can be smaller than: sum of n_l (H(density_l) + density_l bits) / 8 and all other tensors, H the
+    entropy of a coin; null until the run is saved, the last one also where channels were pruned. `latency` is null
+    where time was not limited. `exports` are what `allot export` adds. `diagnostics` is what methods tell about how
+    they came to their result, by method.
     """
     budget, kept = problem.budget, candidate.allocation.kept
     sizes = budget.sizes(kept)
@@ -54,6 +58,7 @@ def report(
         "bytes": {
             "dense": _size(directory, PLAIN),
             "file": _size(directory, SLIM if problem.scope.groups else BITMASK),
+            "limit": _limit(problem, sizes) if directory and not problem.scope.groups else None,
         },
         "layers": layer_rows(problem, candidate.allocation),
         "groups": group_rows(problem, candidate.allocation),
@@ -128,6 +133,14 @@ def _histograms(problem: Problem, candidate: Candidate) -> dict[str, dict[str, l
 
 def _dense_macs(problem: Problem) -> int:
     return sum(layer.macs or 0 for layer in problem.scope)
+
+
+def _limit(problem: Problem, kept: Mapping[str, int]) -> int:
+    state = plain_state(problem.model)[0]
+    sizes = {name: value.element_size() for name, value in state.items()}
+    others = sum(value.numel() * sizes[name] for name, value in state.items() if name not in kept)
+    bits = sum(least_bits(layer.total, kept[layer.name]) for layer in problem.scope)
+    return math.ceil(others + bits / 8 + sum(sizes[name] * count for name, count in kept.items()))
 
 
 def _size(directory: Path | None, name: str) -> int | None:

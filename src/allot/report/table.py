@@ -124,7 +124,7 @@ def export_table(row: Mapping[str, Any]) -> RenderableType:
     verdict = f"{row['faster']:.2f}x as fast" if row["faster"] >= 1.05 else f"no faster here ({row['faster']:.2f}x)"
     table.add_row("one input, median ms", f"{taken['dense']:.2f}", f"{taken['sparse']:.2f}", verdict)
     said = f"{row['file']}: opened again, outputs equal the run's within {row['error']:.1g} of the largest"
-    return Group(table, Text(said))
+    return Group(table, Text(said), *([Text(row["note"])] if row.get("note") else ()))
 
 
 def advice_table(told: Mapping[str, Any]) -> RenderableType:
@@ -171,6 +171,9 @@ def _summary(report: Mapping[str, Any]) -> Table:
     size = report["bytes"]
     if size["file"]:
         table.add_row("bytes on disk", f"{size['dense']:,}", f"{size['file']:,}", _share(size["file"], size["dense"]))
+    if size.get("limit"):
+        over = f"file is {size['file'] / size['limit']:.2f} of it"
+        table.add_row("information limit", "", f"{size['limit']:,}", over)
     if scores := report["scores"]:
         change = f"{100 * (scores['sparse'] - scores['dense']):+.2f} points"
         table.add_row(

@@ -1,0 +1,120 @@
+"""What lies beside an exported model so that it can be verified anywhere: counts, inputs, the answers of the run.
+
+FILE.probe.safetensors, or allot.probe.safetensors in a directory. Its metadata is a promise, sealed like every file:
+
+    {"format": "probe", "form": key of FORMS, "files": {name: {"bytes", "sha256"}},
+     "counts": {"weights", "zeros", "macs"}, "inputs": names of arguments, null for those by position}
+
+Tensors `input.N` and `output.N` are in the order of the arguments and of the outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from allot.errors import UsageError
+from allot.masks import as_arguments
+from allot.realise.compare import TOLERANCE, off
+from allot.realise.files import save_tensors, stored, untouched
+from allot.realise.forms import FORMS, Opened
+from allot.realise.rows import Row, checked, digest
+
+
+def probe_of(path: Path) -> Path:
+    """Where the probe of an exported file or directory is."""
+    return path / "allot.probe.safetensors" if path.is_dir() else path.with_name(path.name + ".probe.safetensors")
+
+
+def drawn(example: Any) -> Any:
+    """The inputs themselves, or normal draws where a tensor of real numbers says nothing because all are the same."""
+    generator = torch.Generator().manual_seed(0)
+
+    def one(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() < 2:
+            return value
+        same = bool((value == value.flatten()[0]).all())
+        return torch.randn(value.shape, generator=generator).to(value) if same else value
+
+    if isinstance(example, dict):
+        return {name: one(value) for name, value in example.items()}
+    return tuple(map(one, example)) if isinstance(example, tuple) else one(example)
+
+
+def counts_of(opened: Opened, example: Any) -> dict[str, int]:
+    """`{weights, zeros, macs}`: entries of its matrices and kernels, those that are zero, and MACs on these inputs."""
+    held = list(opened.weights())
+    zeros = sum(tensor.numel() - int(torch.count_nonzero(tensor)) for tensor in held)
+    return {"weights": sum(tensor.numel() for tensor in held), "zeros": zeros, "macs": opened.macs(example)}
+
+
+def save_probe(path: Path, form: str, opened: Opened, example: Any, answers: Sequence[Tensor]) -> None:
+    """Write the probe of what was exported to `path`."""
+    args, kwargs = as_arguments(example)
+    inputs = [*args, *kwargs.values()]
+    if not all(isinstance(value, Tensor) for value in inputs):
+        raise UsageError("an exported model is probed with tensors: its inputs hold something else.")
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    files = [file for file in files if file != probe_of(path)]
+    home = path if path.is_dir() else path.parent
+    promise = {
+        "form": form,
+        "files": {str(file.relative_to(home)): digest(file) for file in files},
+        "counts": counts_of(opened, example),
+        "inputs": [None] * len(args) + list(kwargs),
+    }
+    tensors = {f"input.{i}": value.detach().cpu() for i, value in enumerate(inputs)}
+    tensors |= {f"output.{i}": value.detach().cpu() for i, value in enumerate(answers)}
+    save_tensors(probe_of(path), tensors, "probe", promise)
+
+
+def probe_rows(path: Path) -> list[Row]:
+    """What was promised of an exported file or directory, and what is found; opened only where not one bit differs."""
+    probe = probe_of(path)
+    try:
+        tensors, promise = stored(probe)
+    except UsageError as error:
+        return [checked(probe.name, "opens", "a whole file", str(error), passed=False)]
+    rows = [checked(probe.name, "untouched", "yes", "yes" if untouched(probe) else "no")]
+    try:
+        home = path if path.is_dir() else path.parent
+        for name, expected in promise["files"].items():
+            if (home / name).is_file():
+                found = digest(home / name)
+                rows.append(checked(name, "bytes on disk", expected["bytes"], found["bytes"]))
+                rows.append(checked(name, "sha256", expected["sha256"], found["sha256"]))
+            else:
+                rows.append(checked(name, "exists", "yes", "no", passed=False))
+        if all(each["passed"] for each in rows):
+            rows += _answers(path, promise, tensors)
+    except (LookupError, TypeError, ValueError, AttributeError, OSError) as error:
+        problem = f"cannot be understood ({type(error).__name__}: {error})"
+        rows.append(checked(probe.name, "metadata", "what was promised", problem, passed=False))
+    return rows
+
+
+def _answers(path: Path, promise: dict[str, Any], tensors: dict[str, Tensor]) -> list[Row]:
+    """Counts and outputs of the model, opened again.
+
+    Raises:
+        UsageError: what opens it is not installed.
+    """
+    inputs, answers = (_numbered(tensors, kind) for kind in ("input", "output"))
+    names = promise["inputs"]
+    example = dict(zip(names, inputs, strict=True)) if any(names) else tuple(inputs)
+    opened = FORMS[promise["form"]].open(path)
+    found = counts_of(opened, example)
+    rows = [checked(path.name, kind, promised, found[kind]) for kind, promised in promise["counts"].items()]
+    error = off(opened.run(example), answers)
+    promised = f"the run's, to {TOLERANCE:g} of the largest"
+    rows.append(checked(path.name, "outputs on the probe", promised, f"off by {error:.1g}", passed=error <= TOLERANCE))
+    return rows
+
+
+def _numbered(tensors: dict[str, Tensor], kind: str) -> list[Tensor]:
+    count = sum(name.startswith(f"{kind}.") for name in tensors)
+    return [tensors[f"{kind}.{i}"] for i in range(count)]

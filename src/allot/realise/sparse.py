@@ -1,0 +1,113 @@
+"""Linear layers multiplied as sparse matrices, each only where that was measured to be faster than the layer itself.
+
+csr   compressed sparse rows, on the CPU
+2:4   semi-structured, in half precision, on a GPU with sparse tensor cores
+
+The layers stay `nn.Linear`: their weight is a sparse tensor, which `torch.nn.functional.linear` takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from allot.channels import copied
+from allot.errors import UsageError
+from allot.masks import write_into
+from allot.observe import hooked
+from allot.realise.clock import timed
+from allot.realise.files import csr, stored, unfolded
+from allot.realise.forms import apply
+
+Convert = Callable[[Tensor], Tensor]
+PAYS = 1.05  # times as fast, below which a layer stays as it is
+
+
+def semi_structured(weight: Tensor) -> Tensor:
+    """The matrix as sparse tensor cores take it: two of four, half precision, on a GPU."""
+    return torch.sparse.to_sparse_semi_structured(weight.detach())
+
+
+def linear_layers(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Linear]:
+    """Weight name -> layer, of the linear layers among `names`.
+
+    Raises:
+        UsageError: there is none.
+    """
+    wanted = set(names)
+    every = {
+        f"{name}.weight".lstrip("."): module for name, module in model.named_modules() if type(module) is nn.Linear
+    }
+    if not (found := {name: module for name, module in every.items() if name in wanted}):
+        raise UsageError("no linear layer was pruned: nothing else is multiplied as a sparse matrix.")
+    return found
+
+
+def times_faster(layers: Mapping[str, nn.Linear], model: nn.Module, example: Any, convert: Convert) -> dict[str, float]:
+    """Layer -> how many times as fast it is when converted, on the inputs that it gets; 0 where it cannot be."""
+    inputs: dict[str, Tensor] = {}
+    with ExitStack() as stack, torch.no_grad():
+        for name, layer in layers.items():
+            stack.enter_context(hooked(layer, _keeping(inputs, name)))
+        apply(model, example)
+    found = {}
+    for name, x in inputs.items():
+        layer = layers[name]
+        try:
+            weight = convert(layer.weight)
+        except (RuntimeError, ValueError):  # sides that the kernel does not take
+            found[name] = 0.0
+            continue
+        runs = {"dense": _linear(x, layer.weight, layer.bias), "sparse": _linear(x, weight, layer.bias)}
+        taken = timed(runs, seconds=0.2, least=7)
+        found[name] = taken["dense"] / taken["sparse"]
+    return found
+
+
+def converted(model: nn.Module, names: Iterable[str], convert: Convert) -> nn.Module:
+    """A copy of the model with the weights of these linear layers converted."""
+    model = copied(model)
+    for layer in linear_layers(model, names).values() if (names := list(names)) else ():
+        layer.weight = nn.Parameter(convert(layer.weight), requires_grad=False)
+    return model
+
+
+def load_csr(model: nn.Module, path: str | Path) -> nn.Module:
+    """`model` with the weights of a csr file: sparse where the file says so; eval mode, the model itself untouched.
+
+    Raises:
+        UsageError: no csr file, or one of another model.
+    """
+    path = Path(path)
+    tensors, about = stored(path)
+    if about.get("format") != "csr":
+        raise UsageError(f"{path} is no csr file: allot export RUN --to csr writes one.")
+    state = unfolded(path, tensors, about)
+    model = copied(model).eval()
+    own = model.state_dict()
+    if wrong := [name for name, value in state.items() if name not in own or own[name].shape != value.shape]:
+        raise UsageError(f"{path} belongs to another model: {', '.join(sorted(wrong)[:5])} differ.")
+    write_into(model, state)
+    return converted(model, [name.removesuffix(".crow") for name in tensors if name.endswith(".crow")], csr)
+
+
+def _keeping(inputs: dict[str, Tensor], name: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: Any, output: Any) -> None:
+        inputs.setdefault(name, args[0])
+
+    return hook
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Callable[[], None]:
+    def run() -> None:
+        with torch.no_grad():
+            torch.nn.functional.linear(x, weight, bias)
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+
+    return run

@@ -1,0 +1,232 @@
+"""What was exported is counted alike in every form, verified without the run, and opened only where nothing differs."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import allot
+from allot.errors import UsageError
+from allot.prune import prune
+from allot.realise import sparse
+from allot.realise.certificate import verify
+from allot.realise.export import export, exported
+from allot.realise.files import save_tensors, stored
+from allot.realise.forms import FORMS, Opened
+from allot.realise.probe import counts_of, drawn, probe_of
+from contract.cases import CASES
+from realise.damage import DAMAGES, damage
+
+
+class Mixed(nn.Module):
+    """Grouped, strided and transposed convolutions, attention with a product of activations, and linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.deep = nn.Conv2d(8, 8, 3, padding=1, groups=4)
+        self.up = nn.ConvTranspose2d(8, 6, 2, stride=2)
+        self.query, self.out = nn.Linear(6, 12, bias=False), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.up(self.deep(self.stem(x)).relu()).flatten(2).transpose(1, 2)[:, None]  # [B, 1, 64, 6]
+        q, k = self.query(tokens).chunk(2, -1)
+        return self.out(nn.functional.scaled_dot_product_attention(q, k, tokens).mean((1, 2)))
+
+
+def by_hand(batch: int) -> int:
+    """Multiply-accumulates of `Mixed`: each output element takes as many as its kernel has weights."""
+    kernels = 4 * 4 * 8 * 27 + 4 * 4 * 8 * 2 * 9 + 4 * 4 * 8 * 6 * 4
+    return batch * (kernels + 64 * 6 * 12 + 2 * 64 * 64 * 6 + 6 * 5)
+
+
+@pytest.fixture(scope="module")
+def mixed() -> nn.Module:
+    torch.manual_seed(0)
+    model = Mixed().eval()
+    with torch.no_grad():
+        model.stem.weight[:, 0] = 0
+    return model
+
+
+@pytest.fixture(scope="module")
+def files(mixed: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """`mixed` in every form but that of transformers."""
+    folder = tmp_path_factory.mktemp("forms")
+    places = {name: folder / f"{name}{form.ending}" for name, form in FORMS.items() if name != "hf"}
+    for name, path in places.items():
+        export(mixed, torch.randn(2, 3, 8, 8), path, to=name)
+    return places
+
+
+@pytest.mark.parametrize("form", ["program", "onnx", "openvino"])
+def test_every_form_is_counted_alike(mixed: nn.Module, files: dict[str, Path], form: str):
+    opened, x = FORMS[form].open(files[form]), torch.randn(3, 3, 8, 8)
+    found, wanted = counts_of(opened, x), counts_of(Opened.module(mixed), x)
+    assert found["macs"] == wanted["macs"] == by_hand(3)
+    assert found["zeros"] == wanted["zeros"] == 8 * 9
+    biases = 0 if form != "openvino" else 8 + 8 + 6 + 5  # it keeps them as [1, C, 1, 1]
+    assert found["weights"] == wanted["weights"] + biases
+    with torch.no_grad():
+        assert torch.allclose(opened.run(x)[0], mixed(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["program", "onnx", "openvino"])
+def test_an_exported_file_is_verified_anywhere(files: dict[str, Path], form: str, tmp_path: Path):
+    place = tmp_path / files[form].name
+    if files[form].is_dir():
+        shutil.copytree(files[form], place)
+    else:
+        shutil.copy(files[form], place)
+        shutil.copy(probe_of(files[form]), tmp_path)
+    found = verify(place)
+    assert found["passed"]
+    assert {"weights", "zeros", "macs", "outputs on the probe", "sha256"} <= {row["check"] for row in found["rows"]}
+    targets = [path for path in (place.rglob("*") if place.is_dir() else tmp_path.iterdir()) if path.is_file()]
+    draw = random.Random(0)
+    for target in targets:
+        whole = target.read_bytes()
+        for _ in range(50 // len(targets)):
+            content = bytearray(whole)
+            content[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+            target.write_bytes(content)
+            assert not verify(place)["passed"]
+        for how in DAMAGES:
+            damage(target, how)
+            if how == "removed" and (target == place or target == probe_of(place)):
+                with pytest.raises(UsageError, match=r"probe\.safetensors|no run directory|no such file"):
+                    verify(place)
+            else:
+                assert not verify(place)["passed"]
+            target.write_bytes(whole)
+    assert verify(place)["passed"]
+
+
+def test_a_file_that_answers_otherwise_fails_even_with_a_forged_probe(mixed: nn.Module, tmp_path: Path):
+    path = tmp_path / "model.pt2"
+    export(mixed, torch.randn(2, 3, 8, 8), path)
+    honest = probe_of(path).read_bytes()
+    other = Mixed()
+    other.load_state_dict({name: 1.01 * value for name, value in mixed.state_dict().items()})
+    export(other, torch.randn(2, 3, 8, 8), path)
+    promise = stored(probe_of(path))[1]
+    probe_of(path).write_bytes(honest)
+    promise = {key: promise[key] for key in ("form", "files", "counts", "inputs")}
+    save_tensors(probe_of(path), stored(probe_of(path))[0], "probe", promise)
+    assert [row["check"] for row in verify(path)["rows"] if not row["passed"]] == ["outputs on the probe"]
+
+
+def test_a_program_with_pickled_objects_is_not_opened(files: dict[str, Path], tmp_path: Path):
+    path = tmp_path / "model.pt2"
+    with zipfile.ZipFile(files["program"]) as old, zipfile.ZipFile(path, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+        new.writestr("archive/data/constants/tensor_0", b"\x80\x04cos\nsystem\n.")
+    with pytest.raises(UsageError, match="holds pickled objects"):
+        FORMS["program"].open(path)
+
+
+def test_inputs_that_say_nothing_are_drawn_and_others_stay():
+    assert torch.equal(drawn(torch.arange(4.0)), torch.arange(4.0))
+    assert drawn(torch.zeros(1, 3, 8, 8)).std() > 0.5 and torch.equal(drawn(torch.zeros(9)), drawn(torch.zeros(9)))
+    both = drawn({"ids": torch.ones(2, 3, dtype=torch.long), "x": torch.ones(5)})
+    assert torch.equal(both["ids"], torch.ones(2, 3, dtype=torch.long)) and both["x"].std() > 0
+    assert isinstance(drawn((torch.zeros(4), None)), tuple)
+
+
+def test_a_model_of_transformers_is_opened_by_from_pretrained(tmp_path: Path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(image_size=8, patch_size=4, **shape)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    result = prune(model, x, "sparsity=0.8", repair="none", save_to=tmp_path / "run")
+    row = exported(model, tmp_path / "run", result.report(), x[:1], "hf")
+    assert row["error"] == 0 and verify(tmp_path / "run" / "hf")["passed"]
+    again = type(model).from_pretrained(tmp_path / "run" / "hf")
+    assert all(torch.equal(value, result.state_dict()[name]) for name, value in again.state_dict().items())
+    config = json.loads((tmp_path / "run" / "hf" / "config.json").read_text())
+    (tmp_path / "run" / "hf" / "config.json").write_text(json.dumps(config | {"architectures": ["Nothing"]}))
+    with pytest.raises(UsageError, match="names no model of transformers"):
+        FORMS["hf"].open(tmp_path / "run" / "hf")
+
+
+# sparse matrices
+
+
+def wide(tmp_path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 3))
+    result = prune(model, None, "sparsity=0.98", method="erk", repair="none", save_to=tmp_path / "run")
+    return model, result.report()
+
+
+def by_count(runs: dict[str, Any], **rest: Any) -> dict[str, float]:
+    """A clock that counts: an entry of a dense matrix takes 1, one of a sparse matrix 4, and a call of that 3,000."""
+    found = {}
+    for name, run in runs.items():
+        weight = dict(zip(run.__code__.co_freevars, run.__closure__, strict=True))["weight"].cell_contents
+        found[name] = float(3000 + 4 * weight._nnz() if name == "sparse" else weight.numel())
+    return found
+
+
+def test_linear_layers_that_are_faster_as_sparse_rows_become_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model, report = wide(tmp_path)
+    monkeypatch.setattr(sparse, "timed", by_count)
+    x = torch.randn(1, 16)
+    row = exported(model, tmp_path / "run", report, x, "csr")
+    assert row["note"].startswith("1 of 3 linear layers are faster as sparse rows here; at best")
+    file = tmp_path / "run" / "model.csr.safetensors"
+    loaded = sparse.load_csr(model, file)
+    assert loaded[2].weight.layout == torch.sparse_csr and type(loaded[2]) is nn.Linear
+    assert torch.equal(loaded[2].weight.to_dense(), allot.load(tmp_path / "run")["2.weight"])
+    assert all(torch.equal(value, allot.load(tmp_path / "run")[name]) for name, value in allot.load(file).items())
+    assert row["bytes"] == file.stat().st_size < row["dense_bytes"] and row["macs"] < 0.1 * row["dense_macs"]
+    assert row["error"] < 1e-5 and verify(file)["passed"] and model[2].weight.layout == torch.strided
+    with pytest.raises(UsageError, match="is no csr file"):
+        sparse.load_csr(model, tmp_path / "run" / "model.safetensors")
+    with pytest.raises(UsageError, match="belongs to another model"):
+        sparse.load_csr(nn.Linear(2, 2), file)
+
+
+def test_where_no_layer_is_faster_all_stay_dense_and_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model, report = wide(tmp_path)
+    monkeypatch.setattr(sparse, "timed", lambda runs, **rest: {"dense": 1.0, "sparse": 2.0})
+    row = exported(model, tmp_path / "run", report, torch.randn(1, 16), "csr")
+    assert row["note"].startswith("0 of 3 linear layers are faster as sparse rows here; at best 0.50x")
+    assert row["macs"] == row["dense_macs"]
+
+
+def test_sparse_matrices_are_refused_where_they_cannot_be(tmp_path: Path):
+    case = CASES["with batch norm"]
+    convolutions = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten())
+    result = prune(convolutions, None, "sparsity=0.5", repair="none", save_to=tmp_path / "conv")
+    with pytest.raises(UsageError, match="no linear layer was pruned"):
+        exported(convolutions, tmp_path / "conv", result.report(), torch.randn(1, 1, 8, 8), "csr")
+    model = case.make()
+    report = prune(model, None, "sparsity=0.5", repair="none", save_to=tmp_path / "plain").report()
+    with pytest.raises(UsageError, match=r"pattern is unstructured: 2:4 takes runs of --pattern 2:4"):
+        exported(model, tmp_path / "plain", report, case.inputs(1), "2:4")
+    if not torch.cuda.is_available():
+        two_of_four = nn.Linear(8, 8)
+        chain: dict[str, Any] = {"pattern": "2:4", "repair": "none"}
+        report = prune(two_of_four, None, "sparsity=0.5", save_to=tmp_path / "two", **chain).report()
+        with pytest.raises(UsageError, match="GPU with sparse tensor cores"):
+            exported(two_of_four, tmp_path / "two", report, torch.randn(1, 8), "2:4")
+
+
+@pytest.mark.gpu
+def test_two_of_four_runs_on_a_gpu(tmp_path: Path):
+    model = nn.Sequential(nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 4096))
+    chain: dict[str, Any] = {"pattern": "2:4", "repair": "none"}
+    report = prune(model, None, "sparsity=0.5", save_to=tmp_path / "run", **chain).report()
+    row = exported(model, tmp_path / "run", report, torch.randn(512, 4096), "2:4")
+    assert "linear layers are faster as 2:4 on the GPU" in row["note"]
