@@ -3,6 +3,8 @@
 # make check      format, lint, types, floors
 # make test       check, then the tests
 # make test-slow  the tests that take longer
+# make docs       the site, in build/site
+# make wheel      sdist and wheel in dist/; the wheel is tried in an empty environment
 # make clean      remove .venv, caches and build outputs; runs/ stays
 #
 # PYTHON=python3.12 make install    picks the interpreter
@@ -23,8 +25,10 @@ export PIP_NO_INPUT := 1
 UNFINISHED := $(VENV)/.unfinished
 RUNTIME := $(VENV)/.runtime
 DEV := $(VENV)/.dev
+DOCS := $(VENV)/.docs
+EMPTY := build/empty
 
-.PHONY: install demo check browser test test-slow clean
+.PHONY: install demo check browser test test-slow docs wheel clean
 .NOTPARALLEL: # `make -j2 demo test` would reinstall allot while the demo runs
 
 install: $(DEV)
@@ -34,7 +38,7 @@ $(RUNTIME): pyproject.toml constraints.txt
 		rm -rf $(VENV); mkdir $(VENV); touch $(UNFINISHED); \
 		echo "making $(VENV) from nothing"; $(PYTHON) -m venv $(VENV); \
 	fi
-	@rm -f $(RUNTIME) $(DEV); touch $(UNFINISHED)
+	@rm -f $(RUNTIME) $(DEV) $(DOCS); touch $(UNFINISHED)
 	@echo "installing $(TORCH), first and alone: nothing else decides which build of torch comes"
 	@$(PIP) $(TORCH)
 	@echo "installing allot and what it needs to run"
@@ -45,6 +49,12 @@ $(DEV): $(RUNTIME)
 	@mv $(RUNTIME) $(UNFINISHED)
 	@echo "installing the tools of a developer"
 	@$(PIP) --editable '.[dev]'
+	@mv $(UNFINISHED) $(RUNTIME); touch $@
+
+$(DOCS): $(RUNTIME)
+	@mv $(RUNTIME) $(UNFINISHED)
+	@echo "installing what builds the site"
+	@$(PIP) --editable '.[docs]'
 	@mv $(UNFINISHED) $(RUNTIME); touch $@
 
 demo: $(RUNTIME)
@@ -74,6 +84,23 @@ browser:
 
 test-slow: $(DEV)
 	$(PY) -m pytest -n 2 -m 'slow and not gpu'
+
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
+	@echo "The site: build/site/index.html"
+
+wheel: $(DEV)
+	rm -rf dist $(EMPTY)
+	$(PY) -m build --outdir dist .
+	$(PYTHON) -m venv $(EMPTY)/venv
+	mkdir $(EMPTY)/elsewhere
+	$(EMPTY)/venv/bin/python -m pip install --quiet --constraint constraints.txt $(TORCH)
+	$(EMPTY)/venv/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	cd $(EMPTY)/elsewhere && ../venv/bin/allot --version
+	cd $(EMPTY)/elsewhere && ../venv/bin/allot prune zoo:digits-resnet20 --data zoo:digits-resnet20 \
+		--budget sparsity=0.9 --method erk --out runs/x
+	cd $(EMPTY)/elsewhere && ../venv/bin/allot verify runs/x
+	rm -rf $(EMPTY)
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

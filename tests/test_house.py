@@ -24,6 +24,8 @@ DOCUMENTS = [
     if re.search(r"^ *```(python|bash|console)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
 ]
 
+GUIDE = ROOT / "docs" / "howto" / "method.md"
+
 # Written so that it does not match itself.
 REGISTRY_HOST = re.compile(
     rb"py(?:pi|thonhosted)\.org|npmjs\.(?:com|org)|anaconda\.(?:com|org)|download\.pytorch\.org|crates\.io",
@@ -67,10 +69,50 @@ def test_no_source_file_is_longer_than_400_lines():
 # Documentation
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=str)
-def test_the_code_of_a_document_runs(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty directory that the reader works in; modules written there can be imported."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if (getattr(sys.modules[name], "__file__", None) or "").startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=str)
+def test_the_code_of_a_document_runs(document: Path, reader: Path):
     assert run_document(ROOT / document) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "document", [d for d in DOCUMENTS if re.search("^ *```.* slow$", (ROOT / d).read_text(), re.M)], ids=str
+)
+def test_the_slow_code_of_a_document_runs(document: Path, reader: Path):
+    assert run_document(ROOT / document, slow=True) > 0
+
+
+@pytest.mark.slow
+def test_the_method_of_the_guide_passes_its_test_and_the_contract(reader: Path):
+    files = {mark: b.text for b in blocks_of(GUIDE.read_text()) for mark in b.marks if mark.endswith("energy.py")}
+    assert set(files) == {"energy.py", "test_energy.py"}
+    adding = "def pytest_collection():\n from allot.methods import METHODS\n from energy import Energy\n"
+    files["adding.py"] = adding + ' METHODS["energy"] = Energy()\n'  # the one line
+    for name, text in files.items():
+        Path(name).write_text(text)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "adding", "-k", "energy"]
+    ran = subprocess.run(
+        [*command, "tests/contract", str(reader / "test_energy.py")],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(reader)])},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert int(re.search(r"(\d+) passed", ran.stdout)[1]) > 40  # the contract found it
 
 
 def test_a_document_runs_in_order_and_shares_its_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -78,6 +120,7 @@ def test_a_document_runs_in_order_and_shares_its_names(tmp_path: Path, monkeypat
     document.write_text(
         "```python\nx = 1\n```\n"
         "```python no-run\nraise SystemExit\n```\n"
+        "```python slow\nraise SystemExit\n```\n"
         "```yaml recipe.yaml\nmethod: erk\n```\n"
         "1. Nested:\n   ```python\n   from pathlib import Path\n   found = x, Path('recipe.yaml').read_text()\n   ```\n"
         "```python\nassert found == (1, 'method: erk\\n')\n```\n"
@@ -105,13 +148,13 @@ class Block:
     text: str
 
 
-def run_document(document: Path) -> int:
+def run_document(document: Path, *, slow: bool = False) -> int:
     """How many blocks of the document were run, in the current directory; CONTRIBUTING.md tells the conventions."""
     names: dict[str, object] = {"__name__": "document"}
     done = 0
     for block in blocks_of(document.read_text(encoding="utf-8")):
         commands = list(commands_of(block))
-        if "no-run" in block.marks:
+        if "no-run" in block.marks or ("slow" in block.marks and not slow):
             continue
         if file := next((mark for mark in block.marks if "." in mark), None):
             Path(file).write_text(block.text, encoding="utf-8")
