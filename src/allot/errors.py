@@ -17,6 +17,10 @@ class UsageError(AllotError, ValueError):
     """What was passed in cannot be used: a name, a file, a shape, a combination."""
 
 
+class CorruptSample(UsageError):
+    """A sample that cannot be read, as a broken file of a data set."""
+
+
 class BudgetError(AllotError, ValueError):
     """The budget makes no sense, or nothing in scope can meet it."""
 

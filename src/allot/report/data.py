@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from allot.allocation import Allocation
+from allot.reading import Readable
 from allot.realise.files import BITMASK, PLAIN, SLIM
 from allot.run import Candidate, Problem, Recipe
 from allot.store import Log
@@ -30,8 +31,8 @@ def report(
 
     `macs` and a layer's `macs` are null where no example input was there to count them with; `bytes` is
     {dense, file}: the dense model's file and the bitmask file, null until the run is saved. `latency` is null where
-    time was not limited. `exports` are what `allot export` adds. `diagnostics` is what
-    methods tell about how they came to their result, by method.
+    time was not limited. `unreadable` counts calibration samples that were left out. `exports` are what `allot export`
+    adds. `diagnostics` is what methods tell about how they came to their result, by method.
     """
     budget, kept = problem.budget, candidate.allocation.kept
     sizes = budget.sizes(kept)
@@ -59,6 +60,7 @@ def report(
         "groups": group_rows(problem, candidate.allocation),
         "skipped": dict(problem.scope.skipped),
         "scores": dict(scores) if scores else None,
+        "unreadable": _unreadable(problem),
         "latency": dict(latency) if latency else None,
         "exports": [],
         "seconds": {stage: round(seconds, 3) for stage, seconds in log.seconds.items()},
@@ -124,6 +126,11 @@ def _histograms(problem: Problem, candidate: Candidate) -> dict[str, dict[str, l
         counts = [np.histogram(values[values != 0], edges)[0].tolist() for values in both]
         found[layer.name] = {"edges": edges.round(7).tolist(), "dense": counts[0], "sparse": counts[1]}
     return found
+
+
+def _unreadable(problem: Problem) -> int:
+    source = problem.calibration.source if problem.calibration else None
+    return len(source.unreadable) if isinstance(source, Readable) else 0
 
 
 def _dense_macs(problem: Problem) -> int:
