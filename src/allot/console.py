@@ -48,8 +48,17 @@ def notes() -> Iterator[None]:
 
 
 class _Notes(logging.Handler):
+    """What is told twice, as of a file in two data sets, is said once."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.said: set[str] = set()
+
     def emit(self, record: logging.LogRecord) -> None:
-        say(f"note: {' '.join(record.getMessage().split())}")
+        line = " ".join(record.getMessage().split())
+        if line not in self.said:
+            self.said.add(line)
+            say(f"note: {line}")
 
 
 def say(line: str) -> None:

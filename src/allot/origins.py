@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -53,14 +54,17 @@ def torchvision_model(name: str, trained: bool) -> ModelSource:  # noqa: FBT001 
     models = optional("torchvision.models", "torchvision", "vision")
     if name not in models.list_models():
         raise _no_such_model("torchvision", name, models.list_models())
-    model = _fetched(f"torchvision:{name}", lambda: models.get_model(name, weights="DEFAULT" if trained else None))
+    given: dict[str, Any] = {"weights": "DEFAULT" if trained else None}
+    if not trained and "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
+        given["weights_backbone"] = None  # else that of a segmentation model is fetched all the same
+    model = _fetched(f"torchvision:{name}", lambda: models.get_model(name, **given))
     best = getattr(models.get_model_weights(name), "DEFAULT", None)
     if best is None:
         return ModelSource(model, torch.zeros(1, 3, 224, 224), IMAGENET)
-    given, prepared = best.transforms.keywords, best.transforms()  # a partial of a preset
+    said, prepared = getattr(best.transforms, "keywords", {}), best.transforms()  # a preset, or a partial of one
     # detection models normalise by themselves
     normalise = (tuple(prepared.mean), tuple(prepared.std)) if hasattr(prepared, "mean") else ((0.0,) * 3, (1.0,) * 3)
-    side = given.get("crop_size")
+    side = said.get("crop_size")
     if not isinstance(side, int):  # pictures of any size, or films
         return ModelSource(model, torch.zeros(1, 3, 224, 224), normalise)
 
@@ -68,7 +72,7 @@ def torchvision_model(name: str, trained: bool) -> ModelSource:  # noqa: FBT001 
         channels, height, width = shape
         if channels != 3 or height != width:
             return None
-        resized = round(height * given.get("resize_size", 256) / side)
+        resized = round(height * said.get("resize_size", 256) / side)
         return best.transforms(crop_size=height, resize_size=resized)
 
     taken = getattr(model, "image_size", side)  # a transformer's weights may be for another size than it is built for

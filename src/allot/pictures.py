@@ -64,7 +64,7 @@ def _decoded(path: str, mode: str) -> Any:
     except Exception as error:  # decoders raise whatever a broken file makes them
         said = (str(error) or type(error).__name__).rstrip(".")
         said = "it is no picture" if isinstance(error, image.UnidentifiedImageError) else said
-        raise CorruptSample(f"{path} cannot be read: {said}.") from error
+        raise CorruptSample.of(f"{path} cannot be read ({said})") from error
 
 
 def _gives(own: Preprocess, mode: str, shape: tuple[int, ...]) -> bool:

@@ -46,13 +46,13 @@ class Readable(Dataset[Any]):
         except CorruptSample:
             raise
         except OSError as error:  # what PIL and open raise
-            raise CorruptSample(f"sample {index} cannot be read: {error}.") from error
+            raise CorruptSample.of(f"sample {index} cannot be read ({error})") from error
 
     def leave_out(self, index: int, error: CorruptSample) -> None:
         """Note that the sample cannot be read, and say so the first time."""
         if index not in self.unreadable:
-            self.unreadable[index] = str(error)
-            log.warning("left out: %s", error)
+            self.unreadable[index] = error.what
+            log.warning("left out: %s", error.what)
 
 
 def read(source: Any, indices: Iterable[int], workers: int = 0) -> Iterator[Any]:
@@ -91,7 +91,7 @@ def read_readable(source: Any, indices: Iterable[int], workers: int = 0) -> Iter
             found += 1
             yield index, sample
     if first and not found:
-        raise UsageError(f"none of the {tried} samples can be read; the first: {first}") from first
+        raise UsageError(f"none of the {tried} samples can be read; the first: {first.what}.") from first
 
 
 def _ahead(function: Callable[[int], Any], indices: Iterable[int], workers: int) -> Iterator[Any]:

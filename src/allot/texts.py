@@ -39,6 +39,8 @@ class Texts(Dataset[dict[str, Tensor]]):
         except OSError as error:
             raise UsageError(f"{path}: {(error.strerror or str(error)).lower()}.") from error
         ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+        if not len(ids) and text.strip():
+            raise UsageError(f"{path}: the tokenizer makes no tokens of it: its files are not beside the model.")
         if len(ids) < length:
             raise UsageError(
                 f"{path} holds {len(ids)} tokens, no block of {length}: a longer text is accepted, or --input LENGTH."
