@@ -10,6 +10,7 @@ from allot.masks import attach, fold
 from allot.methods import METHODS, RECIPES
 from allot.patterns import NM, Channels, Unstructured
 from allot.prune import prune
+from allot.reading import Readable
 from allot.realise.certificate import verify
 from allot.realise.export import export
 from allot.realise.files import load
@@ -31,6 +32,7 @@ __all__ = [
     "Channels",
     "Layer",
     "PatternError",
+    "Readable",
     "Result",
     "Rules",
     "Scope",

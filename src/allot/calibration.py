@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
-from allot.errors import UsageError
+from allot.errors import UsageError, check_number
+from allot.reading import Readable, read, read_readable
 
 LABEL_KEYS = frozenset({"label", "labels", "target", "targets"})
 
@@ -26,6 +27,7 @@ class Calibration:
         batch_size: most samples per batch.
         seed: decides the order of batches.
         device, dtype: where batches are put, and what their floating-point tensors are cast to.
+        workers: threads that read samples; 0: none. Batches are the same whatever their number.
     """
 
     source: Any = field(repr=False)
@@ -34,12 +36,14 @@ class Calibration:
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype | None = None
+    workers: int = 0
 
     def __post_init__(self) -> None:
         if not self.indices:
             raise UsageError("the calibration data is empty: at least one sample is needed.")
         if self.batch_size < 1:
             raise UsageError(f"batch_size={self.batch_size}: a whole number above 0 is accepted.")
+        check_number("workers", self.workers, 0, whole=True)
 
     @classmethod
     def of(
@@ -52,6 +56,7 @@ class Calibration:
         batched: bool = False,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
+        workers: int = 0,
     ) -> Calibration:
         """Calibration from a tensor `[N, ...]`, a Dataset, a DataLoader or any iterable.
 
@@ -61,9 +66,11 @@ class Calibration:
         Args:
             samples: how many are used: a draw by `seed` where the data has a length, else the first ones.
             batched: the iterable gives batches, not samples. A DataLoader always does.
+            workers: threads that read samples, for data whose samples may be read from several at once.
         Raises:
-            UsageError: no data, or samples that do not batch.
+            UsageError: no data, samples that do not batch, or `Readable` ones of which not one can be read.
         """
+        check_number("workers", workers, 0, whole=True)
         if samples < 1:
             raise UsageError(f"samples={samples}: a whole number above 0 is accepted.")
         with torch.random.fork_rng(devices=[]):  # a shuffling DataLoader draws from torch's generator
@@ -71,10 +78,12 @@ class Calibration:
             source = _indexable(data, samples, batched=batched)
         if len(source) > samples:
             generator = torch.Generator().manual_seed(seed % 2**63)
-            chosen = torch.randperm(len(source), generator=generator)[:samples].tolist()
+            order = torch.randperm(len(source), generator=generator).tolist()
         else:
-            chosen = list(range(len(source)))
-        return cls(source, tuple(chosen), batch_size, seed, device or torch.device("cpu"), dtype)
+            order = list(range(len(source)))
+        if isinstance(source, Readable):  # the next in the draw takes the place of one that cannot be read
+            order = [i for i, _ in itertools.islice(read_readable(source, order, workers), samples)]
+        return cls(source, tuple(order[:samples]), batch_size, seed, device or torch.device("cpu"), dtype, workers)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -114,7 +123,7 @@ class Calibration:
         """
 
         def looked() -> list[Any]:
-            return [self.pick([i]) for i in range(min(len(self), 64))]
+            return [self._batched([sample]) for sample in read(self.source, self.indices[:64], self.workers)]
 
         first = looked()
         return all(_same(seen, again) for _ in range(2) for seen, again in zip(first, looked(), strict=True))
@@ -125,9 +134,12 @@ class Calibration:
         Raises:
             UsageError: the samples are no tensors, arrays or numbers, or differ in shape.
         """
-        samples = [inputs_of(self.source[i]) for i in indices]
+        return self._batched(list(read(self.source, indices, self.workers if len(indices) > 1 else 0)))
+
+    def _batched(self, samples: Sequence[Any]) -> Any:
+        inputs = [inputs_of(sample) for sample in samples]
         try:
-            batch = default_collate(samples)
+            batch = default_collate(inputs)
             _refuse_texts(batch)
         except (TypeError, RuntimeError, ValueError, KeyError) as error:
             raise UsageError(

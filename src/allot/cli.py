@@ -14,10 +14,11 @@ import typer
 
 from allot import options as option
 from allot import verbs
-from allot.console import people, print_json, progress, say, say_error
+from allot.console import notes, people, print_json, progress, say, say_error
 from allot.errors import AllotError, Stopped, UsageError
 from allot.evaluate import evaluate
 from allot.lookup import recipe_of
+from allot.origins import ModelSource
 from allot.parts import assemble
 from allot.pose import pose
 from allot.prune import prune
@@ -29,7 +30,7 @@ from allot.report.data import layer_rows
 from allot.report.page import advice_page
 from allot.run import Candidate, drive, interruptible
 from allot.run import Progress as Step
-from allot.sources import DATA_FORMS, MODEL_FORMS, REMOTE, ModelSource, example_of, load_data, load_model
+from allot.sources import DATA_FORMS, MODEL_FORMS, REMOTE, example_of, load_data, load_model
 from allot.store import write
 from allot.sweep import budgets_of, cells_of, sweep
 
@@ -76,6 +77,8 @@ def prune_command(
     seed: option.Seed = None,
     samples: option.Samples = None,
     batch_size: option.BatchSize = None,
+    workers: option.Workers = None,
+    skip_corrupt: option.SkipCorrupt = None,
     shape: option.Shape = None,
     recipe: option.RecipePath = None,
     settings: option.Settings = None,
@@ -90,7 +93,7 @@ def prune_command(
         raise UsageError(f"no MODEL: {MODEL_FORMS} is accepted.")
     asked_budget = wanted.parsed_budget()
     source = load_model(wanted.model, weights=wanted.weights, shape=wanted.input)
-    calibration = load_data(wanted.data, source) if wanted.data else None
+    calibration = load_data(wanted.data, source, skip_corrupt=wanted.skip_corrupt) if wanted.data else None
     with interruptible() as should_stop, progress() as on_step:
         result = prune(
             source.model,
@@ -135,6 +138,8 @@ def sweep_command(
     test: option.Test = None,
     samples: option.Samples = None,
     batch_size: option.BatchSize = None,
+    workers: option.Workers = None,
+    skip_corrupt: option.SkipCorrupt = None,
     shape: option.Shape = None,
     recipe: option.RecipePath = None,
     settings: option.Settings = None,
@@ -149,7 +154,7 @@ def sweep_command(
     if out is None or wanted.model is None or not budgets:
         raise UsageError("a sweep needs MODEL, --budget KIND=LIMITS and --out DIR.")
     source = load_model(wanted.model, weights=wanted.weights, shape=wanted.input)
-    calibration = load_data(wanted.data, source) if wanted.data else None
+    calibration = load_data(wanted.data, source, skip_corrupt=wanted.skip_corrupt) if wanted.data else None
     with interruptible() as should_stop, progress() as on_step:
         table_of = sweep(
             source.model,
@@ -185,7 +190,7 @@ def advise_command(
     if wanted.model is None:
         raise UsageError(f"no MODEL: {MODEL_FORMS} is accepted.")
     source = load_model(wanted.model, weights=wanted.weights, shape=wanted.input)
-    example = example_of(source, wanted.data)
+    example = example_of(source, wanted.data, skip_corrupt=wanted.skip_corrupt)
     if example is None:
         raise UsageError("layers are timed on an input: give --input C,H,W or --data DATA.")
     with progress() as on_step:
@@ -248,7 +253,7 @@ def plan_command(
     if chosen_weights == "random" and parts.names.allocate not in ("uniform", "erk"):
         say(f"note: random weights; {parts.names.allocate} depends on the weights: give --weights for a real plan.")
     with redirect_stdout(sys.stderr):
-        example = example_of(source, wanted.data)
+        example = example_of(source, wanted.data, skip_corrupt=wanted.skip_corrupt)
         problem = pose(
             source.model,
             asked_budget,
@@ -284,10 +289,12 @@ def evaluate_command(
     split: Annotated[str, typer.Option(help="of zoo data: test, validation or calibration")] = "test",
     weights: option.Weights = None,
     shape: option.Shape = None,
+    workers: option.Workers = None,
+    skip_corrupt: option.SkipCorrupt = None,
     *,
     as_json: option.Json = False,
 ) -> None:
-    """Score a run or a model on labelled data."""
+    """Score a run or a model on labelled data, or a causal language model on text."""
     asked_shape = option.resolved({"shape": shape}).input
     if Path(target).is_dir():
         if weights:
@@ -295,6 +302,7 @@ def evaluate_command(
         wanted = recipe_of(Path(target))
         own = str(Path(target) / "model.safetensors")
         source = load_model(str(wanted.model), weights=own, shape=asked_shape or wanted.input)
+        workers, skip_corrupt = workers or wanted.workers, skip_corrupt or wanted.skip_corrupt
         data = data or wanted.test or (wanted.data if (wanted.data or "").startswith("zoo:") else None)
     else:
         source = load_model(target, weights=weights, shape=asked_shape)
@@ -303,13 +311,15 @@ def evaluate_command(
     with progress() as on_step:
         score = evaluate(
             source.model,
-            load_data(data, source, split=split),
+            load_data(data, source, split=split, skip_corrupt=bool(skip_corrupt)),
+            workers=workers or 0,
             on_batch=lambda done, total: on_step(Step("evaluate", done, total or done, {})),
         )
     if as_json:
         print_json(score.to_json())
     else:
-        say(f"{score.metric} {score.score:.4f} on {score.samples:,} samples")
+        more = "" if score.perplexity is None else f", perplexity {score.perplexity:.4g}"
+        say(f"{score.metric} {score.score:.4f} on {score.samples:,} samples{more}")
 
 
 app.command("verify")(verbs.verify_command)
@@ -322,7 +332,8 @@ app.command("recipes")(verbs.recipes_command)
 def main() -> None:
     """Run the command line; errors are one line on standard error and an exit code."""
     try:
-        code = app(prog_name="allot", standalone_mode=False) or 0
+        with notes():
+            code = app(prog_name="allot", standalone_mode=False) or 0
     except Stopped as stop:
         say(f"{stop}: saved; the same command goes on from here." if stop.saved else f"{stop}.")
         sys.exit(stop.exit_code)
@@ -354,6 +365,7 @@ def _settings(wanted: RecipeFile, source: ModelSource) -> dict[str, Any]:
         "rules": wanted.rules(),
         "samples": wanted.samples,
         "batch_size": wanted.batch_size,
+        "workers": wanted.workers,
         "example": source.example,
         "runtime": wanted.runtime,
         "test": _test_data(wanted, source),
@@ -364,7 +376,7 @@ def _settings(wanted: RecipeFile, source: ModelSource) -> dict[str, Any]:
 def _test_data(wanted: RecipeFile, source: ModelSource) -> Any:
     """Held-out data for the score: what --test says, or the test split of zoo data."""
     if wanted.test:
-        return load_data(wanted.test, source, split="test")
+        return load_data(wanted.test, source, split="test", skip_corrupt=wanted.skip_corrupt)
     if wanted.data and wanted.data.startswith("zoo:"):
         return load_data(wanted.data, source, split="test")
     return None

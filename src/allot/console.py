@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -32,6 +33,32 @@ def progress() -> Iterator[Callable[[Step], None]]:
             bars.update(tasks[step.stage], completed=step.step)
 
         yield on_step
+
+
+@contextmanager
+def notes() -> Iterator[None]:
+    """While open, warnings of the library are told to people, a line each."""
+    handler = _Notes(logging.WARNING)
+    log = logging.getLogger("allot")
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+
+
+class _Notes(logging.Handler):
+    """What is told twice, as of a file in two data sets, is said once."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = " ".join(record.getMessage().split())
+        if line not in self.said:
+            self.said.add(line)
+            say(f"note: {line}")
 
 
 def say(line: str) -> None:

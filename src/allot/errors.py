@@ -17,6 +17,22 @@ class UsageError(AllotError, ValueError):
     """What was passed in cannot be used: a name, a file, a shape, a combination."""
 
 
+class CorruptSample(UsageError):
+    """A sample that cannot be read, as a broken file of a data set."""
+
+    _WAY_OUT = ": take it away, or leave such samples out with --skip-corrupt (allot.Readable(dataset) in Python)."
+
+    @classmethod
+    def of(cls, what: str) -> CorruptSample:
+        """The error for `what`: which sample, and why."""
+        return cls(what + cls._WAY_OUT)
+
+    @property
+    def what(self) -> str:
+        """Which sample, and why, without what to do about it."""
+        return str(self).removesuffix(self._WAY_OUT)
+
+
 class BudgetError(AllotError, ValueError):
     """The budget makes no sense, or nothing in scope can meet it."""
 

@@ -8,7 +8,6 @@ T_s is T unless it is given: with T_s below T the optimum is z = z_dense T_s / T
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from allot.errors import UsageError
+from allot.imports import function_at
 
 Outputs = Callable[[Any], Any]
 
@@ -29,7 +29,15 @@ def compared(
 
     Args:
         loss: a key of `LOSSES`.
+    Raises:
+        UsageError: the tensors of one net have no counterpart of their shape in those of the other.
     """
+    ours, theirs = ([list(tensor.shape) for tensor in tensors] for tensors in (student, teacher))
+    if ours != theirs:
+        raise UsageError(
+            f"the sparse net gives outputs of shapes {ours}, the dense one {theirs}: shapes that do not depend on what "
+            "is found are compared, like scores and boxes before the best of them are picked (outputs=)."
+        )
     pairs = zip(student, teacher, strict=True)
     return torch.stack([LOSSES[loss](ours, theirs, temperature, student_temperature) for ours, theirs in pairs]).sum()
 
@@ -38,19 +46,16 @@ def compared_tensors(output: Any, outputs: str | Outputs | None, loss: str) -> l
     """What of a model's output is compared.
 
     Args:
-        outputs: function `output -> tensors`, or its place as "package.module:function"; None: the output itself, or
-            its `.logits`.
+        outputs: function `output -> tensors`, or its place as "package.module:function" or "file.py:function"; None:
+            the output itself, or its `.logits`.
     Raises:
         UsageError: no such function, or outputs that the loss cannot compare.
     """
     if isinstance(outputs, str):
         try:
-            found = pkgutil.resolve_name(outputs)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise UsageError(f"outputs={outputs!r}: {error}; package.module:function is accepted.") from error
-        if not callable(found):
-            raise UsageError(f"outputs={outputs!r} is no function: package.module:function is accepted.")
-        outputs = found
+            outputs = function_at(outputs)
+        except UsageError as error:
+            raise UsageError(f"outputs={outputs!r}: {error}") from error
     if callable(outputs):
         try:
             output = outputs(output)
@@ -105,6 +110,17 @@ def _flat(output: Any, given: Any) -> list[Tensor]:
             f"outputs gave {what}: floating-point tensors, or a tuple, list or dict of them, are accepted."
         )
     raise UsageError(
-        f"a model output of type {type(output).__name__} cannot be compared: give outputs, a function from it to "
-        "floating-point tensors (--set options.METHOD.outputs=package.module:function)."
+        f"a model output, {_told(output)}, cannot be compared: give outputs, a function from it to floating-point "
+        "tensors (--set options.METHOD.outputs=package.module:function, or file.py:function)."
     )
+
+
+def _told(output: Any) -> str:
+    """An output in words, as far as its first parts tell."""
+    if isinstance(output, Tensor):
+        return f"{str(output.dtype)[6:]} {list(output.shape)}"
+    if isinstance(output, Mapping):
+        return f"a {type(output).__name__} of {', '.join(f'{key}: {_told(output[key])}' for key in list(output)[:4])}"
+    if isinstance(output, tuple | list) and output:
+        return f"a {type(output).__name__} of {len(output)}, the first {_told(output[0])}"
+    return f"a {type(output).__name__}"

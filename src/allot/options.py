@@ -65,6 +65,13 @@ Test = Annotated[
 ]
 Samples = Annotated[int | None, typer.Option(metavar="N", help="calibration samples used  [512]")]
 BatchSize = Annotated[int | None, typer.Option(metavar="N", help="calibration samples at a time  [64]")]
+Workers = Annotated[
+    int | None, typer.Option(metavar="N", help="threads that read samples ahead, the same ones in the same order  [0]")
+]
+SkipCorrupt = Annotated[
+    bool | None,
+    typer.Option("--skip-corrupt", help="leave samples out that cannot be read, and say which  [an error]"),
+]
 Include = Annotated[
     list[str] | None,
     typer.Option(metavar="LAYERS", help="only layers that match: glob, or regular expression after re:  [all]"),
@@ -85,7 +92,11 @@ Floor = Annotated[
 Seed = Annotated[int | None, typer.Option(metavar="N", help="decides every draw  [0]")]
 Shape = Annotated[
     str | None,
-    typer.Option("--input", metavar="C,H,W", help="shape of one input, without the batch  [what the origin says]"),
+    typer.Option(
+        "--input",
+        metavar="C,H,W",
+        help="shape of one input, without the batch; tokens of a text  [what the origin says]",
+    ),
 ]
 RecipePath = Annotated[
     Path | None,

@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ from allot.scores import ChannelScore, Score
 from allot.selection import Selection, channel_masks
 from allot.store import Log, Store, read_run, write
 
+Judge = Callable[..., Accuracy]  # `evaluate` on the test data
+
 
 @torch.inference_mode(mode=False)
 def prune(
@@ -58,6 +61,7 @@ def prune(
     seed: int = 0,
     samples: int = 512,
     batch_size: int = 64,
+    workers: int = 0,
     example: Any = None,
     runtime: str | None = None,
     test: Any = None,
@@ -74,6 +78,7 @@ def prune(
         model: any trained module.
         calibration: a tensor `[N, ...]`, Dataset, DataLoader, iterable or `Calibration`; labels are ignored. A
             DataLoader gives batches; any other iterable gives samples, or batches where only these fit the model.
+            Of `Readable(dataset)`, samples that cannot be read are reported and left out.
             None where neither the method nor a macs budget needs inputs.
         budget: `Budget(sparsity=0.9)` or text like "macs=50%".
         method: recipe to start from, a key of `RECIPES`; the next four replace single parts of it.
@@ -85,6 +90,7 @@ def prune(
         rules: which layers, with which bounds.
         seed: decides every draw.
         samples, batch_size: how many calibration inputs are used, and how many at a time.
+        workers: threads that read samples of calibration and test data; the result is the same whatever their number.
         example: a batch of one input, to count MACs with; the first calibration sample where there is one.
         runtime: what a budget of latency is measured in, "onnx" or "torch", with a batch size after a colon: "onnx:64";
             ONNX Runtime where it is installed, one sample at a time, where None.
@@ -108,7 +114,7 @@ def prune(
     served = Runtime.parse(runtime)
     log = Log()
     with repeatable(model, seed, "pose"):
-        inputs = _calibration(model, calibration, samples=samples, batch_size=batch_size, seed=seed)
+        inputs = _calibration(model, calibration, samples=samples, batch_size=batch_size, seed=seed, workers=workers)
         problem = pose(
             model,
             budget,
@@ -129,8 +135,9 @@ def prune(
     if isinstance(test, Iterable) and not hasattr(test, "__len__") and not hasattr(test, "dataset"):
         test = list(test)  # it is read twice
     done = save_to and (Path(save_to) / "run.json").exists() and read_run(save_to)["state"] == "done"
-    if test is not None and not done:
-        dense = dense or evaluate(model, test)  # unusable test data costs no run
+    judge = partial(evaluate, data=test, workers=workers) if test is not None else None
+    if judge and not done:
+        dense = dense or judge(model)  # unusable test data costs no run
     with repeatable(model, seed, "fingerprint"):
         found = fingerprint(problem)
     asked = {"configuration": _configuration(budget, parts, rules, seed, inputs), "fingerprint": found}
@@ -142,7 +149,7 @@ def prune(
     device = next(iter(problem.dense.values())).device
     store = Store(save_to, asked, {**_versions(), "recipe": recipe}, device) if save_to else None
     try:
-        return _chain(problem, parts, store, log, label or type(model).__name__, test, dense, on_step, should_stop)
+        return _chain(problem, parts, store, log, label or type(model).__name__, judge, dense, on_step, should_stop)
     finally:
         if store:
             store.close()
@@ -184,7 +191,9 @@ def _timing(
     return timing
 
 
-def _calibration(model: nn.Module, data: Any, *, samples: int, batch_size: int, seed: int) -> Calibration | None:
+def _calibration(
+    model: nn.Module, data: Any, *, samples: int, batch_size: int, seed: int, workers: int
+) -> Calibration | None:
     """Calibration on the model's device; an iterable whose items are batches already is recognised by trying."""
     if data is None or isinstance(data, Calibration):
         return data
@@ -199,6 +208,7 @@ def _calibration(model: nn.Module, data: Any, *, samples: int, batch_size: int, 
             samples=samples,
             batch_size=batch_size,
             seed=seed,
+            workers=workers,
             batched=batched,
             device=reference.device,
             dtype=reference.dtype,
@@ -224,7 +234,7 @@ def _chain(
     store: Store | None,
     log: Log,
     label: str,
-    test: Any,
+    judge: Judge | None,
     dense: Accuracy | None,
     on_step: Callable[[Progress], None] | None,
     should_stop: Callable[[], bool] | None,
@@ -239,7 +249,7 @@ def _chain(
         for i, (name, part) in enumerate(zip(parts.names.repair, parts.repair, strict=True), 1)
     ]
     if store and store.done:
-        return _reopened(problem, parts, store, label, test, dense)
+        return _reopened(problem, parts, store, label, judge, dense)
     log = store.saved.log if store and store.saved else log
     names = [name for name, _ in stages]
     first = names.index(store.saved.stage) if store and store.saved else 0
@@ -262,7 +272,7 @@ def _chain(
             raise
         if name == "latency":
             problem = paced(problem, candidate.diagnostics)
-    scores = _scores(problem, candidate, test, dense) if test is not None and dense else None
+    scores = _scores(problem, candidate, judge, dense) if judge and dense else None
     result = Result(problem, candidate, log, parts.names, parts.method, label, scores)
     if problem.scope.groups:
         check_slim(problem, candidate)
@@ -277,7 +287,9 @@ def _chain(
     return result
 
 
-def _reopened(problem: Problem, parts: Parts, store: Store, label: str, test: Any, dense: Accuracy | None) -> Result:
+def _reopened(
+    problem: Problem, parts: Parts, store: Store, label: str, judge: Judge | None, dense: Accuracy | None
+) -> Result:
     """The result of a finished run, read back from its files.
 
     Raises:
@@ -308,21 +320,24 @@ def _reopened(problem: Problem, parts: Parts, store: Store, label: str, test: An
         }
     allocation = Allocation.of(kept, {term.name: term.total for term in problem.budget.terms})
     candidate = Candidate(allocation, masks, tensors, channels, report.get("diagnostics", {}))
-    if test is not None:  # it may be another than the run was scored on
-        scores = _scores(problem, candidate, test, dense or evaluate(problem.model, test))
+    if judge:  # the data may be others than the run was scored on
+        scores = _scores(problem, candidate, judge, dense or judge(problem.model))
     latency = report.get("latency")
     return Result(problem, candidate, log, parts.names, parts.method, label, scores, latency, store.directory)
 
 
-def _scores(problem: Problem, candidate: Candidate, test: Any, dense: Accuracy) -> dict[str, Any]:
-    sparse = evaluate(problem.model, test, tensors=candidate.effective(problem))
-    return {
+def _scores(problem: Problem, candidate: Candidate, judge: Judge, dense: Accuracy) -> dict[str, Any]:
+    sparse = judge(problem.model, tensors=candidate.effective(problem))
+    found = {
         "metric": dense.metric,
         "dense": dense.score,
         "sparse": sparse.score,
         "samples": dense.samples,
         "nll": {"dense": dense.nll, "sparse": sparse.nll},
     }
+    if dense.perplexity is not None:
+        found["perplexity"] = {"dense": dense.perplexity, "sparse": sparse.perplexity}
+    return found | ({"unreadable": dense.unreadable} if dense.unreadable else {})
 
 
 def _configuration(

@@ -41,6 +41,8 @@ class RecipeFile(BaseModel):
     seed: int = 0
     samples: int = 512
     batch_size: int = 64
+    workers: Annotated[int, Field(ge=0)] = 0
+    skip_corrupt: bool = False
 
     @field_validator("budget", mode="before")
     @classmethod

@@ -94,7 +94,7 @@ def sweep(
         calibration = list(itertools.islice(calibration, settings.get("samples", 512)))
     test = settings.pop("test", None)
     test = list(test) if isinstance(test, Iterator) else test
-    dense = evaluate(model, test) if test is not None else None
+    dense = evaluate(model, test, workers=settings.get("workers") or 0) if test is not None else None
     rows: list[dict[str, Any]] = []
     reports: list[tuple[str, dict[str, Any]]] = []
     for number, cell in enumerate(cells, 1):

@@ -52,7 +52,8 @@ class Training:
         loss: "kl" on logits: over the last dimension of `[B, classes]` and `[B, T, classes]`, over dimension 1 of
             `[B, classes, H, W]` and more; or "mse": squared error over the mean square of the dense net's output.
         outputs: what of the model's output is compared: a function `output -> tensors` (a tensor, or a tuple, list or
-            dict of them), or its place as text, "package.module:function". None: the output itself, or its `.logits`.
+            dict of them), or its place as text, "package.module:function" or "file.py:function". None: the output
+            itself, or its `.logits`.
         blocks: names of modules, globs allowed, whose outputs are compared as well, by squared error.
         block_weight: of these terms, each.
         optimizer: "adam"; or "sgd" with momentum 0.9, as papers train.

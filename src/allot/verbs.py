@@ -55,7 +55,7 @@ def export_command(
     report, wanted = report_of(run), recipe_of(run)
     asked_shape = option.resolved({"shape": shape}).input or wanted.input
     source = load_model(str(wanted.model), weights=wanted.weights, shape=asked_shape)
-    example = example_of(source, data or wanted.data)
+    example = example_of(source, data or wanted.data, skip_corrupt=wanted.skip_corrupt)
     if example is None:
         raise UsageError("no input to run the model on: give --input or --data.")
     row = exported(source.model, run, report, example, to, out)

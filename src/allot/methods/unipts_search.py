@@ -187,9 +187,12 @@ class Search:
     def _started(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         name, method = self.starts[len(state["starts"])]
         train = self._training(problem)
-        if "inner" not in state:
-            state["inner"] = method.init(train, candidate)
-        metrics = method.step(train, candidate, state["inner"])
+        try:
+            if "inner" not in state:
+                state["inner"] = method.init(train, candidate)
+            metrics = method.step(train, candidate, state["inner"])
+        except UsageError as error:  # the options that are missing are those of the start
+            raise UsageError(f"{name}: {error}") from error
         if method.done(state["inner"]):
             kept = method.finish(train, candidate, state.pop("inner")).allocation.kept
             state["starts"].append({"name": name, "kept": kept})

@@ -12,6 +12,7 @@ import numpy as np
 
 from allot.allocation import Allocation
 from allot.costs import least_bits
+from allot.reading import Readable
 from allot.realise.files import BITMASK, PLAIN, SLIM, plain_state
 from allot.run import Candidate, Problem, Recipe
 from allot.store import Log
@@ -34,8 +35,8 @@ def report(
     {dense, file, limit}: the dense model's file, the bitmask (or slim) file, and the information limit, what no file of
     these weights can be smaller than: sum of n_l (H(density_l) + density_l bits) / 8 and all other tensors, H the
     entropy of a coin; null until the run is saved, the last one also where channels were pruned. `latency` is null
-    where time was not limited. `exports` are what `allot export` adds. `diagnostics` is what methods tell about how
-    they came to their result, by method.
+    where time was not limited. `unreadable` counts calibration samples that were left out. `exports` are what `allot
+    export` adds. `diagnostics` is what methods tell about how they came to their result, by method.
     """
     budget, kept = problem.budget, candidate.allocation.kept
     sizes = budget.sizes(kept)
@@ -64,6 +65,7 @@ def report(
         "groups": group_rows(problem, candidate.allocation),
         "skipped": dict(problem.scope.skipped),
         "scores": dict(scores) if scores else None,
+        "unreadable": _unreadable(problem),
         "latency": dict(latency) if latency else None,
         "exports": [],
         "seconds": {stage: round(seconds, 3) for stage, seconds in log.seconds.items()},
@@ -129,6 +131,11 @@ def _histograms(problem: Problem, candidate: Candidate) -> dict[str, dict[str, l
         counts = [np.histogram(values[values != 0], edges)[0].tolist() for values in both]
         found[layer.name] = {"edges": edges.round(7).tolist(), "dense": counts[0], "sparse": counts[1]}
     return found
+
+
+def _unreadable(problem: Problem) -> int:
+    source = problem.calibration.source if problem.calibration else None
+    return len(source.unreadable) if isinstance(source, Readable) else 0
 
 
 def _dense_macs(problem: Problem) -> int:

@@ -181,6 +181,11 @@ def _summary(report: Mapping[str, Any]) -> Table:
         )
     else:
         table.add_row("score", "", "", "not measured: --test DATA")
+    if scores and (perplexity := scores.get("perplexity")):
+        dense, sparse = perplexity["dense"], perplexity["sparse"]
+        table.add_row("perplexity, lower is better", f"{dense:,.2f}", f"{sparse:,.2f}", f"x {sparse / dense:.3f}")
+    if unreadable := report.get("unreadable", 0) + (scores or {}).get("unreadable", 0):
+        table.add_row("samples that cannot be read", "", f"{unreadable:,}", "left out")
     for name, achieved, verdict in _budget_rows(report):
         table.add_row(f"budget {name}", "", achieved, verdict)
     if time := report["latency"]:

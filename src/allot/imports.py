@@ -1,0 +1,104 @@
+"""Things by their place: `package.module:name`, `file.py:name`, and packages that need not be installed."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import pkgutil
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from allot.errors import UsageError, unknown
+
+
+def called(spec: str, kind: Any, wanted: str) -> Any:
+    """What the factory at `package.module:factory` or `file.py:factory` returns.
+
+    Args:
+        kind: class or classes that it has to be an instance of; `wanted` says so in words.
+    Raises:
+        UsageError: no such place, a factory that fails, or that returns something else.
+    """
+    where, _, factory = spec.rpartition(":")
+    try:
+        if where.endswith(".py"):
+            module = _executed(Path(where))
+        else:
+            import_from(Path.cwd())
+            module = importlib.import_module(where)
+    except UsageError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UsageError(f"cannot import {where!r} of {spec!r}: {type(error).__name__}: {error}") from error
+    if not callable(getattr(module, factory, None)):
+        own = [name for name, v in vars(module).items() if getattr(v, "__module__", None) == module.__name__]
+        raise unknown(f"factory in {where}", factory, [name for name in own if callable(getattr(module, name))])
+    try:
+        made = getattr(module, factory)()
+    except (Exception, SystemExit) as error:
+        raise UsageError(f"{spec} failed: {type(error).__name__}: {error}") from error
+    if not isinstance(made, kind):
+        raise UsageError(f"{spec} returned {type(made).__name__}: {wanted} is accepted.")
+    return made
+
+
+def function_at(spec: str) -> Any:
+    """The function at `package.module:function` or `file.py:function`; a file is executed once.
+
+    Raises:
+        UsageError: no such place, or no function there.
+    """
+    where, _, name = spec.rpartition(":")
+    try:
+        if where.endswith(".py"):
+            found = getattr(_executed_once(str(Path(where).resolve())), name)
+        else:
+            found = pkgutil.resolve_name(spec)
+    except UsageError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UsageError(f"{error}; file.py:function or package.module:function is accepted.") from error
+    if not callable(found):
+        raise UsageError("it is no function: file.py:function or package.module:function is accepted.")
+    return found
+
+
+def optional(module: str, package: str, extra: str) -> ModuleType:
+    """A module of a package that is an extra of allot.
+
+    Raises:
+        UsageError: it is not installed, or cannot be imported.
+    """
+    try:
+        return importlib.import_module(module)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == package:
+            raise UsageError(f"{package} is not installed: pip install 'allot[{extra}]'.") from error
+        message = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(f"{package} is installed but cannot be imported here: {message}") from error
+
+
+def import_from(folder: Path) -> None:
+    """Let modules in `folder` be imported, as Python does for the script that it runs."""
+    if str(folder.resolve()) not in sys.path:
+        sys.path.insert(0, str(folder.resolve()))
+
+
+def _executed(path: Path) -> ModuleType:
+    """The module that a Python file makes; others in its folder can be imported by it."""
+    located = importlib.util.spec_from_file_location(path.stem, path)
+    if located is None or located.loader is None:
+        raise UsageError(f"{path} is no Python file.")
+    import_from(path.parent)
+    module = importlib.util.module_from_spec(located)
+    sys.modules.setdefault(located.name, module)
+    located.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def _executed_once(path: str) -> ModuleType:
+    return _executed(Path(path))
