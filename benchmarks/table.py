@@ -133,7 +133,8 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False)])
     torch.set_num_threads(1)
-    options.out.write_text(page(measured(options.cache)))
+    rest = options.out.read_text().partition("## Whole chains")[1:] if options.out.exists() else ()
+    options.out.write_text(page(measured(options.cache)) + "".join(rest))  # the second part is benchmarks.sweeps'
     log.info("wrote %s", options.out)
 
 

@@ -15,6 +15,7 @@ from allot.realise.certificate import verify
 from allot.realise.export import export
 from allot.realise.files import load
 from allot.realise.slim import load_slim
+from allot.realise.sparse import load_csr
 from allot.result import Result
 from allot.scores import SCORES
 from allot.sweep import sweep
@@ -45,6 +46,7 @@ __all__ = [
     "export",
     "fold",
     "load",
+    "load_csr",
     "load_slim",
     "prune",
     "sweep",

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from allot.parts import assemble
+from allot.realise import advise as advising
 from allot.realise import timing
 from allot.realise.advise import break_even
 from allot.recipe import RecipeFile, gallery
@@ -97,3 +98,17 @@ def test_advice_is_given_in_sentences_a_table_and_a_page(monkeypatch: pytest.Mon
 )
 def test_a_break_even_is_where_the_curve_crosses_dense(faster: list[float], wanted: float | None):
     assert break_even((0.3, 0.2, 0.1), faster) == (None if wanted is None else pytest.approx(wanted))
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted"),
+    [
+        (None, "2:4: no GPU with sparse tensor cores here"),
+        ({"a": 1.5, "b": 0.9}, "2:4 pays for 1 of 2 linear layers in half precision on the GPU, up to 1.50x"),
+        ({"a": 0.9}, "2:4 does not pay on the GPU here: at most 0.90x"),
+        ({}, "2:4 does not pay on the GPU here"),
+    ],
+)
+def test_what_is_said_of_two_of_four_is_what_was_measured(found: dict[str, float] | None, wanted: str):
+    told = {"channels": [], "why_not": "none", "linear": [], "semi_structured": found}
+    assert advising._said(told)[-1].startswith(wanted)

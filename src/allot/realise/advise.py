@@ -3,7 +3,7 @@
 channels       the tables of a budget of time (`allot.realise.timing`) foretell nets with equal shares of channels
 unstructured   a linear layer as a compressed-sparse-row matrix beside its dense self, in PyTorch; of convolutions no
                runtime here has a sparse kernel: a smaller file is what single weights give
-2:4            needs a GPU with sparse tensor cores, and is measured by nothing here
+2:4            linear layers in half precision on a GPU with sparse tensor cores, where there is one
 
 A density breaks even where the sparse layer takes as long as the dense one; between densities measured, on the line.
 """
@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from allot.budget import Budget
-from allot.errors import AllotError
+from allot.calibration import moved
+from allot.channels import copied
+from allot.errors import AllotError, UsageError
 from allot.evaluate import attempt
 from allot.latency import Latency
 from allot.layers import Scope
@@ -31,6 +33,7 @@ from allot.macs import measured
 from allot.patterns import parse
 from allot.pose import pose
 from allot.realise.clock import timed
+from allot.realise.sparse import has_sparse_tensor_cores, linear_layers, semi_structured, times_faster
 from allot.realise.timing import Product, Runtime, latency_of, products_of
 
 MACS = (0.9, 0.7, 0.5, 0.3)  # shares of the MACs that nets of fewer channels are foretold at
@@ -57,7 +60,8 @@ def advise(
         on_step: as in `latency_of`.
     Returns:
         `{"machine", "runtime", "pattern", "channels": [{"macs", "faster"}], "why_not", "linear": [{"layer", "share",
-        "faster": {density: times}, "break_even"}], "said": [sentence]}`; `faster` is over dense, above 1 pays.
+        "faster": {density: times}, "break_even"}], "semi_structured": {layer: times} or null, "said": [sentence]}`;
+        `faster` and times are over dense, above 1 pays.
     Raises:
         UsageError: the model does not run on the example, or the runtime cannot take it.
     """
@@ -78,6 +82,7 @@ def advise(
         "channels": channels,
         "why_not": why_not,
         "linear": linear,
+        "semi_structured": _semi_structured(model, example, [layer.name for layer in scope]),
     }
     return {**told, "said": _said(told)}
 
@@ -101,7 +106,7 @@ def machine() -> dict[str, Any]:
         "instructions": [flag for flag in known if flag in flags],
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if cuda else None,
-        "sparse_tensor_cores": cuda and torch.cuda.get_device_capability() >= (8, 0),
+        "sparse_tensor_cores": has_sparse_tensor_cores(),
         "runtimes": versions,
     }
 
@@ -177,6 +182,21 @@ def _linear(product: Product, batch: int, total: int) -> dict[str, Any]:
     }
 
 
+def _semi_structured(model: nn.Module, example: Any, names: list[str]) -> dict[str, float] | None:
+    """Linear layers as 2:4 in half precision on the GPU, beside themselves; None without sparse tensor cores."""
+    if not has_sparse_tensor_cores():
+        return None
+    half = copied(model).to("cuda", torch.float16).eval()
+    try:
+        layers = linear_layers(half, names)
+    except UsageError:
+        return {}
+    for layer in layers.values():
+        if layer.in_features % 4 == 0:  # which two of four does not matter for time
+            layer.weight.data.view(-1, 4)[:, 2:] = 0
+    return times_faster(layers, half, moved(example, torch.device("cuda"), torch.float16), semi_structured)
+
+
 def _said(told: Mapping[str, Any]) -> list[str]:
     """What it comes to, in sentences."""
     said = []
@@ -206,8 +226,13 @@ def _said(told: Mapping[str, Any]) -> list[str]:
         )
     else:
         said.append("Single weights: nothing runs faster for them here; they make the file smaller, and that is all.")
-    if not told["machine"]["sparse_tensor_cores"]:
+    if (halves := told["semi_structured"]) is None:
         said.append("2:4: no GPU with sparse tensor cores here, size only.")
+    elif pay := [times for times in halves.values() if times >= PAYS]:
+        said.append(
+            f"2:4 pays for {len(pay)} of {len(halves)} linear layers in half precision on the GPU, up to "
+            f"{max(pay):.2f}x: allot prune MODEL --pattern 2:4, then allot export RUN --to 2:4"
+        )
     else:
-        said.append("2:4: the GPU has sparse tensor cores; what they give was not measured.")
+        said.append(f"2:4 does not pay on the GPU here: at most {max(halves.values(), default=0):.2f}x as fast.")
     return said

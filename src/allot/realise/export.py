@@ -30,7 +30,15 @@ from allot.realise.files import BITMASK, CSR, PLAIN, PLAN, SLIM, csr, load, read
 from allot.realise.forms import FORMS, Opened, apply, flat
 from allot.realise.probe import drawn, save_probe
 from allot.realise.slim import load_slim
-from allot.realise.sparse import PAYS, converted, linear_layers, load_csr, semi_structured, times_faster
+from allot.realise.sparse import (
+    PAYS,
+    converted,
+    has_sparse_tensor_cores,
+    linear_layers,
+    load_csr,
+    semi_structured,
+    times_faster,
+)
 from allot.store import replacing, write
 
 FILES = {"safetensors": PLAIN, "bitmask": BITMASK, "slim": SLIM}  # what a run holds already
@@ -215,7 +223,7 @@ def _semi_structured(
     """The run's model on the GPU in half precision; with it, the inputs and the masked model there."""
     if report["pattern"] != "2:4":
         raise UsageError(f"the run's pattern is {report['pattern']}: 2:4 takes runs of --pattern 2:4.")
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+    if not has_sparse_tensor_cores():
         raise UsageError("2:4 runs on a GPU with sparse tensor cores (compute capability 8.0): there is none here.")
     file = _copied_file(run, "bitmask", out)
     there, half, masked = (each.to("cuda", torch.float16) for each in (copied(masked), copied(dense), masked))

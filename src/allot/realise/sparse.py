@@ -33,6 +33,11 @@ def semi_structured(weight: Tensor) -> Tensor:
     return torch.sparse.to_sparse_semi_structured(weight.detach())
 
 
+def has_sparse_tensor_cores() -> bool:
+    """Whether this machine's GPU multiplies 2:4 matrices in hardware: compute capability 8.0 and above."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+
+
 def linear_layers(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Linear]:
     """Weight name -> layer, of the linear layers among `names`.
 
