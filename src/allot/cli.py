@@ -74,6 +74,7 @@ def prune_command(
     min_density: option.MinDensity = None,
     max_density: option.MaxDensity = None,
     floor: option.Floor = None,
+    max_minutes: option.MaxMinutes = None,
     seed: option.Seed = None,
     samples: option.Samples = None,
     batch_size: option.BatchSize = None,
@@ -102,6 +103,7 @@ def prune_command(
             method=wanted.method,
             seed=wanted.seed,
             save_to=out,
+            max_minutes=wanted.max_minutes,
             recipe=wanted.model_dump(mode="json", exclude_none=True),
             on_step=on_step,
             should_stop=should_stop,
@@ -112,6 +114,8 @@ def prune_command(
         print_json({**report, "run": str(out)})
         return
     people.print(table.run_table(report))
+    for stage, (asked, left) in report["diagnostics"].get("fit", {}).get("steps", {}).items():
+        say(f"cut to fit {wanted.max_minutes:g} minutes: {stage} takes {left:,} of {asked:,} steps")
     checks = len(result.verify()["rows"])
     say(f"certificate: {checks} checks of the re-opened files passed (allot verify {out} shows them)")
     say(f"run directory: {out}")

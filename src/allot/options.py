@@ -89,6 +89,9 @@ Floor = Annotated[
     str | None,
     typer.Option(metavar="N", help="what every layer keeps: weights (1), per row (1/row) or a share (5%)  [1]"),
 ]
+MaxMinutes = Annotated[
+    float | None, typer.Option(metavar="M", help="cut training to what fits, from what steps take here")
+]
 Seed = Annotated[int | None, typer.Option(metavar="N", help="decides every draw  [0]")]
 Shape = Annotated[
     str | None,

@@ -26,6 +26,7 @@ from allot.errors import AllotError, BudgetError, Stopped, UsageError, Verificat
 from allot.evaluate import Score as Accuracy
 from allot.evaluate import attempt, evaluate
 from allot.fingerprint import fingerprint
+from allot.fit import fitted, shortened
 from allot.latency import Latency
 from allot.layers import Rules, Scope
 from allot.parts import Parts, assemble, settings
@@ -68,6 +69,7 @@ def prune(
     dense: Accuracy | None = None,
     label: str | None = None,
     save_to: str | Path | None = None,
+    max_minutes: float | None = None,
     recipe: Mapping[str, Any] | None = None,
     on_step: Callable[[Progress], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
@@ -99,6 +101,8 @@ def prune(
         label: what the model is called in reports; its class where None.
         save_to: run directory; an unfinished one with the same configuration goes on where it stopped, a finished
             one is opened and returned.
+        max_minutes: training is cut to what fits, from what steps take here (`allot.fit`); a run that goes on keeps
+            the cut that it began with.
         recipe: what to write as recipe.yaml beside what is known here, like where the model comes from.
         on_step: called after every step.
         should_stop: asked before every step.
@@ -132,6 +136,8 @@ def prune(
     if inputs is None:  # a score that needs inputs says so before anything is written
         whole = Candidate.dense(problem)
         Selection().step(problem, whole, Selection().init(problem, whole))
+    cut = _cut(problem, parts, max_minutes, save_to)
+    parts = shortened(parts, cut) if cut else parts
     if isinstance(test, Iterable) and not hasattr(test, "__len__") and not hasattr(test, "dataset"):
         test = list(test)  # it is read twice
     done = save_to and (Path(save_to) / "run.json").exists() and read_run(save_to)["state"] == "done"
@@ -143,16 +149,30 @@ def prune(
     asked = {"configuration": _configuration(budget, parts, rules, seed, inputs), "fingerprint": found}
     if budget.latency is not None:
         asked["configuration"]["runtime"] = str(served)
-    known = {key: value for key, value in asked["configuration"].items() if key != "hyperparameters"}
+    if cut:
+        asked["configuration"]["fit"] = cut
+    known = {k: value for k, value in asked["configuration"].items() if k not in ("hyperparameters", "fit")}
     limits = [f"{kind}={amount}" for kind, amount in budget.to_json().items()]
     recipe = {**known, "budget": limits, "options": settings(options or {}), **(recipe or {})}
     device = next(iter(problem.dense.values())).device
     store = Store(save_to, asked, {**_versions(), "recipe": recipe}, device) if save_to else None
     try:
-        return _chain(problem, parts, store, log, label or type(model).__name__, judge, dense, on_step, should_stop)
+        name = label or type(model).__name__
+        return _chain(problem, parts, store, log, name, judge, dense, cut, on_step, should_stop)
     finally:
         if store:
             store.close()
+
+
+def _cut(problem: Problem, parts: Parts, minutes: float | None, run: str | Path | None) -> dict[str, Any] | None:
+    """How the chain is brought down to these minutes: as the run began, where it did."""
+    if minutes is None:
+        return None
+    if run and (Path(run) / "run.json").exists():
+        earlier = read_run(run).get("configuration", {}).get("fit")
+        if earlier and earlier["minutes"] == minutes:
+            return dict(earlier)
+    return fitted(problem, parts, minutes)
 
 
 def _timing(
@@ -236,6 +256,7 @@ def _chain(
     label: str,
     judge: Judge | None,
     dense: Accuracy | None,
+    cut: Mapping[str, Any] | None,
     on_step: Callable[[Progress], None] | None,
     should_stop: Callable[[], bool] | None,
 ) -> Result:
@@ -253,7 +274,7 @@ def _chain(
     log = store.saved.log if store and store.saved else log
     names = [name for name, _ in stages]
     first = names.index(store.saved.stage) if store and store.saved else 0
-    candidate = Candidate.dense(problem)
+    candidate = replace(Candidate.dense(problem), diagnostics={"fit": dict(cut)} if cut else {})
     if store and store.saved:
         problem = paced(problem, store.saved.candidate["diagnostics"])
     for name, part in stages[first:]:

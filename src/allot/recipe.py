@@ -43,6 +43,7 @@ class RecipeFile(BaseModel):
     batch_size: int = 64
     workers: Annotated[int, Field(ge=0)] = 0
     skip_corrupt: bool = False
+    max_minutes: Annotated[float, Field(gt=0)] | None = None
 
     @field_validator("budget", mode="before")
     @classmethod
