@@ -108,7 +108,9 @@ def test_several_runs_come_with_means_and_spreads(runs: dict[str, Path]):
 
 def test_a_page_of_a_report_with_nothing_to_show_is_a_page(runs: dict[str, Path]):
     told = {**report(runs["erk"]), "macs": None, "scores": None, "histograms": {}, "skipped": {}}
-    seen = Seen(run_page({**told, "bytes": {"dense": None, "file": None}}, {"rows": [], "passed": True}, "", []))
+    seen = Seen(
+        run_page({**told, "bytes": {"dense": None, "file": None, "limit": None}}, {"rows": [], "passed": True}, "", [])
+    )
     assert not seen.open and "give --test DATA" in seen.text
     assert not Seen(comparison_page([("a", told), ("b", told)])).open
 
