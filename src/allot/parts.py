@@ -113,6 +113,7 @@ def _allocator(allocate: str | Method | Mapping[str, float], options: Options, u
             return Rule(Given({name: float(density) for name, density in allocate.items()}), _BOTH)
         except (TypeError, ValueError) as error:
             raise UsageError(f"allocate: a density is no number ({error}).") from error
+    allocate = str(allocate) if isinstance(allocate, Path) else allocate
     if not isinstance(allocate, str):
         return _fitting(allocate, "allocate")
     role = METHODS[allocate].role if allocate in METHODS else None

@@ -11,7 +11,7 @@ import json
 import os
 import pickle
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -194,7 +194,7 @@ def read_run(directory: str | Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
         if isinstance(content, dict) and "state" in content:
             return content
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{directory} is no run directory: {path.name} cannot be read ({error}).") from error
     raise UsageError(f"{directory} is no run directory: {path.name} has no 'state'.")
 
@@ -224,7 +224,8 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror or error}.") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # not even the folder may be one
+            temporary.unlink(missing_ok=True)
 
 
 def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -86,6 +86,8 @@ def sweep(
         UsageError, Stopped: as `prune`; the same call goes on.
     """
     out = Path(out)
+    if not cells:
+        raise UsageError("a sweep of no cells: methods, budgets and a number of seeds are accepted.")
     options = dict(settings.pop("options", None) or {})
     own = {method: own_options(method, options, settings) for method in dict.fromkeys(cell.method for cell in cells)}
     if unused := sorted(options.keys() - {name for some in own.values() for name in some}):

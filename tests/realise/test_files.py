@@ -124,6 +124,17 @@ def test_every_mask_comes_back_whatever_way_is_the_smallest(kept: int, tmp_path:
         assert stored["w.mask"].numel() == -(-int(mask_bits(1000, kept)) // 8)
 
 
+def test_a_file_of_nothing_is_no_bomb(tmp_path: Path):
+    tensors = {"w.mask": torch.zeros(1, dtype=torch.uint8), "w.values": torch.zeros(0)}
+    files.save_tensors(tmp_path / "w", tensors, "bitmask", {"layers": {"w": [[10**9], None]}, "aliases": {}})
+    with pytest.raises(UsageError, match="cannot have 1,000,000,000 weights"):
+        files.load(tmp_path / "w")
+    for nested in ("[" * 200_000, "[1, 2]"):
+        safetensors.torch.save_file({"w": torch.ones(2)}, tmp_path / "n", {"allot": nested})
+        with pytest.raises(UsageError, match="is not a whole safetensors file"):
+            files.load(tmp_path / "n")
+
+
 def test_both_files_are_plain_safetensors_with_plain_keys(tmp_path: Path):
     result = prune(CASES["with batch norm"].make(), None, "sparsity=0.9", repair="none", save_to=tmp_path / "run")
     plain = safetensors.torch.load_file(tmp_path / "run" / "model.safetensors")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import random
 import shutil
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -21,7 +23,8 @@ from allot.realise.certificate import verify
 from allot.realise.export import export, exported
 from allot.realise.files import save_tensors, stored
 from allot.realise.forms import FORMS, Opened
-from allot.realise.probe import counts_of, drawn, probe_of
+from allot.realise.probe import _files, counts_of, drawn, probe_of
+from allot.realise.rows import digest
 from contract.cases import CASES
 from realise.damage import DAMAGES, damage
 
@@ -124,14 +127,147 @@ def test_a_file_that_answers_otherwise_fails_even_with_a_forged_probe(mixed: nn.
     assert [row["check"] for row in verify(path)["rows"] if not row["passed"]] == ["outputs on the probe"]
 
 
-def test_a_program_with_pickled_objects_is_not_opened(files: dict[str, Path], tmp_path: Path):
+class Evil:
+    """Runs when it is unpickled."""
+
+    ran: ClassVar[list[int]] = []
+
+    def __reduce__(self) -> Any:
+        return Evil.ran.append, (1,)
+
+
+WEIGHTS, CONSTANTS = "data/weights/model_weights_config.json", "data/constants/model_constants_config.json"
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 3, 4])
+@pytest.mark.parametrize(
+    "place", ["data/sample_inputs/model.pt", "data/weights/weight_0", "data/constants/opaque_obj_0"]
+)
+def test_a_program_with_pickled_objects_is_not_opened(
+    files: dict[str, Path], place: str, protocol: int, tmp_path: Path
+):
     path = tmp_path / "model.pt2"
-    with zipfile.ZipFile(files["program"]) as old, zipfile.ZipFile(path, "w") as new:
-        for name in old.namelist():
-            new.writestr(name, old.read(name))
-        new.writestr("archive/data/constants/tensor_0", b"\x80\x04cos\nsystem\n.")
-    with pytest.raises(UsageError, match="holds pickled objects"):
+    with zipfile.ZipFile(files["program"]) as old:
+        held = {name: old.read(name) for name in old.namelist()}
+    top = next(iter(held)).partition("/")[0]
+    listed = WEIGHTS if "weights" in place else CONSTANTS
+    config = json.loads(held[f"{top}/{listed}"])
+    some = json.loads(held[f"{top}/{WEIGHTS}"])["config"]
+    name, entry = next(iter(some.items()))
+    if "sample" not in place:
+        config["config"][name] = entry | {"use_pickle": True, "path_name": place.rpartition("/")[2]}
+    held[f"{top}/{listed}"] = json.dumps(config, separators=(",", ":")).encode()
+    held[f"{top}/{place}"] = pickle.dumps(Evil(), protocol)
+    with zipfile.ZipFile(path, "w") as new:
+        for name, content in held.items():
+            new.writestr(name, content)
+    with pytest.raises(UsageError, match="may hold pickled objects"):
         FORMS["program"].open(path)
+    probe_of(path).write_bytes(probe_of(files["program"]).read_bytes())
+    forge(path, "program")
+    with pytest.raises(UsageError, match="may hold pickled objects"):
+        verify(path)
+    assert Evil.ran == []
+
+
+def forge(path: Path, form: str, **changed: Any) -> None:
+    """Give a file the probe of one that is as it should be."""
+    tensors, promise = stored(probe_of(path))
+    promise = {key: promise[key] for key in ("form", "files", "counts", "inputs")} | {"form": form}
+    promise["files"] = {name: digest(file) for name, file in _files(path).items()}
+    save_tensors(probe_of(path), tensors, "probe", promise | changed)
+
+
+@pytest.mark.parametrize("form", ["program", "onnx", "openvino"])
+@pytest.mark.parametrize("content", [b"", b"junk", b"PK\x05\x06" + bytes(18)])
+def test_a_file_that_no_runtime_opens_is_a_row_and_no_traceback(
+    files: dict[str, Path], form: str, content: bytes, tmp_path: Path
+):
+    place = tmp_path / files[form].name
+    if files[form].is_dir():
+        shutil.copytree(files[form], place)
+        (place / "model.xml").write_bytes(content)
+    else:
+        place.write_bytes(content)
+        probe_of(place).write_bytes(probe_of(files[form]).read_bytes())
+    forge(place, form)
+    assert [row["check"] for row in verify(place)["rows"] if not row["passed"]] == ["opens and answers"]
+
+
+def test_a_probe_that_promises_nothing_fails(files: dict[str, Path], tmp_path: Path):
+    place = tmp_path / "model.onnx"
+    for source in (files["onnx"], probe_of(files["onnx"])):
+        shutil.copy(source, tmp_path / source.name.replace("onnx.onnx", "model.onnx"))
+    assert verify(place)["passed"]  # under another name as well
+    for changed in ({"files": {}}, {"counts": {}}, {"files": {"/etc/hostname": digest(Path("/etc/hostname"))}}):
+        forge(place, "onnx", **changed)
+        assert not verify(place)["passed"]
+    shutil.copytree(files["openvino"], tmp_path / "openvino")
+    (tmp_path / "openvino" / "more.py").write_text("")
+    assert not verify(tmp_path / "openvino")["passed"]
+    with pytest.raises(UsageError, match="is part of an export"):
+        verify(tmp_path / "openvino" / "model.xml")
+    with pytest.raises(UsageError, match="is the probe of an export"):
+        verify(probe_of(place))
+    probe_of(place).unlink()
+    with pytest.raises(UsageError, match="copy it there, or export again"):
+        verify(place)
+
+
+class Two(nn.Module):
+    """Two inputs that are not the same; counts its calls; answers with whole numbers too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        self.calls.add_(1)
+        found = self.a(x) - 2 * self.b(y) + self.calls
+        return found, found.argmax(1)
+
+
+@pytest.mark.parametrize("form", ["program", "onnx", "openvino"])
+def test_inputs_go_by_their_names_and_every_output_is_compared(form: str, tmp_path: Path):
+    model, path = Two().eval(), tmp_path / "two"
+    x, y = torch.randn(2, 4), torch.randn(2, 4)
+    opened = export(model, {"y": y, "x": x}, path, to=form)
+    wanted = copy.deepcopy(model)(x, y)
+    for named in ({"x": x, "y": y}, {"y": y, "x": x}):
+        found = FORMS[form].open(path).run(named)
+        assert torch.allclose(found[0], wanted[0], atol=1e-5) and torch.equal(found[1].long(), wanted[1])
+    assert verify(path)["passed"] and model.calls == 0
+    if form != "program":
+        with pytest.raises(UsageError, match="the file takes"):
+            opened.run({"x": x})
+
+
+def test_what_cannot_be_probed_leaves_nothing_behind(tmp_path: Path):
+    for example in ((torch.ones(2, 4), None), {"x": torch.ones(2, 4), "flag": True}):
+        with pytest.raises(UsageError, match="probed with tensors"):
+            export(nn.Linear(4, 3), example, tmp_path / "model.pt2")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "keep.txt").write_text("")
+    with pytest.raises(UsageError, match="holds other files"):
+        export(nn.Linear(4, 3), torch.ones(2, 4), tmp_path / "mine", to="openvino")
+    assert [file.name for file in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_model_of_one_sample_is_exported_for_one(tmp_path: Path):
+    class One(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.reshape(1, 4) + 1
+
+    opened = export(One(), torch.ones(1, 4), tmp_path / "one.pt2")
+    assert torch.equal(opened.run(torch.zeros(1, 4))[0], torch.ones(1, 4))
+
+
+def test_half_precision_is_held_to_what_it_can(tmp_path: Path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10)).half()
+    export(model, torch.randn(2, 64).half(), tmp_path / "half.onnx")
+    assert verify(tmp_path / "half.onnx")["passed"]
 
 
 def test_inputs_that_say_nothing_are_drawn_and_others_stay():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from allot.channels import ChannelPlan
 from allot.errors import UsageError
-from allot.realise.files import BITMASK, PLAIN, PLAN, SLIM, TABLES, read, untouched
+from allot.realise.files import BITMASK, PLAIN, PLAN, SLIM, TABLES, read, stored, untouched
 from allot.realise.held import load_tables
 from allot.realise.probe import probe_of, probe_rows
 from allot.realise.rows import Row, checked, digest
@@ -47,22 +47,31 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
 def verify(path: str | Path) -> dict[str, Any]:
     """Re-open and recount a run or an exported file: `{passed, rows: [{file, check, promised, found, passed}]}`.
 
-    A run is held to its certificate, a single file of tensors to the limits in its own metadata, and what a runtime
-    reads to the probe beside it. Nothing is unpickled.
+    A run is held to its certificate, its exports to their digests; a single file of tensors to its seal and the limits
+    in its own metadata; what a runtime reads to the probe beside it. Nothing is unpickled. Seals and digests find
+    accidents, not people who make new ones.
 
     Raises:
         UsageError: neither a finished run nor a file that allot wrote.
     """
     path = Path(path)
-    if not path.exists():
+    try:
+        there = path.exists()
+    except OSError:  # a name that is too long is no name
+        there = False
+    if not there:
         raise UsageError(f"{path}: no such file or directory.")
+    if path.name.endswith("probe.safetensors"):
+        raise UsageError(f"{path} is the probe of an export: verify the file or directory that it lies beside.")
     if probe_of(path).exists():
         rows = probe_rows(path)
     elif path.is_file():
-        if path.suffix in (".onnx", ".pt2", ".xml"):
-            raise UsageError(f"{path}: {probe_of(path).name}, which allot wrote beside it, is not there.")
+        if probe_of(path.parent).exists():
+            raise UsageError(f"{path} is part of an export: verify {path.parent}.")
+        if path.suffix in (".onnx", ".pt2"):
+            raise UsageError(f"no {probe_of(path).name} beside {path}: copy it there, or export again.")
         rows = _file_rows(path, None)[0]
-        if rows[0]["check"] != "opens":
+        if rows[0]["check"] != "opens" and "seal" in stored(path)[1]:  # earlier files carry no seal
             rows.insert(0, checked(path.name, "untouched", "yes", "yes" if untouched(path) else "no"))
     else:
         # a result saved by hand has a certificate, but no run behind it
@@ -75,9 +84,12 @@ def verify(path: str | Path) -> dict[str, Any]:
             same = text == json.dumps(sealed(content), indent=2) + "\n"
             rows = [checked("certificate.json", "untouched", "yes", "yes" if same else "no")]
             rows += _rows(path, content["promised"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ArithmeticError) as error:
             problem = f"cannot be read ({type(error).__name__}: {error})"
             rows = [checked("certificate.json", "opens", "a certificate", problem, passed=False)]
+        for probe in sorted((*path.glob("*.probe.safetensors"), *path.glob("*/allot.probe.safetensors"))):
+            alone = probe.with_name(probe.name.removesuffix(".probe.safetensors"))
+            rows += probe_rows(probe.parent if probe.name == "allot.probe.safetensors" else alone, ask=False)
     return {"passed": all(row["passed"] for row in rows), "rows": rows}
 
 

@@ -23,9 +23,20 @@ def off(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     """Largest difference over the largest wanted value; infinite where shapes differ or nothing is there to compare."""
     if not wanted or [a.shape for a in found] != [b.shape for b in wanted]:
         return math.inf
-    pairs = [(a.double().cpu(), b.double().cpu()) for a, b in zip(found, wanted, strict=True) if b.numel()]
-    scale = max((float(b.abs().max()) for _, b in pairs), default=1.0) or 1.0
-    return max((float((a - b).abs().max()) for a, b in pairs), default=0.0) / scale
+    pairs = [(_real(a), _real(b)) for a, b in zip(found, wanted, strict=True) if b.numel()]
+    same = [a == b for a, b in pairs]  # infinite in both is the same
+    scale = max((float(b[b.isfinite()].abs().max()) for _, b in pairs if bool(b.isfinite().any())), default=1.0) or 1.0
+    apart = [torch.where(equal, 0.0, a - b).abs().max() for equal, (a, b) in zip(same, pairs, strict=True)]
+    return float(torch.stack(apart).max()) / scale if apart else 0.0  # nan in any is nan
+
+
+def allowed(outputs: Sequence[Tensor], tolerance: float = TOLERANCE) -> float:
+    """How far off outputs may be, as a share of the largest: half precision adds up to what it can."""
+    return max(tolerance, *(8 * float(torch.finfo(t.dtype).eps) for t in outputs if t.is_floating_point()), 0.0)
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).double().cpu()
 
 
 def check_slim(problem: Problem, candidate: Candidate) -> None:
@@ -44,9 +55,7 @@ def check_slim(problem: Problem, candidate: Candidate) -> None:
         with repeatable(problem.model, problem.seed, "slim"):
             answers.append(list(tensors_in(attempt(model, inputs, own))))
     wanted, found = answers
-    # half precision adds up to what it can
-    allowed = max(SLIM_TOLERANCE, *(8 * float(torch.finfo(t.dtype).eps) for t in wanted)) if wanted else SLIM_TOLERANCE
-    if not (error := off(found, wanted)) <= allowed:
+    if not (error := off(found, wanted)) <= allowed(wanted, SLIM_TOLERANCE):
         raise VerificationError(
             f"the smaller net answers otherwise than the masked one, off by {error:.2g} of the largest output: its "
             "channels hang together in a way that was not seen. Leave layers out (--exclude) until it agrees."

@@ -25,10 +25,10 @@ from allot.layers import Layer, Scope
 from allot.macs import measured
 from allot.masks import write_into
 from allot.realise.clock import timed
-from allot.realise.compare import SLIM_TOLERANCE, TOLERANCE, off
+from allot.realise.compare import SLIM_TOLERANCE, TOLERANCE, allowed, off
 from allot.realise.files import BITMASK, CSR, PLAIN, PLAN, SLIM, csr, load, read, save_csr
 from allot.realise.forms import FORMS, Opened, apply, flat
-from allot.realise.probe import drawn, save_probe
+from allot.realise.probe import check_inputs, drawn, probe_of, save_probe
 from allot.realise.slim import load_slim
 from allot.realise.sparse import (
     PAYS,
@@ -57,11 +57,9 @@ def export(model: nn.Module, example: Any, path: str | Path, *, to: str | None =
         VerificationError: the file answers otherwise than the model.
     """
     path = Path(path)
-    to = (
-        {form.ending: name for name, form in FORMS.items() if form.ending}.get(path.suffix, path.suffix)
-        if to is None
-        else to
-    )
+    if to is None:
+        to = next((name for name, form in FORMS.items() if form.ending == path.suffix != ""), path.suffix)
+    check_inputs(example)
     opened = reopened(model, example, path, to)
     with torch.no_grad():
         save_probe(path, to, opened, example, flat(apply(copied(model).eval(), example)))
@@ -72,12 +70,14 @@ def reopened(model: nn.Module, example: Any, path: Path, to: str) -> Opened:
     """As `export`, without a probe."""
     if to not in FORMS:
         raise unknown("form of export", to, FORMS)
-    model = copied(model).eval()  # what its forward writes to stays out of the model that was passed in
     form = FORMS[to]
+    if not form.ending and path.is_dir() and any(path.iterdir()) and not probe_of(path).exists():
+        raise UsageError(f"{path} holds other files: {to} takes a directory of its own.")
     with torch.no_grad(), replacing(path) if form.ending else _replacing_directory(path) as temporary:
         try:
-            wanted = flat(apply(model, example))
-            form.write(model, example, temporary)
+            # each on a copy of its own: what a forward writes to stays out of the model, and out of the file
+            wanted = flat(apply(copied(model).eval(), example))
+            form.write(copied(model).eval(), example, temporary)
             found = form.open(temporary).run(example)
         except (AllotError, OSError):
             raise
@@ -87,7 +87,9 @@ def reopened(model: nn.Module, example: Any, path: Path, to: str) -> Opened:
                 first = first.__cause__
             said = (str(first).strip() or type(first).__name__).splitlines()[0]
             raise UsageError(f"{type(model).__name__} cannot be written as {to} for such inputs: {said}") from problem
-        if not (error := off(found, wanted)) <= TOLERANCE:
+        if not wanted:
+            raise UsageError(f"{type(model).__name__} returns no tensor: there is nothing to compare.")
+        if not (error := off(found, wanted)) <= allowed(wanted):
             raise VerificationError(f"{path} answers otherwise than the model: off by {error:.2g} of the largest.")
     return form.open(path)
 
@@ -100,7 +102,7 @@ class Made:
         opened, other: the sparse and the dense model in this form.
         model: the sparse one in PyTorch, for counting.
         macs: what it takes in scope, where that cannot be counted from shapes.
-        allowed: how far outputs may be off, as a share of the largest.
+        near: how far outputs may be off, as a share of the largest.
         note: what more there is to say.
     """
 
@@ -108,7 +110,7 @@ class Made:
     opened: Opened
     other: Opened
     model: nn.Module
-    allowed: float = 0.0  # the same numbers, the same answers
+    near: float = 0.0  # the same numbers, the same answers
     macs: int | None = None
     note: str = ""
 
@@ -149,7 +151,8 @@ def exported(
         made = _form(dense, masked, run, example, to, out)
     with torch.no_grad():
         wanted = flat(apply(masked, example))
-    if not (error := off(made.opened.run(example), wanted)) <= made.allowed:
+    near = allowed(wanted, made.near) if made.near else 0.0
+    if not (error := off(made.opened.run(example), wanted)) <= near:
         raise VerificationError(
             f"{made.file} answers otherwise than the run's model: off by {error:.2g} of the largest."
         )
@@ -204,6 +207,11 @@ def _csr(dense: nn.Module, masked: nn.Module, run: Path, names: list[str], examp
     state = {name: value for name, value in state.items() if name not in about["aliases"]}
     save_csr(file, state, {key: about[key] for key in about if key not in ("format", "seal", "pad")}, chosen)
     sparse = load_csr(dense, file)
+    try:
+        attempt(sparse, example, {})
+    except Exception as error:  # fused kernels, like those of a transformer's encoder, take no sparse weights
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(f"{type(dense).__name__} does not run with sparse rows: {said}") from error
     nonzero = {name: int(torch.count_nonzero(layers[name].weight)) / layers[name].weight.numel() for name in chosen}
     macs = sum(round(nonzero.get(name, 1) * count) for name, count in _layer_macs(masked, example, names).items())
     other = Opened.module(dense, (run / PLAIN).stat().st_size)
@@ -239,6 +247,8 @@ def _semi_structured(
 
 
 def _chosen(what: str, faster: Mapping[str, float], chosen: list[str]) -> str:
+    if not faster:
+        return f"no linear layer was called by itself: none is taken as {what}"
     best = max(faster, key=lambda name: faster[name])
     return (
         f"{len(chosen)} of {len(faster)} linear layers are faster as {what} here; at best {faster[best]:.2f}x, {best}"
@@ -266,6 +276,10 @@ def _copied_file(run: Path, to: str, out: Path | None) -> Path:
         UsageError: the run has none.
     """
     name = FILES[to]
+    if not (run / name).exists() and to == "slim":
+        raise UsageError(
+            f"{run} pruned single weights: slim is for runs of channels (--method dsa, --pattern channels)."
+        )
     if not (run / name).exists():
         others = [form for form, file in FILES.items() if (run / file).exists()]
         raise UsageError(f"{run} has no {name}: {', '.join(others)} and {', '.join(FORMS)} can be exported.")

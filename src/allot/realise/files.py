@@ -55,6 +55,7 @@ _DTYPES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 
+MOST_PER_BYTE = 10**6  # weights that a byte of a mask may stand for: a file of nothing is no bomb
 _UNSEALED = "0" * 64
 _MARK = b'\\"seal\\":\\"'  # JSON in a text of JSON
 _ASKED = 32  # characters of a limit, as the user wrote it, that the metadata holds
@@ -249,7 +250,7 @@ def unfolded(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]
                 state[stem] = torch.sparse_csr_tensor(value, columns, values, size, check_invariants=True).to_dense()
         for alias, name in about.get("aliases", {}).items():
             state[alias] = state[name]
-    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+    except (LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise UsageError(f"{path} is damaged: its tensors and what it says of them differ ({error}).") from error
     return state
 
@@ -265,15 +266,19 @@ def stored(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         about = json.loads(metadata.get("allot", "{}"))
+        if not isinstance(about, dict):
+            raise ValueError(f"its metadata hold {type(about).__name__}, no object")
     except FileNotFoundError as error:
         raise UsageError(f"{path}: no such file.") from error
-    except (OSError, safetensors.SafetensorError, ValueError) as error:
+    except (OSError, safetensors.SafetensorError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not a whole safetensors file: {error}") from error
     return tensors, about
 
 
 def _unpacked(path: Path, name: str, shape: list[int], mask: Tensor, values: Tensor | None) -> Tensor:
     total = math.prod(shape)
+    if total > MOST_PER_BYTE * (mask.numel() + 1):
+        raise UsageError(f"{path} is damaged: {name} cannot have {total:,} weights with so small a mask.")
     if values is None or (positions := _positions(mask.numpy(), total, len(values))) is None:
         raise UsageError(f"{path} is damaged: mask and values of {name} do not belong together.")
     flat = torch.zeros(total, dtype=values.dtype)

@@ -14,6 +14,7 @@ import io
 import json
 import logging
 import math
+import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +29,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from allot.errors import UsageError
 from allot.masks import as_arguments
-from allot.proof import tensors_in
 
 Run = Callable[[Any], list[Tensor]]
 
@@ -87,8 +87,12 @@ def apply(model: Callable[..., Any], example: Any) -> Any:
 
 
 def flat(output: Any) -> list[Tensor]:
-    """The tensors of an output, in order."""
-    return list(tensors_in(output))
+    """The tensors of an output, of whatever type, in order."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, Mapping):
+        return [tensor for part in output.values() for tensor in flat(part)]
+    return [tensor for part in output for tensor in flat(part)] if isinstance(output, tuple | list) else []
 
 
 def size_of(path: Path) -> int:
@@ -108,14 +112,33 @@ def _write_program(model: nn.Module, example: Any, path: Path) -> None:
 
 def _open_program(path: Path) -> Opened:
     content = path.read_bytes()
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:  # where weights_only fails, torch.export.load unpickles
-        for name in archive.namelist():
-            held = archive.read(name)
-            listed = name.endswith(".json") and b'"use_pickle": true' in held
-            if listed or ("/weights/" not in name and held[:2] in (b"PK", b"\x80\x02", b"\x80\x04")):
-                raise UsageError(f"{path} holds pickled objects in {name}: it is not opened.")
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        _refuse_pickles(path, archive)
     with quiet():
         return Opened.module(torch.export.load(io.BytesIO(content)).module(), len(content))
+
+
+def _refuse_pickles(path: Path, archive: zipfile.ZipFile) -> None:
+    """Let through what `_write_program` writes and nothing else: where torch.export.load can unpickle, it does.
+
+    Raises:
+        UsageError: an entry that may hold pickled objects.
+    """
+    names = archive.namelist()
+    for name in names:
+        inner = name.partition("/")[2]
+        known = (
+            re.fullmatch(r"models/\w+\.json|(\.data/)?(version|archive_format|archive_version|byteorder|serialization_id)"
+                         r"|data/weights/weight_\d+|data/constants/tensor_\d+|\.data/\w+", inner)
+            or (re.fullmatch(r"data/sample_inputs/\w+\.pt", inner) and not archive.getinfo(name).file_size)
+        )  # fmt: skip
+        if inner.endswith("_config.json"):
+            held = json.loads(archive.read(name))["config"].values()
+            known = all(
+                each["use_pickle"] is False and re.fullmatch(r"(weight|tensor)_\d+", each["path_name"]) for each in held
+            )
+        if not known or names.count(name) > 1:
+            raise UsageError(f"{path} may hold pickled objects in {name}: it is not opened.")
 
 
 def _write_onnx(model: nn.Module, example: Any, path: Path) -> None:
@@ -135,25 +158,26 @@ def _open_onnx(path: Path) -> Opened:
     names = [each.name for each in session.get_inputs()]
 
     def run(example: Any) -> list[Tensor]:
-        fed = {name: value.numpy() for name, value in zip(names, _given(example), strict=True)}
+        fed = {name: value.numpy() for name, value in _by_name(example, names).items()}
         return [torch.from_numpy(found) for found in session.run(None, fed)]
 
     def weights() -> Iterator[Tensor]:
         import onnx
 
         for tensor in onnx.load(path).graph.initializer:
-            if tensor.data_type in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16) and len(tensor.dims) > 1:
+            kinds = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
+            if tensor.data_type in kinds and len(tensor.dims) > 1:
                 yield torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy())
 
-    return Opened(run, path.stat().st_size, weights, lambda example: _onnx_macs(path, _given(example)))
+    return Opened(run, path.stat().st_size, weights, lambda example: _onnx_macs(path, _by_name(example, names)))
 
 
-def _onnx_macs(path: Path, given: list[Tensor]) -> int:
+def _onnx_macs(path: Path, given: Mapping[str, Tensor]) -> int:
     import onnx
 
     proto = onnx.load(path)
-    for value, tensor in zip(proto.graph.input, given, strict=True):
-        for place, side in zip(value.type.tensor_type.shape.dim, tensor.shape, strict=True):
+    for value in proto.graph.input:
+        for place, side in zip(value.type.tensor_type.shape.dim, given[value.name].shape, strict=True):
             place.dim_value = side
     del proto.graph.value_info[:]
     for output in proto.graph.output:
@@ -173,6 +197,14 @@ def _onnx_macs(path: Path, given: list[Tensor]) -> int:
         elif node.op_type in ("MatMul", "Gemm"):
             turned = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
             total += math.prod(shapes[node.output[0]]) * shapes[node.input[0]][0 if turned else -1]
+        elif node.op_type == "Einsum":
+            terms = next(a.s.decode() for a in node.attribute if a.name == "equation").partition("->")[0].split(",")
+            sides = {
+                letter: side
+                for term, name in zip(terms, node.input, strict=True)
+                for letter, side in zip(term.strip(), shapes[name], strict=True)
+            }
+            total += math.prod(sides.values()) if len(terms) > 1 else 0
     return total
 
 
@@ -195,9 +227,11 @@ def _open_openvino(path: Path) -> Opened:
     read = core.read_model(path / "model.xml")
     exact = {"INFERENCE_PRECISION_HINT": "f32"}  # it would take bf16 where the processor has it
     compiled = core.compile_model(read, "CPU", exact)
+    names = [each.get_any_name() for each in compiled.inputs]
 
     def run(example: Any) -> list[Tensor]:
-        found = compiled([value.numpy() for value in _given(example)])
+        given = _by_name(example, names)
+        found = compiled({name: given[name].numpy() for name in names})
         return [torch.from_numpy(found[output].copy()) for output in compiled.outputs]
 
     def weights() -> Iterator[Tensor]:
@@ -208,10 +242,20 @@ def _open_openvino(path: Path) -> Opened:
 
     def macs(example: Any) -> int:
         fixed = core.read_model(path / "model.xml")
-        fixed.reshape({place: list(value.shape) for place, value in zip(fixed.inputs, _given(example), strict=True)})
+        fixed.reshape({name: list(value.shape) for name, value in _by_name(example, names).items()})
         return sum(map(_openvino_macs, fixed.get_ops()))
 
     return Opened(run, size_of(path), weights, macs)
+
+
+_PRODUCTS = (
+    "Convolution",
+    "GroupConvolution",
+    "ConvolutionBackpropData",
+    "GroupConvolutionBackpropData",
+    "MatMul",
+    "ScaledDotProductAttention",
+)
 
 
 def _openvino_macs(each: Any) -> int:
@@ -232,6 +276,8 @@ def _openvino_macs(each: Any) -> int:
         return out * math.prod(second[2:])
     if kind == "ConvolutionBackpropData":
         return math.prod(first) * math.prod(second[1:])
+    if kind == "GroupConvolutionBackpropData":  # weights [groups, in, out, ...]
+        return math.prod(first) * math.prod(second[2:])
     if kind == "MatMul":
         return out * first[-2 if each.get_attributes()["transpose_a"] else -1]
     return math.prod(first) * second[-2] + math.prod(first[:-1]) * math.prod(more[0][-2:])
@@ -266,16 +312,27 @@ FORMS: dict[str, Form] = {
 }
 
 
-def _given(example: Any) -> list[Tensor]:
+def _by_name(example: Any, names: list[str]) -> dict[str, Tensor]:
+    """The inputs by what the file calls them: by their own names where they have some, else in order.
+
+    Raises:
+        UsageError: other inputs than the file takes.
+    """
     args, kwargs = as_arguments(example)
-    return [t.detach().cpu() for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+    given = {name: t.detach().cpu() for name, t in kwargs.items() if isinstance(t, Tensor)}
+    in_order = [t.detach().cpu() for t in args if isinstance(t, Tensor)]
+    found = given if given else dict(zip(names, in_order, strict=False))
+    if found.keys() != set(names) or (in_order and len(in_order) != len(names)):
+        raise UsageError(f"the file takes {', '.join(names)}: {len(in_order) or ', '.join(given)} given.")
+    return found
 
 
 def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.export.ExportedProgram:
     """The program, for any batch size where the model allows that."""
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-    many = [value.repeat(2, *[1] * (value.dim() - 1)) if len(value) < 2 else value for value in tensors]
+    many = [value.repeat(2, *[1] * (value.dim() - 1)) if value.dim() and len(value) < 2 else value for value in tensors]
     wide = iter(many)
+    as_given = args, dict(kwargs)
     args = tuple(next(wide) if isinstance(value, Tensor) else value for value in args)
     kwargs = {name: next(wide) if isinstance(value, Tensor) else value for name, value in kwargs.items()}
     batch = torch.export.Dim("batch", min=1)
@@ -285,7 +342,7 @@ def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
         return torch.export.export(model, args, dict(kwargs), dynamic_shapes=shapes[0] if not kwargs else shapes[1])
     except Exception as first:  # noqa: BLE001 - whatever it does not like about an open batch, it may like a fixed one
         try:
-            return torch.export.export(model, args, dict(kwargs))
+            return torch.export.export(model, *as_given)
         except Exception:  # noqa: BLE001 - and whatever it does not like at all is told in one line
             said = (str(first).strip() or type(first).__name__).splitlines()[0]
             raise UsageError(f"{type(model).__name__} cannot be captured by torch.export: {said}") from first
