@@ -218,11 +218,11 @@ def _said(told: Mapping[str, Any]) -> list[str]:
         )
     pay = [row for row in told["linear"] if row["break_even"] is not None]
     if pay:
-        share = sum(row["share"] for row in pay)
+        share, at = sum(row["share"] for row in pay), sorted(f"{row['break_even']:.2f}" for row in pay)
         said.append(
-            f"Single weights: as sparse matrices, linear layers break even at densities from "
-            f"{min(row['break_even'] for row in pay):.2f} to {max(row['break_even'] for row in pay):.2f} in PyTorch; "
-            f"those measured hold {100 * share:.0f} % of the MACs."
+            f"Single weights: as sparse matrices in PyTorch, {len(pay)} of {len(told['linear'])} linear layers "
+            f"measured break even at a density of {at[0]}{f' to {at[-1]}' if len(set(at)) > 1 else ''}, with "
+            f"{100 * share:.0f} % of the MACs: allot export RUN --to csr converts the layers that gain."
         )
     else:
         said.append("Single weights: nothing runs faster for them here; they make the file smaller, and that is all.")

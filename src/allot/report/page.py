@@ -72,7 +72,8 @@ def comparison_page(reports: Sequence[tuple[str, Report]]) -> str:
         found = _marks(reports, series, of)
         if len({mark.x for mark in found}) > 1 or len(found) > 1:
             charts.append((title, marks(found, title, _metric(reports))))
-    return _template("comparison.html").render(rows=rows, series=series, charts=charts)
+    means = _marks(reports, series, lambda report: report["sparsity"])
+    return _template("comparison.html").render(rows=rows, series=series, charts=charts, means=means)
 
 
 _AXES = {
@@ -97,7 +98,7 @@ def _marks(reports: Sequence[tuple[str, Report]], series: Sequence[str], of: Any
     same: dict[tuple[str, str], list[Report]] = {}
     for _, report in reports:
         if report["scores"] and of(report) is not None:
-            asked = ",".join(f"{row['kind']}={row['asked']}" for row in report["budget"])
+            asked = ", ".join(f"{row['kind']}={row['asked']}" for row in report["budget"])
             same.setdefault((_series(report), asked), []).append(report)
     found = []
     for (name, asked), some in same.items():
