@@ -341,7 +341,8 @@ def _reopened(
         }
     allocation = Allocation.of(kept, {term.name: term.total for term in problem.budget.terms})
     candidate = Candidate(allocation, masks, tensors, channels, report.get("diagnostics", {}))
-    if judge:  # the data may be others than the run was scored on
+    same = dense and scores and scores.get("nll", {}).get("dense") == dense.nll and scores["dense"] == dense.score
+    if judge and not same:  # the data may be others than the run was scored on
         scores = _scores(problem, candidate, judge, dense or judge(problem.model))
     latency = report.get("latency")
     return Result(problem, candidate, log, parts.names, parts.method, label, scores, latency, store.directory)

@@ -71,6 +71,10 @@ def test_the_dense_model_is_scored_once_for_all_cells(tmp_path: Path, monkeypatc
         monkeypatch.setattr(module, "evaluate", lambda *a, **k: (seen.append(k.get("tensors")), evaluate(*a, **k))[1])
     swept(tmp_path)
     assert sum(tensors is None for tensors in seen) == 1 and len(seen) == 1 + len(CELLS)
+    first = swept(tmp_path)
+    assert len(seen) == 2 + len(CELLS)  # cells that are done keep their score, where the dense one is the same
+    other = swept(tmp_path, test=labelled()[:7])
+    assert other["cells"][0]["score"] != first["cells"][0]["score"] and len(seen) == 3 + 2 * len(CELLS)
 
 
 def test_means_and_spreads_are_those_of_the_cells(tmp_path: Path):
