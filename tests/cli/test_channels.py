@@ -48,7 +48,7 @@ def test_what_cannot_be_exported_is_one_clear_line(pruned: str):
     assert "unknown form of export 'tflite'" in refused("export RUN --to tflite")
     assert "is no run directory" in refused("export NOWHERE --to slim")
     done(f"prune {NET} --data {NET} --budget sparsity=0.5 --method erk --repair none --samples 16 --out ZEROS")
-    assert "no model.slim.safetensors" in refused("export ZEROS --to slim")
+    assert "ZEROS pruned single weights: slim is for runs of channels" in refused("export ZEROS --to slim")
 
 
 def test_a_plan_of_channels_needs_no_data():
