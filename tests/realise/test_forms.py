@@ -254,13 +254,16 @@ def test_what_cannot_be_probed_leaves_nothing_behind(tmp_path: Path):
     assert [file.name for file in tmp_path.iterdir()] == ["mine"]
 
 
-def test_a_model_of_one_sample_is_exported_for_one(tmp_path: Path):
+def test_a_model_of_one_sample_is_exported_for_one(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     class One(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x.reshape(1, 4) + 1
 
     opened = export(One(), torch.ones(1, 4), tmp_path / "one.pt2")
     assert torch.equal(opened.run(torch.zeros(1, 4))[0], torch.ones(1, 4))
+    assert [record.message for record in caplog.records if record.name == "allot"] == [
+        "One is exported for inputs of these very shapes: it takes no open batch."
+    ]
 
 
 def test_half_precision_is_held_to_what_it_can(tmp_path: Path):

@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from allot.errors import UsageError
 from allot.masks import as_arguments
 
+log = logging.getLogger("allot")
 Run = Callable[[Any], list[Tensor]]
 
 
@@ -342,7 +343,9 @@ def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
         return torch.export.export(model, args, dict(kwargs), dynamic_shapes=shapes[0] if not kwargs else shapes[1])
     except Exception as first:  # noqa: BLE001 - whatever it does not like about an open batch, it may like a fixed one
         try:
-            return torch.export.export(model, *as_given)
+            program = torch.export.export(model, *as_given)
+            log.warning("%s is exported for inputs of these very shapes: it takes no open batch.", type(model).__name__)
+            return program
         except Exception:  # noqa: BLE001 - and whatever it does not like at all is told in one line
             said = (str(first).strip() or type(first).__name__).splitlines()[0]
             raise UsageError(f"{type(model).__name__} cannot be captured by torch.export: {said}") from first
