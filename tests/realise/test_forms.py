@@ -7,6 +7,7 @@ import json
 import pickle
 import random
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,6 +28,8 @@ from allot.realise.probe import _files, counts_of, drawn, probe_of
 from allot.realise.rows import digest
 from contract.cases import CASES
 from realise.damage import DAMAGES, damage
+
+exporting = sys.modules["allot.realise.export"]  # a function hides the module
 
 
 class Mixed(nn.Module):
@@ -243,6 +246,25 @@ def test_inputs_go_by_their_names_and_every_output_is_compared(form: str, tmp_pa
             opened.run({"x": x})
 
 
+class Products(nn.Module):
+    """An einsum of two activations, and a grouped transposed convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose1d(4, 6, 3, groups=2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x)  # [B, 6, 10]
+        return torch.einsum("bct,bdt->bcd", y, y[:, :2])
+
+
+@pytest.mark.parametrize("form", ["program", "onnx", "openvino"])
+def test_products_of_every_kind_are_counted(form: str, tmp_path: Path):
+    x = torch.randn(2, 4, 8)
+    opened = export(Products(), x, tmp_path / "model", to=form)
+    assert opened.macs(x) == 2 * (4 * 8 * 3 * 3 + 6 * 2 * 10)
+
+
 def test_what_cannot_be_probed_leaves_nothing_behind(tmp_path: Path):
     for example in ((torch.ones(2, 4), None), {"x": torch.ones(2, 4), "flag": True}):
         with pytest.raises(UsageError, match="probed with tensors"):
@@ -334,6 +356,31 @@ def test_linear_layers_that_are_faster_as_sparse_rows_become_that(tmp_path: Path
         sparse.load_csr(model, tmp_path / "run" / "model.safetensors")
     with pytest.raises(UsageError, match="belongs to another model"):
         sparse.load_csr(nn.Linear(2, 2), file)
+
+
+class Seldom(nn.Module):
+    """One layer called by keyword, one never, one by its weight alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.named, self.never, self.bare = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.named(input=x), self.bare.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_layers_that_are_called_in_odd_ways_or_have_odd_numbers_are_no_error(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(exporting, "timed", lambda runs, **rest: dict.fromkeys(runs, 1.0))
+    for name, layers in (("named", 1), ("never", 0), ("bare", 0)):
+        model = Seldom().to(dtype).eval()
+        rules = allot.Rules(include=(f"{name}.weight",))
+        result = prune(model, None, "sparsity=0.5", repair="none", rules=rules, save_to=tmp_path / name)
+        row = exported(model, tmp_path / name, result.report(), torch.randn(1, 16, dtype=dtype), "csr")
+        assert ("no linear layer was called by itself" in row["note"]) == (layers == 0)
+        assert row["error"] <= 1e-2 and row["bytes"] == Path(row["file"]).stat().st_size
 
 
 def test_where_no_layer_is_faster_all_stay_dense_and_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

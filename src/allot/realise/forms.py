@@ -261,13 +261,7 @@ _PRODUCTS = (
 
 def _openvino_macs(each: Any) -> int:
     kind = each.get_type_name()
-    if kind not in (
-        "Convolution",
-        "GroupConvolution",
-        "ConvolutionBackpropData",
-        "MatMul",
-        "ScaledDotProductAttention",
-    ):
+    if kind not in _PRODUCTS:
         return 0
     first, second, *more = (list(each.input(i).get_shape()) for i in range(each.get_input_size()))
     out = math.prod(each.output(0).get_shape())
