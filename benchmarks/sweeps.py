@@ -1,6 +1,6 @@
 """Whole chains on the zoo: `python -m benchmarks.sweeps` runs `allot sweep` and fills docs/results.md.
 
-Four sparsities, three methods, three seeds a net, and the control: uniform with the repair that fcpts trains by. The
+Four sparsities, three methods, three seeds a net, and the control: uniform with what fcpts trains and repairs by. The
 last step counts, on the held-out test split. A cell is a run in runs/sweeps/NET, from which an interrupted command goes
 on; about 30 minutes a net on one core. The tables behind the page are kept in benchmarks/measured/sweep-NET.json.
 """
@@ -37,7 +37,7 @@ def swept(net: str, out: Path) -> None:
         log.info("%s: %d of %d: %s", net, number, of, at)
 
     sweep(*given, cells_of(METHODS, BUDGETS, 3), out / net, on_cell=tell, **known)
-    control = {**known, "allocate": "uniform", "repair": "distill"}
+    control = {**known, "allocate": "uniform", "repair": "distill,bn"}
     sweep(*given, cells_of(("erk",), BUDGETS, 3), out / f"{net}-control", on_cell=tell, **control)
     for name in (net, f"{net}-control"):
         shutil.copy(out / name / "results.json", MEASURED / f"sweep-{name}.json")
@@ -50,7 +50,7 @@ def table(net: str) -> list[str]:
         name: json.loads((MEASURED / f"sweep-{name}.json").read_text())["cells"] for name in (net, f"{net}-control")
     }
     for budget in BUDGETS:
-        groups = {"uniform + distill": [row for row in rows[f"{net}-control"] if row["budget"] == budget]}
+        groups = {"uniform + distill, bn": [row for row in rows[f"{net}-control"] if row["budget"] == budget]}
         groups |= {m: [row for row in rows[net] if (row["budget"], row["method"]) == (budget, m)] for m in METHODS}
         for method, some in groups.items():
             if not some or any("error" in row for row in some):

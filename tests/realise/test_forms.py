@@ -265,6 +265,12 @@ def test_products_of_every_kind_are_counted(form: str, tmp_path: Path):
     assert opened.macs(x) == 2 * (4 * 8 * 3 * 3 + 6 * 2 * 10)
 
 
+def test_an_export_made_again_weighs_the_same(tmp_path: Path):
+    x = torch.randn(2, 4)
+    sizes = [export(nn.Linear(4, 3).eval(), x, tmp_path / "model", to="openvino").bytes for _ in range(2)]
+    assert sizes[0] == sizes[1] and verify(tmp_path / "model")["passed"]
+
+
 def test_what_cannot_be_probed_leaves_nothing_behind(tmp_path: Path):
     for example in ((torch.ones(2, 4), None), {"x": torch.ones(2, 4), "flag": True}):
         with pytest.raises(UsageError, match="probed with tensors"):

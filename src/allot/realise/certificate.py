@@ -16,6 +16,7 @@ from torch import Tensor
 from allot.channels import ChannelPlan
 from allot.errors import UsageError
 from allot.realise.files import BITMASK, PLAIN, PLAN, SLIM, TABLES, read, stored, untouched
+from allot.realise.forms import PROBE
 from allot.realise.held import load_tables
 from allot.realise.probe import probe_of, probe_rows
 from allot.realise.rows import Row, checked, digest
@@ -87,9 +88,9 @@ def verify(path: str | Path) -> dict[str, Any]:
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ArithmeticError) as error:
             problem = f"cannot be read ({type(error).__name__}: {error})"
             rows = [checked("certificate.json", "opens", "a certificate", problem, passed=False)]
-        for probe in sorted((*path.glob("*.probe.safetensors"), *path.glob("*/allot.probe.safetensors"))):
+        for probe in sorted((*path.glob("*.probe.safetensors"), *path.glob(f"*/{PROBE}"))):
             alone = probe.with_name(probe.name.removesuffix(".probe.safetensors"))
-            rows += probe_rows(probe.parent if probe.name == "allot.probe.safetensors" else alone, ask=False)
+            rows += probe_rows(probe.parent if probe.name == PROBE else alone, ask=False)
     return {"passed": all(row["passed"] for row in rows), "rows": rows}
 
 

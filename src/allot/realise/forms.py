@@ -31,6 +31,7 @@ from allot.errors import UsageError
 from allot.masks import as_arguments
 
 log = logging.getLogger("allot")
+PROBE = "allot.probe.safetensors"  # in a directory that was exported, see `allot.realise.probe`
 Run = Callable[[Any], list[Tensor]]
 
 
@@ -96,9 +97,16 @@ def flat(output: Any) -> list[Tensor]:
     return [tensor for part in output for tensor in flat(part)] if isinstance(output, tuple | list) else []
 
 
+def files_of(path: Path) -> list[Path]:
+    """The file itself, or all files in a directory but the probe of an export, in order."""
+    if not path.is_dir():
+        return [path] if path.is_file() else []
+    return sorted(file for file in path.rglob("*") if file.is_file() and file != path / PROBE)
+
+
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files in a directory."""
-    return sum(file.stat().st_size for file in path.rglob("*")) if path.is_dir() else path.stat().st_size
+    """Bytes of a file, or of all files in a directory but the probe."""
+    return sum(file.stat().st_size for file in files_of(path))
 
 
 def _write_program(model: nn.Module, example: Any, path: Path) -> None:

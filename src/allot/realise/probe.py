@@ -21,7 +21,7 @@ from allot.errors import UsageError
 from allot.masks import as_arguments
 from allot.realise.compare import allowed, off
 from allot.realise.files import save_tensors, stored, untouched
-from allot.realise.forms import FORMS, Opened
+from allot.realise.forms import FORMS, PROBE, Opened, files_of
 from allot.realise.rows import Row, checked, digest
 
 _COUNTS = ("weights", "zeros", "macs")
@@ -29,7 +29,7 @@ _COUNTS = ("weights", "zeros", "macs")
 
 def probe_of(path: Path) -> Path:
     """Where the probe of an exported file or directory is."""
-    return path / "allot.probe.safetensors" if path.is_dir() else path.with_name(path.name + ".probe.safetensors")
+    return path / PROBE if path.is_dir() else path.with_name(path.name + ".probe.safetensors")
 
 
 def check_inputs(example: Any) -> None:
@@ -117,10 +117,7 @@ def probe_rows(path: Path, *, ask: bool = True) -> list[Row]:
 
 def _files(path: Path) -> dict[str, Path]:
     """Every file of an export but its probe; a file alone is called "model", for it may be renamed."""
-    if not path.is_dir():
-        return {"model": path} if path.is_file() else {}
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file != probe_of(path))
-    return {str(file.relative_to(path)): file for file in files}
+    return {str(file.relative_to(path)) if path.is_dir() else "model": file for file in files_of(path)}
 
 
 def _answers(path: Path, promise: dict[str, Any], tensors: dict[str, Tensor]) -> list[Row]:
