@@ -103,7 +103,6 @@ def prune_command(
             method=wanted.method,
             seed=wanted.seed,
             save_to=out,
-            max_minutes=wanted.max_minutes,
             recipe=wanted.model_dump(mode="json", exclude_none=True),
             on_step=on_step,
             should_stop=should_stop,
@@ -372,6 +371,7 @@ def _settings(wanted: RecipeFile, source: ModelSource) -> dict[str, Any]:
         "workers": wanted.workers,
         "example": source.example,
         "runtime": wanted.runtime,
+        "max_minutes": wanted.max_minutes,
         "test": _test_data(wanted, source),
         "label": wanted.model,
     }

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from allot.calibration import moved
 from allot.channels import copied, shapes_of
@@ -60,14 +60,13 @@ def export(model: nn.Module, example: Any, path: str | Path, *, to: str | None =
     if to is None:
         to = next((name for name, form in FORMS.items() if form.ending == path.suffix != ""), path.suffix)
     check_inputs(example)
-    opened = reopened(model, example, path, to)
-    with torch.no_grad():
-        save_probe(path, to, opened, example, flat(apply(copied(model).eval(), example)))
+    opened, answers = reopened(model, example, path, to)
+    save_probe(path, to, opened, example, answers)
     return opened
 
 
-def reopened(model: nn.Module, example: Any, path: Path, to: str) -> Opened:
-    """As `export`, without a probe."""
+def reopened(model: nn.Module, example: Any, path: Path, to: str) -> tuple[Opened, list[Tensor]]:
+    """As `export`, without a probe; with the model's answers."""
     if to not in FORMS:
         raise unknown("form of export", to, FORMS)
     form = FORMS[to]
@@ -91,7 +90,7 @@ def reopened(model: nn.Module, example: Any, path: Path, to: str) -> Opened:
             raise UsageError(f"{type(model).__name__} returns no tensor: there is nothing to compare.")
         if not (error := off(found, wanted)) <= allowed(wanted):
             raise VerificationError(f"{path} answers otherwise than the model: off by {error:.2g} of the largest.")
-    return form.open(path)
+    return form.open(path), wanted
 
 
 @dataclass
@@ -194,7 +193,7 @@ def _form(dense: nn.Module, masked: nn.Module, run: Path, example: Any, to: str,
     sparse = load_slim(dense, run) if slim else masked
     opened = export(sparse, example, file, to=to)
     with tempfile.TemporaryDirectory() as folder:
-        other = reopened(dense, example, Path(folder) / f"dense{FORMS[to].ending}", to)
+        other, _ = reopened(dense, example, Path(folder) / f"dense{FORMS[to].ending}", to)
     return Made(file, opened, other, sparse, TOLERANCE)
 
 

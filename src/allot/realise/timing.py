@@ -82,7 +82,7 @@ class Runtime:
         model = copied(model).eval()  # what its forward writes to stays out of the model that was passed in
         if self.name == "onnx":
             with tempfile.TemporaryDirectory() as folder:
-                opened = reopened(model, batch, Path(folder) / "model.onnx", "onnx")
+                opened, _ = reopened(model, batch, Path(folder) / "model.onnx", "onnx")
             return lambda: opened.run(batch)
         args, kwargs = as_arguments(batch)
 
