@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from allot.errors import UsageError, check_number
 from allot.reading import Readable, read, read_readable
+from allot.shares import place, processes
 
 LABEL_KEYS = frozenset({"label", "labels", "target", "targets"})
 
@@ -97,16 +98,31 @@ class Calibration:
         """Batch k of an endless row of passes, each in its own order: a function of (seed, k).
 
         Returns:
-            (inputs as the model takes them, number of samples in them).
+            (inputs as the model takes them, number of samples in the batch). Where processes share the work, inputs
+            are this one's share of the batch, see `allot.shares`.
         """
         positions = self.positions(k)
-        return self.pick(positions), len(positions)
+        return self.pick(self.share(positions)), len(positions)
 
     def positions(self, k: int) -> list[int]:
         """Which samples batch k holds, as places in `indices`."""
         epoch, place = divmod(k, self.batches)
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
         return torch.randperm(len(self.indices), generator=generator).tensor_split(self.batches)[place].tolist()
+
+    def share(self, positions: Sequence[int]) -> list[int]:
+        """The part of a batch's places that this process looks at, one after the other; their sizes differ by one.
+
+        Raises:
+            UsageError: fewer places than processes.
+        """
+        if len(positions) < processes():
+            raise UsageError(
+                f"a batch of {len(positions)} samples cannot be shared out over {processes()} processes: use a larger "
+                "--batch-size or more --samples, or fewer processes."
+            )
+        low, high = (len(positions) * (place() + i) // processes() for i in (0, 1))
+        return list(positions[low:high])
 
     def pick(self, positions: Sequence[int]) -> Any:
         """The samples at these places of `indices`, as one batch of inputs."""
@@ -168,6 +184,15 @@ def moved(batch: Any, device: torch.device, dtype: torch.dtype | None = None) ->
     if isinstance(batch, Mapping):
         return {key: moved(value, device, dtype) for key, value in batch.items()}
     return tuple(moved(value, device, dtype) for value in batch) if isinstance(batch, tuple | list) else batch
+
+
+def cut(batch: Any, start: int, stop: int) -> Any:
+    """Samples `start` to `stop` of a batch of inputs."""
+    if isinstance(batch, Tensor):
+        return batch[start:stop]
+    if isinstance(batch, Mapping):
+        return {key: cut(value, start, stop) for key, value in batch.items()}
+    return tuple(cut(value, start, stop) for value in batch) if isinstance(batch, tuple) else batch
 
 
 def _indexable(data: Any, samples: int, *, batched: bool) -> Any:

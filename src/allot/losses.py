@@ -23,12 +23,19 @@ Outputs = Callable[[Any], Any]
 
 
 def compared(
-    student: list[Tensor], teacher: list[Tensor], loss: str, temperature: float, student_temperature: float
+    student: list[Tensor],
+    teacher: list[Tensor],
+    loss: str,
+    temperature: float,
+    student_temperature: float,
+    shares: list[float] | None = None,
 ) -> Float[Tensor, ""]:
     """Sum of the losses of pairs of tensors, in float32 or better.
 
     Args:
         loss: a key of `LOSSES`.
+        shares: of a part of a batch, how much each tensor's loss counts in that of the whole one: `size` over the sum
+            of the sizes of all parts. The losses of all parts then add up to that of the whole batch.
     Raises:
         UsageError: the tensors of one net have no counterpart of their shape in those of the other.
     """
@@ -38,8 +45,20 @@ def compared(
             f"the sparse net gives outputs of shapes {ours}, the dense one {theirs}: shapes that do not depend on what "
             "is found are compared, like scores and boxes before the best of them are picked (outputs=)."
         )
-    pairs = zip(student, teacher, strict=True)
-    return torch.stack([LOSSES[loss](ours, theirs, temperature, student_temperature) for ours, theirs in pairs]).sum()
+    found = [
+        LOSSES[loss](ours, theirs, temperature, student_temperature) * share
+        for ours, theirs, share in zip(student, teacher, shares or [1.0] * len(teacher), strict=True)
+    ]
+    return torch.stack(found).sum()
+
+
+def size(teacher: Tensor, loss: str) -> float:
+    """What the loss of a part of a batch is divided by: the number of its rows, or its summed squares."""
+    if loss == "kl":
+        return teacher.numel() / teacher.shape[_classes(teacher)]
+    theirs = wide(teacher)
+    scale = float(theirs.abs().amax().clamp_min(1e-6))
+    return max(float((theirs / scale).square().mean().double() * scale**2 * teacher.numel()), 1e-30)
 
 
 def compared_tensors(output: Any, outputs: str | Outputs | None, loss: str) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from torch.nn.utils import parametrize
 
 from allot.errors import UsageError, unknown
 from allot.layers import places_of
+from allot.norms import Norms
+from allot.shares import processes
 
 
 def masked(tensor: Shaped[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
@@ -26,6 +28,7 @@ def call(
     inputs: Any,
     *,
     training: Callable[[nn.Module], bool] | None = None,
+    norms: Norms | None = None,
     then: Callable[[Any], Any] | None = None,
 ) -> Any:
     """What `model` gives for `inputs` with `tensors` in place of its own; the model is left as it was.
@@ -35,6 +38,8 @@ def call(
             one of its names. Buffers that the forward pass updates are updated in the tensors passed in.
         inputs: a tuple is spread over positional arguments, a dict over keywords, anything else is one argument.
         training: which modules run in train mode; None: none of them.
+        norms: how batch norms in train mode find the statistics of their batch; by torch, or by all processes' shares
+            of it where None.
         then: applied to the output while tensors and modes are still in place; what it returns is returned. Gradients
             belong here: activation checkpointing runs parts of the model again when they are taken.
     Raises:
@@ -50,7 +55,8 @@ def call(
     _refuse_two_values(tensors, {name: id(own[name]) for name in tensors})
     args, kwargs = as_arguments(inputs)
     placed = {f"model.{name}": tensor for name, tensor in _placed(model, tensors, own).items()}
-    with modes(model, training or (lambda module: False)):
+    norms = norms or (Norms() if training and processes() > 1 else None)
+    with modes(model, training or (lambda module: False)), norms or nullcontext():
         return torch.func.functional_call(_Then(model, then), placed, args, kwargs, tie_weights=False)
 
 

@@ -20,6 +20,7 @@ from allot.allocation import Allocation
 from allot.budget import Budget
 from allot.calibration import Calibration
 from allot.channel_budget import ChannelBudget
+from allot.compute import Compute
 from allot.errors import Stopped, UsageError
 from allot.layers import Scope
 from allot.masks import masked
@@ -42,6 +43,7 @@ class Problem:
     calibration: Calibration | None = None
     seed: int = 0
     example: Any = None  # a batch of one input, where there is one
+    compute: Compute = field(default_factory=Compute)
 
     @cached_property
     def dense(self) -> dict[str, Tensor]:

@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from allot.distance import is_norm
 from allot.errors import UsageError
 from allot.masks import call
 from allot.methods.channel_baselines import GlobalChannels, Sensitivity
 from allot.run import Candidate, Problem, Progress, drive
 from allot.selection import Evidence, channel_masks, importance
 from allot.store import Log
-from allot.training import Training, _is_norm
+from allot.training import Training
 from contract.cases import ON_CHANNELS, nothing_more_fits, problem_of
 
 SEVERAL = "macs=60%,params=45%,bytes=80%"
@@ -56,7 +57,7 @@ def loss_without(problem: Problem, kept: dict[str, int], k: int) -> float:
     inputs, _ = problem.inputs().batch(k)
     with torch.no_grad():
         theirs = (call(problem.model, {}, inputs) / 2).softmax(-1)
-        ours = (call(problem.model, tensors, inputs, training=_is_norm) / 2).softmax(-1)
+        ours = (call(problem.model, tensors, inputs, training=is_norm) / 2).softmax(-1)
     return float(4 * (theirs * (theirs.log() - ours.log())).sum(-1).mean())
 
 

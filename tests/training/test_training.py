@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from allot import training as module
+from allot import distance as module
 from allot.budget import Budget
 from allot.calibration import Calibration
 from allot.errors import AllotError, UsageError

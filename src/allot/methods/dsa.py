@@ -135,13 +135,11 @@ class Dsa:
         """One calibration batch: the gradient of every alpha, and a step of Adam on the logits."""
         t, T = state["step"], state["steps"]
         drawn = self.masks(problem, state, t / max(T - 1, 1))
-
-        def grad(loss: Tensor) -> tuple[float, tuple[Tensor | None, ...]]:
-            return float(loss.detach()), torch.autograd.grad(loss, list(drawn.gates.values()), allow_unused=True)
-
         with torch.enable_grad():
             tensors = gated(problem, candidate.effective(problem), drawn.gates)
-            (loss, found), forward = self.training.loss_of(problem, state["training"], tensors, grad)
+        loss, G, forward = self.training.loss_of(problem, state["training"], tensors)
+        gates = list(drawn.gates.values())
+        found = torch.autograd.grad([tensors[name] for name in G], gates, list(G.values()), allow_unused=True)
         spent = self.learn(problem, state, drawn, found)
         if t % max(T // 50, 1) == 0 or t == T - 1:
             state["moved"].append([t, drawn.alpha.tolist()])

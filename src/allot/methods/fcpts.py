@@ -264,12 +264,13 @@ class FcptsPaper:
             S = {name: pruned(t[name], w[name].detach().abs()) for name in s}
             inside = {name: value.to(problem.dense[name].dtype) for name, value in (tensors | w | wm).items()}
             off, sparsity = _missed(problem.budget, S)
-
-            def grad(loss: Tensor) -> tuple[float, tuple[Tensor | None, ...]]:
-                by = [*w.values(), *s.values()]
-                return float(loss.detach()), torch.autograd.grad(loss + self.penalty * off, by, allow_unused=True)
-
-            (loss, found), forward = self.training.loss_of(problem, training, inside, grad)
+        loss, G, forward = self.training.loss_of(problem, training, inside)
+        found = torch.autograd.grad(
+            [*(inside[name] for name in G), off],
+            [*w.values(), *s.values()],
+            [*G.values(), torch.full_like(off, self.penalty)],
+            allow_unused=True,
+        )
         moving = [(tensors[name], training["mean"][name], self.decay) for name in w]
         moving += [(state["s"][name], state["speed"][name], 0.0) for name in s]
         norm = float(get_total_norm([gradient for gradient in found if gradient is not None]))

@@ -29,6 +29,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from allot.distance import check_finite
 from allot.errors import UsageError, check_number, unknown
 from allot.layers import Layer
 from allot.losses import relative_error
@@ -36,7 +37,7 @@ from allot.masks import call, masked
 from allot.observe import Apply, biases_of, watched_layers
 from allot.run import Candidate, Metrics, Problem
 from allot.store import State
-from allot.training import Training, check_finite
+from allot.training import Training
 
 INPUTS = ("dense", "sparse")
 

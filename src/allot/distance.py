@@ -1,0 +1,311 @@
+"""The loss of the sparse net against the dense one on a batch of calibration inputs, and its gradients.
+
+A batch may be in pieces: micro-batches that follow one another, and shares of several processes. What each adds to the
+loss and to its gradients is summed up, so that they are those of the whole batch; of batch norms see `allot.norms`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from allot.calibration import cut
+from allot.errors import AllotError, UsageError, check_number, unknown
+from allot.losses import LOSSES, Outputs, compared, compared_tensors, relative_error, size
+from allot.masks import call
+from allot.norms import Norms
+from allot.observe import hooked
+from allot.run import Problem
+from allot.shares import alone, anyone, gathered, processes, total, total_number
+from allot.store import State
+
+Answers = tuple[list[Tensor], list[Tensor]]  # what is compared of the outputs, and of blocks
+CACHED_BYTES = 64 * 2**20  # of teacher outputs; they are part of the saved state
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How outputs are compared; frozen hyperparameters and functions of a state {"step", "repeat", "teacher"}.
+
+    Args:
+        temperature: T of the KL loss, above 0.
+        student_temperature: T_s, see `allot.losses`; None: as `temperature`.
+        loss: "kl" on logits: over the last dimension of `[B, classes]` and `[B, T, classes]`, over dimension 1 of
+            `[B, classes, H, W]` and more; or "mse": squared error over the mean square of the dense net's output.
+        outputs: what of the model's output is compared: a function `output -> tensors` (a tensor, or a tuple, list or
+            dict of them), or its place as text, "package.module:function" or "file.py:function". None: the output
+            itself, or its `.logits`.
+        blocks: names of modules, globs allowed, whose outputs are compared as well, by squared error.
+        block_weight: of these terms, each.
+    Raises:
+        UsageError: a value out of its range.
+    """
+
+    temperature: float = 2.0
+    student_temperature: float | None = None
+    loss: str = "kl"
+    outputs: str | Outputs | None = None
+    blocks: tuple[str, ...] = ()
+    block_weight: float = 0.1
+
+    def __post_init__(self) -> None:
+        blocks: Any = self.blocks
+        blocks = (blocks,) if isinstance(blocks, str) else blocks
+        if not isinstance(blocks, list | tuple) or not all(isinstance(block, str) for block in blocks):
+            raise UsageError(f"blocks={blocks!r}: names of modules are accepted, like [layer1, layer2].")
+        object.__setattr__(self, "blocks", tuple(blocks))
+        if not (self.outputs is None or isinstance(self.outputs, str) or callable(self.outputs)):
+            raise UsageError(f"outputs={self.outputs!r}: a function, or package.module:function is accepted.")
+        check_number("temperature", self.temperature, 1e-3)
+        if self.student_temperature is not None:
+            check_number("student_temperature", self.student_temperature, 1e-3)
+        check_number("block_weight", self.block_weight, 0)
+        if self.loss not in tuple(LOSSES):  # a list has no hash
+            raise unknown("loss", str(self.loss), LOSSES)
+
+    def reading(self, problem: Problem) -> State:
+        """The part of a state that `loss_of` goes by."""
+        _check_blocks(problem.model, self.blocks)
+        repeat = not self.blocks and not anyone(not problem.inputs().repeats())
+        return {"step": 0, "repeat": repeat, "teacher": []}
+
+    def loss_of(
+        self, problem: Problem, state: State, tensors: Mapping[str, Tensor]
+    ) -> tuple[float, dict[str, Tensor], int]:
+        """(L of the net with `tensors` in place on the state's next batch, its gradients, samples pushed forward).
+
+        Args:
+            tensors: of those that require gradients, dL / d tensor is returned, by name; without those that L does
+                not depend on.
+        Raises:
+            AllotError: the loss is not finite.
+            UsageError: outputs that the loss cannot read or that carry no gradients, or a batch too small for batch
+                norm.
+        """
+        calibration, model = problem.inputs(), problem.model
+        positions = calibration.positions(state["step"])
+        own = calibration.share(positions)
+        inputs = calibration.pick(own)
+        pieces = problem.compute.pieces(len(own))
+        teacher, shares, forward = self._taught(problem, state, inputs, positions, pieces)
+        leaves = {name: value.detach().requires_grad_() for name, value in tensors.items() if value.requires_grad}
+        placed = {**tensors, **leaves}
+        found: dict[str, Tensor] = {}
+        losses = 0.0
+        try:
+            known = None
+            if len(pieces) > 1 and any(map(is_norm, model.modules())):
+                with torch.no_grad():
+                    call(model, placed, inputs, training=is_norm, norms=(whole := Norms()))
+                known, forward = whole.seen, forward + len(positions)
+            for piece, (outputs, dense_blocks), share in zip(pieces, teacher, shares, strict=True):
+                part = cut(inputs, *piece) if len(pieces) > 1 else inputs
+                if self.blocks and len(pieces) > 1:
+                    _, dense_blocks = self._answers(model, part)
+                blocks: list[Tensor] = []
+                grad = partial(self._gradients, state["step"], leaves, outputs, blocks, dense_blocks, share)
+                with torch.enable_grad(), _watched(model, self.blocks, blocks):
+                    norms = None if known is None else Norms(known)
+                    loss, gradients = call(model, placed, part, training=is_norm, norms=norms, then=grad)
+                losses += loss
+                for name, gradient in gradients.items():
+                    found[name] = found[name] + gradient if name in found else gradient
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UsageError(
+                f"no batch statistics from {len(positions)} samples: {error}. Use a larger batch_size."
+            ) from error
+        if self.blocks and len(pieces) > 1:
+            forward += len(positions)
+        return total_number(losses), dict(zip(found, total(list(found.values())), strict=True)), forward
+
+    def _gradients(
+        self,
+        step: int,
+        leaves: Mapping[str, Tensor],
+        teacher: list[Tensor],
+        blocks: list[Tensor],
+        dense_blocks: list[Tensor],
+        shares: list[float],
+        output: Any,
+    ) -> tuple[float, dict[str, Tensor]]:
+        """(what a piece of a batch adds to L, to its gradients)."""
+        loss = self._compared(self._read(output), teacher, shares[: len(teacher)])
+        for ours, theirs, share in zip(blocks, dense_blocks, shares[len(teacher) :], strict=True):
+            loss = loss + self.block_weight * share * relative_error(ours, theirs)
+        if not loss.requires_grad:
+            raise UsageError("the model's outputs carry no gradients: take no_grad and detach out of its forward.")
+        check_finite(loss, step)
+        gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        pairs = zip(leaves, gradients, strict=True)
+        return float(loss.detach()), {name: gradient for name, gradient in pairs if gradient is not None}
+
+    def _taught(
+        self, problem: Problem, state: State, inputs: Any, positions: list[int], pieces: list[tuple[int, int]]
+    ) -> tuple[list[Answers], list[list[float]], int]:
+        """What the dense net answers to each piece, how much each tensor of it counts in L, samples pushed for that."""
+        calibration = problem.inputs()
+        own = calibration.share(positions)
+        if state["repeat"] and state["step"] >= calibration.batches:
+            answers: list[Answers] = [
+                ([table[own[start:stop]] for table in state["teacher"]], []) for start, stop in pieces
+            ]
+            forward = len(positions)
+        else:
+            parts = [cut(inputs, *piece) for piece in pieces] if len(pieces) > 1 else [inputs]
+            answers = [self._answers(problem.model, part) for part in parts]
+            forward = 2 * len(positions) + self._probe(problem, state, answers[0][0], own)
+            _keep(state, [answer for answer, _ in answers], pieces, positions, len(calibration))
+        if len(pieces) == processes() == 1:
+            return answers, [[1.0] * sum(map(len, answers[0]))], forward
+        sizes = torch.tensor(
+            [[size(t, self.loss) for t in outputs] + [size(t, "mse") for t in blocks] for outputs, blocks in answers],
+            dtype=torch.float64,
+        )
+        if len(pieces) > 1:
+            answers = [(outputs, []) for outputs, _ in answers]  # blocks are large: they are looked at once more
+        return answers, (sizes / total([sizes.sum(0)])[0]).tolist(), forward
+
+    def _answers(self, model: nn.Module, inputs: Any) -> Answers:
+        blocks: list[Tensor] = []
+        with torch.no_grad(), _watched(model, self.blocks, blocks):
+            return self._read(call(model, {}, inputs)), blocks
+
+    def judge(
+        self,
+        problem: Problem,
+        tensors: Mapping[str, Tensor],
+        k: int,
+        teacher: list[Tensor] | None = None,
+        *,
+        batch_statistics: bool = False,
+    ) -> tuple[float, list[Tensor], int]:
+        """(L of the net with `tensors` in place, the dense net's outputs, samples pushed) on batch k, in eval mode.
+
+        Args:
+            teacher: the dense net's outputs, where they are known.
+            batch_statistics: whether batch norms of the net with `tensors` normalise by the batch.
+        Raises:
+            AllotError: the loss is not finite.
+        """
+        with alone(), torch.no_grad():  # allocations are tried by one process each
+            inputs, samples = problem.inputs().batch(k)
+            pushed = samples
+            if teacher is None:
+                pushed += samples
+                teacher = self._read(call(problem.model, {}, inputs))
+            own = call(problem.model, tensors, inputs, training=is_norm if batch_statistics else None)
+            loss = self._compared(self._read(own), teacher)
+        check_finite(loss, k)
+        return float(loss), teacher, pushed
+
+    def _read(self, output: Any) -> list[Tensor]:
+        return compared_tensors(output, self.outputs, self.loss)
+
+    def _probe(self, problem: Problem, state: State, teacher: list[Tensor], batch: list[int]) -> int:
+        """Keep no table of outputs whose first dimension counts the places of a sequence; samples pushed for that.
+
+        Logits [B, classes] need no look: only in three dimensions or more may as many places as samples go unnoticed.
+        """
+        if state["step"] or not state["repeat"] or all(tensor.dim() < 3 for tensor in teacher):
+            return 0
+        few = batch[: min(2, len(batch) - 1)] or batch  # fewer than a batch
+        with torch.no_grad():
+            outputs = self._read(call(problem.model, {}, problem.inputs().pick(few)))
+        state["repeat"] = not anyone(any(tensor.shape[:1] != (len(few),) for tensor in outputs))
+        return len(few) * processes()
+
+    def _compared(self, student: list[Tensor], teacher: list[Tensor], shares: list[float] | None = None) -> Tensor:
+        T = self.temperature
+        T_s = T if self.student_temperature is None else self.student_temperature
+        return compared(student, teacher, self.loss, T, T_s, shares)
+
+
+def check_finite(loss: Tensor, step: int) -> None:
+    """Raises:
+    AllotError: the loss is nan or infinite.
+    """
+    if not bool(torch.isfinite(loss)):
+        raise AllotError(f"the loss is {float(loss.detach())} in step {step}: lower learning_rate.")
+
+
+def _keep(
+    state: State, teacher: list[list[Tensor]], pieces: list[tuple[int, int]], positions: list[int], samples: int
+) -> None:
+    """Remember the teacher's outputs for these samples, where inputs repeat and there is room.
+
+    Args:
+        teacher: outputs by piece of this process's share of the batch.
+    """
+    if not state["repeat"]:
+        return
+    if not state["teacher"]:
+        each = sum(t.numel() * t.element_size() for outputs in teacher for t in outputs) / pieces[-1][1]
+        of_samples = all(
+            t.shape[:1] == (stop - start,)
+            for outputs, (start, stop) in zip(teacher, pieces, strict=True)
+            for t in outputs
+        )
+        state["repeat"] = not anyone(each * samples > CACHED_BYTES or not of_samples)
+    if not state["repeat"]:
+        return
+    if processes() > 1:
+        here = teacher[0][0].device
+        teacher = [[t.to(here) for t in outputs] for said in gathered(_on_cpu(teacher)) for outputs in said]
+    if not state["teacher"]:
+        state["teacher"] = [tensor.new_zeros(samples, *tensor.shape[1:]) for tensor in teacher[0]]
+    shapes = [table.shape[1:] for table in state["teacher"]]
+    if any([tensor.shape[1:] for tensor in outputs] != shapes for outputs in teacher):
+        state |= {"repeat": False, "teacher": []}  # samples of several shapes
+        return
+    for table, parts in zip(state["teacher"], zip(*teacher, strict=True), strict=True):
+        table[positions] = torch.cat(parts)
+
+
+def _on_cpu(teacher: list[list[Tensor]]) -> list[list[Tensor]]:
+    return [[tensor.cpu() for tensor in outputs] for outputs in teacher]
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether it is a batch norm."""
+    return isinstance(module, _BatchNorm)
+
+
+def statistics(model: nn.Module) -> Iterator[str]:
+    """Names of the buffers of batch norms."""
+    own = dict(model.named_buffers())
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm):
+            yield from (buffer for buffer, _ in module.named_buffers(prefix=name, recurse=False) if buffer in own)
+
+
+def _check_blocks(model: nn.Module, blocks: tuple[str, ...]) -> None:
+    names = [name for name, _ in model.named_modules() if name]
+    for pattern in blocks:
+        if not fnmatch.filter(names, pattern):
+            raise unknown("module in blocks", pattern, names)
+
+
+@contextmanager
+def _watched(model: nn.Module, blocks: tuple[str, ...], seen: list[Tensor]) -> Iterator[None]:
+    """While open, outputs of the modules that match are appended to `seen`, in the order in which they come."""
+
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple | list) else output
+        if isinstance(first, Tensor) and first.is_floating_point():
+            seen.append(first)
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in blocks):
+                stack.enter_context(hooked(module, hook))
+        yield
