@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from allot.losses import compared_tensors
 from allot.masks import call
 from allot.run import Candidate, Problem
+from allot.shares import place, processes, total, total_number
 
 DRAWS = 4  # of labels, for each batch
 
@@ -50,24 +51,35 @@ def fisher(problem: Problem, candidate: Candidate) -> tuple[dict[str, Tensor], i
     """
     calibration = problem.inputs()
     dense = candidate.effective(problem)
-    total = {group.name: torch.zeros(group.total, dtype=torch.float64) for group in problem.scope.groups}
+    expected = {group.name: torch.zeros(group.total, dtype=torch.float64) for group in problem.scope.groups}
     forward = backward = 0
     for k in range(calibration.batches):
         inputs, samples = calibration.batch(k)
         for _ in range(DRAWS):
-            gates = {name: torch.ones(len(value), requires_grad=True) for name, value in total.items()}
+            gates = {name: torch.ones(len(value), requires_grad=True) for name, value in expected.items()}
 
-            def likelihood(output: object, gates: dict[str, Tensor] = gates) -> tuple[Tensor | None, ...]:
+            def likelihood(output: object, gates: dict[str, Tensor] = gates, samples: int = samples) -> list[Tensor]:
                 logits = compared_tensors(output, None, "kl")[0]
                 logits = (logits if logits.dim() < 4 else logits.movedim(1, -1)).flatten(0, -2)  # [n, classes]
-                drawn = torch.multinomial(logits.detach().softmax(-1), 1)
-                log_p = logits.log_softmax(-1).gather(-1, drawn).sum()
-                return torch.autograd.grad(log_p, list(gates.values()), allow_unused=True)
+                log_p = logits.log_softmax(-1).gather(-1, _drawn(logits, samples)).sum()
+                found = torch.autograd.grad(log_p, list(gates.values()), allow_unused=True, materialize_grads=True)
+                return total(found)
 
             with torch.enable_grad():
                 found = call(problem.model, gated(problem, dense, gates), inputs, then=likelihood)
             for name, gradient in zip(gates, found, strict=True):
-                if gradient is not None:
-                    total[name] += gradient.double().square().cpu()
+                expected[name] += gradient.double().square().cpu()
             forward, backward = forward + samples, backward + samples
-    return total, forward, backward
+    return expected, forward, backward
+
+
+def _drawn(logits: Float[Tensor, "n classes"], samples: int) -> Int[Tensor, "n 1"]:
+    """A class for each row, by its probability; `samples` is how many the whole batch has, of which this is a share.
+
+    The rows of the whole batch draw together, so that a row draws the same however the batch is shared out.
+    """
+    rows = round(total_number(len(logits)))
+    before = rows * (samples * place() // processes()) // samples
+    u = torch.rand(rows, dtype=torch.float64)[before : before + len(logits), None].to(logits.device)
+    reached = logits.detach().double().softmax(-1).cumsum(-1)
+    return (reached <= u * reached[:, -1:]).sum(-1, keepdim=True).clamp_max(logits.shape[-1] - 1)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from allot.errors import UsageError
 from allot.imports import function_at
+from allot.shares import processes, total_number
 
 Outputs = Callable[[Any], Any]
 
@@ -85,6 +86,11 @@ def compared_tensors(output: Any, outputs: str | Outputs | None, loss: str) -> l
         shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors)
         raise UsageError(f"the kl loss needs logits [B, classes] of two or more classes, not {shapes}: use mse.")
     return tensors
+
+
+def share_of(teacher: Tensor) -> float:
+    """How much `relative_error` to this share of a batch counts in that to the whole one, over all processes."""
+    return 1.0 if processes() == 1 else size(teacher, "mse") / total_number(size(teacher, "mse"))
 
 
 def relative_error(student: Float[Tensor, "*shape"], teacher: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from allot.errors import UsageError
 from allot.layers import ATTENTION_INPUTS, Layer, Place, Scope, places_of
+from allot.shares import stacked
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,15 @@ class Moments:
 
     @classmethod
     def of(cls, values: Float[Tensor, "*positions C"]) -> Moments:
-        """Moments over all but the last dimension of `values` `[..., C]`; no values at all give zeros."""
+        """Moments over all but the last dimension of `values` `[..., C]`; no values at all give zeros.
+
+        Of a batch that is shared out over processes, those of the whole batch.
+        """
         flat = values.detach().reshape(-1, values.shape[-1]).double()
         mean = flat.mean(0) if len(flat) else flat.new_zeros(flat.shape[-1])
-        return cls(torch.full_like(mean, float(len(flat))), mean, (flat - mean).square().sum(0))
+        own = torch.stack([torch.full_like(mean, float(len(flat))), mean, (flat - mean).square().sum(0)])
+        first, *others = (cls(*part) for part in stacked(own))
+        return sum(others, first)
 
     def __add__(self, other: Moments) -> Moments:
         count = self.count + other.count

@@ -18,6 +18,7 @@ from allot.observe import watched_inputs
 from allot.patterns import select
 from allot.run import Candidate, Metrics, Problem
 from allot.scores import ChannelScore, Score
+from allot.shares import total
 from allot.store import State
 
 
@@ -158,4 +159,4 @@ class Evidence:
                 inputs, samples = calibration.batch(k)
                 call(problem.model, self.candidate.effective(problem), inputs)
                 self.forward += samples
-        return found
+        return dict(zip(sorted(found), total([found[name] for name in sorted(found)]), strict=True))

@@ -12,6 +12,7 @@ that look best starve layers that training would need. So it is with a repair to
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch import Tensor
 from allot.errors import UsageError, check_flag
 from allot.run import Candidate, Method, Metrics, Problem, repeatable
 from allot.schedule import Schedule
+from allot.shares import each, processes
 from allot.store import State
 from allot.training import Training, distil
 
@@ -68,7 +70,7 @@ class Trial:
         self._advance(halves(problem, share)[0], candidate, state)
         return state
 
-    def step(self, problem: Problem, state: State, answers: dict[str, list[Tensor]]) -> Metrics:
+    def step(self, problem: Problem, state: State, answers: dict[str, list[Tensor]] | None) -> Metrics:
         """One calibration batch, in place.
 
         Args:
@@ -104,6 +106,45 @@ class Trial:
         state["losses"].append(loss)
         state["stage"] += len(state["losses"]) == judge.inputs().batches
         return {"forward": forward, "backward": 0, "loss": loss}
+
+    def some(
+        self,
+        problem: Problem,
+        state: State,
+        waiting: Sequence[Callable[[], Candidate]],
+        share: float,
+        answers: dict[str, list[Tensor]] | None,
+    ) -> tuple[Metrics, list[float]]:
+        """(metrics, losses of those of `waiting`, the first ones, that are tried by now): one step of the first trial.
+
+        Where processes share the work, whole trials of the first few, one a process.
+
+        Args:
+            state: of the method that tries: "step" counts, and "trial" is the one under way.
+            waiting: give allocations to be tried, with masks where `one_shot`.
+        """
+        if processes() > 1:
+            state["step"] -= state.pop("trial", {"taken": 0})["taken"]  # of one process: it is made whole once more
+            found = each(waiting, lambda make: self._whole(problem, make(), share, answers))
+            state["step"] += sum(taken for *_, taken in found)
+            pushed = {key: sum(metrics[key] for metrics, *_ in found) for key in ("forward", "backward")}
+            return {**pushed, "loss": found[-1][1]}, [loss for _, loss, _ in found]
+        if "trial" not in state:
+            state["trial"] = self.begin(problem, waiting[0](), share)
+        metrics = self.step(problem, state["trial"], answers)
+        state["step"] += 1
+        return metrics, [self.loss(state.pop("trial"))] if self.done(state["trial"]) else []
+
+    def _whole(
+        self, problem: Problem, candidate: Candidate, share: float, answers: dict[str, list[Tensor]] | None
+    ) -> tuple[Metrics, float, int]:
+        """(samples pushed, loss, steps) of a trial from its first step to its last."""
+        state = self.begin(problem, candidate, share)
+        pushed: Metrics = {"forward": 0, "backward": 0}
+        while not self.done(state):
+            metrics = self.step(problem, state, answers)
+            pushed = {key: pushed[key] + metrics[key] for key in pushed}
+        return pushed, self.loss(state), state["taken"]
 
     def done(self, state: State) -> bool:
         """Whether the loss is known."""

@@ -7,6 +7,7 @@ other; the lowest wins, equal losses go to the earlier one
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from allot.allocation import Allocation
@@ -38,14 +39,11 @@ class Auto:
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         """One calibration batch: of the training half, then of the judging half, for one allocation after the other."""
-        name, allocator = self.among[len(state["tried"])]
-        if "trial" not in state:
-            allocated = drive(allocator, problem, candidate)
-            state |= {"kept": allocated.allocation.kept, "trial": self.trial.begin(problem, allocated)}
-        metrics = self.trial.step(problem, state["trial"], state["answers"])
-        state["step"] += 1
-        if self.trial.done(state["trial"]):
-            state["tried"][name] = {"kept": state.pop("kept"), "loss": self.trial.loss(state.pop("trial"))}
+        left = self.among[len(state["tried"]) :]
+        waiting = [partial(drive, allocator, problem, candidate) for _, allocator in left]
+        metrics, losses = self.trial.some(problem, state, waiting, 1.0, state["answers"])
+        for (name, _), make, loss in zip(left, waiting, losses, strict=False):
+            state["tried"][name] = {"kept": make().allocation.kept, "loss": loss}
         return metrics
 
     def done(self, state: State) -> bool:

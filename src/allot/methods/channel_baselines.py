@@ -23,6 +23,7 @@ from allot.errors import check_number
 from allot.gates import gated
 from allot.run import Candidate, Metrics, Problem
 from allot.selection import Evidence, importance
+from allot.shares import each
 from allot.store import State
 from allot.training import Training
 
@@ -118,31 +119,38 @@ class Sensitivity:
         return state | {"open": self._proposals(budget, state)}
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
-        """One group's proposal on one batch; after the last one of a round the best is taken."""
+        """One group's proposal on one batch, or as many as there are processes; after a round the best is taken."""
         asked, state["asked"] = state["asked"], [0, 0]
-        name, fewer = state["open"].pop(0)
-        kept = state["kept"] | {name: fewer}
-        gates = {}
-        for group in problem.scope.groups:
-            gates[group.name] = torch.zeros(group.total).index_fill(
-                0, state["order"][group.name][: kept[group.name]], 1
-            )
-        tensors = gated(problem, candidate.effective(problem), gates)
         k = state["round"] % problem.inputs().batches
-        loss, answers, forward = self.training.judge(
-            problem, tensors, k, state["answers"].get(str(k)), batch_statistics=True
-        )
-        if state["repeats"]:
-            state["answers"][str(k)] = answers
-        state["tried"][name] = [fewer, loss]
-        state["step"] += 1
+
+        def tried(proposal: list[Any]) -> tuple[str, int, float, int]:
+            name, fewer = proposal
+            kept = state["kept"] | {name: fewer}
+            gates = {
+                group.name: torch.zeros(group.total).index_fill(0, state["order"][group.name][: kept[group.name]], 1)
+                for group in problem.scope.groups
+            }
+            tensors = gated(problem, candidate.effective(problem), gates)
+            loss, answers, forward = self.training.judge(
+                problem, tensors, k, state["answers"].get(str(k)), batch_statistics=True
+            )
+            if state["repeats"]:
+                state["answers"][str(k)] = answers
+            return name, fewer, loss, forward
+
+        found = each(state["open"], tried)
+        for name, fewer, loss, _ in found:
+            state["open"].pop(0)
+            state["tried"][name] = [fewer, loss]
+            state["step"] += 1
+        forward = sum(pushed for *_, pushed in found)
         if not state["open"]:
             best = min(state["tried"], key=lambda group: (state["tried"][group][1], group))
             state["kept"][best] = state["tried"][best][0]
             state["round"] += 1
             state |= {"tried": {}, "open": self._proposals(problem.channels, state)}
             state["steps"] = state["step"] + len(state["open"]) * max(self.rounds - state["round"], 1)
-        return {"forward": forward + asked[0], "backward": asked[1], "loss": loss}
+        return {"forward": forward + asked[0], "backward": asked[1], "loss": found[-1][2]}
 
     def done(self, state: State) -> bool:
         """When the budget is met."""

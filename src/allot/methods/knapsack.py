@@ -26,6 +26,7 @@ from allot.errors import UsageError, check_number
 from allot.masks import masked
 from allot.run import Candidate, Metrics, Problem
 from allot.selection import Evidence, scored
+from allot.shares import each
 from allot.store import State
 from allot.training import Training
 
@@ -70,20 +71,29 @@ class Knapsack:
         }
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
-        """One layer at one density."""
-        i, j = divmod(state["step"], len(self.densities))
-        layer = problem.scope.layers[i]
+        """One layer at one density; of several processes, as many as there are."""
         evidence = Evidence(problem, candidate, state["squares"])
-        weight = problem.dense[layer.name]
-        step, fewest, most = problem.pattern.feasible(layer)
-        kept = min(max(round(self.densities[j] * layer.total / step) * step, fewest), most)
-        mask = problem.pattern.mask(layer, scored(problem, layer, weight, evidence), kept)
-        pruned = {layer.name: masked(weight, mask)}
-        loss, answers, forward = self.training.judge(problem, pruned, 0, state["answers"])
-        state["answers"] = answers if state["repeats"] else None
-        state["error"][layer.name].append([kept / layer.total, loss])
-        state["step"] += 1
-        return {"forward": forward + evidence.forward, "backward": 0, "loss": loss}
+
+        def tried(place: int) -> tuple[str, float, float, int]:
+            i, j = divmod(place, len(self.densities))
+            layer = problem.scope.layers[i]
+            step, fewest, most = problem.pattern.feasible(layer)
+            kept = min(max(round(self.densities[j] * layer.total / step) * step, fewest), most)
+            weight = problem.dense[layer.name]
+            mask = problem.pattern.mask(layer, scored(problem, layer, weight, evidence), kept)
+            pruned = {layer.name: masked(weight, mask)}
+            loss, answers, forward = self.training.judge(problem, pruned, 0, state["answers"])
+            state["answers"] = answers if state["repeats"] else None
+            return layer.name, kept / layer.total, loss, forward
+
+        if not state["step"]:  # what the score asks of the inputs is found once
+            scored(problem, problem.scope.layers[0], problem.dense[problem.scope.layers[0].name], evidence)
+        found = each(range(state["step"], state["steps"]), tried)
+        for name, density, loss, _ in found:
+            state["error"][name].append([density, loss])
+        state["step"] += len(found)
+        forward = evidence.forward + sum(pushed for *_, pushed in found)
+        return {"forward": forward, "backward": 0, "loss": found[-1][2]}
 
     def done(self, state: State) -> bool:
         """After the last layer."""

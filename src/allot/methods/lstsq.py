@@ -21,6 +21,7 @@ from allot.layers import Layer
 from allot.masks import call, masked
 from allot.observe import Apply, biases_of, watched_layers
 from allot.run import Candidate, Metrics, Problem
+from allot.shares import total, total_number
 from allot.store import State
 
 
@@ -120,6 +121,7 @@ def _fitted(
             parts = [(apply(*_padded(leaves)) * part).sum() for apply, part in zip(applied, r, strict=True)]
             product = torch.stack(parts).sum()
             found = list(torch.autograd.grad(product, leaves))
+        found = total(found)
         return [masked(found[0], mask), *found[1:]]
 
     def forward(leaves: list[Tensor]) -> list[Tensor]:
@@ -128,14 +130,14 @@ def _fitted(
 
     x = [W] if b is None else [W, b]
     r = [y - z for y, z in zip(targets, forward(x), strict=True)]
-    s = transposed(r)
+    s = transposed(r)  # of the whole batch, where r is this process's share
     d, size = s, _dot(s, s)
     first = size
     for _ in range(iterations):
         if size <= 1e-12 * first or size == 0:
             break
         q = forward(d)
-        step = size / max(_dot(q, q), 1e-300)
+        step = size / max(total_number(_dot(q, q)), 1e-300)
         x = [value + step * way for value, way in zip(x, d, strict=True)]
         r = [value - step * way for value, way in zip(r, q, strict=True)]
         s = transposed(r)

@@ -32,10 +32,11 @@ from torch import Tensor
 from allot.distance import check_finite
 from allot.errors import UsageError, check_number, unknown
 from allot.layers import Layer
-from allot.losses import relative_error
+from allot.losses import relative_error, share_of
 from allot.masks import call, masked
 from allot.observe import Apply, biases_of, watched_layers
 from allot.run import Candidate, Metrics, Problem
+from allot.shares import total, total_number
 from allot.store import State
 from allot.training import Training
 
@@ -154,10 +155,11 @@ class Layerwise:
                 }
                 with watched_layers(problem.model, problem.scope, compare):
                     call(problem.model, {n: v.to(problem.dense[n].dtype) for n, v in now.items()}, inputs)
+        gradients = dict(zip(sorted(gradients), total([gradients[name] for name in sorted(gradients)]), strict=True))
         self._training().update(training, gradients)
         state["step"] += 1
         every = [loss for some in losses.values() for loss in some]
-        loss = sum(every) / max(len(every), 1)
+        loss = total_number(sum(every)) / max(len(every), 1)
         return {"loss": loss, "forward": samples * (1 if dense else 2), "backward": 0}
 
     def done(self, state: State) -> bool:
@@ -190,7 +192,7 @@ class Layerwise:
             name, part = biases.get(layer.name, ("", slice(0)))
             b = tensors[name][part].to(target.dtype).clone().requires_grad_() if name else None
             with torch.enable_grad():
-                loss = relative_error(apply(w, b), target)
+                loss = relative_error(apply(w, b), target) * share_of(target)
                 check_finite(loss, state["step"])
                 found = torch.autograd.grad(loss, [w] if b is None else [w, b])
             losses.setdefault(layer.name, []).append(float(loss.detach()))

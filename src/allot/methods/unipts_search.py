@@ -41,6 +41,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -141,23 +142,25 @@ class Search:
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         """One step of a start, or one calibration batch of a trial."""
-        state["step"] += 1
         if len(state["starts"]) < len(self.starts):
+            state["step"] += 1
             return self._started(problem, candidate, state)
-        noisy = self._noisy(problem)
         if not state["pool"]:
             self._populate(problem, state)
-        individual = state["pool"][state["queue"][0]]
-        forward = 0
-        if "trial" not in state:
-            allocated, forward = self._allocated(problem, candidate, state, individual["kept"])
-            state["trial"] = self.trial.begin(noisy, allocated, self.rungs[state["rung"]])
-        metrics = self.trial.step(noisy, state["trial"], state["answers"])
-        if self.trial.done(state["trial"]):
-            individual["losses"].append(self.trial.loss(state.pop("trial")))
-            state.setdefault("tried", []).append(state["queue"].pop(0))
+        forward = self._ordered(problem, candidate, state) if self.trial.one_shot and "order" not in state else 0
+        waiting = [
+            partial(self._allocated, problem, candidate, state, state["pool"][i]["kept"]) for i in state["queue"]
+        ]
+        rung = self.rungs[state["rung"]]
+        metrics, losses = self.trial.some(self._noisy(problem), state, waiting, rung, state["answers"])
+        generation = state["generation"]
+        for loss in losses:
+            place = state["queue"].pop(0)
+            state["pool"][place]["losses"].append(loss)
+            state.setdefault("tried", []).append(place)
+        if losses:
             self._skip(problem, state)
-        return metrics | {"forward": metrics["forward"] + forward, "generation": state["generation"]}
+        return metrics | {"forward": metrics["forward"] + forward, "generation": generation}
 
     def done(self, state: State) -> bool:
         """After the last generation."""
@@ -267,28 +270,27 @@ class Search:
             individuals = -(-individuals // self.halving)
         return individuals
 
-    def _allocated(
-        self, problem: Problem, candidate: Candidate, state: State, kept: Mapping[str, int]
-    ) -> tuple[Candidate, int]:
-        """The candidate with these counts, with masks where the trial is one-shot, and samples pushed for that."""
+    def _ordered(self, problem: Problem, candidate: Candidate, state: State) -> int:
+        """Rank the weights of every layer, once for all trials; samples pushed for that."""
+        evidence = Evidence(problem, candidate, {})
+        state["order"] = {
+            layer.name: problem.pattern.order(layer, scored(problem, layer, problem.dense[layer.name], evidence))
+            for layer in problem.scope
+        }
+        return evidence.forward
+
+    def _allocated(self, problem: Problem, candidate: Candidate, state: State, kept: Mapping[str, int]) -> Candidate:
+        """The candidate with these counts, with masks where the trial is one-shot."""
         allocated = replace(candidate, allocation=Allocation.of(kept, candidate.allocation.total))
         if not self.trial.one_shot:
-            return allocated, 0
-        forward = 0
-        if "order" not in state:
-            evidence = Evidence(problem, candidate, {})
-            state["order"] = {
-                layer.name: problem.pattern.order(layer, scored(problem, layer, problem.dense[layer.name], evidence))
-                for layer in problem.scope
-            }
-            forward = evidence.forward
+            return allocated
         masks = {}
         for layer in problem.scope:
             mask = torch.zeros(layer.total, dtype=torch.bool, device=state["order"][layer.name].device)
             masks[layer.name] = mask.index_fill(0, state["order"][layer.name][: kept[layer.name]], True).view(
                 layer.shape
             )
-        return replace(allocated, masks=masks), forward
+        return replace(allocated, masks=masks)
 
     def _base(self, budget: Budget) -> dict[str, float]:
         return reduced(budget, self.excess, relative=self.relative)
