@@ -30,10 +30,12 @@ from allot.report.data import layer_rows
 from allot.report.page import advice_page
 from allot.run import Candidate, drive, interruptible
 from allot.run import Progress as Step
+from allot.shares import place, sharing, speaks
 from allot.sources import DATA_FORMS, MODEL_FORMS, REMOTE, example_of, load_data, load_model
 from allot.store import write
 from allot.sweep import budgets_of, cells_of, sweep
 
+SHARED = ("prune", "sweep", "evaluate")  # what several processes do together
 app = typer.Typer(name="allot", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 # what typer raises for a command line that it cannot read; some releases of it bring a click of their own
@@ -50,6 +52,8 @@ def allot_command(
     if version:
         sys.stdout.write(f"allot {metadata.version('allot')}\n")
         raise typer.Exit
+    if place() > 0 and context.invoked_subcommand not in SHARED:
+        raise typer.Exit  # the first process does it
     if context.invoked_subcommand is None:
         sys.stderr.write(context.get_help() + "\n")
         raise typer.Exit(2)
@@ -335,7 +339,8 @@ app.command("recipes")(verbs.recipes_command)
 def main() -> None:
     """Run the command line; errors are one line on standard error and an exit code."""
     try:
-        with notes():
+        with sharing(), notes():
+            people.quiet = place() > 0
             code = app(prog_name="allot", standalone_mode=False) or 0
     except Stopped as stop:
         say(f"{stop}: saved; the same command goes on from here." if stop.saved else f"{stop}.")
@@ -352,6 +357,9 @@ def main() -> None:
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
+    except Exception:
+        speaks()  # a traceback says it: other processes need not
+        raise
     if code == 130:
         say_error("interrupted.")
     sys.exit(code)

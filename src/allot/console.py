@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from allot.run import Progress as Step
+from allot.shares import speaks
 
 # a log has no width of its own: tables are not squeezed into 80 columns there
 people = Console(stderr=True, width=None if sys.stderr.isatty() or "COLUMNS" in os.environ else 120)
@@ -23,7 +24,8 @@ people = Console(stderr=True, width=None if sys.stderr.isatty() or "COLUMNS" in 
 def progress() -> Iterator[Callable[[Step], None]]:
     """A bar a stage with time left, on standard error; there too goes what models and data print meanwhile."""
     columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bars = Progress(*columns, console=people, disable=not people.is_terminal, redirect_stdout=False)
+    quiet = not people.is_terminal or people.quiet
+    bars = Progress(*columns, console=people, disable=quiet, redirect_stdout=False)
     with redirect_stdout(sys.stderr), bars:
         tasks: dict[str, TaskID] = {}
 
@@ -67,11 +69,14 @@ def say(line: str) -> None:
 
 
 def say_error(message: str) -> None:
-    """One line about what went wrong."""
+    """One line about what went wrong; of several processes, the first that has to say something does."""
+    people.quiet = not speaks()
     people.print(f"error: {' '.join(message.split())}", style="red", highlight=False, markup=False, soft_wrap=True)
 
 
 def print_json(content: Any) -> None:
     """One object on standard output."""
+    if people.quiet:
+        return
     sys.stdout.write(json.dumps(content, indent=2) + "\n")
     sys.stdout.flush()  # a reader that is gone shows here, not while Python shuts down

@@ -49,6 +49,12 @@ class VerificationError(AllotError):
     exit_code = 4
 
 
+class Lost(AllotError):
+    """Another process of the same run ended."""
+
+    exit_code = 1
+
+
 class Stopped(AllotError):
     """The run was asked to stop; what is done so far is saved and the same command goes on from there.
 

@@ -9,6 +9,7 @@ Without labels, of a model that gives logits [B, T, V] for token ids [B, T], log
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from allot.calibration import LABEL_KEYS, inputs_of, moved
 from allot.errors import AllotError, UsageError, check_number
 from allot.masks import call
 from allot.reading import Readable, read_readable
+from allot.shares import gathered, place, processes
 
 TOKENS = 1024  # of text at a time: each has a logit for every word
 
@@ -66,6 +68,8 @@ def evaluate(
 ) -> Score:
     """Top-1 accuracy of a classifier, or of the next token of a causal language model, in eval mode.
 
+    Where processes share the work, each looks at every so-manieth sample, or batch of a DataLoader.
+
     Args:
         model: maps inputs to logits `[B, classes]`, or token ids to logits `[B, T, V]`, or to an object with `.logits`;
             left as it was.
@@ -85,19 +89,20 @@ def evaluate(
     total = len(counted) if hasattr(counted, "__len__") else None
     right = samples = scored = 0
     nll = 0.0
-    metric = "top1"
+    metric = ""
     with torch.no_grad():
         for batch, labels in _batches(data, batch_size, workers):
             inputs = moved(batch, reference.device, reference.dtype)
             output = attempt(model, inputs, tensors or {})
             logits = getattr(output, "logits", output)
             if labels is None:
-                if metric == "top1":
+                if not metric:
                     _refuse_looking_ahead(model, inputs, logits, tensors or {})
-                    metric = "token_top1"
+                metric = "token_top1"
                 samples += len(logits)
                 rows, labels = _next_tokens(inputs, logits)
             elif isinstance(logits, Tensor) and logits.dim() == 2 and len(logits) == len(labels):
+                metric = metric or "top1"
                 rows, labels = logits, labels.to(logits.device)
                 samples += len(labels)
             else:
@@ -110,11 +115,14 @@ def evaluate(
             nll += float(F.cross_entropy(rows.double(), labels, reduction="sum")) if known else math.nan
             scored += len(labels)
             if on_batch:
-                on_batch(samples, total)
+                on_batch(samples * processes(), total)
+    said = gathered((metric, right, samples, nll, scored, list(data.unreadable) if isinstance(data, Readable) else []))
+    metrics, *sums = zip(*said, strict=True)
+    right, samples, nll, scored = (sum(part) for part in sums[:4])
     if not scored:
         raise UsageError("the data to score on is empty.")
-    unreadable = len(data.unreadable) if isinstance(data, Readable) else 0
-    return Score(metric, right / scored, samples, None if math.isnan(nll) else nll / scored, unreadable)
+    unreadable = len({index for some in sums[4] for index in some})
+    return Score(max(metrics), right / scored, samples, None if math.isnan(nll) else nll / scored, unreadable)
 
 
 def attempt(model: nn.Module, inputs: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -189,10 +197,13 @@ def _batches(data: Any, batch_size: int, workers: int) -> Iterator[tuple[Any, Te
     loader = data
     if not isinstance(data, DataLoader):
         if not isinstance(data, IterableDataset) and hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-            samples: Iterator[Any] = (sample for _, sample in read_readable(data, range(len(data)), workers))
+            own = range(place(), len(data), processes())
+            samples: Iterator[Any] = (sample for _, sample in read_readable(data, own, workers))
         else:
-            samples = iter(data)
+            samples = itertools.islice(data, place(), None, processes())
         loader = _grouped(samples, batch_size)
+    else:
+        loader = itertools.islice(loader, place(), None, processes())
     for batch in loader:
         yield inputs_of(batch), _labels(batch)
 

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import itertools
-import json
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
-from allot import patterns
-from allot.allocation import Allocation
 from allot.budget import Budget
 from allot.calibration import Calibration
-from allot.channels import ChannelPlan
-from allot.errors import AllotError, BudgetError, Stopped, UsageError, VerificationError
+from allot.chain import chain
+from allot.errors import AllotError, Stopped, UsageError
 from allot.evaluate import Score as Accuracy
 from allot.evaluate import attempt, evaluate
 from allot.fingerprint import fingerprint
@@ -32,18 +28,15 @@ from allot.layers import Rules, Scope
 from allot.parts import Parts, assemble, settings
 from allot.patterns import Channels, Pattern
 from allot.pose import check_made_nothing, check_plain, names_of, pose
-from allot.realise import certificate, files
-from allot.realise.compare import check_slim
 from allot.realise.files import TABLES
-from allot.realise.held import Held, load_tables, paced, save_tables, told
+from allot.realise.held import load_tables
 from allot.realise.timing import Runtime, latency_of
 from allot.result import Result
-from allot.run import Candidate, Method, Problem, Progress, drive, repeatable
+from allot.run import Candidate, Method, Problem, Progress, repeatable
 from allot.scores import ChannelScore, Score
-from allot.selection import Selection, channel_masks
-from allot.store import Log, Store, read_run, write
-
-Judge = Callable[..., Accuracy]  # `evaluate` on the test data
+from allot.selection import Selection
+from allot.shares import alone, check_alike, gathered, led
+from allot.store import Log, opened, read_run
 
 
 @torch.inference_mode(mode=False)
@@ -133,19 +126,22 @@ def prune(
     for part in (parts.allocate, *parts.repair):
         if part.needs_data:
             problem.inputs()
-    if inputs is None:  # a score that needs inputs says so before anything is written
+    if inputs:
+        inputs.share(range(len(inputs) // inputs.batches))  # the smallest batch is large enough
+    else:  # a score that needs inputs says so before anything is written
         whole = Candidate.dense(problem)
         Selection().step(problem, whole, Selection().init(problem, whole))
     cut = _cut(problem, parts, max_minutes, save_to)
     parts = shortened(parts, cut) if cut else parts
     if isinstance(test, Iterable) and not hasattr(test, "__len__") and not hasattr(test, "dataset"):
         test = list(test)  # it is read twice
-    done = save_to and (Path(save_to) / "run.json").exists() and read_run(save_to)["state"] == "done"
+    done = bool(save_to) and led(partial(_is_done, Path(save_to or "")))
     judge = partial(evaluate, data=test, workers=workers) if test is not None else None
     if judge and not done:
         dense = dense or judge(model)  # unusable test data costs no run
-    with repeatable(model, seed, "fingerprint"):
+    with alone(), repeatable(model, seed, "fingerprint"):
         found = fingerprint(problem)
+    check_alike("model or data", found)
     asked = {"configuration": _configuration(budget, parts, rules, seed, inputs), "fingerprint": found}
     if budget.latency is not None:
         asked["configuration"]["runtime"] = str(served)
@@ -155,24 +151,32 @@ def prune(
     limits = [f"{kind}={amount}" for kind, amount in budget.to_json().items()]
     recipe = {**known, "budget": limits, "options": settings(options or {}), **(recipe or {})}
     device = next(iter(problem.dense.values())).device
-    store = Store(save_to, asked, {**_versions(), "recipe": recipe}, device) if save_to else None
+    store = opened(save_to, asked, {**_versions(), "recipe": recipe}, device) if save_to else None
     try:
         name = label or type(model).__name__
-        return _chain(problem, parts, store, log, name, judge, dense, cut, on_step, should_stop)
+        return chain(problem, parts, store, log, name, judge, dense, cut, on_step, should_stop)
     finally:
         if store:
             store.close()
+
+
+def _is_done(run: Path) -> bool:
+    return (run / "run.json").exists() and read_run(run)["state"] == "done"
 
 
 def _cut(problem: Problem, parts: Parts, minutes: float | None, run: str | Path | None) -> dict[str, Any] | None:
     """How the chain is brought down to these minutes: as the run began, where it did."""
     if minutes is None:
         return None
-    if run and (Path(run) / "run.json").exists():
-        earlier = read_run(run).get("configuration", {}).get("fit")
-        if earlier and earlier["minutes"] == minutes:
-            return dict(earlier)
-    return fitted(problem, parts, minutes)
+
+    def began() -> dict[str, Any]:
+        there = run and (Path(run) / "run.json").exists()
+        return read_run(run).get("configuration", {}).get("fit") or {} if run and there else {}
+
+    earlier: dict[str, Any] = led(began)
+    if earlier.get("minutes") == minutes:
+        return earlier
+    return gathered(fitted(problem, parts, minutes))[0]  # the first process's clock counts
 
 
 def _timing(
@@ -208,7 +212,7 @@ def _timing(
             return tables
         return measure(*problem)
 
-    return timing
+    return lambda *problem: led(lambda: timing(*problem))
 
 
 def _calibration(
@@ -246,120 +250,6 @@ def _calibration(
             return read(batched=True)
         except (AllotError, TypeError, IndexError, AttributeError):
             raise error from None  # what is wrong with the data as samples
-
-
-def _chain(
-    problem: Problem,
-    parts: Parts,
-    store: Store | None,
-    log: Log,
-    label: str,
-    judge: Judge | None,
-    dense: Accuracy | None,
-    cut: Mapping[str, Any] | None,
-    on_step: Callable[[Progress], None] | None,
-    should_stop: Callable[[], bool] | None,
-) -> Result:
-    stages: list[tuple[str, Method]] = [("allocate", parts.allocate), ("select", Selection())]
-    if "latency" in problem.budget.asked:
-        stages.insert(1, ("latency", Held()))
-        if store and not store.done:
-            save_tables(store.directory, problem)
-    stages += [
-        (f"repair-{i}-{name}", part)
-        for i, (name, part) in enumerate(zip(parts.names.repair, parts.repair, strict=True), 1)
-    ]
-    if store and store.done:
-        return _reopened(problem, parts, store, label, judge, dense)
-    log = store.saved.log if store and store.saved else log
-    names = [name for name, _ in stages]
-    first = names.index(store.saved.stage) if store and store.saved else 0
-    candidate = replace(Candidate.dense(problem), diagnostics={"fit": dict(cut)} if cut else {})
-    if store and store.saved:
-        problem = paced(problem, store.saved.candidate["diagnostics"])
-    for name, part in stages[first:]:
-        try:
-            candidate = drive(
-                part, problem, candidate, stage=name, store=store, log=log, on_step=on_step, should_stop=should_stop
-            )
-        except Stopped:
-            if store:
-                store.describe("stopped", log)
-            raise
-        except (UsageError, BudgetError) as error:
-            raise type(error)(f"{name}: {error}") from error
-        except Exception as error:
-            error.add_note(f"in stage {name!r} of allot.prune")
-            raise
-        if name == "latency":
-            problem = paced(problem, candidate.diagnostics)
-    scores = _scores(problem, candidate, judge, dense) if judge and dense else None
-    result = Result(problem, candidate, log, parts.names, parts.method, label, scores)
-    if problem.scope.groups:
-        check_slim(problem, candidate)
-    if "latency" in problem.budget.asked:
-        result = replace(result, latency=told(problem, candidate))
-        if store:
-            save_tables(store.directory, problem)
-    if store:
-        write(store.directory / "recipe.yaml", yaml.safe_dump(store.notes["recipe"], sort_keys=False))
-        result.save(store.directory)
-        store.finish(log)
-    return result
-
-
-def _reopened(
-    problem: Problem, parts: Parts, store: Store, label: str, judge: Judge | None, dense: Accuracy | None
-) -> Result:
-    """The result of a finished run, read back from its files.
-
-    Raises:
-        VerificationError: they do not hold what was promised.
-    """
-    found = certificate.verify(store.directory)
-    if failed := [row for row in found["rows"] if not row["passed"]]:
-        what = "; ".join(f"{row['file']}: {row['check']}: {row['found']}" for row in failed[:3])
-        raise VerificationError(f"{store.directory} is not what the run left there ({what}): delete it and run again.")
-    try:
-        report = json.loads((store.directory / "report.json").read_text())
-        kept = json.loads((store.directory / "certificate.json").read_text())["promised"]["kept"]
-        log = Log(report["seconds"], report["images"]["forward"], report["images"]["backward"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UsageError(f"{store.directory}/report.json cannot be read: {error}") from error
-    scores = report.get("scores")
-    state = {n: v.to(problem.dense[n].device) for n, v in files.load(store.directory).items() if n in problem.dense}
-    tensors = {name: value for name, value in state.items() if not torch.equal(value, problem.dense[name])}
-    channels: dict[str, tuple[int, ...]] = {}
-    if problem.scope.groups:
-        channels = dict(ChannelPlan.from_json(json.loads((store.directory / files.PLAN).read_text())).kept)
-        kept = {name: len(some) for name, some in channels.items()}
-        masks = channel_masks(problem, channels)
-    else:
-        # a weight that is zero but kept does not show in the file: any position will do to keep the count
-        masks = {
-            layer.name: patterns.select((state[layer.name] != 0).float(), kept[layer.name]) for layer in problem.scope
-        }
-    allocation = Allocation.of(kept, {term.name: term.total for term in problem.budget.terms})
-    candidate = Candidate(allocation, masks, tensors, channels, report.get("diagnostics", {}))
-    same = dense and scores and scores.get("nll", {}).get("dense") == dense.nll and scores["dense"] == dense.score
-    if judge and not same:  # the data may be others than the run was scored on
-        scores = _scores(problem, candidate, judge, dense or judge(problem.model))
-    latency = report.get("latency")
-    return Result(problem, candidate, log, parts.names, parts.method, label, scores, latency, store.directory)
-
-
-def _scores(problem: Problem, candidate: Candidate, judge: Judge, dense: Accuracy) -> dict[str, Any]:
-    sparse = judge(problem.model, tensors=candidate.effective(problem))
-    found = {
-        "metric": dense.metric,
-        "dense": dense.score,
-        "sparse": sparse.score,
-        "samples": dense.samples,
-        "nll": {"dense": dense.nll, "sparse": sparse.nll},
-    }
-    if dense.perplexity is not None:
-        found["perplexity"] = {"dense": dense.perplexity, "sparse": sparse.perplexity}
-    return found | ({"unreadable": dense.unreadable} if dense.unreadable else {})
 
 
 def _configuration(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import threading
 import time
@@ -26,6 +27,7 @@ from allot.layers import Scope
 from allot.masks import masked
 from allot.patterns import Pattern
 from allot.scores import ChannelScore, Score
+from allot.shares import anyone, check_alike, led, processes
 from allot.store import Log, State, Store
 
 Metrics = dict[str, float | int]
@@ -140,6 +142,9 @@ class Method(Protocol):
         role: "allocate" or "repair".
         shares: of an allocator, what it can share out: "weights", "channels" or both; a repair does without.
         needs_data: whether `problem.calibration` has to be there.
+        parallel: may be left out. True: where processes share the work, all of them run this method, on shares of
+            batches, and it adds up over them what it finds (`allot.shares.total`, or what it uses does: `Training`,
+            `Moments`, `Evidence`). Else one process runs it, on whole batches.
     """
 
     @property
@@ -231,6 +236,8 @@ def drive(
 ) -> Candidate:
     """The candidate that `method` makes of `candidate`; goes on where `store` holds this stage unfinished.
 
+    Where processes share the work, all of them get the candidate of the first one.
+
     Args:
         stage: names the state file and the lines in steps.jsonl.
         log: what it costs is added here.
@@ -239,6 +246,42 @@ def drive(
         Stopped: `should_stop` said so; the state is saved.
     """
     log = log if log is not None else Log()
+
+    def run() -> Candidate:
+        return _driven(method, problem, candidate, stage, store, log, on_step, should_stop, save_seconds)
+
+    if processes() == 1:
+        return run()
+    if not getattr(method, "parallel", False):
+        found = led(run, _packed)
+    else:
+        found = run()
+        check_alike(f"what {stage} keeps of layers", found.allocation.kept)
+        found = led(lambda: found, _packed)
+    return found if isinstance(found, Candidate) else _unpacked(found, problem)
+
+
+def _packed(candidate: Candidate) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(candidate.to_state(), buffer)
+    return buffer.getvalue()
+
+
+def _unpacked(content: bytes, problem: Problem) -> Candidate:
+    return Candidate.from_state(torch.load(io.BytesIO(content), weights_only=True, map_location="cpu"), problem)
+
+
+def _driven(
+    method: Method,
+    problem: Problem,
+    candidate: Candidate,
+    stage: str,
+    store: Store | None,
+    log: Log,
+    on_step: Callable[[Progress], None] | None,
+    should_stop: Callable[[], bool] | None,
+    save_seconds: float,
+) -> Candidate:
     saved = store.saved if store and store.saved and store.saved.stage == stage else None
     if saved:
         candidate = Candidate.from_state(saved.candidate, problem)
@@ -257,7 +300,7 @@ def drive(
     if not saved:
         save()
     while not method.done(state):
-        if should_stop and should_stop():
+        if anyone(bool(should_stop and should_stop())):
             save()
             raise Stopped(f"stopped in stage {stage} after step {state['step']} of {state['steps']}")
         with repeatable(problem.model, problem.seed, stage, state["step"]):

@@ -28,6 +28,7 @@ class Selection:
 
     role = "select"
     needs_data = False
+    parallel = True
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
         """No layer done; an allocator that trains weights brings its masks."""

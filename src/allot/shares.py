@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from allot.errors import UsageError
+from allot.errors import Lost, UsageError
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)  # of processes that wait for one that measures or scores; a dead one is noticed at once
@@ -68,7 +68,7 @@ def sharing() -> Iterator[None]:
         yield
     finally:
         _open = before
-        if own:
+        if own and dist.is_initialized():
             dist.destroy_process_group()
 
 
@@ -93,7 +93,8 @@ def total(tensors: Sequence[Tensor]) -> list[Tensor]:
         alike.setdefault((tensor.dtype, tensor.device), []).append(i)
     for places in alike.values():
         flat = torch.cat([tensors[i].detach().flatten() for i in places])
-        dist.all_reduce(flat)
+        with _exchange():
+            dist.all_reduce(flat)
         for i, part in zip(places, flat.split([tensors[i].numel() for i in places]), strict=True):
             found[i] = part.view(tensors[i].shape)
     return found
@@ -109,7 +110,8 @@ def stacked(tensor: Tensor) -> Tensor:
     if processes() == 1:
         return tensor[None]
     found = [torch.empty_like(tensor) for _ in range(processes())]
-    dist.all_gather(found, tensor.contiguous())
+    with _exchange():
+        dist.all_gather(found, tensor.contiguous())
     return torch.stack(found)
 
 
@@ -118,7 +120,8 @@ def gathered(value: T) -> list[T]:
     if processes() == 1:
         return [value]
     found: list[Any] = [None] * processes()
-    dist.all_gather_object(found, value)
+    with _exchange():
+        dist.all_gather_object(found, value)
     return found
 
 
@@ -141,7 +144,8 @@ def led(function: Callable[[], T], tell: Callable[[T], Any] | None = None) -> T 
         except Exception as error:  # noqa: BLE001 - raised below, in every process
             failed = error
             told[1] = _sent(error)
-    dist.broadcast_object_list(told, src=0)
+    with _exchange():
+        dist.broadcast_object_list(told, src=0)
     if failed or told[1]:
         raise failed or told[1]
     return value if place() == 0 else told[0]
@@ -174,6 +178,33 @@ def check_alike(what: str, value: Any) -> None:
     said = gathered(value)
     if any(other != said[0] for other in said):
         raise UsageError(f"the processes of torchrun differ in {what}: each has to load the same, with the same seed.")
+
+
+def speaks() -> bool:
+    """Whether this process is the first of the run to say what went wrong; the one that knows first knows best."""
+    if not launched():
+        return True
+    try:
+        told = dist.TCPStore(  # type: ignore[attr-defined]
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=5)
+        )
+        return told.add(f"allot/said/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
+    except (RuntimeError, ValueError, KeyError):
+        return True  # what kept count is gone
+
+
+@contextmanager
+def _exchange() -> Iterator[None]:
+    """Raises:
+    Lost: another process is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise Lost(
+            "another process of this run ended, for a reason that it may have said above. What is saved is kept: the "
+            "same command goes on from there, with any number of processes."
+        ) from error
 
 
 def _sent(error: Exception) -> Exception:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from allot.errors import UsageError
+from allot.shares import led
 
 State = dict[str, Any]
 
@@ -43,7 +44,7 @@ class Saved:
 
 
 class Store:
-    """One run directory, locked by this process.
+    """One run directory, locked by this process; where several share the work, by the first (`opened`).
 
     Args:
         directory: made where it does not exist.
@@ -63,6 +64,7 @@ class Store:
         device: str | torch.device = "cpu",
     ) -> None:
         self.directory = Path(directory)
+        self.content: bytes | None = None  # of the unfinished stage, as it was saved
         self.asked = json.loads(json.dumps(asked))
         self.notes = dict(notes)
         if self.directory.exists() and not self.directory.is_dir():
@@ -79,6 +81,8 @@ class Store:
             if isinstance(error, OSError):
                 raise UsageError(f"cannot write {error.filename or self.directory}: {error.strerror}.") from error
             raise
+
+    leads = True  # whether this process writes
 
     def save(self, stage: str, candidate: State, state: State, log: Log) -> None:
         """Write where the run is, so that it can go on from here."""
@@ -176,11 +180,49 @@ class Store:
         if not paths:
             return None, 0
         try:
-            content = torch.load(paths[-1], weights_only=True, map_location=device)
-            saved = Saved(content["stage"], content["candidate"], content["state"], Log(**content["log"]))
-            return saved, int(content["steps_bytes"])
+            self.content = paths[-1].read_bytes()
+            return _saved(self.content, device)
         except (RuntimeError, KeyError, TypeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
             raise UsageError(f"{paths[-1]} cannot be read: delete {self.directory} and start again.") from error
+
+
+class _Following(Store):
+    """The run directory as the other processes have it: what the first one found there; nothing is written."""
+
+    leads = False
+
+    def __init__(self, directory: Path, notes: Mapping[str, Any], done: bool, saved: Saved | None) -> None:  # noqa: FBT001
+        self.directory, self.notes, self.done, self.saved, self._lock = directory, dict(notes), done, saved, -1
+
+    def save(self, stage: str, candidate: State, state: State, log: Log) -> None:
+        """The first process does."""
+
+    def write_step(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
+        """The first process does."""
+
+    def describe(self, state: str, log: Log) -> None:
+        """The first process does."""
+
+
+def opened(
+    directory: str | Path, asked: Mapping[str, Any], notes: Mapping[str, Any], device: str | torch.device = "cpu"
+) -> Store:
+    """The store of a run; where processes share the work, the first one's, and what it found for the others.
+
+    Args, Raises: as `Store`.
+    """
+    found = led(lambda: Store(directory, asked, notes, device), lambda store: (store.done, store.content))
+    if isinstance(found, Store):
+        found.content = None
+        return found
+    done, content = found
+    return _Following(Path(directory), notes, done, _saved(content, device)[0] if content else None)
+
+
+def _saved(content: bytes, device: str | torch.device) -> tuple[Saved, int]:
+    found = torch.load(io.BytesIO(content), weights_only=True, map_location=device)
+    saved = Saved(found["stage"], found["candidate"], found["state"], Log(**found["log"]))
+    return saved, int(found["steps_bytes"])
 
 
 def read_run(directory: str | Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from allot.evaluate import evaluate
 from allot.parts import assemble
 from allot.prune import prune
 from allot.report.page import comparison_page
+from allot.shares import led
 from allot.store import write
 
 
@@ -121,10 +122,10 @@ def sweep(
         reports.append((str(directory.relative_to(out)), report))
         rows.append({**told, "run": str(directory.relative_to(out)), **_figures(report)})
     table = {"cells": rows, "means": list(_means(rows))}
-    write(out / "results.json", json.dumps(table, indent=2) + "\n")
+    led(lambda: write(out / "results.json", json.dumps(table, indent=2) + "\n"))
     if not reports:
         raise UsageError(f"no cell met its budget; the first: {rows[0]['error']}")
-    write(out / "report.html", comparison_page(reports))
+    led(lambda: write(out / "report.html", comparison_page(reports)))
     return table
 
 

@@ -30,6 +30,7 @@ class Auto:
 
     role = "allocate"
     needs_data = True
+    parallel = True
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
         """No allocation tried."""

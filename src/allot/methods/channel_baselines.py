@@ -93,6 +93,7 @@ class Sensitivity:
 
     role = "allocate"
     needs_data = True
+    parallel = True
     shares = ("channels",)
 
     def __post_init__(self) -> None:

@@ -26,6 +26,7 @@ class Distill:
 
     role = "repair"
     needs_data = True
+    parallel = True
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
         """The weights as they came."""

@@ -87,6 +87,7 @@ class Dsa:
 
     role = "allocate"
     needs_data = True
+    parallel = True
     shares = ("channels",)
 
     def __post_init__(self) -> None:

@@ -94,6 +94,7 @@ class Fcpts:
 
     role = "allocate"
     needs_data = True
+    parallel = True
 
     def __post_init__(self) -> None:
         check_number("learn_from", self.learn_from, 0, 1)
@@ -232,6 +233,7 @@ class FcptsPaper:
 
     role = "allocate"
     needs_data = True
+    parallel = True
 
     def __post_init__(self) -> None:
         check_number("momentum", self.momentum, 0, 1)

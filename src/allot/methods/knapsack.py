@@ -49,6 +49,7 @@ class Knapsack:
 
     role = "allocate"
     needs_data = True
+    parallel = True
 
     def __post_init__(self) -> None:
         densities: Any = self.densities

@@ -41,6 +41,7 @@ class LeastSquares:
 
     role = "repair"
     needs_data = True
+    parallel = True
 
     def __post_init__(self) -> None:
         check_number("batches", self.batches, 1, whole=True)

@@ -115,6 +115,7 @@ class Layerwise:
 
     role = "repair"
     needs_data = True
+    parallel = True
 
     def __post_init__(self) -> None:
         self._training()

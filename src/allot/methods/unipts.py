@@ -70,6 +70,7 @@ class Unipts:
 
     role = "repair"
     needs_data = True
+    parallel = True
 
     def __post_init__(self) -> None:
         check_number("base_decay", self.base_decay, 1e-6, 1)

@@ -100,6 +100,7 @@ class Search:
 
     role = "allocate"
     needs_data = True
+    parallel = True
 
     def __post_init__(self) -> None:
         check_number("excess", self.excess, 1e-6, 1)
