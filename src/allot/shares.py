@@ -160,9 +160,9 @@ def each(items: Sequence[Any], function: Callable[[Any], T]) -> list[T]:
     if processes() == 1:
         return [function(item) for item in few]
     own = None
-    if place() < len(few):
+    for item in few[place() : place() + 1]:
         with alone():
-            own = function(few[place()])
+            own = function(item)
     return list(gathered(own)[: len(few)])  # type: ignore[arg-type]
 
 
