@@ -175,8 +175,8 @@ def test_a_fit_finds_the_figures_that_made_the_times_and_none_below_zero():
 @pytest.mark.parametrize("runtime", ["onnx", "torch:3"])
 def test_a_real_clock_times_every_layer_and_the_whole(runtime: str):
     model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding="same"), nn.BatchNorm2d(8), nn.ReLU(), nn.ConvTranspose2d(8, 8, 2, 2),
-        nn.ReLU(), nn.Flatten(), nn.Linear(8 * 256, 5),
+        nn.Conv2d(3, 2, 3, padding="same"), nn.BatchNorm2d(2), nn.ReLU(), nn.ConvTranspose2d(2, 2, 2, 2),
+        nn.ReLU(), nn.Flatten(), nn.Linear(2 * 256, 5),
     ).eval()  # fmt: skip
     timing_of = lambda *given: timing.latency_of(*given, runtime=Runtime.parse(runtime))  # noqa: E731
     problem = pose(model, Budget(latency="10s"), parse("channels"), example=torch.randn(1, 3, 8, 8), latency=timing_of)
