@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,3 +41,28 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     if _home is not None:
         shutil.rmtree(_home, ignore_errors=True)
+
+
+@pytest.hookimpl(optionalhook=True)  # without xdist there is nothing to share out
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests are shared out in two halves, and a worker that is done takes from the other one's end.
+
+    Shared out in small parts, the documents, which come last and are long, all went to one worker.
+    """
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
+
+
+CLOCKS = ("advise", "export", "sparse", "timing")  # modules of allot.realise that time nets
+
+
+@pytest.fixture(autouse=True)
+def three_rounds_of_every_clock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nets are timed in three rounds and not for two seconds: what a fast test claims holds for any time."""
+    if request.node.get_closest_marker("slow") or request.node.get_closest_marker("gpu"):
+        return
+    real = importlib.import_module("allot.realise.clock").timed
+    for name in CLOCKS:
+        module = importlib.import_module(f"allot.realise.{name}")
+        monkeypatch.setattr(module, "timed", lambda runs, **settings: real(runs, seconds=0, least=3))

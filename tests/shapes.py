@@ -21,8 +21,19 @@ def check_shapes_of(source: Path) -> list[str]:
     """
     files = sorted(file for file in source.rglob("*.py") if "jaxtyping" in file.read_text(encoding="utf-8"))
     modules = [".".join(file.relative_to(source).with_suffix("").parts) for file in files]
+    jaxtyping.jaxtyped = _where_shapes_are_named(jaxtyping.jaxtyped)  # the hook calls it by this name
     jaxtyping.install_import_hook(modules, "shapes.checked")
     return modules
+
+
+def _where_shapes_are_named(jaxtyped: Callable[..., Any]) -> Callable[..., Any]:
+    """`jaxtyped` for classes, and for functions with a shape: others would be slowed down, and nothing checked."""
+
+    def decorator(**settings: Any) -> Callable[[Any], Any]:
+        full = jaxtyped(**settings)
+        return lambda it: full(it) if inspect.isclass(it) or "[Tensor" in str(it.__annotations__) else it
+
+    return decorator
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:

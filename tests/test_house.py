@@ -153,6 +153,7 @@ class Block:
 def run_document(document: Path, *, slow: bool = False) -> int:
     """How many blocks of the document were run, in the current directory; CONTRIBUTING.md tells the conventions."""
     names: dict[str, object] = {"__name__": "document"}
+    verbs: set[str] = set()  # that had a process of their own
     done = 0
     for block in blocks_of(document.read_text(encoding="utf-8")):
         commands = list(commands_of(block))
@@ -164,7 +165,8 @@ def run_document(document: Path, *, slow: bool = False) -> int:
             exec(compile("\n" * block.line + block.text, document, "exec"), names)
         elif commands:
             for arguments in commands:
-                run = run_allot if document.name == "README.md" else run_here
+                run = run_allot if document.name == "README.md" and arguments[0] not in verbs else run_here
+                verbs.add(arguments[0])
                 run(arguments, f"{document.name}:{block.line}")
         else:
             continue
@@ -198,7 +200,7 @@ def commands_of(block: Block) -> Iterator[list[str]]:
 
 
 def run_here(arguments: list[str], where: str) -> None:
-    # no process of its own: starting one takes longer than most of these commands
+    # no process of its own: starting one takes longer than most of these commands; one a verb, in the README, will do
     ended = command.run(shlex.join(arguments))
     assert ended.code == 0, f"{where}: allot {shlex.join(arguments)} exited {ended.code}\n{ended.err}{ended.out}"
 

@@ -327,7 +327,11 @@ def repeatable(model: nn.Module, seed: int, stage: str, step: int = -1) -> Itera
     """
     device = next(model.parameters(), torch.zeros(())).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(((seed * 1_000_003 + zlib.crc32(stage.encode())) * 1_000_003 + step) % 2**63)
+        number = ((seed * 1_000_003 + zlib.crc32(stage.encode())) * 1_000_003 + step) % 2**63
+        if device.type == "cpu":  # torch.manual_seed notes a stack trace for every kind of device that is not there
+            torch.default_generator.manual_seed(number)
+        else:
+            torch.manual_seed(number)
         yield
 
 

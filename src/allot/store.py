@@ -162,13 +162,14 @@ class Store:
         if before["state"] != "done" and steps.exists() and not steps.stat().st_size:
             self._forget()  # it ended before its first step: nothing is lost
             return None
+        was, asked = flat(before), flat(self.asked)
         differing = sorted(
             key
-            for key in flat(self.asked).keys() | flat(before).keys()
-            if key.split(".")[0] in self.asked and flat(self.asked).get(key) != flat(before).get(key)
+            for key in asked.keys() | was.keys()
+            if key.split(".")[0] in self.asked and asked.get(key) != was.get(key)
         )
         if differing:
-            shown = "; ".join(f"{k} was {flat(before).get(k)}, is {flat(self.asked).get(k)}" for k in differing[:6])
+            shown = "; ".join(f"{k} was {was.get(k)}, is {asked.get(k)}" for k in differing[:6])
             raise UsageError(
                 f"{self.directory} belongs to another configuration: {shown}. Choose another directory or delete it."
             )

@@ -124,7 +124,7 @@ def _dead_rows(weight: Tensor) -> None:
 FEW = {"steps": 12, "rounds": 6, "generations": 2, "population": 4, "parents": 2, "crossovers": 2, "mutants": 2}
 
 
-def _short(method: Method) -> Method:
+def short(method: Method) -> Method:
     """A method that trains, with fewer steps: 12, over the samples of a case more than one pass; small populations."""
     changed: dict[str, Any] = {}
     for option in fields(method):
@@ -132,16 +132,16 @@ def _short(method: Method) -> Method:
         if option.name in FEW:
             changed[option.name] = min(value, FEW[option.name])
         elif is_dataclass(value) or hasattr(value, "role"):
-            changed[option.name] = _short(value)
+            changed[option.name] = short(value)
         elif option.name == "starts":
-            changed["starts"] = tuple((name, _short(start)) for name, start in value)
+            changed["starts"] = tuple((name, short(start)) for name, start in value)
     return replace(method, **changed)
 
 
 ON_CHANNELS = " on channels"
 # every allocator for what it can share out, every repair for both
 METHODS = {
-    name + suffix: _short(method)
+    name + suffix: short(method)
     for suffix, shared in (("", "weights"), (ON_CHANNELS, "channels"))
     for name, method in methods.METHODS.items()
     if method.role == "repair" or shared in getattr(method, "shares", ("weights",))

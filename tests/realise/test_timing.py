@@ -172,18 +172,13 @@ def test_a_fit_finds_the_figures_that_made_the_times_and_none_below_zero():
     assert s >= 0 and m >= 0 and off > 0.01
 
 
-@pytest.fixture
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A real clock that looks only three times."""
-    real = timing.timed
-    monkeypatch.setattr(timing, "timed", lambda runs, **settings: real(runs, seconds=0, least=3))
-
-
 @pytest.mark.parametrize("runtime", ["onnx", "torch:3"])
-def test_a_real_clock_times_every_layer_and_the_whole(runtime: str, hasty: None):
+def test_a_real_clock_times_every_layer_and_the_whole(runtime: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(timing, "WHOLE", timing.WHOLE[:2])  # each net is an export
+    monkeypatch.setattr(timing, "MIXED", 1)
     model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding="same"), nn.BatchNorm2d(8), nn.ReLU(), nn.ConvTranspose2d(8, 8, 2, 2),
-        nn.ReLU(), nn.Flatten(), nn.Linear(8 * 256, 5),
+        nn.Conv2d(3, 2, 3, padding="same"), nn.BatchNorm2d(2), nn.ReLU(), nn.ConvTranspose2d(2, 2, 2, 2),
+        nn.ReLU(), nn.Flatten(), nn.Linear(2 * 256, 5),
     ).eval()  # fmt: skip
     timing_of = lambda *given: timing.latency_of(*given, runtime=Runtime.parse(runtime))  # noqa: E731
     problem = pose(model, Budget(latency="10s"), parse("channels"), example=torch.randn(1, 3, 8, 8), latency=timing_of)
@@ -223,7 +218,7 @@ def counting() -> Counting:
     return Counting().eval()
 
 
-def test_timing_leaves_the_model_and_the_callers_draws_as_they_were(torch_only: None, hasty: None):
+def test_timing_leaves_the_model_and_the_callers_draws_as_they_were(torch_only: None):
     model, before = counting(), torch.get_rng_state()
     given = {name: value.clone() for name, value in model.state_dict().items()}
     with contextlib.suppress(BudgetError):  # a net so small waits more than it computes

@@ -13,15 +13,22 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from cli.command import done
+
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ("model.safetensors", "model.bitmask.safetensors", "allocation.json", "certificate.json", "steps.jsonl")
 
 
+def line(run: Path) -> str:
+    return (
+        "prune zoo:digits-resnet20 --data zoo:digits-resnet20 --budget sparsity=0.9 --samples 96 --batch-size 4 "
+        f"--out {run} --json"
+    )
+
+
 def start(run: Path, prepare: Callable[[], None] | None = None) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "allot", "prune", "zoo:digits-resnet20", "--data", "zoo:digits-resnet20"]
-    command += ["--budget", "sparsity=0.9", "--samples", "96", "--batch-size", "4", "--out", str(run), "--json"]
     return subprocess.Popen(
-        command,
+        [sys.executable, "-m", "allot", *line(run).split()],
         env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -32,10 +39,7 @@ def start(run: Path, prepare: Callable[[], None] | None = None) -> subprocess.Po
 
 
 def finish(run: Path) -> dict[str, bytes]:
-    process = start(run)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    report = json.loads(out)
+    report = done(line(run)).json  # in this process, which gives the same bits
     assert report["kept"] == round(0.1 * report["total"])
     return {name: (run / name).read_bytes() for name in FILES}
 
