@@ -8,15 +8,6 @@ test scores, and seconds, which on a machine of few cores say what sharing costs
 
 from __future__ import annotations
 
-import argparse
-import json
-import subprocess
-import sys
-import time
-from pathlib import Path
-
-import allot
-
 STEPS = "{0}.training.steps"
 CHAINS = {
     "erk + bn": ["--method", "erk", "--repair", "bn", "--budget", "sparsity=0.9"],

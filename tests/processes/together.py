@@ -1,4 +1,4 @@
-"""Run a function in several processes that share the work, as torchrun starts them, without the seconds that it takes."""
+"""Run a function in several processes that share the work, as torchrun starts them but without the seconds it takes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from allot.shares import sharing
 
 
 def together(count: int, function: Callable[[], Any], seconds: float = 120) -> list[Any]:
-    """What `function` gives in each of `count` forked processes; an exception is given back as such."""
+    """What `function` gives in each of `count` forked processes; of an exception, itself."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -27,7 +27,7 @@ def together(count: int, function: Callable[[], Any], seconds: float = 120) -> l
         try:
             with sharing():
                 found = function()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the test looks at it
             traceback.print_exc()
             found = error
         pipes[rank][1].send(found)
