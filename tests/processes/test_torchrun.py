@@ -1,4 +1,4 @@
-"""The command itself under torchrun: a process that dies ends all with one error, and the run goes on without torchrun."""
+"""The command under torchrun: a process that dies ends all with one error, and one process alone goes on."""
 
 from __future__ import annotations
 
