@@ -50,8 +50,8 @@ def load_net(name: str, net: Net, weights: str | None, size: int) -> ModelSource
 class Augmented(Dataset[Any]):
     """A random crop of each picture, brought to `size`, mirrored every other time.
 
-    What is drawn is a function of torch's seed, which `allot.run` sets before every step, of the sample, and of how often
-    it was asked for since: whatever the number of reading threads, and in a run that goes on, draws are the same.
+    What is drawn is a function of torch's seed, which `allot.run` sets before every step, of the sample, and of how
+    often it was asked for since: draws are the same whatever the number of reading threads, and in a run that goes on.
     """
 
     def __init__(self, pictures: Any, size: int, normalise: Any = None) -> None:
@@ -105,7 +105,9 @@ def _file(folder: Path, name: str) -> Path:
     for ending in ENDINGS:
         if (path := folder / f"{name}{ending}").is_file():
             return path
-    raise UsageError(f"no weights for {name} in {folder}: {', '.join(name + ending for ending in ENDINGS)} is accepted.")
+    raise UsageError(
+        f"no weights for {name} in {folder}: {', '.join(name + ending for ending in ENDINGS)} is accepted."
+    )
 
 
 def _fetched(weights: str) -> Any:

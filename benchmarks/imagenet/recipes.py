@@ -1,4 +1,4 @@
-"""Never run on ImageNet. A table as data: nets, budgets, chains and what the paper reports, checked before anything runs.
+"""Never run on ImageNet. A table as data: nets, budgets, chains and what the paper reports, checked before it runs.
 
 A chain is written in the words of `allot prune`: method, allocate, score, pattern, repair, options. Every cell is
 checked by what checks a recipe of the command line, so that a typo in a name or an option is an error at once.
