@@ -35,6 +35,7 @@ GUIDE = """\
 
 def page(table: Table, found: Found, setting: Setting) -> str:
     """The whole page."""
+    often = "after every epoch" if setting.every == 1 else f"every {setting.every} epochs"
     lines = [
         _status(found, setting),
         "",
@@ -48,8 +49,8 @@ def page(table: Table, found: Found, setting: Setting) -> str:
         "",
         *(f"- {difference}" for difference in table.differences),
         "",
-        "Top-1 on the validation pictures, in percent; mean ± standard deviation where there are several seeds. Nets are",
-        f"scored after every {'epoch' if setting.every == 1 else f'{setting.every} epochs'} and after the last step.",
+        "Top-1 on the validation pictures, in percent; mean ± standard deviation where there are several seeds.",
+        f"Nets are scored {often}, and after the last step.",
         "",
         *GUIDE.splitlines(),
         "",

@@ -235,12 +235,12 @@ def test_a_table_is_measured_and_its_protocols_are_called_what_they_are(made_up:
     assert text.splitlines()[0].startswith("A try, never run on ImageNet as the recipe says: 9 pictures in 3 classes")
     head = next(line for line in text.splitlines() if line.startswith("| budget"))
     assert "last step, nothing chosen" in head and "best epoch, CHOSEN ON THE VALIDATION SET" in head
-    row = next(line for line in text.splitlines() if "| fcpts-paper |" in line).split(" | ")
+    row = next(line for line in text.splitlines() if "| fcpts-paper, 2 seeds |" in line).split(" | ")
     runs = [found["cells"][f"tiny sparsity=0.5 fcpts-paper {seed}"] for seed in (0, 1)]
     assert row[2].startswith(f"{50 * sum(run['score'] for run in runs):.2f} ± ")
     assert row[4].endswith(f"({', '.join(str(int(epochs.best(run['epochs'])['epoch'])) for run in runs)})")
     assert row[5] == "12.3 (abstract)"
-    pot = next(line for line in text.splitlines() if "| pot |" in line).split(" | ")
+    pot = next(line for line in text.splitlines() if "| pot, 2 seeds |" in line).split(" | ")
     assert pot[3] == pot[4] == "—"
     assert f"Dense: {100 * found['dense']['tiny']['score']:.2f}; the same weights, the same 9 pictures" in text
 
@@ -292,7 +292,11 @@ def test_the_cost_of_a_training_says_whether_it_is_as_short_as_asked():
     found["plain"]["seconds"], found["fcpts"]["seconds"] = 60.0, 90.0
     told = {"model": "m", "shape": [1], "batch": 4, "steps": 2, "found": found, "ratio": {"plain": 1, "fcpts": 1.5}}
     lines = cost.text(told).splitlines()
-    assert "1.50 x the time" in lines[2] and "at most 1.15 asked: MISSED" in lines[2] and "resident set" in lines[0]
+    assert (
+        "1.50 x the time" in lines[2]
+        and "at most 1.15 x the time asked: MISSED" in lines[2]
+        and "resident set" in lines[0]
+    )
 
 
 # The same in processes of their own
