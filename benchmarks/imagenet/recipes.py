@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from allot.budget import Budget
 from allot.errors import UsageError, unknown
+from allot.methods import METHODS
 from allot.parts import Parts, assemble
 from allot.recipe import RecipeFile
 
@@ -262,6 +263,8 @@ def _parsed(options: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
         method, dot, option = key.rpartition(".")
         if not (equals and dot):
             raise UsageError(f"--set {text}: METHOD.OPTION=VALUE is accepted, like layerwise.steps=2.")
+        if method not in METHODS:
+            raise unknown(f"--set {text}: method", method, METHODS)
         yield method, option, yaml.safe_load(value)
 
 

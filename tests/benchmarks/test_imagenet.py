@@ -132,13 +132,17 @@ def test_what_never_ran_on_imagenet_says_so_in_its_first_line():
 
 def test_a_try_changes_steps_pictures_and_single_options(made_up: cells.Setting):
     table = recipes.load("unipts")
-    small = recipes.Small(samples=8, steps=2, size=64, options=("unipts-paper.generations=1", "bogus.x=1"))
+    small = recipes.Small(samples=8, steps=2, size=64, options=("unipts-paper.generations=1", "layerwise.steps=1"))
     said = recipes.recipe(table, recipes.Cell("mobilenet_v2", "sparsity=0.5", "unipts-paper", 0), small)
     assert said.input == (3, 64, 64) and said.samples == 8
     assert said.options["unipts"]["steps"] == 2 and said.options["unipts"]["learning_rate"] == 0.05
-    assert said.options["unipts-paper"]["generations"] == 1 and "bogus" not in said.options
+    assert said.options["unipts-paper"]["generations"] == 1 and "layerwise" not in said.options
     vit = recipes.recipe(recipes.load("fcpts"), recipes.Cell("vit_b_16", "sparsity=0.5", "erk", 0), small)
     assert vit.input == (3, 224, 224)
+    with pytest.raises(UsageError, match="did you mean 'layerwise'"):
+        recipes.recipe(
+            table, recipes.Cell("resnet50", "sparsity=0.9", "pot", 0), recipes.Small(options=("layerwse.x=1",))
+        )
 
 
 # Pictures
