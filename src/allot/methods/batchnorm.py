@@ -33,6 +33,7 @@ class BatchNorm:
 
     role = "repair"
     needs_data = True
+    streams = "passes"
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
         """No batch seen."""

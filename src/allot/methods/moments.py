@@ -46,6 +46,7 @@ class OutputMoments:
 
     role = "repair"
     needs_data = True
+    streams = "passes"
 
     def __post_init__(self) -> None:
         check_number("limit", self.limit, 1)

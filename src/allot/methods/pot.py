@@ -113,6 +113,7 @@ class Layerwise:
 
     role = "repair"
     needs_data = True
+    streams = "result"
 
     def __post_init__(self) -> None:
         self._training()
