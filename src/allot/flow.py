@@ -51,7 +51,7 @@ class Rows:
     def get(self, numbers: Tensor, device: torch.device) -> Tensor:
         """The samples of these numbers as one batch; the caller may write to it."""
         if self.values is None or not bool(self.seen[numbers].all()):
-            raise KeyError("a net that the repair did not run in the blocks before")
+            raise KeyError("a sample that did not come through the block before")
         return self.values[numbers].movedim(0, self.dim).to(device)
 
 
@@ -73,7 +73,6 @@ class Part(nn.Module):
     Attributes:
         sparse: 0-dim; above 0.5 what runs is the sparse net. A parameter: whatever trains takes it along.
         entries, exits: False (the dense net) or True -> what enters, and what leaves where it was noted.
-        nets: which of the two have run.
     """
 
     sparse: nn.Parameter
@@ -84,7 +83,6 @@ class Part(nn.Module):
         self.sparse = nn.Parameter(torch.zeros((), device=device))
         self.entries: Mapping[bool, Entry] = {}
         self.exits: dict[bool, Entry] = {}
-        self.nets: set[bool] = set()
         self._noted = False
 
     def inner(self, name: str) -> str | None:
@@ -104,9 +102,12 @@ class Part(nn.Module):
         raise NotImplementedError
 
     def forward(self, numbers: Tensor) -> Any:
-        sparse = bool(self.sparse > 0.5)
-        self.nets.add(sparse)
-        return self.run(numbers, sparse=sparse)
+        return self.run(numbers, sparse=bool(self.sparse > 0.5))
+
+    def leave(self) -> None:
+        """Let go what is on the device; what was noted stays."""
+        self._modules.clear()
+        self._parameters.clear()
 
     @contextmanager
     def noting(self, noted: bool) -> Iterator[None]:  # noqa: FBT001
@@ -126,7 +127,7 @@ class Block(Part):
     ) -> None:
         super().__init__(chain, count, device, host)
         self.called = chain.blocks[number]
-        self.steps = nn.ModuleList(_copy(model.get_submodule(link.name), device, {}) for link in self.called)
+        self.steps = nn.ModuleList(copied(model.get_submodule(link.name), device, {}) for link in self.called)
         self._constants: dict[int, Tensor] = {}
 
     def inner(self, name: str) -> str | None:
@@ -160,6 +161,32 @@ class Block(Part):
                 self._constants[slot] = value.to(self.device)
             return self._constants[slot]
         return copy.deepcopy(value)  # an object such as a cache of keys: the block may write to it
+
+
+def copied(module: nn.Module, device: torch.device, instead: Mapping[int, nn.Module]) -> nn.Module:
+    """A copy of the module with its tensors on the device; those that are there already are shared.
+
+    Args:
+        instead: id of a module inside -> what stands in its place; it is not copied.
+    Raises:
+        UsageError: the module holds something that cannot be copied.
+    """
+    memo: dict[int, Any] = dict(instead)
+    pending = [module]
+    while pending:
+        inside = pending.pop()
+        if id(inside) in instead:
+            continue
+        pending += inside.children()
+        for tensor in (*inside._parameters.values(), *inside._buffers.values()):
+            if tensor is not None and id(tensor) not in memo:
+                placed = tensor.detach().to(device)
+                own = isinstance(tensor, nn.Parameter)
+                memo[id(tensor)] = nn.Parameter(placed, requires_grad=tensor.requires_grad) if own else placed
+    try:
+        return copy.deepcopy(module, memo)
+    except (TypeError, RuntimeError) as error:
+        raise UsageError(f"streaming: {type(module).__name__} cannot be copied ({error}).") from error
 
 
 class _Reached(Exception):
@@ -204,7 +231,7 @@ class Outside(Part):
         self.pick, self.ends = pick, ends
         blocks = [model.get_submodule(link.name) for link in chain.links]
         gates = {id(block): _Gate(block, place, self._meet) for place, block in enumerate(blocks)}
-        self.model = _copy(model, device, gates)
+        self.model = copied(model, device, gates)
         early = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if n in chain.before]
         self._early = {id(t) for _, m in early for t in (*m._parameters.values(), *m._buffers.values())}
         self._names = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -265,23 +292,3 @@ class Outside(Part):
                 entry.slots[slot] = leaf.detach().to(self.host) if isinstance(leaf, Tensor) else leaf
             elif isinstance(leaf, Tensor) and not torch.equal(held, leaf.to(self.host)):
                 raise UsageError(f"streaming: an argument of {link.name} differs between batches, not by sample.")
-
-
-def _copy(module: nn.Module, device: torch.device, instead: Mapping[int, nn.Module]) -> nn.Module:
-    """The module with its tensors on the device (the same ones where they are there), others in place of some parts."""
-    memo: dict[int, Any] = dict(instead)
-    pending = [module]
-    while pending:
-        inside = pending.pop()
-        if id(inside) in instead:
-            continue
-        pending += inside.children()
-        for tensor in (*inside._parameters.values(), *inside._buffers.values()):
-            if tensor is not None and id(tensor) not in memo:
-                placed = tensor.detach().to(device)
-                own = isinstance(tensor, nn.Parameter)
-                memo[id(tensor)] = nn.Parameter(placed, requires_grad=tensor.requires_grad) if own else placed
-    try:
-        return copy.deepcopy(module, memo)
-    except (TypeError, RuntimeError) as error:
-        raise UsageError(f"streaming: {type(module).__name__} cannot be copied ({error}).") from error

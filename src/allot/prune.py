@@ -29,7 +29,7 @@ from allot.fingerprint import fingerprint
 from allot.fit import fitted, shortened
 from allot.latency import Latency
 from allot.layers import Rules, Scope
-from allot.parts import Parts, assemble, settings
+from allot.parts import Parts, assemble, settings, streamed
 from allot.patterns import Channels, Pattern
 from allot.pose import check_made_nothing, check_plain, names_of, pose
 from allot.realise import certificate, files
@@ -70,6 +70,7 @@ def prune(
     label: str | None = None,
     save_to: str | Path | None = None,
     max_minutes: float | None = None,
+    stream: str | torch.device | None = None,
     recipe: Mapping[str, Any] | None = None,
     on_step: Callable[[Progress], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
@@ -103,6 +104,8 @@ def prune(
             one is opened and returned.
         max_minutes: training is cut to what fits, from what steps take here (`allot.fit`); a run that goes on keeps
             the cut that it began with.
+        stream: the device on which layer-wise repairs have one block of the model at a time (`allot.streaming`), while
+            the model stays where it is; None: the whole net at once.
         recipe: what to write as recipe.yaml beside what is known here, like where the model comes from.
         on_step: called after every step.
         should_stop: asked before every step.
@@ -136,8 +139,9 @@ def prune(
     if inputs is None:  # a score that needs inputs says so before anything is written
         whole = Candidate.dense(problem)
         Selection().step(problem, whole, Selection().init(problem, whole))
-    cut = _cut(problem, parts, max_minutes, save_to)
-    parts = shortened(parts, cut) if cut else parts
+    chain = streamed(parts, problem, stream) if stream else parts
+    cut = _cut(problem, chain, max_minutes, save_to)
+    parts, chain = (shortened(some, cut) if cut else some for some in (parts, chain))
     if isinstance(test, Iterable) and not hasattr(test, "__len__") and not hasattr(test, "dataset"):
         test = list(test)  # it is read twice
     done = save_to and (Path(save_to) / "run.json").exists() and read_run(save_to)["state"] == "done"
@@ -149,8 +153,7 @@ def prune(
     asked = {"configuration": _configuration(budget, parts, rules, seed, inputs), "fingerprint": found}
     if budget.latency is not None:
         asked["configuration"]["runtime"] = str(served)
-    if cut:
-        asked["configuration"]["fit"] = cut
+    asked["configuration"] |= ({"stream": str(stream)} if stream else {}) | ({"fit": cut} if cut else {})
     known = {k: value for k, value in asked["configuration"].items() if k not in ("hyperparameters", "fit")}
     limits = [f"{kind}={amount}" for kind, amount in budget.to_json().items()]
     recipe = {**known, "budget": limits, "options": settings(options or {}), **(recipe or {})}
@@ -158,7 +161,7 @@ def prune(
     store = Store(save_to, asked, {**_versions(), "recipe": recipe}, device) if save_to else None
     try:
         name = label or type(model).__name__
-        return _chain(problem, parts, store, log, name, judge, dense, cut, on_step, should_stop)
+        return _chain(problem, chain, store, log, name, judge, dense, cut, on_step, should_stop)
     finally:
         if store:
             store.close()
@@ -386,10 +389,5 @@ def _configuration(
 
 
 def _versions() -> dict[str, Any]:
-    return {
-        "versions": {
-            "allot": metadata.version("allot"),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        }
-    }
+    own = {"allot": metadata.version("allot"), "torch": torch.__version__, "python": platform.python_version()}
+    return {"versions": own}

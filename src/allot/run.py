@@ -138,6 +138,8 @@ class Method(Protocol):
         role: "allocate" or "repair".
         shares: of an allocator, what it can share out: "weights", "channels" or both; a repair does without.
         needs_data: whether `problem.calibration` has to be there.
+        streams: of a repair that looks at each layer for itself, how it goes block by block: see `allot.streaming`.
+            Others do without.
     """
 
     @property

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,7 @@ class Streamed:
     method: Method
     device: torch.device
 
+    _live: ClassVar[Any] = None
     role = "repair"
     needs_data = True
 
@@ -73,7 +74,7 @@ class Streamed:
         stream = _Stream(self, problem, candidate)
         lengths = stream.lengths()
         state: State = {"step": 0, "steps": sum(lengths), "lengths": lengths, "part": 0, "inner": {}, "tensors": {}}
-        state |= {"nets": [], "pushed": 0}
+        state["pushed"] = 0
         self._live.update(state=state, problem=problem, candidate=candidate, stream=stream)
         return state
 
@@ -82,11 +83,11 @@ class Streamed:
         stream = self._stream(problem, candidate, state)
         before = state["pushed"] // stream.size
         if stream.part < state["part"]:
+            again = stream.part
             stream.again(state)
-            return {"forward": state["pushed"] // stream.size - before, "backward": 0}
+            return {"forward": state["pushed"] // stream.size - before, "backward": 0, "again": again}
         metrics = stream.step(state)
-        pushed = {"forward": state["pushed"] // stream.size - before, "backward": 0}
-        return {**metrics, **pushed, "block": stream.part}
+        return {**metrics, "forward": state["pushed"] // stream.size - before, "backward": 0}
 
     def done(self, state: State) -> bool:
         """After the last step of the last block."""
@@ -105,8 +106,6 @@ class Streamed:
             live.clear()
             live.update(known, stream=_Stream(self, problem, candidate))
         return live["stream"]
-
-    _live: Any = None
 
 
 def usable(device: str | torch.device) -> torch.device:
@@ -166,18 +165,21 @@ class _Stream:
         if self.posed is None:
             self.posed = self._posed(self.part, self.device, state["tensors"])
             inner = state["inner"]
-            state["inner"] = _on(inner, self.device) if inner else self.method.init(*self.posed[1:])
+            done = inner.get("step", 0)
+            state["inner"] = _on(inner, self.device) if inner and not self.passes else self.method.init(*self.posed[1:])
+            while state["inner"]["step"] < done:  # what its first steps gave was noted, but not kept in the state
+                self._step(state, self.posed, state["inner"])
         metrics = self._step(state, self.posed, state["inner"])
         state["step"] += 1
         state["lengths"][self.part] = state["inner"]["steps"]  # some learn in their first step what there is to do
         state["steps"] = sum(state["lengths"])
         if self.method.done(state["inner"]):
             part, problem, candidate = self.posed
+            candidate, self.posed = replace(candidate), None  # its masked weights make room
             finished = self.method.finish(problem, candidate, state["inner"])
             for name, value in finished.tensors.items():
                 if name != FLAG and value is not candidate.tensors.get(name):
                     state["tensors"][part.outer(name)] = value.to(self.host)
-            state["nets"] = sorted({*state["nets"], *map(int, part.nets)})
             state["inner"] = {}
             self._go_on(state, (part, problem, finished))
             state["part"] = self.part
@@ -206,26 +208,22 @@ class _Stream:
         part, problem, candidate = posed
         if any(state["lengths"][self.part + 1 :]):
             self.entries = self._given(state, part, problem, candidate)
+        part.leave()
         self.part += 1
-        self.posed = None
 
     def _given(self, state: State, part: Part, problem: Problem, candidate: Candidate) -> dict[bool, Entry]:
-        """What leaves the part, in the nets that the method looks at."""
-        nets = [bool(net) for net in state["nets"]] or [False, True]
-        tensors = candidate.effective(problem)
-        if not part.exits and part.entries.get(False) is part.entries.get(True) and not part.touched(tensors):
-            nets, shared = nets[:1], True  # both nets are the same up to here
-        else:
-            shared = False
+        """What leaves the part in both nets; one where they are alike so far."""
+        touched = part.touched({*candidate.tensors, *candidate.masks})
+        alike = part.entries.get(False) is part.entries.get(True) and not part.exits and not touched
         size = problem.inputs().batch_size
-        for sparse in nets:
+        for sparse in (False,) if alike else (False, True):
             if sparse in part.exits and part.exits[sparse].whole:
                 continue
             with part.noting(True), torch.no_grad():
                 for numbers in torch.arange(len(problem.inputs())).split(size):
-                    call(part, tensors if sparse else {}, numbers)
+                    call(part, candidate.effective(problem) if sparse else {}, numbers)
                     state["pushed"] += len(numbers) * self._size(self.part)
-        return dict.fromkeys((False, True), part.exits[nets[0]]) if shared else dict(part.exits)
+        return dict.fromkeys((False, True), part.exits[False]) if alike else part.exits
 
     def _posed(self, number: int, device: torch.device, tensors: Mapping[str, Tensor]) -> Posed:
         """A part on a device, and problem and candidate as they look from within."""
