@@ -32,7 +32,7 @@ class Layer(nn.Module):
 class Encoder(nn.Module):
     """Words in, a mask by position for all samples and a factor by sample beside them."""
 
-    def __init__(self, depth: int = 3) -> None:
+    def __init__(self, depth: int = 2) -> None:
         super().__init__()
         self.words, self.into = nn.Embedding(20, 6), nn.Linear(6, 8)
         self.layers = nn.ModuleList(Layer() for _ in range(depth))

@@ -22,7 +22,7 @@ def chain(case: Case) -> Chain:
 @pytest.mark.parametrize(
     ("name", "blocks"),
     [
-        ("encoder", [["layers.0"], ["layers.1"], ["layers.2"]]),
+        ("encoder", [["layers.0"], ["layers.1"]]),
         ("stages", [["stage1.0"], ["stage1.1"], ["stage2.0"], ["stage2.1"]]),
         ("row", [["0", "1", "2"], ["3", "4", "5", "6"], ["7", "8"], ["9"]]),
     ],
@@ -103,7 +103,7 @@ class Tied(Encoder):
     """Two layers share a weight."""
 
     def __init__(self) -> None:
-        super().__init__(2)
+        super().__init__()
         self.layers[1].mlp[0].weight = self.layers[0].mlp[0].weight
 
 

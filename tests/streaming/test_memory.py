@@ -25,7 +25,7 @@ def transformer() -> tuple[nn.Module, torch.Tensor]:
     """A Llama-like one of 8 blocks from a configuration, random weights, and words for it."""
     torch.manual_seed(0)
     wide = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8, "num_attention_heads": 4}
-    return of_transformers("Llama", **wide).eval(), torch.randint(0, 24, (4, 4))
+    return of_transformers("Llama", **wide).eval(), torch.randint(0, 24, (2, 4))
 
 
 OPTIONS: dict[str, Any] = {"layerwise": {"steps": 3}, "lstsq": {"iterations": 2}}

@@ -29,8 +29,8 @@ REPAIRS: dict[str, Method] = {
     "bn": METHODS["bn"],
     "bias": METHODS["bias"],
     "variance": METHODS["variance"],
-    "layerwise": replace(METHODS["layerwise"], steps=6),
-    "lstsq": replace(METHODS["lstsq"], iterations=4),
+    "layerwise": replace(METHODS["layerwise"], steps=4),
+    "lstsq": replace(METHODS["lstsq"], iterations=2),
 }
 CPU = torch.device("cpu")
 
@@ -71,7 +71,7 @@ SLOW = ("bert with padding", "gemma 3, two kinds of masks", "vit")
 )
 def test_blocks_of_transformers_are_repaired_as_in_the_whole_net(net: str):
     problem, candidate = posed(TRANSFORMERS[net])
-    for repair in ("variance", "layerwise"):
+    for repair in ("layerwise",) if net == "llama" else ("variance", "layerwise"):
         whole = drive(REPAIRS[repair], problem, candidate)
         agree(drive(Streamed(REPAIRS[repair], CPU), problem, candidate), whole, problem)
         assert len(whole.tensors) >= 3 * 6
@@ -135,7 +135,7 @@ def test_a_state_that_is_loaded_goes_on_to_the_same_bits(repair: str):
     problem, candidate = posed(NETS["stages"])
     method = Streamed(REPAIRS[repair], CPU)
     state = method.init(problem, candidate)
-    for stop in (1, 2, 3, 5, 8):
+    for stop in (1, 5, 8):
         while state["step"] < stop and not method.done(state):
             method.step(problem, candidate, state)
         method, state = Streamed(REPAIRS[repair], CPU), reloaded(state)
@@ -148,12 +148,15 @@ def test_a_state_that_is_loaded_goes_on_to_the_same_bits(repair: str):
 def test_a_run_that_was_stopped_goes_on_with_the_same_call(tmp_path: Path):
     case = NETS["encoder"]
     told: list[Progress] = []
+    few = {"layerwise": {"steps": 4}}
 
     def once(**more: Any) -> allot.Result:
-        return prune(case.model(), case.inputs(), "sparsity=0.5", repair="variance,lstsq", stream="cpu", **more)
+        return prune(
+            case.model(), case.inputs(), "sparsity=0.5", repair="variance,layerwise", options=few, stream="cpu", **more
+        )
 
     done = once(on_step=told.append)
-    steps = [step for step in told if step.stage == "repair-2-lstsq"]
+    steps = [step for step in told if step.stage == "repair-2-layerwise"]
     assert len(steps) == steps[0].steps == steps[-1].steps  # known from the first one on
     many = iter(range(10**6))
     with pytest.raises(Stopped):
@@ -164,7 +167,14 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_call(tmp_path: Path):
         for name, value in result.candidate.effective(result.problem).items()
     )
     with pytest.raises(UsageError, match="stream was cpu"):
-        prune(case.model(), case.inputs(), "sparsity=0.5", repair="variance,lstsq", save_to=tmp_path / "run")
+        prune(
+            case.model(),
+            case.inputs(),
+            "sparsity=0.5",
+            repair="variance,layerwise",
+            options=few,
+            save_to=tmp_path / "run",
+        )
 
 
 def test_samples_are_read_once_and_passes_counted_as_of_the_whole_net():
@@ -183,9 +193,9 @@ def test_samples_are_read_once_and_passes_counted_as_of_the_whole_net():
     problem, candidate = posed(NETS["encoder"], exclude=("into", "head"), batch_size=10)
     problem = replace(problem, calibration=Calibration.of(data, batch_size=10))
     log = allot.store.Log()
-    drive(Streamed(replace(REPAIRS["layerwise"], steps=30), CPU), problem, candidate, log=log)
+    drive(Streamed(replace(REPAIRS["layerwise"], steps=10), CPU), problem, candidate, log=log)
     assert data.read < 5 * len(data)  # to find blocks, and before the first one
-    assert 0.8 * 300 <= log.forward <= 33 * 10  # as on the whole net, and once to make inputs
+    assert 0.8 * 100 <= log.forward <= 13 * 10  # as on the whole net, and once to make inputs
 
 
 def test_the_model_is_left_alone():
@@ -270,7 +280,7 @@ def test_what_needs_the_whole_net_is_refused_before_anything_is_written(
         Streamed(METHODS["distill"], CPU)
 
 
-@pytest.mark.parametrize("method", ["pot", "erk", "global", "lamp"])
+@pytest.mark.parametrize("method", ["pot", "global"])
 def test_recipes_without_passes_of_the_whole_net_stream(method: str):
     case = NETS["stages"]
     options = {"layerwise": {"steps": 5}} if method == "pot" else {}
