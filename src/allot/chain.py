@@ -29,7 +29,7 @@ from allot.store import Log, Store, write
 Judge = Callable[..., Accuracy]  # `evaluate` on the test data
 
 
-def chain(
+def run_stages(
     problem: Problem,
     parts: Parts,
     store: Store | None,

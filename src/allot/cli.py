@@ -79,6 +79,7 @@ def prune_command(
     max_density: option.MaxDensity = None,
     floor: option.Floor = None,
     max_minutes: option.MaxMinutes = None,
+    stream: option.Stream = None,
     seed: option.Seed = None,
     samples: option.Samples = None,
     batch_size: option.BatchSize = None,
@@ -380,6 +381,7 @@ def _settings(wanted: RecipeFile, source: ModelSource) -> dict[str, Any]:
         "example": source.example,
         "runtime": wanted.runtime,
         "max_minutes": wanted.max_minutes,
+        "stream": wanted.stream,
         "test": _test_data(wanted, source),
         "label": wanted.model,
     }

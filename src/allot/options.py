@@ -92,6 +92,13 @@ Floor = Annotated[
 MaxMinutes = Annotated[
     float | None, typer.Option(metavar="M", help="cut training to what fits, from what steps take here")
 ]
+Stream = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DEVICE",
+        help="where layer-wise repairs have one block of the model at a time, like cuda; it stays on the host  [whole]",
+    ),
+]
 Seed = Annotated[int | None, typer.Option(metavar="N", help="decides every draw  [0]")]
 Shape = Annotated[
     str | None,

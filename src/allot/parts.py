@@ -10,14 +10,18 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
+import torch
+
 from allot import patterns
 from allot.allocation import Allocation
 from allot.errors import UsageError, unknown
 from allot.methods import METHODS, RECIPES
 from allot.methods.given import Given
 from allot.patterns import Pattern
-from allot.run import Method, Recipe, Rule
+from allot.run import Candidate, Method, Problem, Recipe, Rule
 from allot.scores import CHANNEL_SCORES, SCORES, ChannelScore, Score
+from allot.selection import Selection
+from allot.streaming import WAYS, Streamed, usable
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,32 @@ def assemble(
         names,
         method if names.allocate == recipe.allocate else names.allocate,
     )
+
+
+def streamed(parts: Parts, problem: Problem, device: str | torch.device) -> Parts:
+    """The chain with one block of the model at a time on the device, for whatever looks at inputs.
+
+    Raises:
+        UsageError: a part that needs the whole net, or a device that is not there.
+    """
+    device = usable(device)
+    ways = [name for name, known in METHODS.items() if getattr(known, "streams", None) in WAYS]
+    free = [name for name, known in METHODS.items() if not known.needs_data]
+    if parts.allocate.needs_data:
+        can = [name for name in free if METHODS[name].role == "allocate"]
+        raise UsageError(f"stream: {parts.names.allocate} needs the whole net on the device; {', '.join(can)} do not.")
+    try:
+        whole, blind = Candidate.dense(problem), replace(problem, calibration=None)
+        Selection().step(blind, whole, Selection().init(blind, whole))
+    except UsageError as error:
+        raise UsageError(f"stream: the score {parts.names.score} needs the whole net; magnitude does not.") from error
+    repair = []
+    for name, part in zip(parts.names.repair, parts.repair, strict=True):
+        if part.needs_data and getattr(part, "streams", None) not in WAYS:
+            can = [*ways, *(other for other in free if METHODS[other].role == "repair")]
+            raise UsageError(f"stream: {name} needs the whole net on the device; {', '.join(can)} do not.")
+        repair.append(Streamed(part, device) if part.needs_data else part)
+    return replace(parts, repair=tuple(repair))
 
 
 _BOTH = ("weights", "channels")

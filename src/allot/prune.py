@@ -17,7 +17,7 @@ from torch import nn
 
 from allot.budget import Budget
 from allot.calibration import Calibration
-from allot.chain import chain
+from allot.chain import run_stages
 from allot.errors import AllotError, Stopped, UsageError
 from allot.evaluate import Score as Accuracy
 from allot.evaluate import attempt, evaluate
@@ -25,7 +25,7 @@ from allot.fingerprint import fingerprint
 from allot.fit import fitted, shortened
 from allot.latency import Latency
 from allot.layers import Rules, Scope
-from allot.parts import Parts, assemble, settings
+from allot.parts import Parts, assemble, settings, streamed
 from allot.patterns import Channels, Pattern
 from allot.pose import check_made_nothing, check_plain, names_of, pose
 from allot.realise.files import TABLES
@@ -63,6 +63,7 @@ def prune(
     label: str | None = None,
     save_to: str | Path | None = None,
     max_minutes: float | None = None,
+    stream: str | torch.device | None = None,
     recipe: Mapping[str, Any] | None = None,
     on_step: Callable[[Progress], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
@@ -96,6 +97,8 @@ def prune(
             one is opened and returned.
         max_minutes: training is cut to what fits, from what steps take here (`allot.fit`); a run that goes on keeps
             the cut that it began with.
+        stream: the device on which layer-wise repairs have one block of the model at a time (`allot.streaming`), while
+            the model stays where it is; None: the whole net at once.
         recipe: what to write as recipe.yaml beside what is known here, like where the model comes from.
         on_step: called after every step.
         should_stop: asked before every step.
@@ -131,8 +134,9 @@ def prune(
     else:  # a score that needs inputs says so before anything is written
         whole = Candidate.dense(problem)
         Selection().step(problem, whole, Selection().init(problem, whole))
-    cut = _cut(problem, parts, max_minutes, save_to)
-    parts = shortened(parts, cut) if cut else parts
+    chain = streamed(parts, problem, stream) if stream else parts
+    cut = _cut(problem, chain, max_minutes, save_to)
+    parts, chain = (shortened(some, cut) if cut else some for some in (parts, chain))
     if isinstance(test, Iterable) and not hasattr(test, "__len__") and not hasattr(test, "dataset"):
         test = list(test)  # it is read twice
     done = bool(save_to) and led(partial(_is_done, Path(save_to or "")))
@@ -145,8 +149,7 @@ def prune(
     asked = {"configuration": _configuration(budget, parts, rules, seed, inputs), "fingerprint": found}
     if budget.latency is not None:
         asked["configuration"]["runtime"] = str(served)
-    if cut:
-        asked["configuration"]["fit"] = cut
+    asked["configuration"] |= ({"stream": str(stream)} if stream else {}) | ({"fit": cut} if cut else {})
     known = {k: value for k, value in asked["configuration"].items() if k not in ("hyperparameters", "fit")}
     limits = [f"{kind}={amount}" for kind, amount in budget.to_json().items()]
     recipe = {**known, "budget": limits, "options": settings(options or {}), **(recipe or {})}
@@ -154,7 +157,7 @@ def prune(
     store = opened(save_to, asked, {**_versions(), "recipe": recipe}, device) if save_to else None
     try:
         name = label or type(model).__name__
-        return chain(problem, parts, store, log, name, judge, dense, cut, on_step, should_stop)
+        return run_stages(problem, chain, store, log, name, judge, dense, cut, on_step, should_stop)
     finally:
         if store:
             store.close()
@@ -276,10 +279,5 @@ def _configuration(
 
 
 def _versions() -> dict[str, Any]:
-    return {
-        "versions": {
-            "allot": metadata.version("allot"),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        }
-    }
+    own = {"allot": metadata.version("allot"), "torch": torch.__version__, "python": platform.python_version()}
+    return {"versions": own}

@@ -44,6 +44,7 @@ class RecipeFile(BaseModel):
     workers: Annotated[int, Field(ge=0)] = 0
     skip_corrupt: bool = False
     max_minutes: Annotated[float, Field(gt=0)] | None = None
+    stream: str | None = None
 
     @field_validator("budget", mode="before")
     @classmethod

@@ -145,6 +145,8 @@ class Method(Protocol):
         parallel: may be left out. True: where processes share the work, all of them run this method, on shares of
             batches, and it adds up over them what it finds (`allot.shares.total`, or what it uses does: `Training`,
             `Moments`, `Evidence`). Else one process runs it, on whole batches.
+        streams: of a repair that looks at each layer for itself, how it goes block by block: see `allot.streaming`.
+            Others do without.
     """
 
     @property

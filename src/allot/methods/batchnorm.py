@@ -34,6 +34,7 @@ class BatchNorm:
     role = "repair"
     needs_data = True
     parallel = True
+    streams = "passes"
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
         """No batch seen."""

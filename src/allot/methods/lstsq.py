@@ -43,6 +43,7 @@ class LeastSquares:
 
     role = "repair"
     needs_data = True
+    streams = "result"
 
     def __post_init__(self) -> None:
         check_number("batches", self.batches, 1, whole=True)

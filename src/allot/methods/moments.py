@@ -47,6 +47,7 @@ class OutputMoments:
     role = "repair"
     needs_data = True
     parallel = True
+    streams = "passes"
 
     def __post_init__(self) -> None:
         check_number("limit", self.limit, 1)

@@ -116,6 +116,7 @@ class Layerwise:
     role = "repair"
     needs_data = True
     parallel = True
+    streams = "result"
 
     def __post_init__(self) -> None:
         self._training()

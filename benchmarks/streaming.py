@@ -1,0 +1,136 @@
+"""What a repair holds on the device, whole and block by block: `python -m benchmarks.streaming` prints a table.
+
+The model is a Llama-like transformer of the transformers package from a configuration, random weights, kept on the
+host. Each row is a process of its own. The device is `--device cuda`, or simulated: tensors on it compute on the CPU
+and are counted, and more than `--limit` MiB at once is an error, as on a real one (`benchmarks.simulated`). A row
+that does not fit runs again without a limit, to say what it would take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from allot import METHODS, Budget, Calibration, Unstructured
+from allot.blocks import size_of
+from allot.flow import copied
+from allot.pose import pose
+from allot.run import Candidate, Method, drive
+from allot.selection import Selection
+from allot.streaming import Streamed
+from benchmarks.simulated import NAME, OutOfDeviceMemory, Simulated
+
+MIB = 2**20
+ROWS = ("variance", "layerwise", "lstsq")
+
+
+def transformer(options: argparse.Namespace) -> nn.Module:
+    """The model, in eval mode on the host."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": options.hidden, "intermediate_size": 8 * options.hidden // 3}
+    heads = {"num_hidden_layers": options.layers, "num_attention_heads": options.hidden // 64}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=options.vocabulary, **sizes, **heads)).eval()
+
+
+def repair_of(name: str) -> Method:
+    """The repair, short: memory does not depend on the number of steps."""
+    method: Any = METHODS[name]
+    if name == "layerwise":
+        return replace(method, steps=4)
+    return replace(method, batches=1, iterations=4) if name == "lstsq" else method
+
+
+def measured(name: str, options: argparse.Namespace, *, whole: bool, limit: int) -> dict[str, Any]:
+    """Bytes at the peak on the device and resident on the host, and seconds; `fits` is whether it kept the limit."""
+    model = transformer(options)
+    ids = torch.randint(0, options.vocabulary, (options.samples, options.length))
+    inputs = Calibration.of(ids, batch_size=options.batch)
+    problem = pose(model, Budget(sparsity=0.5), Unstructured(), calibration=inputs)
+    candidate = drive(Selection(), problem, drive(METHODS["uniform"], problem, Candidate.dense(problem)))
+    real = options.device != "simulated"
+    device = torch.device(options.device if real else NAME)
+
+    def repair() -> None:
+        if not whole:
+            drive(Streamed(repair_of(name), device), problem, candidate)
+            return
+        there = replace(problem, model=copied(model, device, {}), calibration=replace(inputs, device=device))
+        masks = {key: mask.to(device) for key, mask in candidate.masks.items()}
+        drive(repair_of(name), there, replace(candidate, masks=masks))
+
+    refused = False
+    try:
+        with nullcontext() if real else Simulated(limit) as counted:
+            started = time.monotonic()
+            repair()
+    except OutOfDeviceMemory:
+        refused = True
+        with Simulated() as counted:
+            started = time.monotonic()
+            repair()
+    seconds = time.monotonic() - started
+    peak = torch.cuda.max_memory_allocated() if real else counted.peak
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    held = {"weights": size_of(model), "block": size_of(model.model.layers[0]), "fits": not refused and peak <= limit}
+    return {"peak": peak, "resident": 1024 * int(line.split()[1]), "seconds": seconds, **held}
+
+
+def row(name: str, *, whole: bool, limit: int) -> dict[str, Any]:
+    """`measured`, in a process of its own."""
+    asked = json.dumps({"name": name, "whole": whole, "limit": limit})
+    command = [sys.executable, "-m", "benchmarks.streaming", *sys.argv[1:], "--row", asked]
+    ran = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+    return dict(json.loads(ran.stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.streaming", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="simulated", help="simulated, or a real one like cuda")
+    parser.add_argument("--limit", type=int, default=128, help="MiB that the device holds")
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--vocabulary", type=int, default=4000)
+    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--length", type=int, default=64, help="tokens of a sample")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.row:
+        asked = json.loads(options.row)
+        found = measured(asked["name"], options, whole=asked["whole"], limit=asked["limit"])
+        sys.stdout.write(json.dumps(found) + "\n")
+        return
+    limit = options.limit * MIB
+    table = Table("repair", "", "device MiB", "resident MiB", "limit", "seconds")
+    said: dict[str, Any] = {}
+    for name in ROWS:
+        for whole in (False, True):
+            said = row(name, whole=whole, limit=limit)
+            kept = "kept" if said["fits"] else "passed"
+            sizes = [f"{said[key] / MIB:,.0f}" for key in ("peak", "resident")]
+            table.add_row(name, "whole" if whole else "blocks", *sizes, kept, f"{said['seconds']:.0f}")
+    say = Console(soft_wrap=True).print
+    say(
+        f"{options.layers} blocks of {said['block'] / MIB:.1f} MiB, weights {said['weights'] / MIB:.0f} MiB in all; "
+        f"device: {options.device}, limit {options.limit} MiB; {options.samples} samples of {options.length} tokens"
+    )
+    say(table)
+
+
+if __name__ == "__main__":
+    main()
