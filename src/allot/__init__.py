@@ -3,7 +3,7 @@
 from allot.allocation import Allocation
 from allot.budget import Budget
 from allot.calibration import Calibration
-from allot.errors import AllotError, BudgetError, PatternError, Stopped, UsageError, VerificationError
+from allot.errors import AllotError, BudgetError, Lost, PatternError, Stopped, UsageError, VerificationError
 from allot.evaluate import evaluate
 from allot.layers import Layer, Rules, Scope
 from allot.masks import attach, fold
@@ -18,6 +18,7 @@ from allot.realise.slim import load_slim
 from allot.realise.sparse import load_csr
 from allot.result import Result
 from allot.scores import SCORES
+from allot.shares import sharing
 from allot.sweep import sweep
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Calibration",
     "Channels",
     "Layer",
+    "Lost",
     "PatternError",
     "Readable",
     "Result",
@@ -49,6 +51,7 @@ __all__ = [
     "load_csr",
     "load_slim",
     "prune",
+    "sharing",
     "sweep",
     "verify",
 ]

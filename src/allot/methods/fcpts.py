@@ -267,12 +267,8 @@ class FcptsPaper:
             inside = {name: value.to(problem.dense[name].dtype) for name, value in (tensors | w | wm).items()}
             off, sparsity = _missed(problem.budget, S)
         loss, G, forward = self.training.loss_of(problem, training, inside)
-        found = torch.autograd.grad(
-            [*(inside[name] for name in G), off],
-            [*w.values(), *s.values()],
-            [*G.values(), torch.full_like(off, self.penalty)],
-            allow_unused=True,
-        )
+        outputs, weights = [*(inside[name] for name in G), off], [*G.values(), torch.full_like(off, self.penalty)]
+        found = torch.autograd.grad(outputs, [*w.values(), *s.values()], weights, allow_unused=True)
         moving = [(tensors[name], training["mean"][name], self.decay) for name in w]
         moving += [(state["s"][name], state["speed"][name], 0.0) for name in s]
         norm = float(get_total_norm([gradient for gradient in found if gradient is not None]))
