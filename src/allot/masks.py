@@ -11,9 +11,11 @@ from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from allot.compute import Compute
 from allot.errors import UsageError, unknown
 from allot.layers import places_of
 from allot.norms import Norms
+from allot.recompute import checkpointed
 from allot.shares import processes
 
 
@@ -29,6 +31,7 @@ def call(
     *,
     training: Callable[[nn.Module], bool] | None = None,
     norms: Norms | None = None,
+    compute: Compute | None = None,
     then: Callable[[Any], Any] | None = None,
 ) -> Any:
     """What `model` gives for `inputs` with `tensors` in place of its own; the model is left as it was.
@@ -40,6 +43,7 @@ def call(
         training: which modules run in train mode; None: none of them.
         norms: how batch norms in train mode find the statistics of their batch; by torch, or by all processes' shares
             of it where None.
+        compute: precision, compiling and checkpointing; none of them where None.
         then: applied to the output while tensors and modes are still in place; what it returns is returned. Gradients
             belong here: activation checkpointing runs parts of the model again when they are taken.
     Raises:
@@ -56,8 +60,10 @@ def call(
     args, kwargs = as_arguments(inputs)
     placed = {f"model.{name}": tensor for name, tensor in _placed(model, tensors, own).items()}
     norms = norms or (Norms() if training and processes() > 1 else None)
-    with modes(model, training or (lambda module: False)), norms or nullcontext():
-        return torch.func.functional_call(_Then(model, then), placed, args, kwargs, tie_weights=False)
+    compute = compute or Compute()
+    again = checkpointed(model, norms) if compute.checkpoint else nullcontext()
+    with modes(model, training or (lambda module: False)), norms or nullcontext(), again:
+        return torch.func.functional_call(_Then(model, then, compute), placed, args, kwargs, tie_weights=False)
 
 
 def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -83,12 +89,14 @@ def modes(model: nn.Module, training: Callable[[nn.Module], bool]) -> Iterator[N
 class _Then(nn.Module):
     """`then` of what `model` gives."""
 
-    def __init__(self, model: nn.Module, then: Callable[[Any], Any] | None) -> None:
+    def __init__(self, model: nn.Module, then: Callable[[Any], Any] | None, compute: Compute) -> None:
         super().__init__()
-        self.model, self.then = model, then
+        self.model, self.then, self.compute = model, then, compute
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.model(*args, **kwargs)
+        device = next((tensor.device for tensor in self.model.parameters()), torch.device("cpu"))
+        with self.compute.precision(device):
+            output = self.model(*args, **kwargs)
         return output if self.then is None else self.then(output)
 
 

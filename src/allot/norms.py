@@ -34,7 +34,16 @@ class Norms(TorchFunctionMode):
 
     def __init__(self, known: list[Statistics] | None = None) -> None:
         super().__init__()
-        self.known, self.seen, self.at = known, [] if known is None else known, 0
+        self.known, self.at = known, 0
+        self.seen: list[Statistics] = [] if known is None else known
+        self.counts: list[float] = []  # values per channel that went into `seen`
+        self.repeats = False
+
+    def again(self) -> Norms:
+        """For a second run of what comes next: by the statistics of the first one, which nothing is added to."""
+        other = Norms(self.known)
+        other.seen, other.counts, other.at, other.repeats = self.seen, self.counts, self.at, True
+        return other
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Stands in for torch's batch norm; everything else runs as it is."""
@@ -46,13 +55,16 @@ class Norms(TorchFunctionMode):
             return func(*args, **kwargs)
         x, eps = given["input"], given["eps"]
         gamma, beta = given["weight"], given["bias"]
+        self.at += 1
         if self.known is not None:
-            self.at += 1
             return _scaled(x, *_own(x, *self.known[self.at - 1]), gamma, beta, eps)
+        if self.repeats:
+            return _Whole.apply(x, *self.seen[self.at - 1], gamma, beta, eps, self.counts[self.at - 1])
         count, mean, deviation = pooled(x)
         if count < 2:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
         self.seen.append((mean.to(x.device), (deviation / count).to(x.device)))
+        self.counts.append(count)
         _run_on(given, mean, deviation / (count - 1))
         return _Whole.apply(x, mean, deviation / count, gamma, beta, eps, count)
 
