@@ -125,8 +125,10 @@ class Fcpts:
             kept = state["kept"] = budget.counts(state["density"])
             low, high = _around(problem.budget, kept, self.window)
             state["masks"] = self.training.select(problem, training, evidence, kept)
-            narrow, wide = (self.training.select(problem, training, evidence, some) for some in (low, high))
-            state["windows"] = {name: (wide[name] & ~narrow[name]).flatten().nonzero().flatten() for name in wide}
+            wide = self.training.select(problem, training, evidence, high)
+            for name, narrow in self.training.select(problem, training, evidence, low).items():
+                wide[name] &= ~narrow
+            state["windows"] = {name: wide.pop(name).flatten().nonzero().flatten() for name in list(wide)}
             moving |= {f"density.{name}": kept[name] / total for name, total in candidate.allocation.total.items()}
             state["trajectory"].append({"step": t, "limit": limits, "kept": kept})
         gradients, metrics = self.training.gradients(problem, training, state["masks"])
