@@ -3,6 +3,7 @@
 from allot.allocation import Allocation
 from allot.budget import Budget
 from allot.calibration import Calibration
+from allot.compute import Compute
 from allot.errors import AllotError, BudgetError, PatternError, Stopped, UsageError, VerificationError
 from allot.evaluate import evaluate
 from allot.layers import Layer, Rules, Scope
@@ -31,6 +32,7 @@ __all__ = [
     "BudgetError",
     "Calibration",
     "Channels",
+    "Compute",
     "Layer",
     "PatternError",
     "Readable",

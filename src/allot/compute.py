@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -54,6 +54,8 @@ class Compute:
             raise unknown("amp", str(amp), PRECISIONS)
         for name in ("channels_last", "compile", "checkpoint"):
             check_flag(name, getattr(self, name))
+        if self.compile and self.checkpoint:
+            raise UsageError("compile and checkpoint: one of them is accepted; a compiled model decides by itself.")
         if isinstance(self.cached, str):
             object.__setattr__(self, "cached", memory("cached", self.cached))
         check_number("cached", self.cached, 0, whole=True)
@@ -119,8 +121,3 @@ class Compute:
             what = str(error).splitlines()[0]
         if what:
             raise UsageError(f"amp={self.amp} cannot be computed on {device} here ({what}): leave it out.")
-
-
-def quick(compute: Compute) -> Compute:
-    """The same without compiling, for a few trials."""
-    return replace(compute, compile=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -96,8 +97,26 @@ class _Then(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         device = next((tensor.device for tensor in self.model.parameters()), torch.device("cpu"))
         with self.compute.precision(device):
-            output = self.model(*args, **kwargs)
+            run = partial(_compiled, self.model) if self.compute.compile else self.model
+            output = run(*args, **kwargs)
         return output if self.then is None else self.then(output)
+
+
+def _compiled(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What `model` gives, compiled; a function is compiled and not the module, which would be marked by it."""
+    from torch._dynamo.exc import TorchDynamoException  # seconds, for those who compile
+
+    try:
+        return _compile()(model, *args, **kwargs)
+    except TorchDynamoException as error:
+        raise UsageError(
+            f"compile: this model cannot be compiled here: {str(error).strip().splitlines()[0]}"
+        ) from error
+
+
+@cache
+def _compile() -> Callable[..., Any]:
+    return torch.compile(lambda model, *args, **kwargs: model(*args, **kwargs))
 
 
 def write_into(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

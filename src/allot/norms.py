@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from allot.shares import stacked, total
+from allot.shares import processes, stacked, total
 
 Statistics = tuple[Tensor, Tensor]  # mean and biased variance, both [C]
 _NAMES = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
@@ -72,6 +72,9 @@ class Norms(TorchFunctionMode):
 def pooled(x: Tensor) -> tuple[float, Tensor, Tensor]:
     """(count, mean, squared deviations) per channel of `x` `[B, C, ...]` over the whole batch; float64 `[C]`."""
     var, mean = (part.double() for part in _moments(x.detach()))
+    if processes() == 1:
+        own_count = x.numel() / x.shape[1]
+        return own_count, mean, own_count * var
     own = torch.full_like(mean, x.numel() / x.shape[1])
     parts = stacked(torch.stack([own, mean, own * var]))  # [processes, 3, C]
     n, means, deviations = parts.unbind(1)

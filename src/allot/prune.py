@@ -22,13 +22,15 @@ from allot.allocation import Allocation
 from allot.budget import Budget
 from allot.calibration import Calibration
 from allot.channels import ChannelPlan
+from allot.compute import Compute
 from allot.errors import AllotError, BudgetError, Stopped, UsageError, VerificationError
 from allot.evaluate import Score as Accuracy
 from allot.evaluate import attempt, evaluate
 from allot.fingerprint import fingerprint
-from allot.fit import fitted, shortened
+from allot.fit import kept_cut, shortened
 from allot.latency import Latency
 from allot.layers import Rules, Scope
+from allot.memory import chosen
 from allot.parts import Parts, assemble, settings
 from allot.patterns import Channels, Pattern
 from allot.pose import check_made_nothing, check_plain, names_of, pose
@@ -70,6 +72,8 @@ def prune(
     label: str | None = None,
     save_to: str | Path | None = None,
     max_minutes: float | None = None,
+    compute: Compute | Mapping[str, Any] | None = None,
+    max_memory: int | str | None = None,
     recipe: Mapping[str, Any] | None = None,
     on_step: Callable[[Progress], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
@@ -103,6 +107,9 @@ def prune(
             one is opened and returned.
         max_minutes: training is cut to what fits, from what steps take here (`allot.fit`); a run that goes on keeps
             the cut that it began with.
+        compute: choices about memory and speed, like {"micro_batch": 8}; see `Compute`.
+        max_memory: bytes, or text like "6GB": what one step of training may take at its peak; choices of `compute`
+            are made so that it does (`allot.memory`). A run that goes on keeps them.
         recipe: what to write as recipe.yaml beside what is known here, like where the model comes from.
         on_step: called after every step.
         should_stop: asked before every step.
@@ -115,10 +122,12 @@ def prune(
     parts = assemble(method, allocate=allocate, score=score, pattern=pattern, repair=repair, options=options)
     # what is wrong with the model comes before a forward pass: one would fill lazy layers
     Scope.of(model, None if isinstance(parts.pattern, Channels) else rules)
-    served = Runtime.parse(runtime)
+    served, compute = Runtime.parse(runtime), Compute.of(compute)
+    compute.check(model)
     log = Log()
     with repeatable(model, seed, "pose"):
-        inputs = _calibration(model, calibration, samples=samples, batch_size=batch_size, seed=seed, workers=workers)
+        sizes = {"samples": samples, "batch_size": batch_size, "seed": seed, "workers": workers}
+        inputs = _calibration(model, calibration, channels_last=compute.channels_last, **sizes)
         problem = pose(
             model,
             budget,
@@ -136,7 +145,10 @@ def prune(
     if inputs is None:  # a score that needs inputs says so before anything is written
         whole = Candidate.dense(problem)
         Selection().step(problem, whole, Selection().init(problem, whole))
-    cut = _cut(problem, parts, max_minutes, save_to)
+    problem = replace(problem, compute=compute)
+    if held := chosen(problem, parts, max_memory, save_to):
+        problem = replace(problem, compute=Compute.of(held["picked"]))
+    cut = kept_cut(problem, parts, max_minutes, save_to)
     parts = shortened(parts, cut) if cut else parts
     if isinstance(test, Iterable) and not hasattr(test, "__len__") and not hasattr(test, "dataset"):
         test = list(test)  # it is read twice
@@ -149,30 +161,23 @@ def prune(
     asked = {"configuration": _configuration(budget, parts, rules, seed, inputs), "fingerprint": found}
     if budget.latency is not None:
         asked["configuration"]["runtime"] = str(served)
+    known = {key: value for key, value in asked["configuration"].items() if key != "hyperparameters"}
     if cut:
         asked["configuration"]["fit"] = cut
-    known = {k: value for k, value in asked["configuration"].items() if k not in ("hyperparameters", "fit")}
+    if identity := problem.compute.identity():
+        asked["configuration"]["compute"] = identity
+    told: dict[str, Any] = {name: value for name, value in (("fit", cut), ("memory", held)) if value}
     limits = [f"{kind}={amount}" for kind, amount in budget.to_json().items()]
-    recipe = {**known, "budget": limits, "options": settings(options or {}), **(recipe or {})}
+    known |= {"budget": limits, "options": settings(options or {}), "compute": compute.to_json()}
     device = next(iter(problem.dense.values())).device
-    store = Store(save_to, asked, {**_versions(), "recipe": recipe}, device) if save_to else None
+    notes = {"versions": _versions(), "recipe": {**known, **(recipe or {})}, "memory": held}
+    store = Store(save_to, asked, notes, device) if save_to else None
     try:
         name = label or type(model).__name__
-        return _chain(problem, parts, store, log, name, judge, dense, cut, on_step, should_stop)
+        return _chain(problem, parts, store, log, name, judge, dense, told, on_step, should_stop)
     finally:
         if store:
             store.close()
-
-
-def _cut(problem: Problem, parts: Parts, minutes: float | None, run: str | Path | None) -> dict[str, Any] | None:
-    """How the chain is brought down to these minutes: as the run began, where it did."""
-    if minutes is None:
-        return None
-    if run and (Path(run) / "run.json").exists():
-        earlier = read_run(run).get("configuration", {}).get("fit")
-        if earlier and earlier["minutes"] == minutes:
-            return dict(earlier)
-    return fitted(problem, parts, minutes)
 
 
 def _timing(
@@ -212,11 +217,13 @@ def _timing(
 
 
 def _calibration(
-    model: nn.Module, data: Any, *, samples: int, batch_size: int, seed: int, workers: int
+    model: nn.Module, data: Any, *, samples: int, batch_size: int, seed: int, workers: int, channels_last: bool
 ) -> Calibration | None:
     """Calibration on the model's device; an iterable whose items are batches already is recognised by trying."""
-    if data is None or isinstance(data, Calibration):
-        return data
+    if isinstance(data, Calibration):
+        return replace(data, channels_last=data.channels_last or channels_last)
+    if data is None:
+        return None
     reference = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     before = names_of(model)
     if isinstance(data, Iterable) and not hasattr(data, "__len__") and not hasattr(data, "dataset"):
@@ -232,6 +239,7 @@ def _calibration(
             batched=batched,
             device=reference.device,
             dtype=reference.dtype,
+            channels_last=channels_last,
         )
         attempt(model, found.example(), {})
         check_made_nothing(model, before)
@@ -256,7 +264,7 @@ def _chain(
     label: str,
     judge: Judge | None,
     dense: Accuracy | None,
-    cut: Mapping[str, Any] | None,
+    told_first: Mapping[str, Any],
     on_step: Callable[[Progress], None] | None,
     should_stop: Callable[[], bool] | None,
 ) -> Result:
@@ -274,7 +282,7 @@ def _chain(
     log = store.saved.log if store and store.saved else log
     names = [name for name, _ in stages]
     first = names.index(store.saved.stage) if store and store.saved else 0
-    candidate = replace(Candidate.dense(problem), diagnostics={"fit": dict(cut)} if cut else {})
+    candidate = replace(Candidate.dense(problem), diagnostics=told_first)
     if store and store.saved:
         problem = paced(problem, store.saved.candidate["diagnostics"])
     for name, part in stages[first:]:
@@ -385,11 +393,5 @@ def _configuration(
     }
 
 
-def _versions() -> dict[str, Any]:
-    return {
-        "versions": {
-            "allot": metadata.version("allot"),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        }
-    }
+def _versions() -> dict[str, str]:
+    return {"allot": metadata.version("allot"), "torch": torch.__version__, "python": platform.python_version()}
