@@ -175,6 +175,7 @@ def test_channels_last_reach_the_convolutions_and_change_nothing_but_rounding():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own compiler imports what torch deprecates
 @pytest.mark.parametrize("micro_batch", [0, 8])
 def test_a_compiled_model_learns_the_same_and_is_left_as_it_was(micro_batch: int):
     body = [nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6)]
