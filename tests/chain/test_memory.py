@@ -120,9 +120,8 @@ def test_the_peak_of_tensors_is_what_is_alive_at_a_time():
         y = weight.sin()  # kept: its input only, which is there already
         y.exp().sum().backward()
     assert 3 * 4000 <= found.bytes <= 5 * 4000
-    with pytest.raises(Over), peak(cpu, most=4000):
-        torch.ones(999)
-        torch.ones(1001)
+    with pytest.raises(Over), peak(cpu, [torch.ones(999)], most=4000):
+        torch.ones(2)
 
 
 def test_a_run_says_what_it_picked_and_keeps_it(
