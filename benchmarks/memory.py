@@ -3,20 +3,22 @@
 Steps of `fcpts` at 95 % on a ResNet-50 with random weights, with each choice of `Compute`, beside plain distillation of
 the same net: a teacher without gradients, Adam, gradients of micro-batches accumulated as one would write it. Each
 cell runs in a process of its own. Bytes are what the peak adds to the process after libraries and model are loaded
-(`resident`), and those of tensors alive at a time (`tensors`, the teacher's weights not counted); seconds are of the
-fastest step. Measured cells are kept in benchmarks/measured/memory.json and not measured again.
+(`resident`), and those of tensors alive at a time beside the model's own (`tensors`, in a process of its own); seconds
+are of the fastest step. Measured cells are kept in benchmarks/measured/memory.json and not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import json
 import logging
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -121,25 +123,26 @@ def ours(model: nn.Module, calibration: Calibration, compute: Compute) -> Callab
     return lambda: method.step(problem, candidate, state) and None
 
 
-def cost(who: str, choices: dict[str, Any], side: int, steps: int) -> dict[str, float]:
-    """`{"resident", "tensors", "seconds"}` in this process."""
+def cost(who: str, choices: dict[str, Any], side: int, steps: int, *, count: bool) -> dict[str, float]:
+    """`{"resident", "seconds"}` in this process, or `{"tensors"}` where these are counted, which takes memory itself."""
     torch.manual_seed(0)
     model = resnet50().eval()
     calibration = Calibration.of(torch.randn(2 * BATCH, 3, side, side), batch_size=BATCH)
     compute = Compute.of(choices)
     first = nn.Linear(3, 3)  # what is imported when a net is first looked at is there before anything counts
     pose(first, Budget(sparsity=0.5), Unstructured(), calibration=Calibration.of(torch.randn(2, 3)))
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak counts from here
+    ctypes.CDLL(None).malloc_trim(0)  # Linux: what was freed before is no room for what comes
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before, times = _resident("VmRSS"), []
-    with peak(torch.device("cpu")) as found:
+    with peak(torch.device("cpu"), model.parameters()) if count else nullcontext() as found:
         step = plain(model, calibration, compute.micro_batch) if who == "plain" else ours(model, calibration, compute)
         for _ in range(steps):
             started = time.perf_counter()
             step()
             times.append(time.perf_counter() - started)
-    # a detached weight of the teacher is one that an operator gave; plain distillation detaches none
-    teacher = sum(p.numel() * p.element_size() for p in model.parameters()) if who == "fcpts" else 0
-    return {"resident": _resident("VmHWM") - before, "tensors": found.bytes - teacher, "seconds": min(times)}
+    if found is None:
+        return {"resident": _resident("VmHWM") - before, "seconds": min(times)}
+    return {"tensors": found.bytes - sum(p.numel() * p.element_size() for p in model.parameters())}
 
 
 def accuracy(choices: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -168,11 +171,13 @@ def main() -> None:
     parser.add_argument("--accuracy", action="store_true")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--cell", help=argparse.SUPPRESS)
+    parser.add_argument("--count", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(options.threads)
     if options.cell:
-        sys.stdout.write(json.dumps(cost(*COSTS[options.cell], options.side, options.steps)))
+        found = cost(*COSTS[options.cell], options.side, options.steps, count=options.count)
+        sys.stdout.write(json.dumps(found))
         return
     if options.accuracy:
         cells = [(f"{NET} {name} {seed}", (given, seed)) for name, given in CHOICES.items() for seed in SEEDS]
@@ -185,7 +190,9 @@ def main() -> None:
         key = f"{options.side} {name}"
         if key not in found:
             command = [sys.executable, "-m", "benchmarks.memory", *sys.argv[1:], "--cell", name]
-            found[key] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+            found[key] = {}
+            for more in ([], ["--count"]):
+                found[key] |= json.loads(subprocess.run([*command, *more], check=True, stdout=subprocess.PIPE).stdout)
             logging.info("%s: %s", key, found[key])
             write(
                 CACHE, "{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(found[k])}" for k in sorted(found)) + "\n}\n"

@@ -121,7 +121,8 @@ def _scaled(x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Te
     scale = (var + eps).rsqrt()
     scale = scale if gamma is None else scale * gamma.to(scale.dtype)
     shift = -mean * scale if beta is None else beta.to(scale.dtype) - mean * scale
-    return (x.to(wide) * scale.to(wide).view(shape) + shift.to(wide).view(shape)).to(x.dtype)
+    y = x.to(wide) * scale.to(wide).view(shape)
+    return y.add_(shift.to(wide).view(shape)).to(x.dtype)  # in place: a whole batch of activations is large
 
 
 def _own(x: Tensor, mean: Tensor, var: Tensor) -> Statistics:

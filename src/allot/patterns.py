@@ -204,7 +204,7 @@ def select(score: Shaped[Tensor, "*shape"], kept: int) -> Bool[Tensor, "*shape"]
     return mask.view_as(score)
 
 
-LARGE = 2**22  # entries of a tensor above which they are not all ranked at once
+LARGE = 2**20  # entries of a tensor above which they are not all ranked at once
 
 
 def _highest(flat: Shaped[Tensor, " N"], k: int) -> Tensor:

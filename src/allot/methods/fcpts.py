@@ -128,7 +128,7 @@ class Fcpts:
             wide = self.training.select(problem, training, evidence, high)
             for name, narrow in self.training.select(problem, training, evidence, low).items():
                 wide[name] &= ~narrow
-            state["windows"] = {name: wide.pop(name).flatten().nonzero().flatten() for name in list(wide)}
+            state["windows"] = {name: wide.pop(name).flatten().nonzero().flatten().int() for name in list(wide)}
             moving |= {f"density.{name}": kept[name] / total for name, total in candidate.allocation.total.items()}
             state["trajectory"].append({"step": t, "limit": limits, "kept": kept})
         gradients, metrics = self.training.gradients(problem, training, state["masks"])
