@@ -124,7 +124,7 @@ def ours(model: nn.Module, calibration: Calibration, compute: Compute) -> Callab
 
 
 def cost(who: str, choices: dict[str, Any], side: int, steps: int, *, count: bool) -> dict[str, float]:
-    """`{"resident", "seconds"}` in this process, or `{"tensors"}` where these are counted, which takes memory itself."""
+    """`{"resident", "seconds"}` in this process, or `{"tensors"}` where these are counted, which takes memory."""
     torch.manual_seed(0)
     model = resnet50().eval()
     calibration = Calibration.of(torch.randn(2 * BATCH, 3, side, side), batch_size=BATCH)

@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from allot.calibration import cut
 from allot.errors import AllotError, UsageError, check_number, unknown
 from allot.losses import LOSSES, Outputs, compared, compared_tensors, relative_error, size
+from allot.masking import Masking
 from allot.masks import call
 from allot.norms import Norms
 from allot.observe import hooked
@@ -79,13 +80,15 @@ class Distance:
         return {"step": 0, "repeat": repeat, "teacher": []}
 
     def loss_of(
-        self, problem: Problem, state: State, tensors: Mapping[str, Tensor]
+        self, problem: Problem, state: State, tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None
     ) -> tuple[float, dict[str, Tensor], int]:
         """(L of the net with `tensors` in place on the state's next batch, its gradients, samples pushed forward).
 
         Args:
             tensors: of those that require gradients, dL / d tensor is returned, by name; without those that L does
                 not depend on.
+            masks: of tensors that are masked where the model uses them; gradients are at every entry. Not for
+                compiled models.
         Raises:
             AllotError: the loss is not finite.
             UsageError: outputs that the loss cannot read or that carry no gradients, or a batch too small for batch
@@ -98,7 +101,9 @@ class Distance:
         pieces = problem.compute.pieces(len(own))
         teacher, shares, forward = self._taught(problem, state, inputs, positions, pieces)
         leaves = {name: value.detach().requires_grad_() for name, value in tensors.items() if value.requires_grad}
-        batch = _Batch(inputs, pieces, teacher, shares, {**tensors, **leaves}, leaves)
+        known = {name: (leaves[name], mask) for name, mask in (masks or {}).items() if name in leaves}
+        masking = Masking(known, remember=not problem.compute.checkpoint) if known else None
+        batch = _Batch(inputs, pieces, teacher, shares, {**tensors, **leaves}, leaves, masking)
         try:
             learn = partial(self._learned, problem, state, batch)
             loss = _in_range(problem, state, batch, learn) if problem.compute.amp == "fp16" else learn()
@@ -110,16 +115,19 @@ class Distance:
             ) from error
         if len(pieces) > 1:
             forward += len(positions) * (any(map(is_norm, problem.model.modules())) + bool(self.blocks))
+        if masking and any(leaves[name].grad is not None for name in known.keys() - masking.used):
+            raise Unseen
         found = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
         return total_number(loss), dict(zip(found, total(list(found.values())), strict=True)), forward
 
     def _learned(self, problem: Problem, state: State, batch: _Batch) -> float:
         """What this process's pieces add to L; their gradients add up in the leaves."""
         model, parts, known, losses = problem.model, len(batch.pieces), None, 0.0
+        how: dict[str, Any] = {"compute": problem.compute, "masking": batch.masking}
         if parts > 1 and any(map(is_norm, model.modules())):
             with torch.no_grad():
                 whole = Norms()
-                call(model, batch.placed, batch.inputs, training=is_norm, norms=whole, compute=problem.compute)
+                call(model, batch.placed, batch.inputs, training=is_norm, norms=whole, **how)
             known = whole.seen
         for piece, (outputs, dense_blocks), share in zip(batch.pieces, batch.teacher, batch.shares, strict=True):
             part = cut(batch.inputs, *piece) if parts > 1 else batch.inputs
@@ -129,9 +137,7 @@ class Distance:
             grad = partial(self._gradients, state, batch.leaves, outputs, blocks, dense_blocks, share)
             with torch.enable_grad(), _watched(model, self.blocks, blocks):
                 norms = None if known is None else Norms(known)
-                losses += call(
-                    model, batch.placed, part, training=is_norm, norms=norms, compute=problem.compute, then=grad
-                )
+                losses += call(model, batch.placed, part, training=is_norm, norms=norms, **how, then=grad)
         return losses
 
     def _gradients(
@@ -238,6 +244,10 @@ class Distance:
         return compared(student, teacher, self.loss, T, T_s, shares)
 
 
+class Unseen(Exception):
+    """The model uses a weight in a way that no mask reaches, like a function of its own with gradients of its own."""
+
+
 @dataclass(frozen=True)
 class _Batch:
     """This process's share of a batch, in pieces, and what it is pushed through."""
@@ -248,6 +258,7 @@ class _Batch:
     shares: list[list[float]]
     placed: dict[str, Tensor]
     leaves: dict[str, Tensor]  # those of them that learn; their gradients add up in place
+    masking: Masking | None
 
 
 def _in_range(problem: Problem, state: State, batch: _Batch, learn: Callable[[], float]) -> float:

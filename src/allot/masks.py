@@ -8,21 +8,17 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from allot.compute import Compute
 from allot.errors import UsageError, unknown
 from allot.layers import places_of
+from allot.masking import Masking
+from allot.masking import masked as masked
 from allot.norms import Norms
 from allot.recompute import checkpointed
 from allot.shares import processes
-
-
-def masked(tensor: Shaped[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
-    """`tensor` with +0.0 wherever `mask` is False (a product would leave -0.0 and nan)."""
-    return torch.where(mask, tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
 
 
 def call(
@@ -33,6 +29,7 @@ def call(
     training: Callable[[nn.Module], bool] | None = None,
     norms: Norms | None = None,
     compute: Compute | None = None,
+    masking: Masking | None = None,
     then: Callable[[Any], Any] | None = None,
 ) -> Any:
     """What `model` gives for `inputs` with `tensors` in place of its own; the model is left as it was.
@@ -45,6 +42,7 @@ def call(
         norms: how batch norms in train mode find the statistics of their batch; by torch, or by all processes' shares
             of it where None.
         compute: precision, compiling and checkpointing; none of them where None.
+        masking: how some of the tensors are masked where the model uses them; not for compiled models.
         then: applied to the output while tensors and modes are still in place; what it returns is returned. Gradients
             belong here: activation checkpointing runs parts of the model again when they are taken.
     Raises:
@@ -62,9 +60,9 @@ def call(
     placed = {f"model.{name}": tensor for name, tensor in _placed(model, tensors, own).items()}
     norms = norms or (Norms() if training and processes() > 1 else None)
     compute = compute or Compute()
-    again = checkpointed(model, norms) if compute.checkpoint else nullcontext()
+    again = checkpointed(model, norms, masking) if compute.checkpoint else nullcontext()
     with modes(model, training or (lambda module: False)), norms or nullcontext(), again:
-        return torch.func.functional_call(_Then(model, then, compute), placed, args, kwargs, tie_weights=False)
+        return torch.func.functional_call(_Then(model, then, compute, masking), placed, args, kwargs, tie_weights=False)
 
 
 def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -90,13 +88,15 @@ def modes(model: nn.Module, training: Callable[[nn.Module], bool]) -> Iterator[N
 class _Then(nn.Module):
     """`then` of what `model` gives."""
 
-    def __init__(self, model: nn.Module, then: Callable[[Any], Any] | None, compute: Compute) -> None:
+    def __init__(
+        self, model: nn.Module, then: Callable[[Any], Any] | None, compute: Compute, masking: Masking | None
+    ) -> None:
         super().__init__()
-        self.model, self.then, self.compute = model, then, compute
+        self.model, self.then, self.compute, self.masking = model, then, compute, masking
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         device = next((tensor.device for tensor in self.model.parameters()), torch.device("cpu"))
-        with self.compute.precision(device):
+        with self.compute.precision(device), self.masking or nullcontext():
             run = partial(_compiled, self.model) if self.compute.compile else self.model
             output = run(*args, **kwargs)
         return output if self.then is None else self.then(output)

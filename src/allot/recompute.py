@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from allot.errors import UsageError
+from allot.masking import Masking
 from allot.norms import Norms
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -46,11 +47,11 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def checkpointed(model: nn.Module, norms: Norms | None = None) -> Iterator[None]:
+def checkpointed(model: nn.Module, norms: Norms | None = None, masking: Masking | None = None) -> Iterator[None]:
     """While open, blocks of `model` keep their inputs instead of their activations where gradients are wanted.
 
     Args:
-        norms: what stands in for batch norms at the time.
+        norms, masking: what stands in for batch norms, and masks weights, at the time.
     Raises:
         UsageError: the model has no repeated blocks.
     """
@@ -61,12 +62,12 @@ def checkpointed(model: nn.Module, norms: Norms | None = None) -> Iterator[None]
         )
     with ExitStack() as stack:
         for block in blocks:
-            stack.enter_context(_wrapped(block, norms))
+            stack.enter_context(_wrapped(block, norms, masking))
         yield
 
 
 @contextmanager
-def _wrapped(block: nn.Module, norms: Norms | None) -> Iterator[None]:
+def _wrapped(block: nn.Module, norms: Norms | None, masking: Masking | None) -> Iterator[None]:
     own = vars(block).get("forward")  # some users put a forward there as well
     plain: Callable[..., Any] = block.forward
 
@@ -74,7 +75,7 @@ def _wrapped(block: nn.Module, norms: Norms | None) -> Iterator[None]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return plain(*args, **kwargs)
-        contexts = partial(_contexts, block, norms)
+        contexts = partial(_contexts, block, norms, masking)
         return checkpoint(plain, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
     block.forward = forward
@@ -86,13 +87,17 @@ def _wrapped(block: nn.Module, norms: Norms | None) -> Iterator[None]:
             block.forward = own
 
 
-def _contexts(block: nn.Module, norms: Norms | None) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """What the first run is done in, and the second."""
-    return nullcontext(), _second(block, norms.again() if norms else nullcontext())
+def _contexts(
+    block: nn.Module, norms: Norms | None, masking: Masking | None
+) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """What the first run is done in, and the second, which is by then outside of what the first one was in."""
+    return nullcontext(), _second(block, norms.again() if norms else nullcontext(), masking or nullcontext())
 
 
 @contextmanager
-def _second(block: nn.Module, norms: AbstractContextManager[Any]) -> Iterator[None]:
+def _second(
+    block: nn.Module, norms: AbstractContextManager[Any], masking: AbstractContextManager[Any]
+) -> Iterator[None]:
     global _running
     places: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
     _running += 1
@@ -103,7 +108,7 @@ def _second(block: nn.Module, norms: AbstractContextManager[Any]) -> Iterator[No
                     places.append((module._buffers, name, buffer))
         for buffers, name, buffer in places:
             buffers[name] = buffer.clone()
-        with norms:
+        with norms, masking:
             yield
     finally:
         for buffers, name, buffer in places:
