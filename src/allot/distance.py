@@ -103,7 +103,8 @@ class Distance:
         leaves = {name: value.detach().requires_grad_() for name, value in tensors.items() if value.requires_grad}
         known = {name: (leaves[name], mask) for name, mask in (masks or {}).items() if name in leaves}
         masking = Masking(known, remember=not problem.compute.checkpoint) if known else None
-        batch = _Batch(inputs, pieces, teacher, shares, {**tensors, **leaves}, leaves, masking)
+        placed = {**tensors, **leaves, **(masking.placed if masking else {})}
+        batch = _Batch(inputs, pieces, teacher, shares, placed, leaves, masking)
         try:
             learn = partial(self._learned, problem, state, batch)
             loss = _in_range(problem, state, batch, learn) if problem.compute.amp == "fp16" else learn()
@@ -115,7 +116,7 @@ class Distance:
             ) from error
         if len(pieces) > 1:
             forward += len(positions) * (any(map(is_norm, problem.model.modules())) + bool(self.blocks))
-        if masking and any(leaves[name].grad is not None for name in known.keys() - masking.used):
+        if masking and masking.missed:
             raise Unseen
         found = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
         return total_number(loss), dict(zip(found, total(list(found.values())), strict=True)), forward
@@ -134,7 +135,7 @@ class Distance:
             if self.blocks and parts > 1:
                 _, dense_blocks = self._answers(problem, part)
             blocks: list[Tensor] = []
-            grad = partial(self._gradients, state, batch.leaves, outputs, blocks, dense_blocks, share)
+            grad = partial(self._gradients, state, batch.learning, outputs, blocks, dense_blocks, share)
             with torch.enable_grad(), _watched(model, self.blocks, blocks):
                 norms = None if known is None else Norms(known)
                 losses += call(model, batch.placed, part, training=is_norm, norms=norms, **how, then=grad)
@@ -143,7 +144,7 @@ class Distance:
     def _gradients(
         self,
         state: State,
-        leaves: Mapping[str, Tensor],
+        leaves: list[Tensor],
         teacher: list[Tensor],
         blocks: list[Tensor],
         dense_blocks: list[Tensor],
@@ -158,7 +159,7 @@ class Distance:
             raise UsageError("the model's outputs carry no gradients: take no_grad and detach out of its forward.")
         check_finite(loss, state["step"])
         if leaves:
-            torch.autograd.backward(loss * state.get("loss_scale", 1.0), inputs=list(leaves.values()))
+            torch.autograd.backward(loss * state.get("loss_scale", 1.0), inputs=leaves)
         return float(loss.detach())
 
     def _taught(
@@ -259,6 +260,11 @@ class _Batch:
     placed: dict[str, Tensor]
     leaves: dict[str, Tensor]  # those of them that learn; their gradients add up in place
     masking: Masking | None
+
+    @property
+    def learning(self) -> list[Tensor]:
+        """All that gradients are wanted of."""
+        return [*self.leaves.values(), *(self.masking.placed.values() if self.masking else ())]
 
 
 def _in_range(problem: Problem, state: State, batch: _Batch, learn: Callable[[], float]) -> float:

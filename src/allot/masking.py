@@ -22,19 +22,26 @@ def masked(tensor: Tensor, mask: Tensor) -> Tensor:
 
 
 class Masking(TorchFunctionMode):
-    """While open, functions of torch get these tensors masked.
+    """While open, functions of torch get masked copies of these tensors.
 
     Args:
-        masks: name -> (tensor, its mask). The model has to hold these very tensors.
+        tensors: name -> what learns, with the mask.
         remember: whether copies that gradients need are made once more, instead of kept.
     Attributes:
-        used: names of those that a function took.
+        placed: name -> the tensor that the model has to hold, of the same memory. Gradients reach it only where the
+            model uses it in a way that no function of torch shows.
     """
 
-    def __init__(self, masks: Mapping[str, tuple[Tensor, Tensor]], *, remember: bool = True) -> None:
+    def __init__(self, tensors: Mapping[str, tuple[Tensor, Tensor]], *, remember: bool = True) -> None:
         super().__init__()
-        self.known = {id(tensor): (name, tensor, mask) for name, (tensor, mask) in masks.items()}
-        self.remember, self.used = remember, set[str]()
+        self.placed = {name: tensor.detach().requires_grad_() for name, (tensor, _) in tensors.items()}
+        self.known = {id(self.placed[name]): both for name, both in tensors.items()}
+        self.remember = remember
+
+    @property
+    def missed(self) -> bool:
+        """Whether gradients went past the masks."""
+        return any(tensor.grad is not None for tensor in self.placed.values())
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Stands in for every function; what it does is the function's own."""
@@ -46,8 +53,7 @@ class Masking(TorchFunctionMode):
         def placed(value: Tensor) -> Tensor:
             if id(value) not in self.known:
                 return value
-            name, tensor, mask = self.known[id(value)]
-            self.used.add(name)
+            tensor, mask = self.known[id(value)]
             copy: Tensor = _Straight.apply(tensor, mask)
             copies[copy.untyped_storage().data_ptr()] = _Copy(tensor, mask)
             return copy
