@@ -125,10 +125,9 @@ class Fcpts:
             kept = state["kept"] = budget.counts(state["density"])
             low, high = _around(problem.budget, kept, self.window)
             state["masks"] = self.training.select(problem, training, evidence, kept)
-            wide = self.training.select(problem, training, evidence, high)
-            for name, narrow in self.training.select(problem, training, evidence, low).items():
-                wide[name] &= ~narrow
-            state["windows"] = {name: wide.pop(name).flatten().nonzero().flatten().int() for name in list(wide)}
+            wide, narrow = (self.training.select(problem, training, evidence, some) for some in (high, low))
+            # popped: no mask of these stays for the rest of the step
+            state["windows"] = {l: (wide.pop(l) & ~narrow.pop(l)).flatten().nonzero().flatten().int() for l in kept}
             moving |= {f"density.{name}": kept[name] / total for name, total in candidate.allocation.total.items()}
             state["trajectory"].append({"step": t, "limit": limits, "kept": kept})
         gradients, metrics = self.training.gradients(problem, training, state["masks"])
