@@ -126,7 +126,6 @@ class Fcpts:
             low, high = _around(problem.budget, kept, self.window)
             state["masks"] = self.training.select(problem, training, evidence, kept)
             wide, narrow = (self.training.select(problem, training, evidence, some) for some in (high, low))
-            # popped: no mask of these stays for the rest of the step
             state["windows"] = {l: (wide.pop(l) & ~narrow.pop(l)).flatten().nonzero().flatten().int() for l in kept}
             moving |= {f"density.{name}": kept[name] / total for name, total in candidate.allocation.total.items()}
             state["trajectory"].append({"step": t, "limit": limits, "kept": kept})
