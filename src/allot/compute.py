@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from allot.amounts import memory
 from allot.errors import UsageError, check_flag, check_number, unknown
@@ -102,8 +103,11 @@ class Compute:
 
     def check(self, model: nn.Module) -> None:
         """Raises:
-        UsageError: the model's device cannot compute as `amp` says, or the model has no weights in float32.
+        UsageError: the model's device cannot compute as `amp` says, or the model has no weights in float32; or it has
+            batch norms, whose statistics in pieces are not compiled.
         """
+        if self.compile and self.micro_batch and any(isinstance(m, _BatchNorm) for m in model.modules()):
+            raise UsageError("compile and micro_batch: one of them is accepted for a model with batch norm.")
         if not self.amp:
             return
         reference = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -60,6 +61,8 @@ def call(
     placed = {f"model.{name}": tensor for name, tensor in _placed(model, tensors, own).items()}
     norms = norms or (Norms() if training and processes() > 1 else None)
     compute = compute or Compute()
+    if norms and compute.compile:
+        compute = replace(compute, compile=False)  # what stands in for batch norms keeps a count, outside of any graph
     again = checkpointed(model, norms, masking) if compute.checkpoint else nullcontext()
     with modes(model, training or (lambda module: False)), norms or nullcontext(), again:
         return torch.func.functional_call(_Then(model, then, compute, masking), placed, args, kwargs, tie_weights=False)

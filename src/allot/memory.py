@@ -23,6 +23,7 @@ from torch import Tensor
 
 from allot.amounts import memory
 from allot.compute import Compute
+from allot.distance import is_norm
 from allot.errors import UsageError
 from allot.live import Over, peak
 from allot.methods.uniform import uniform
@@ -85,6 +86,8 @@ def candidates(problem: Problem) -> Iterator[Compute]:
     whole = min(asked.micro_batch or batch, batch)
     halves = [whole >> k for k in range(1, whole.bit_length())]
     again = not asked.compile and bool(blocks_of(problem.model))
+    if asked.compile and any(map(is_norm, problem.model.modules())):
+        halves = []  # `Compute.check`
     yield asked
     if again and not asked.checkpoint:
         yield replace(asked, checkpoint=True)

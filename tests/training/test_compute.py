@@ -176,9 +176,14 @@ def test_channels_last_reach_the_convolutions_and_change_nothing_but_rounding():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own compiler imports what torch deprecates
-@pytest.mark.parametrize("micro_batch", [0, 8])
-def test_a_compiled_model_learns_the_same_and_is_left_as_it_was(micro_batch: int):
+@pytest.mark.parametrize("normed", [True, False])
+def test_a_compiled_model_learns_the_same_and_is_left_as_it_was(normed: bool):
     body = [nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6)]
+    body = body if normed else [part for part in body if not isinstance(part, nn.BatchNorm2d)]
+    micro_batch = 0 if normed else 8
+    if normed:
+        with pytest.raises(UsageError, match="compile and micro_batch: one of them"):
+            Compute(8, compile=True).check(nn.Sequential(*body))
     model = nn.Sequential(*body, nn.Flatten(), nn.Linear(6 * 4, 5)).eval()
     attributes = [set(vars(module)) for module in model.modules()]
     plain = learned(Compute(micro_batch), model=model)
