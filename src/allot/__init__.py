@@ -3,6 +3,7 @@
 from allot.allocation import Allocation
 from allot.budget import Budget
 from allot.calibration import Calibration
+from allot.compute import Compute
 from allot.errors import AllotError, BudgetError, Lost, PatternError, Stopped, UsageError, VerificationError
 from allot.evaluate import evaluate
 from allot.layers import Layer, Rules, Scope
@@ -32,6 +33,7 @@ __all__ = [
     "BudgetError",
     "Calibration",
     "Channels",
+    "Compute",
     "Layer",
     "Lost",
     "PatternError",

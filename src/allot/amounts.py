@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 
-from allot.errors import BudgetError
+from allot.errors import BudgetError, UsageError
 
 KINDS = ("sparsity", "params", "macs", "bytes", "latency")
 _UNITS = {
@@ -73,6 +73,25 @@ _ACCEPTED = {
     "bytes": "A whole number, 300kB, 3MB, or a share above 0% and below 100% is accepted.",
     "latency": "A time, 5ms or 300us, or a share above 0% and below 100% is accepted.",
 }
+
+
+def memory(name: str, given: int | str) -> int:
+    """A number of bytes: 64000000, 64MB, 6GB or 6GiB.
+
+    Args:
+        name: what it is of, for the error.
+    Raises:
+        UsageError: no such number, or less than one byte.
+    """
+    if isinstance(given, int) and not isinstance(given, bool) and given > 0:
+        return given
+    try:
+        amount = Amount.read("bytes", str(given))
+    except BudgetError:
+        amount = Amount(Fraction(0), relative=True)
+    if amount.relative or amount.value < 1:
+        raise UsageError(f"{name}={given}: a number of bytes, like 800MB or 6GB, is accepted.")
+    return int(amount.value)
 
 
 def unit(kind: str) -> str:

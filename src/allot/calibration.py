@@ -29,6 +29,7 @@ class Calibration:
         seed: decides the order of batches.
         device, dtype: where batches are put, and what their floating-point tensors are cast to.
         workers: threads that read samples; 0: none. Batches are the same whatever their number.
+        channels_last: whether tensors of four dimensions are laid out with channels last.
     """
 
     source: Any = field(repr=False)
@@ -38,6 +39,7 @@ class Calibration:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype | None = None
     workers: int = 0
+    channels_last: bool = False
 
     def __post_init__(self) -> None:
         if not self.indices:
@@ -58,6 +60,7 @@ class Calibration:
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         workers: int = 0,
+        channels_last: bool = False,
     ) -> Calibration:
         """Calibration from a tensor `[N, ...]`, a Dataset, a DataLoader or any iterable.
 
@@ -68,6 +71,7 @@ class Calibration:
             samples: how many are used: a draw by `seed` where the data has a length, else the first ones.
             batched: the iterable gives batches, not samples. A DataLoader always does.
             workers: threads that read samples, for data whose samples may be read from several at once.
+            channels_last: whether tensors of four dimensions are laid out with channels last.
         Raises:
             UsageError: no data, samples that do not batch, or `Readable` ones of which not one can be read.
         """
@@ -84,7 +88,8 @@ class Calibration:
             order = list(range(len(source)))
         if isinstance(source, Readable):  # the next in the draw takes the place of one that cannot be read
             order = [i for i, _ in itertools.islice(read_readable(source, order, workers), samples)]
-        return cls(source, tuple(order[:samples]), batch_size, seed, device or torch.device("cpu"), dtype, workers)
+        indices, device = tuple(order[:samples]), device or torch.device("cpu")
+        return cls(source, indices, batch_size, seed, device, dtype, workers, channels_last)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -163,7 +168,8 @@ class Calibration:
                 "Tensors or arrays of one shape are accepted."
             ) from error
         _refuse_not_finite(batch)
-        return moved(batch, self.device, self.dtype)
+        batch = moved(batch, self.device, self.dtype)
+        return _channels_last(batch) if self.channels_last else batch
 
 
 def inputs_of(sample: Any) -> Any:
@@ -184,6 +190,18 @@ def moved(batch: Any, device: torch.device, dtype: torch.dtype | None = None) ->
     if isinstance(batch, Mapping):
         return {key: moved(value, device, dtype) for key, value in batch.items()}
     return tuple(moved(value, device, dtype) for value in batch) if isinstance(batch, tuple | list) else batch
+
+
+def _channels_last(batch: Any) -> Any:
+    """`batch` with channels last in every tensor of four dimensions."""
+    if isinstance(batch, Tensor):
+        if batch.dim() != 4:
+            return batch
+        # of one channel both layouts are the same memory; only its strides tell a convolution which is meant
+        return torch.empty_like(batch, memory_format=torch.channels_last).copy_(batch)
+    if isinstance(batch, Mapping):
+        return {key: _channels_last(value) for key, value in batch.items()}
+    return tuple(map(_channels_last, batch)) if isinstance(batch, tuple) else batch
 
 
 def cut(batch: Any, start: int, stop: int) -> Any:

@@ -37,7 +37,7 @@ def run_stages(
     label: str,
     judge: Judge | None,
     dense: Accuracy | None,
-    cut: Mapping[str, Any] | None,
+    told_first: Mapping[str, Any],
     on_step: Callable[[Progress], None] | None,
     should_stop: Callable[[], bool] | None,
 ) -> Result:
@@ -46,7 +46,8 @@ def run_stages(
     Args:
         judge: scores on the test data; None: there is none.
         dense: what it says of the dense model.
-        cut: what training was cut to, see `allot.fit`.
+        told_first: what the report says before any stage: what training was cut to (`allot.fit`), what was chosen to
+            save memory (`allot.memory`).
     Raises:
         Stopped: `should_stop` said so.
     """
@@ -64,7 +65,7 @@ def run_stages(
     log = store.saved.log if store and store.saved else log
     names = [name for name, _ in stages]
     first = names.index(store.saved.stage) if store and store.saved else 0
-    candidate = replace(Candidate.dense(problem), diagnostics={"fit": dict(cut)} if cut else {})
+    candidate = replace(Candidate.dense(problem), diagnostics=told_first)
     if store and store.saved:
         problem = paced(problem, store.saved.candidate["diagnostics"])
     for name, part in stages[first:]:

@@ -7,7 +7,7 @@ loss and to its gradients is summed up, so that they are those of the whole batc
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,15 +20,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from allot.calibration import cut
 from allot.errors import AllotError, UsageError, check_number, unknown
 from allot.losses import LOSSES, Outputs, compared, compared_tensors, relative_error, size
+from allot.masking import Masking
 from allot.masks import call
 from allot.norms import Norms
 from allot.observe import hooked
+from allot.recompute import again
 from allot.run import Problem
 from allot.shares import alone, anyone, gathered, processes, total, total_number
 from allot.store import State
 
 Answers = tuple[list[Tensor], list[Tensor]]  # what is compared of the outputs, and of blocks
-CACHED_BYTES = 64 * 2**20  # of teacher outputs; they are part of the saved state
+SCALES = 2.0**16, 200  # of the loss in fp16: the first one, and after how many finite steps it doubles
 
 
 @dataclass(frozen=True)
@@ -78,76 +80,87 @@ class Distance:
         return {"step": 0, "repeat": repeat, "teacher": []}
 
     def loss_of(
-        self, problem: Problem, state: State, tensors: Mapping[str, Tensor]
+        self, problem: Problem, state: State, tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None
     ) -> tuple[float, dict[str, Tensor], int]:
         """(L of the net with `tensors` in place on the state's next batch, its gradients, samples pushed forward).
 
         Args:
             tensors: of those that require gradients, dL / d tensor is returned, by name; without those that L does
                 not depend on.
+            masks: of tensors that are masked where the model uses them; gradients are at every entry. Not for
+                compiled models.
         Raises:
             AllotError: the loss is not finite.
             UsageError: outputs that the loss cannot read or that carry no gradients, or a batch too small for batch
                 norm.
         """
-        calibration, model = problem.inputs(), problem.model
+        calibration = problem.inputs()
         positions = calibration.positions(state["step"])
         own = calibration.share(positions)
         inputs = calibration.pick(own)
         pieces = problem.compute.pieces(len(own))
         teacher, shares, forward = self._taught(problem, state, inputs, positions, pieces)
         leaves = {name: value.detach().requires_grad_() for name, value in tensors.items() if value.requires_grad}
-        placed = {**tensors, **leaves}
-        found: dict[str, Tensor] = {}
-        losses = 0.0
+        known = {name: (leaves[name], mask) for name, mask in (masks or {}).items() if name in leaves}
+        masking = Masking(known, remember=not problem.compute.checkpoint) if known else None
+        placed = {**tensors, **leaves, **(masking.placed if masking else {})}
+        batch = _Batch(inputs, pieces, teacher, shares, placed, leaves, masking)
         try:
-            known = None
-            if len(pieces) > 1 and any(map(is_norm, model.modules())):
-                with torch.no_grad():
-                    call(model, placed, inputs, training=is_norm, norms=(whole := Norms()))
-                known, forward = whole.seen, forward + len(positions)
-            for piece, (outputs, dense_blocks), share in zip(pieces, teacher, shares, strict=True):
-                part = cut(inputs, *piece) if len(pieces) > 1 else inputs
-                if self.blocks and len(pieces) > 1:
-                    _, dense_blocks = self._answers(model, part)
-                blocks: list[Tensor] = []
-                grad = partial(self._gradients, state["step"], leaves, outputs, blocks, dense_blocks, share)
-                with torch.enable_grad(), _watched(model, self.blocks, blocks):
-                    norms = None if known is None else Norms(known)
-                    loss, gradients = call(model, placed, part, training=is_norm, norms=norms, then=grad)
-                losses += loss
-                for name, gradient in gradients.items():
-                    found[name] = found[name] + gradient if name in found else gradient
+            learn = partial(self._learned, problem, state, batch)
+            loss = _in_range(problem, state, batch, learn) if problem.compute.amp == "fp16" else learn()
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
             raise UsageError(
                 f"no batch statistics from {len(positions)} samples: {error}. Use a larger batch_size."
             ) from error
-        if self.blocks and len(pieces) > 1:
-            forward += len(positions)
-        return total_number(losses), dict(zip(found, total(list(found.values())), strict=True)), forward
+        if len(pieces) > 1:
+            forward += len(positions) * (any(map(is_norm, problem.model.modules())) + bool(self.blocks))
+        if masking and masking.missed:
+            raise Unseen
+        found = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+        return total_number(loss), dict(zip(found, total(list(found.values())), strict=True)), forward
+
+    def _learned(self, problem: Problem, state: State, batch: _Batch) -> float:
+        """What this process's pieces add to L; their gradients add up in the leaves."""
+        model, parts, known, losses = problem.model, len(batch.pieces), None, 0.0
+        how: dict[str, Any] = {"compute": problem.compute, "masking": batch.masking}
+        if parts > 1 and any(map(is_norm, model.modules())):
+            with torch.no_grad():
+                whole = Norms()
+                call(model, batch.placed, batch.inputs, training=is_norm, norms=whole, **how)
+            known = whole.seen
+        for piece, (outputs, dense_blocks), share in zip(batch.pieces, batch.teacher, batch.shares, strict=True):
+            part = cut(batch.inputs, *piece) if parts > 1 else batch.inputs
+            if self.blocks and parts > 1:
+                _, dense_blocks = self._answers(problem, part)
+            blocks: list[Tensor] = []
+            grad = partial(self._gradients, state, batch.learning, outputs, blocks, dense_blocks, share)
+            with torch.enable_grad(), _watched(model, self.blocks, blocks):
+                norms = None if known is None else Norms(known)
+                losses += call(model, batch.placed, part, training=is_norm, norms=norms, **how, then=grad)
+        return losses
 
     def _gradients(
         self,
-        step: int,
-        leaves: Mapping[str, Tensor],
+        state: State,
+        leaves: list[Tensor],
         teacher: list[Tensor],
         blocks: list[Tensor],
         dense_blocks: list[Tensor],
         shares: list[float],
         output: Any,
-    ) -> tuple[float, dict[str, Tensor]]:
-        """(what a piece of a batch adds to L, to its gradients)."""
+    ) -> float:
+        """What a piece of a batch adds to L; its gradients are added to those of the leaves, in place."""
         loss = self._compared(self._read(output), teacher, shares[: len(teacher)])
         for ours, theirs, share in zip(blocks, dense_blocks, shares[len(teacher) :], strict=True):
             loss = loss + self.block_weight * share * relative_error(ours, theirs)
         if not loss.requires_grad:
             raise UsageError("the model's outputs carry no gradients: take no_grad and detach out of its forward.")
-        check_finite(loss, step)
-        gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-        pairs = zip(leaves, gradients, strict=True)
-        return float(loss.detach()), {name: gradient for name, gradient in pairs if gradient is not None}
+        check_finite(loss, state["step"])
+        if leaves:
+            torch.autograd.backward(loss * state.get("loss_scale", 1.0), inputs=leaves)
+        return float(loss.detach())
 
     def _taught(
         self, problem: Problem, state: State, inputs: Any, positions: list[int], pieces: list[tuple[int, int]]
@@ -156,15 +169,17 @@ class Distance:
         calibration = problem.inputs()
         own = calibration.share(positions)
         if state["repeat"] and state["step"] >= calibration.batches:
+            state["teacher"] = [table.cpu() for table in state["teacher"]]  # a state that was read back is elsewhere
             answers: list[Answers] = [
-                ([table[own[start:stop]] for table in state["teacher"]], []) for start, stop in pieces
+                ([table[own[start:stop]].to(calibration.device) for table in state["teacher"]], [])
+                for start, stop in pieces
             ]
             forward = len(positions)
         else:
             parts = [cut(inputs, *piece) for piece in pieces] if len(pieces) > 1 else [inputs]
-            answers = [self._answers(problem.model, part) for part in parts]
+            answers = [self._answers(problem, part) for part in parts]
             forward = 2 * len(positions) + self._probe(problem, state, answers[0][0], own)
-            _keep(state, [answer for answer, _ in answers], pieces, positions, len(calibration))
+            _keep(state, [said for said, _ in answers], pieces, positions, len(calibration), problem.compute.cached)
         if len(pieces) == processes() == 1:
             return answers, [[1.0] * sum(map(len, answers[0]))], forward
         sizes = torch.tensor(
@@ -175,10 +190,10 @@ class Distance:
             answers = [(outputs, []) for outputs, _ in answers]  # blocks are large: they are looked at once more
         return answers, (sizes / total([sizes.sum(0)])[0]).tolist(), forward
 
-    def _answers(self, model: nn.Module, inputs: Any) -> Answers:
+    def _answers(self, problem: Problem, inputs: Any) -> Answers:
         blocks: list[Tensor] = []
-        with torch.no_grad(), _watched(model, self.blocks, blocks):
-            return self._read(call(model, {}, inputs)), blocks
+        with torch.no_grad(), _watched(problem.model, self.blocks, blocks):
+            return self._read(call(problem.model, {}, inputs, compute=problem.compute)), blocks
 
     def judge(
         self,
@@ -230,6 +245,61 @@ class Distance:
         return compared(student, teacher, self.loss, T, T_s, shares)
 
 
+class Unseen(Exception):
+    """The model uses a weight in a way that no mask reaches, like a function of its own with gradients of its own."""
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """This process's share of a batch, in pieces, and what it is pushed through."""
+
+    inputs: Any
+    pieces: list[tuple[int, int]]
+    teacher: list[Answers]  # of each piece
+    shares: list[list[float]]
+    placed: dict[str, Tensor]
+    leaves: dict[str, Tensor]  # those of them that learn; their gradients add up in place
+    masking: Masking | None
+
+    @property
+    def learning(self) -> list[Tensor]:
+        """All that gradients are wanted of."""
+        return [*self.leaves.values(), *(self.masking.placed.values() if self.masking else ())]
+
+
+def _in_range(problem: Problem, state: State, batch: _Batch, learn: Callable[[], float]) -> float:
+    """What `learn` gives, with a factor on the loss that keeps its gradients within fp16; they are divided by it.
+
+    Where one overflows, the batch is done again with half the factor, so that no step is lost; the factor is part of
+    the state, and doubles after `SCALES[1]` finite steps.
+
+    Raises:
+        AllotError: gradients are not finite even without a factor.
+    """
+    state.setdefault("loss_scale", SCALES[0])
+    state.setdefault("finite", 0)
+    running = {name: batch.placed[name] for name in statistics(problem.model) if name in batch.placed}
+    before = {name: tensor.clone() for name, tensor in running.items()}
+    while True:
+        loss = learn()
+        found = [leaf.grad for leaf in batch.leaves.values() if leaf.grad is not None]
+        finite = [bool(gradient.isfinite().all()) for gradient in found]
+        if not anyone(not all(finite)):
+            for gradient in found:
+                gradient.div_(state["loss_scale"])
+            state["finite"] += 1
+            if state["finite"] % SCALES[1] == 0:
+                state["loss_scale"] *= 2
+            return loss
+        state |= {"loss_scale": state["loss_scale"] / 2, "finite": 0}
+        if state["loss_scale"] < 1:
+            raise AllotError(f"gradients overflow fp16 in step {state['step']}: use amp=bf16, or none.")
+        for name, tensor in running.items():
+            tensor.copy_(before[name])
+        for leaf in batch.leaves.values():
+            leaf.grad = None
+
+
 def check_finite(loss: Tensor, step: int) -> None:
     """Raises:
     AllotError: the loss is nan or infinite.
@@ -239,12 +309,18 @@ def check_finite(loss: Tensor, step: int) -> None:
 
 
 def _keep(
-    state: State, teacher: list[list[Tensor]], pieces: list[tuple[int, int]], positions: list[int], samples: int
+    state: State,
+    teacher: list[list[Tensor]],
+    pieces: list[tuple[int, int]],
+    positions: list[int],
+    samples: int,
+    most: int,
 ) -> None:
-    """Remember the teacher's outputs for these samples, where inputs repeat and there is room.
+    """Remember the teacher's outputs for these samples on the CPU, where inputs repeat and there is room.
 
     Args:
         teacher: outputs by piece of this process's share of the batch.
+        most: bytes for all samples.
     """
     if not state["repeat"]:
         return
@@ -255,12 +331,12 @@ def _keep(
             for outputs, (start, stop) in zip(teacher, pieces, strict=True)
             for t in outputs
         )
-        state["repeat"] = not anyone(each * samples > CACHED_BYTES or not of_samples)
+        state["repeat"] = not anyone(each * samples > most or not of_samples)
     if not state["repeat"]:
         return
+    teacher = [[tensor.cpu() for tensor in outputs] for outputs in teacher]
     if processes() > 1:
-        here = teacher[0][0].device
-        teacher = [[t.to(here) for t in outputs] for said in gathered(_on_cpu(teacher)) for outputs in said]
+        teacher = [outputs for said in gathered(teacher) for outputs in said]
     if not state["teacher"]:
         state["teacher"] = [tensor.new_zeros(samples, *tensor.shape[1:]) for tensor in teacher[0]]
     shapes = [table.shape[1:] for table in state["teacher"]]
@@ -269,10 +345,6 @@ def _keep(
         return
     for table, parts in zip(state["teacher"], zip(*teacher, strict=True), strict=True):
         table[positions] = torch.cat(parts)
-
-
-def _on_cpu(teacher: list[list[Tensor]]) -> list[list[Tensor]]:
-    return [[tensor.cpu() for tensor in outputs] for outputs in teacher]
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -301,7 +373,7 @@ def _watched(model: nn.Module, blocks: tuple[str, ...], seen: list[Tensor]) -> I
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         first = output[0] if isinstance(output, tuple | list) else output
-        if isinstance(first, Tensor) and first.is_floating_point():
+        if isinstance(first, Tensor) and first.is_floating_point() and not again():
             seen.append(first)
 
     with ExitStack() as stack:

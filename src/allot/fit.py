@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from allot.errors import UsageError
@@ -21,9 +22,26 @@ from allot.methods.uniform import uniform
 from allot.parts import Parts
 from allot.run import Candidate, Method, Problem, Rule, drive, repeatable
 from allot.selection import Selection
+from allot.shares import gathered, led
+from allot.store import read_run
 
 SHARE = 0.85  # of the time allowed that steps may take
 TRIED = 4  # steps of each stage that are timed; the first one warms up
+
+
+def kept_cut(problem: Problem, parts: Parts, minutes: float | None, run: str | Path | None) -> dict[str, Any] | None:
+    """How the chain is brought down to these minutes: as the run began, where it did. None without a limit."""
+    if minutes is None:
+        return None
+
+    def began() -> dict[str, Any]:
+        there = run and (Path(run) / "run.json").exists()
+        return read_run(run).get("configuration", {}).get("fit") or {} if run and there else {}
+
+    earlier: dict[str, Any] = led(began)
+    if earlier.get("minutes") == minutes:
+        return earlier
+    return gathered(fitted(problem, parts, minutes))[0]  # the first process's clock counts
 
 
 def fitted(problem: Problem, parts: Parts, minutes: float) -> dict[str, Any]:

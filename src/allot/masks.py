@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from allot.compute import Compute
 from allot.errors import UsageError, unknown
 from allot.layers import places_of
+from allot.masking import Masking
+from allot.masking import masked as masked
 from allot.norms import Norms
+from allot.recompute import checkpointed
 from allot.shares import processes
-
-
-def masked(tensor: Shaped[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
-    """`tensor` with +0.0 wherever `mask` is False (a product would leave -0.0 and nan)."""
-    return torch.where(mask, tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
 
 
 def call(
@@ -29,6 +29,8 @@ def call(
     *,
     training: Callable[[nn.Module], bool] | None = None,
     norms: Norms | None = None,
+    compute: Compute | None = None,
+    masking: Masking | None = None,
     then: Callable[[Any], Any] | None = None,
 ) -> Any:
     """What `model` gives for `inputs` with `tensors` in place of its own; the model is left as it was.
@@ -40,6 +42,8 @@ def call(
         training: which modules run in train mode; None: none of them.
         norms: how batch norms in train mode find the statistics of their batch; by torch, or by all processes' shares
             of it where None.
+        compute: precision, compiling and checkpointing; none of them where None.
+        masking: how some of the tensors are masked where the model uses them; not for compiled models.
         then: applied to the output while tensors and modes are still in place; what it returns is returned. Gradients
             belong here: activation checkpointing runs parts of the model again when they are taken.
     Raises:
@@ -56,8 +60,12 @@ def call(
     args, kwargs = as_arguments(inputs)
     placed = {f"model.{name}": tensor for name, tensor in _placed(model, tensors, own).items()}
     norms = norms or (Norms() if training and processes() > 1 else None)
-    with modes(model, training or (lambda module: False)), norms or nullcontext():
-        return torch.func.functional_call(_Then(model, then), placed, args, kwargs, tie_weights=False)
+    compute = compute or Compute()
+    if norms and compute.compile:
+        compute = replace(compute, compile=False)  # what stands in for batch norms keeps a count, outside of any graph
+    again = checkpointed(model, norms, masking) if compute.checkpoint else nullcontext()
+    with modes(model, training or (lambda module: False)), norms or nullcontext(), again:
+        return torch.func.functional_call(_Then(model, then, compute, masking), placed, args, kwargs, tie_weights=False)
 
 
 def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -83,13 +91,35 @@ def modes(model: nn.Module, training: Callable[[nn.Module], bool]) -> Iterator[N
 class _Then(nn.Module):
     """`then` of what `model` gives."""
 
-    def __init__(self, model: nn.Module, then: Callable[[Any], Any] | None) -> None:
+    def __init__(
+        self, model: nn.Module, then: Callable[[Any], Any] | None, compute: Compute, masking: Masking | None
+    ) -> None:
         super().__init__()
-        self.model, self.then = model, then
+        self.model, self.then, self.compute, self.masking = model, then, compute, masking
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.model(*args, **kwargs)
+        device = next((tensor.device for tensor in self.model.parameters()), torch.device("cpu"))
+        with self.compute.precision(device), self.masking or nullcontext():
+            run = partial(_compiled, self.model) if self.compute.compile else self.model
+            output = run(*args, **kwargs)
         return output if self.then is None else self.then(output)
+
+
+def _compiled(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What `model` gives, compiled; a function is compiled and not the module, which would be marked by it."""
+    from torch._dynamo.exc import TorchDynamoException  # seconds, for those who compile
+
+    try:
+        return _compile()(model, *args, **kwargs)
+    except TorchDynamoException as error:
+        raise UsageError(
+            f"compile: this model cannot be compiled here: {str(error).strip().splitlines()[0]}"
+        ) from error
+
+
+@cache
+def _compile() -> Callable[..., Any]:
+    return torch.compile(lambda model, *args, **kwargs: model(*args, **kwargs))
 
 
 def write_into(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from allot.shares import stacked, total
+from allot.shares import processes, stacked, total
 
 Statistics = tuple[Tensor, Tensor]  # mean and biased variance, both [C]
 _NAMES = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
@@ -34,7 +34,16 @@ class Norms(TorchFunctionMode):
 
     def __init__(self, known: list[Statistics] | None = None) -> None:
         super().__init__()
-        self.known, self.seen, self.at = known, [] if known is None else known, 0
+        self.known, self.at = known, 0
+        self.seen: list[Statistics] = [] if known is None else known
+        self.counts: list[float] = []  # values per channel that went into `seen`
+        self.repeats = False
+
+    def again(self) -> Norms:
+        """For a second run of what comes next: by the statistics of the first one, which nothing is added to."""
+        other = Norms(self.known)
+        other.seen, other.counts, other.at, other.repeats = self.seen, self.counts, self.at, True
+        return other
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Stands in for torch's batch norm; everything else runs as it is."""
@@ -46,13 +55,16 @@ class Norms(TorchFunctionMode):
             return func(*args, **kwargs)
         x, eps = given["input"], given["eps"]
         gamma, beta = given["weight"], given["bias"]
+        self.at += 1
         if self.known is not None:
-            self.at += 1
             return _scaled(x, *_own(x, *self.known[self.at - 1]), gamma, beta, eps)
+        if self.repeats:
+            return _Whole.apply(x, *self.seen[self.at - 1], gamma, beta, eps, self.counts[self.at - 1])
         count, mean, deviation = pooled(x)
         if count < 2:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
         self.seen.append((mean.to(x.device), (deviation / count).to(x.device)))
+        self.counts.append(count)
         _run_on(given, mean, deviation / (count - 1))
         return _Whole.apply(x, mean, deviation / count, gamma, beta, eps, count)
 
@@ -60,6 +72,9 @@ class Norms(TorchFunctionMode):
 def pooled(x: Tensor) -> tuple[float, Tensor, Tensor]:
     """(count, mean, squared deviations) per channel of `x` `[B, C, ...]` over the whole batch; float64 `[C]`."""
     var, mean = (part.double() for part in _moments(x.detach()))
+    if processes() == 1:
+        own_count = x.numel() / x.shape[1]
+        return own_count, mean, own_count * var
     own = torch.full_like(mean, x.numel() / x.shape[1])
     parts = stacked(torch.stack([own, mean, own * var]))  # [processes, 3, C]
     n, means, deviations = parts.unbind(1)
@@ -106,7 +121,8 @@ def _scaled(x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Te
     scale = (var + eps).rsqrt()
     scale = scale if gamma is None else scale * gamma.to(scale.dtype)
     shift = -mean * scale if beta is None else beta.to(scale.dtype) - mean * scale
-    return (x.to(wide) * scale.to(wide).view(shape) + shift.to(wide).view(shape)).to(x.dtype)
+    y = x.to(wide) * scale.to(wide).view(shape)
+    return y.add_(shift.to(wide).view(shape)).to(x.dtype)  # in place: a whole batch of activations is large
 
 
 def _own(x: Tensor, mean: Tensor, var: Tensor) -> Statistics:

@@ -99,6 +99,27 @@ Stream = Annotated[
         help="where layer-wise repairs have one block of the model at a time, like cuda; it stays on the host  [whole]",
     ),
 ]
+Device = Annotated[
+    str | None, typer.Option(metavar="DEVICE", help="where the model runs: cpu, cuda, cuda:1 or mps  [cpu]")
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="6GB: what a step of training may take; --checkpoint and --micro-batch are picked so that it does",
+    ),
+]
+MicroBatch = Annotated[
+    int | None, typer.Option(metavar="N", help="samples whose activations are kept at a time  [the whole batch]")
+]
+Checkpoint = Annotated[
+    bool | None, typer.Option("--checkpoint", help="compute activations again instead of keeping them: exact, slower")
+]
+Amp = Annotated[str | None, typer.Option(metavar="TYPE", help="train in bf16 or fp16; weights stay float32  [no]")]
+ChannelsLast = Annotated[
+    bool | None, typer.Option("--channels-last", help="lay images out with channels last, for convolutions")
+]
+Compile = Annotated[bool | None, typer.Option("--compile", help="train with torch.compile")]
 Seed = Annotated[int | None, typer.Option(metavar="N", help="decides every draw  [0]")]
 Shape = Annotated[
     str | None,
@@ -120,9 +141,13 @@ Settings = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
 
 
+COMPUTE = ("micro_batch", "amp", "channels_last", "compile", "checkpoint")
+
+
 def resolved(given: dict[str, Any]) -> RecipeFile:
     """The recipe that a command's arguments, its recipe file and its settings make together."""
     names = {"shape": "input"}
     keys = set(RecipeFile.model_fields) | set(names)
     chosen = {names.get(key, key): value for key, value in given.items() if key in keys}
-    return RecipeFile.resolve(given.get("recipe"), chosen, given.get("settings") or ())
+    compute = [f"compute.{name}={given[name]}" for name in COMPUTE if given.get(name) is not None]
+    return RecipeFile.resolve(given.get("recipe"), chosen, [*compute, *(given.get("settings") or ())])

@@ -6,7 +6,7 @@ import itertools
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -18,13 +18,15 @@ from torch import nn
 from allot.budget import Budget
 from allot.calibration import Calibration
 from allot.chain import run_stages
+from allot.compute import Compute
 from allot.errors import AllotError, Stopped, UsageError
 from allot.evaluate import Score as Accuracy
 from allot.evaluate import attempt, evaluate
 from allot.fingerprint import fingerprint
-from allot.fit import fitted, shortened
+from allot.fit import kept_cut, shortened
 from allot.latency import Latency
 from allot.layers import Rules, Scope
+from allot.memory import chosen, of_one_process
 from allot.parts import Parts, assemble, settings, streamed
 from allot.patterns import Channels, Pattern
 from allot.pose import check_made_nothing, check_plain, names_of, pose
@@ -32,10 +34,10 @@ from allot.realise.files import TABLES
 from allot.realise.held import load_tables
 from allot.realise.timing import Runtime, latency_of
 from allot.result import Result
-from allot.run import Candidate, Method, Problem, Progress, repeatable
+from allot.run import Candidate, Method, Progress, repeatable
 from allot.scores import ChannelScore, Score
 from allot.selection import Selection
-from allot.shares import alone, check_alike, gathered, led
+from allot.shares import alone, check_alike, led
 from allot.store import Log, opened, read_run
 
 
@@ -64,6 +66,8 @@ def prune(
     save_to: str | Path | None = None,
     max_minutes: float | None = None,
     stream: str | torch.device | None = None,
+    compute: Compute | Mapping[str, Any] | None = None,
+    max_memory: int | str | None = None,
     recipe: Mapping[str, Any] | None = None,
     on_step: Callable[[Progress], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
@@ -99,6 +103,9 @@ def prune(
             the cut that it began with.
         stream: the device on which layer-wise repairs have one block of the model at a time (`allot.streaming`), while
             the model stays where it is; None: the whole net at once.
+        compute: choices about memory and speed, like {"micro_batch": 8}; see `Compute`.
+        max_memory: bytes, or text like "6GB": what one step of training may take at its peak; choices of `compute`
+            are made so that it does (`allot.memory`). A run that goes on keeps them.
         recipe: what to write as recipe.yaml beside what is known here, like where the model comes from.
         on_step: called after every step.
         should_stop: asked before every step.
@@ -111,10 +118,12 @@ def prune(
     parts = assemble(method, allocate=allocate, score=score, pattern=pattern, repair=repair, options=options)
     # what is wrong with the model comes before a forward pass: one would fill lazy layers
     Scope.of(model, None if isinstance(parts.pattern, Channels) else rules)
-    served = Runtime.parse(runtime)
+    served, compute = Runtime.parse(runtime), Compute.of(compute)
+    compute.check(model)
     log = Log()
     with repeatable(model, seed, "pose"):
-        inputs = _calibration(model, calibration, samples=samples, batch_size=batch_size, seed=seed, workers=workers)
+        sizes = {"samples": samples, "batch_size": batch_size, "seed": seed, "workers": workers}
+        inputs = _calibration(model, calibration, channels_last=compute.channels_last, **sizes)
         problem = pose(
             model,
             budget,
@@ -135,7 +144,10 @@ def prune(
         whole = Candidate.dense(problem)
         Selection().step(problem, whole, Selection().init(problem, whole))
     chain = streamed(parts, problem, stream) if stream else parts
-    cut = _cut(problem, chain, max_minutes, save_to)
+    problem = replace(problem, compute=compute)
+    if held := led(partial(chosen, of_one_process(problem), chain, max_memory, save_to)):
+        problem = replace(problem, compute=Compute.of(held["picked"]))
+    cut = kept_cut(problem, chain, max_minutes, save_to)
     parts, chain = (shortened(some, cut) if cut else some for some in (parts, chain))
     if isinstance(test, Iterable) and not hasattr(test, "__len__") and not hasattr(test, "dataset"):
         test = list(test)  # it is read twice
@@ -149,15 +161,20 @@ def prune(
     asked = {"configuration": _configuration(budget, parts, rules, seed, inputs), "fingerprint": found}
     if budget.latency is not None:
         asked["configuration"]["runtime"] = str(served)
-    asked["configuration"] |= ({"stream": str(stream)} if stream else {}) | ({"fit": cut} if cut else {})
-    known = {k: value for k, value in asked["configuration"].items() if k not in ("hyperparameters", "fit")}
+    asked["configuration"] |= {"stream": str(stream)} if stream else {}
+    known = {key: value for key, value in asked["configuration"].items() if key != "hyperparameters"}
+    asked["configuration"] |= {"fit": cut} if cut else {}
+    if identity := problem.compute.identity():
+        asked["configuration"]["compute"] = identity
+    told: dict[str, Any] = {name: value for name, value in (("fit", cut), ("memory", held)) if value}
     limits = [f"{kind}={amount}" for kind, amount in budget.to_json().items()]
-    recipe = {**known, "budget": limits, "options": settings(options or {}), **(recipe or {})}
+    known |= {"budget": limits, "options": settings(options or {}), "compute": compute.to_json()}
     device = next(iter(problem.dense.values())).device
-    store = opened(save_to, asked, {**_versions(), "recipe": recipe}, device) if save_to else None
+    notes = {"versions": _versions(), "recipe": {**known, **(recipe or {})}, "memory": held}
+    store = opened(save_to, asked, notes, device) if save_to else None
     try:
         name = label or type(model).__name__
-        return run_stages(problem, chain, store, log, name, judge, dense, cut, on_step, should_stop)
+        return run_stages(problem, chain, store, log, name, judge, dense, told, on_step, should_stop)
     finally:
         if store:
             store.close()
@@ -165,21 +182,6 @@ def prune(
 
 def _is_done(run: Path) -> bool:
     return (run / "run.json").exists() and read_run(run)["state"] == "done"
-
-
-def _cut(problem: Problem, parts: Parts, minutes: float | None, run: str | Path | None) -> dict[str, Any] | None:
-    """How the chain is brought down to these minutes: as the run began, where it did."""
-    if minutes is None:
-        return None
-
-    def began() -> dict[str, Any]:
-        there = run and (Path(run) / "run.json").exists()
-        return read_run(run).get("configuration", {}).get("fit") or {} if run and there else {}
-
-    earlier: dict[str, Any] = led(began)
-    if earlier.get("minutes") == minutes:
-        return earlier
-    return gathered(fitted(problem, parts, minutes))[0]  # the first process's clock counts
 
 
 def _timing(
@@ -219,11 +221,13 @@ def _timing(
 
 
 def _calibration(
-    model: nn.Module, data: Any, *, samples: int, batch_size: int, seed: int, workers: int
+    model: nn.Module, data: Any, *, samples: int, batch_size: int, seed: int, workers: int, channels_last: bool
 ) -> Calibration | None:
     """Calibration on the model's device; an iterable whose items are batches already is recognised by trying."""
-    if data is None or isinstance(data, Calibration):
-        return data
+    if isinstance(data, Calibration):
+        return replace(data, channels_last=data.channels_last or channels_last)
+    if data is None:
+        return None
     reference = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     before = names_of(model)
     if isinstance(data, Iterable) and not hasattr(data, "__len__") and not hasattr(data, "dataset"):
@@ -239,6 +243,7 @@ def _calibration(
             batched=batched,
             device=reference.device,
             dtype=reference.dtype,
+            channels_last=channels_last,
         )
         attempt(model, found.example(), {})
         check_made_nothing(model, before)
@@ -278,6 +283,5 @@ def _configuration(
     }
 
 
-def _versions() -> dict[str, Any]:
-    own = {"allot": metadata.version("allot"), "torch": torch.__version__, "python": platform.python_version()}
-    return {"versions": own}
+def _versions() -> dict[str, str]:
+    return {"allot": metadata.version("allot"), "torch": torch.__version__, "python": platform.python_version()}

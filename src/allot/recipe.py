@@ -10,7 +10,9 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from allot.amounts import memory
 from allot.budget import Budget
+from allot.compute import Compute
 from allot.errors import UsageError, unknown
 from allot.layers import Rules
 
@@ -45,6 +47,19 @@ class RecipeFile(BaseModel):
     skip_corrupt: bool = False
     max_minutes: Annotated[float, Field(gt=0)] | None = None
     stream: str | None = None
+    compute: dict[str, Any] = {}
+    max_memory: int | str | None = None
+    device: str | None = None
+
+    @field_validator("compute")
+    @classmethod
+    def _choices_that_there_are(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return Compute.of(value).to_json()
+
+    @field_validator("max_memory")
+    @classmethod
+    def _bytes(cls, value: int | str | None) -> int | str | None:
+        return value if value is None or memory("max_memory", value) else None
 
     @field_validator("budget", mode="before")
     @classmethod

@@ -7,6 +7,7 @@ DATA:  `zoo:NAME`, `folder:DIR` (one sub-folder a class), `npz:FILE`, `text:FILE
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import redirect_stdout
@@ -19,12 +20,13 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from allot.arrays import Arrays
-from allot.calibration import Calibration
+from allot.calibration import Calibration, moved
 from allot.errors import UsageError
 from allot.imports import called, import_from
 from allot.origins import ModelSource, hf_model, of_tokens, timm_model, torchvision_model
 from allot.pictures import folder
 from allot.reading import Readable
+from allot.shares import launched
 from allot.synthetic import Fractals
 from allot.texts import Texts
 from allot.weights import fill
@@ -34,16 +36,20 @@ DATA_FORMS = "zoo:NAME, folder:DIR, npz:FILE, text:FILE, synthetic[:C,H,W], pack
 REMOTE = ("torchvision", "timm", "hf")  # origins that fetch trained weights
 
 
-def load_model(spec: str, *, weights: str | None = None, shape: tuple[int, ...] | None = None) -> ModelSource:
+def load_model(
+    spec: str, *, weights: str | None = None, shape: tuple[int, ...] | None = None, device: str | None = None
+) -> ModelSource:
     """The model that `spec` names.
 
     Args:
         weights: a safetensors file or a .pt that holds tensors only; "default" for the origin's trained weights (what
             torchvision, timm and hf do without this), "random" for none.
         shape: of one input, without the batch dimension.
+        device: where it is put, as `device_of` takes it.
     Raises:
-        UsageError: unknown name, missing package, or weights that do not fit.
+        UsageError: unknown name, missing package, weights that do not fit, or no such device.
     """
+    place = device_of(device)
     origin, _, name = spec.partition(":")
     if not name:
         raise UsageError(f"MODEL {spec!r}: {MODEL_FORMS} is accepted.")
@@ -58,7 +64,31 @@ def load_model(spec: str, *, weights: str | None = None, shape: tuple[int, ...] 
         fill(source.model, Path(path))
     source.model.eval()
     import_from(Path.cwd())  # functions that options name are looked for where factories are
-    return replace(source, example=_shaped(source, shape)) if shape else source
+    source = replace(source, example=_shaped(source, shape)) if shape else source
+    if place.type == "cpu":
+        return source
+    return replace(source, model=source.model.to(place), example=moved(source.example, place))
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device of this name: cpu (None as well), cuda, cuda:1, mps.
+
+    Where torchrun started several processes, each takes a CUDA device of its own for "cuda".
+
+    Raises:
+        UsageError: there is none here.
+    """
+    if name == "cuda" and launched():
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    try:
+        device = torch.device(name or "cpu")
+    except RuntimeError:
+        raise UsageError(f"--device {name}: cpu, cuda, cuda:1 or mps is accepted.") from None
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= there.get(device.type, 0):
+        some = [f"cuda:{i}" for i in range(there["cuda"])] + ["mps"] * there["mps"]
+        raise UsageError(f"--device {name}: there is no such device here; {', '.join(['cpu', *some])} can be had.")
+    return device
 
 
 def example_of(source: ModelSource, data: str | None, *, skip_corrupt: bool = False) -> Any:

@@ -94,10 +94,12 @@ class Store:
             "log": {"seconds": log.seconds, "forward": log.forward, "backward": log.backward},
             "steps_bytes": where.stat().st_size,
         }
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
         path = self.directory / f"state-{stage}.pt"
-        write(path, buffer.getbuffer())
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            try:
+                torch.save(content, file)  # straight to the disk: it holds the weights several times over
+            except RuntimeError as error:  # the writer's own, after one of the disk
+                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         for other in self.directory.glob("state-*.pt"):
             if other != path:
                 other.unlink()

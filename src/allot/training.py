@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from allot.distance import Distance, statistics
+from allot.distance import Distance, Unseen, statistics
 from allot.errors import check_number, unknown
 from allot.losses import wide
 from allot.masks import masked
@@ -94,13 +94,23 @@ class Training(Distance):
             UsageError: as `loss_of`.
         """
         dense, tensors = problem.dense, state["tensors"]
-        leaves = {}
-        for name in state["mean"]:
-            value = masked(tensors[name], masks[name]) if name in masks else tensors[name]
-            leaves[name] = value.to(dense[name].dtype).detach().requires_grad_()
-        buffers = {name: value for name, value in tensors.items() if name not in leaves}
+        buffers = {name: value for name, value in tensors.items() if name not in state["mean"]}
 
-        loss, found, forward = self.loss_of(problem, state, leaves | buffers)
+        def learned(late: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor], int]:
+            leaves = {}
+            for name in state["mean"]:
+                value = masked(tensors[name], masks[name]) if name in masks and name not in late else tensors[name]
+                leaves[name] = value.to(dense[name].dtype).detach().requires_grad_()
+            return self.loss_of(problem, state, leaves | buffers, late)
+
+        before = {} if "late" in state else {name: value.clone() for name, value in buffers.items()}
+        try:
+            loss, found, forward = learned(masks if state.setdefault("late", not problem.compute.compile) else {})
+        except Unseen:
+            state["late"] = False  # from now on by copies
+            for name, value in before.items():
+                buffers[name].copy_(value)
+            loss, found, forward = learned({})
         gradients = {name: gradient.to(tensors[name].dtype) for name, gradient in found.items()}
         samples = len(problem.inputs().positions(state["step"]))
         return gradients, {"loss": loss, "forward": forward, "backward": samples}

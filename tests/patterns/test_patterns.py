@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
 
+from allot import patterns
 from allot.errors import PatternError, UsageError
 from allot.layers import Layer, Rules, Scope
 from allot.patterns import NM, Unstructured, parse, select
@@ -34,6 +35,25 @@ def linear(rows: int, inputs: int, **rules) -> Layer:
 
 def rand(*shape: int) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("kind", ["spread", "ties", "equal", "sorted", "periodic", "infinite"])
+def test_of_a_large_tensor_the_same_entries_are_selected(kind: str, monkeypatch: pytest.MonkeyPatch):
+    draw = torch.Generator().manual_seed(0)
+    score = torch.rand(70_001, generator=draw)
+    score = {
+        "spread": score,
+        "ties": (score * 50).round(),
+        "equal": torch.zeros_like(score),
+        "sorted": score.sort().values,
+        "periodic": torch.arange(70_001) % 2 * (1 + score),  # the sample sees zeros only
+        "infinite": torch.where(score > 0.9, math.inf, score),
+    }[kind]
+    for kept in (1, 700, 35_000, 69_000, 70_001):
+        wanted = select(score, kept)
+        with monkeypatch.context() as patch:
+            patch.setattr(patterns, "LARGE", 20_000)
+            assert torch.equal(select(score, kept), wanted) and int(wanted.sum()) == kept
 
 
 @settings(max_examples=150, deadline=None)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from allot import distance as module
 from allot.budget import Budget
 from allot.calibration import Calibration
+from allot.compute import Compute
 from allot.errors import AllotError, UsageError
 from allot.losses import LOSSES
 from allot.patterns import Unstructured
@@ -253,7 +253,7 @@ def test_a_block_term_is_the_relative_error_of_what_its_module_gives():
 
 
 @pytest.mark.parametrize("kept", ["kept", "too large", "drawn", "blocks"])
-def test_the_teacher_runs_once_per_sample_where_inputs_repeat(kept: str, monkeypatch: pytest.MonkeyPatch):
+def test_the_teacher_runs_once_per_sample_where_inputs_repeat(kept: str):
     class Drawn(torch.utils.data.Dataset[Tensor]):
         def __len__(self) -> int:
             return 12
@@ -264,7 +264,7 @@ def test_the_teacher_runs_once_per_sample_where_inputs_repeat(kept: str, monkeyp
     model = perceptron()
     problem = posed(model, Drawn() if kept == "drawn" else torch.randn(12, 5), batch_size=6)
     if kept == "too large":
-        monkeypatch.setattr(module, "CACHED_BYTES", 12 * 3 * 4 - 1)
+        problem = replace(problem, compute=Compute(cached=12 * 3 * 4 - 1))
     training = Training(blocks=("0",) if kept == "blocks" else ())
     state, seen = begun(training, problem), counted(model)
     for _ in range(4):  # two passes

@@ -126,8 +126,8 @@ class Fcpts:
             kept = state["kept"] = budget.counts(state["density"])
             low, high = _around(problem.budget, kept, self.window)
             state["masks"] = self.training.select(problem, training, evidence, kept)
-            narrow, wide = (self.training.select(problem, training, evidence, some) for some in (low, high))
-            state["windows"] = {name: (wide[name] & ~narrow[name]).flatten().nonzero().flatten() for name in wide}
+            wide, narrow = (self.training.select(problem, training, evidence, some) for some in (high, low))
+            state["windows"] = {l: (wide.pop(l) & ~narrow.pop(l)).flatten().nonzero().flatten().int() for l in kept}
             moving |= {f"density.{name}": kept[name] / total for name, total in candidate.allocation.total.items()}
             state["trajectory"].append({"step": t, "limit": limits, "kept": kept})
         gradients, metrics = self.training.gradients(problem, training, state["masks"])
