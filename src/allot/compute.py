@@ -87,6 +87,11 @@ class Compute:
         """The choices that change what comes out by more than rounding: a run that goes on has to keep them."""
         return {name: value for name, value in self.to_json().items() if name in ("micro_batch", "amp")}
 
+    @property
+    def lean(self) -> bool:
+        """Whether memory is saved where it costs time, a tenth of a step and more of small nets (`allot.masking`)."""
+        return (self.checkpoint or bool(self.micro_batch)) and not self.compile
+
     def pieces(self, samples: int) -> list[tuple[int, int]]:
         """(first, last + 1) of each micro-batch of so many samples; their sizes differ by one at most."""
         count = -(-samples // self.micro_batch) if self.micro_batch else 1

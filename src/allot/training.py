@@ -105,7 +105,7 @@ class Training(Distance):
 
         before = {} if "late" in state else {name: value.clone() for name, value in buffers.items()}
         try:
-            loss, found, forward = learned(masks if state.setdefault("late", not problem.compute.compile) else {})
+            loss, found, forward = learned(masks if state.setdefault("late", problem.compute.lean) else {})
         except Unseen:
             state["late"] = False  # from now on by copies
             for name, value in before.items():

@@ -78,11 +78,10 @@ NETS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "hidden": (lambda: nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), Hidden(6, 4)), (6,)),
 }
 WAYS = {
-    "plain": Compute(),
     "pieces": Compute(micro_batch=5),
     "checkpoint": Compute(checkpoint=True),
     "both": Compute(micro_batch=5, checkpoint=True),
-    "bf16": Compute(amp="bf16"),
+    "bf16": Compute(micro_batch=5, amp="bf16"),
 }
 
 
@@ -127,6 +126,13 @@ def test_late_masks_learn_what_masked_copies_learn(name: str, way: str):
     if not off["atol"]:
         assert all(torch.equal(state["tensors"][key], value) for key, value in other["tensors"].items())
     assert state["late"] is (name != "hidden")  # what no mask reaches is noticed, and done again with copies
+
+
+def test_masks_come_late_only_where_memory_is_to_be_saved():
+    assert [Compute(**how).lean for how in ({}, {"micro_batch": 4}, {"checkpoint": True}, {"amp": "bf16"})] == [
+        False, True, True, False,
+    ]  # fmt: skip
+    assert not Compute(micro_batch=4, compile=True).lean
 
 
 def test_no_copy_is_kept_for_gradients():
