@@ -31,8 +31,10 @@ import allot
 from allot import METHODS, Budget, Calibration, Compute, Unstructured, zoo
 from allot.live import peak
 from allot.pose import pose
-from allot.run import Candidate
+from allot.run import Candidate, drive
+from allot.selection import Selection
 from allot.store import write
+from allot.training import Training
 from benchmarks.runs import SEEDS, Found, cell, fill, measured
 
 PAGE, CACHE = Path("docs/memory.md"), Path("benchmarks/measured/memory.json")
@@ -162,6 +164,16 @@ def accuracy(choices: dict[str, Any], seed: int) -> dict[str, Any]:
     return {"score": scores["sparse"], "nll": scores["nll"]["sparse"], "seconds": sum(result.log.seconds.values())}
 
 
+def gradient(choices: dict[str, Any]) -> Tensor:
+    """All gradients of the first step of a distillation at 95 %, one after the other."""
+    calibration = Calibration.of(zoo.data(NET, "calibration"))
+    problem = pose(zoo.model(NET), Budget(sparsity=0.95), Unstructured(), calibration=calibration)
+    candidate = drive(Selection(), problem, drive(METHODS["erk"], problem, Candidate.dense(problem)))
+    training, problem = Training(), replace(problem, compute=Compute.of(choices))
+    found, _ = training.gradients(problem, training.begin(problem, candidate), candidate.masks)
+    return torch.cat([value.flatten() for value in found.values()])
+
+
 def main() -> None:
     """Measure, print and fill docs/memory.md."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__.splitlines()[0])
@@ -219,12 +231,16 @@ def cost_table(found: Found, side: int) -> list[str]:
 
 def accuracy_table(found: Found) -> list[str]:
     """Rows of `CHOICES`."""
-    lines = ["| fcpts at 95 %, batch 64 | top-1, % | nll | s a run |", "|---|" + "--:|" * 3]
-    for name in CHOICES:
+    lines = ["| fcpts at 95 %, batch 64 | top-1, % | nll | s a run | cosine |", "|---|" + "--:|" * 4]
+    whole = gradient({})
+    for name, choices in CHOICES.items():
         own = [found[f"{NET} {name} {seed}"] for seed in SEEDS]
         seconds = cell([run["seconds"] for run in own], digits=0).partition(" ")[0]
+        cosine = float(F.cosine_similarity(gradient(choices), whole, dim=0))
         scores = cell([100 * run["score"] for run in own], digits=2)
-        lines.append(f"| {name} | {scores} | {cell([run['nll'] for run in own], digits=3)} | {seconds} |")
+        lines.append(
+            f"| {name} | {scores} | {cell([run['nll'] for run in own], digits=3)} | {seconds} | {cosine:.3f} |"
+        )
     return lines
 
 
