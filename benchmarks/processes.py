@@ -2,7 +2,7 @@
 
 Each chain is run with 1, 2 and 4 gloo processes, trainings shortened to 20 steps, and fcpts in full length as well. A
 row says whether all layers keep the same counts, how far a tensor of weights is from that of one process at most, as a
-Each chain is run with 1, 2 and 4 gloo processes, trainings shortened to 20 steps, and fcpts in full length too. A
+share of its length, and the score on the test split. Fills docs/processes.md. Seconds are no benchmark: on a machine of
 two cores, four processes cost more than they bring.
 """
 

@@ -17,6 +17,8 @@ from rich.logging import RichHandler
 
 from allot.errors import AllotError, Stopped, UsageError
 from allot.run import interruptible
+from allot.shares import launched
+from allot.sources import device_of
 from allot.store import write
 from benchmarks.imagenet import cells, cost, pages, recipes
 
@@ -31,7 +33,11 @@ def main(arguments: list[str] | None = None) -> int:
     if given[:1] == ["cost"]:
         return cost.main(given[1:])
     options = _parser().parse_args(given)
+    if launched():
+        console.print("error: torchrun is not for these tables: start one command a GPU, each with --only of its own.")
+        return UsageError.exit_code
     try:
+        device_of(options.device)
         return _table(options)
     except Stopped as stopped:
         console.print(f"{stopped}: the same command goes on.", soft_wrap=True, markup=False)

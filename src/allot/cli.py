@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -44,8 +44,6 @@ def allot_command(
     if version:
         sys.stdout.write(f"allot {metadata.version('allot')}\n")
         raise typer.Exit
-    if place() > 0 and context.invoked_subcommand not in SHARED:
-        raise typer.Exit  # the first process does it
     if context.invoked_subcommand is None:
         sys.stderr.write(context.get_help() + "\n")
         raise typer.Exit(2)
@@ -212,7 +210,7 @@ app.command("recipes")(verbs.recipes_command)
 def main() -> None:
     """Run the command line; errors are one line on standard error and an exit code."""
     try:
-        with sharing(), notes():
+        with sharing() if sys.argv[1:2] and sys.argv[1] in SHARED else nullcontext(), notes():
             people.quiet = place() > 0
             code = app(prog_name="allot", standalone_mode=False) or 0
     except Stopped as stop:

@@ -46,6 +46,8 @@ def sweep_command(
     batch_size: option.BatchSize = None,
     workers: option.Workers = None,
     skip_corrupt: option.SkipCorrupt = None,
+    max_minutes: option.MaxMinutes = None,
+    stream: option.Stream = None,
     device: option.Device = None,
     max_memory: option.MaxMemory = None,
     micro_batch: option.MicroBatch = None,

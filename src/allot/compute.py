@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from allot.amounts import memory
 from allot.errors import UsageError, check_flag, check_number, unknown
+from allot.norms import check_divisible
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CACHED = 64 * 2**20  # bytes of the dense net's outputs
@@ -108,11 +109,14 @@ class Compute:
 
     def check(self, model: nn.Module) -> None:
         """Raises:
-        UsageError: the model's device cannot compute as `amp` says, or the model has no weights in float32; or it has
+        UsageError: batches cannot be parted (`allot.norms.check_divisible`); the model's device cannot
+            compute as `amp` says, or the model has no weights in float32; or it has
             batch norms, whose statistics in pieces are not compiled.
         """
         if self.compile and self.micro_batch and any(isinstance(m, _BatchNorm) for m in model.modules()):
             raise UsageError("compile and micro_batch: one of them is accepted for a model with batch norm.")
+        if self.micro_batch:
+            check_divisible(model)
         if not self.amp:
             return
         reference = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))

@@ -99,12 +99,12 @@ class Distance:
         own = calibration.share(positions)
         inputs = calibration.pick(own)
         pieces = problem.compute.pieces(len(own))
-        teacher, shares, forward = self._taught(problem, state, inputs, positions, pieces)
+        teacher, wholes, forward = self._taught(problem, state, inputs, positions, pieces)
         leaves = {name: value.detach().requires_grad_() for name, value in tensors.items() if value.requires_grad}
         known = {name: (leaves[name], mask) for name, mask in (masks or {}).items() if name in leaves}
         masking = Masking(known, remember=not problem.compute.checkpoint) if known else None
         placed = {**tensors, **leaves, **(masking.placed if masking else {})}
-        batch = _Batch(inputs, pieces, teacher, shares, placed, leaves, masking)
+        batch = _Batch(inputs, pieces, teacher, wholes, placed, leaves, masking)
         try:
             learn = partial(self._learned, problem, state, batch)
             loss = _in_range(problem, state, batch, learn) if problem.compute.amp == "fp16" else learn()
@@ -118,6 +118,9 @@ class Distance:
             forward += len(positions) * (any(map(is_norm, problem.model.modules())) + bool(self.blocks))
         if masking and masking.missed:
             raise Unseen
+        if processes() > 1:  # a weight that no sample of this process reaches may be reached elsewhere
+            for leaf in leaves.values():
+                leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
         found = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
         return total_number(loss), dict(zip(found, total(list(found.values())), strict=True)), forward
 
@@ -130,15 +133,18 @@ class Distance:
                 whole = Norms()
                 call(model, batch.placed, batch.inputs, training=is_norm, norms=whole, **how)
             known = whole.seen
-        for piece, (outputs, dense_blocks), share in zip(batch.pieces, batch.teacher, batch.shares, strict=True):
+        counted = {n: v.clone() for n, v in batch.placed.items() if parts > 1 and n.endswith("num_batches_tracked")}
+        for piece, (outputs, dense_blocks) in zip(batch.pieces, batch.teacher, strict=True):
             part = cut(batch.inputs, *piece) if parts > 1 else batch.inputs
             if self.blocks and parts > 1:
                 _, dense_blocks = self._answers(problem, part)
             blocks: list[Tensor] = []
-            grad = partial(self._gradients, state, batch.learning, outputs, blocks, dense_blocks, share)
+            grad = partial(self._gradients, state, batch.learning, outputs, blocks, dense_blocks, batch.wholes)
             with torch.enable_grad(), _watched(model, self.blocks, blocks):
                 norms = None if known is None else Norms(known)
                 losses += call(model, batch.placed, part, training=is_norm, norms=norms, **how, then=grad)
+        for name, count in counted.items():  # the whole batch counts, not its pieces
+            batch.placed[name].copy_(count)
         return losses
 
     def _gradients(
@@ -148,13 +154,14 @@ class Distance:
         teacher: list[Tensor],
         blocks: list[Tensor],
         dense_blocks: list[Tensor],
-        shares: list[float],
+        wholes: list[float] | None,
         output: Any,
     ) -> float:
         """What a piece of a batch adds to L; its gradients are added to those of the leaves, in place."""
-        loss = self._compared(self._read(output), teacher, shares[: len(teacher)])
-        for ours, theirs, share in zip(blocks, dense_blocks, shares[len(teacher) :], strict=True):
-            loss = loss + self.block_weight * share * relative_error(ours, theirs)
+        loss = self._compared(self._read(output), teacher, wholes and wholes[: len(teacher)])
+        of_blocks = wholes[len(teacher) :] if wholes else [None] * len(blocks)
+        for ours, theirs, whole in zip(blocks, dense_blocks, of_blocks, strict=True):
+            loss = loss + self.block_weight * relative_error(ours, theirs, whole)
         if not loss.requires_grad:
             raise UsageError("the model's outputs carry no gradients: take no_grad and detach out of its forward.")
         check_finite(loss, state["step"])
@@ -164,8 +171,8 @@ class Distance:
 
     def _taught(
         self, problem: Problem, state: State, inputs: Any, positions: list[int], pieces: list[tuple[int, int]]
-    ) -> tuple[list[Answers], list[list[float]], int]:
-        """What the dense net answers to each piece, how much each tensor of it counts in L, samples pushed for that."""
+    ) -> tuple[list[Answers], list[float] | None, int]:
+        """What the dense net answers to each piece, the whole batch's sizes by tensor (`compared`), samples pushed."""
         calibration = problem.inputs()
         own = calibration.share(positions)
         if state["repeat"] and state["step"] >= calibration.batches:
@@ -178,17 +185,17 @@ class Distance:
         else:
             parts = [cut(inputs, *piece) for piece in pieces] if len(pieces) > 1 else [inputs]
             answers = [self._answers(problem, part) for part in parts]
-            forward = 2 * len(positions) + self._probe(problem, state, answers[0][0], own)
+            forward = 2 * len(positions) + self._probe(problem, state, answers[0][0], own, pieces[0][1])
             _keep(state, [said for said, _ in answers], pieces, positions, len(calibration), problem.compute.cached)
         if len(pieces) == processes() == 1:
-            return answers, [[1.0] * sum(map(len, answers[0]))], forward
+            return answers, None, forward
         sizes = torch.tensor(
             [[size(t, self.loss) for t in outputs] + [size(t, "mse") for t in blocks] for outputs, blocks in answers],
             dtype=torch.float64,
         )
         if len(pieces) > 1:
             answers = [(outputs, []) for outputs, _ in answers]  # blocks are large: they are looked at once more
-        return answers, (sizes / total([sizes.sum(0)])[0]).tolist(), forward
+        return answers, total([sizes.sum(0)])[0].tolist(), forward
 
     def _answers(self, problem: Problem, inputs: Any) -> Answers:
         blocks: list[Tensor] = []
@@ -226,23 +233,23 @@ class Distance:
     def _read(self, output: Any) -> list[Tensor]:
         return compared_tensors(output, self.outputs, self.loss)
 
-    def _probe(self, problem: Problem, state: State, teacher: list[Tensor], batch: list[int]) -> int:
+    def _probe(self, problem: Problem, state: State, teacher: list[Tensor], batch: list[int], piece: int) -> int:
         """Keep no table of outputs whose first dimension counts the places of a sequence; samples pushed for that.
 
         Logits [B, classes] need no look: only in three dimensions or more may as many places as samples go unnoticed.
         """
         if state["step"] or not state["repeat"] or all(tensor.dim() < 3 for tensor in teacher):
             return 0
-        few = batch[: min(2, len(batch) - 1)] or batch  # fewer than a batch
+        few = batch[: 2 if piece != 2 else 1]  # another number than there are in a piece
         with torch.no_grad():
             outputs = self._read(call(problem.model, {}, problem.inputs().pick(few)))
         state["repeat"] = not anyone(any(tensor.shape[:1] != (len(few),) for tensor in outputs))
         return len(few) * processes()
 
-    def _compared(self, student: list[Tensor], teacher: list[Tensor], shares: list[float] | None = None) -> Tensor:
+    def _compared(self, student: list[Tensor], teacher: list[Tensor], wholes: list[float] | None = None) -> Tensor:
         T = self.temperature
         T_s = T if self.student_temperature is None else self.student_temperature
-        return compared(student, teacher, self.loss, T, T_s, shares)
+        return compared(student, teacher, self.loss, T, T_s, wholes)
 
 
 class Unseen(Exception):
@@ -256,7 +263,7 @@ class _Batch:
     inputs: Any
     pieces: list[tuple[int, int]]
     teacher: list[Answers]  # of each piece
-    shares: list[list[float]]
+    wholes: list[float] | None
     placed: dict[str, Tensor]
     leaves: dict[str, Tensor]  # those of them that learn; their gradients add up in place
     masking: Masking | None

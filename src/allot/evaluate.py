@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 from allot.calibration import LABEL_KEYS, inputs_of, moved
 from allot.errors import AllotError, UsageError, check_number
 from allot.masks import call
+from allot.norms import check_divisible
 from allot.reading import Readable, read_readable
 from allot.shares import gathered, place, processes
 
@@ -84,6 +85,8 @@ def evaluate(
             text for a model whose logits change with tokens that come later.
     """
     check_number("workers", workers, 0, whole=True)
+    if processes() > 1:
+        check_divisible(model)
     reference = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     counted: Any = data.dataset if isinstance(data, DataLoader) else data
     total = len(counted) if hasattr(counted, "__len__") else None

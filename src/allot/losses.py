@@ -29,14 +29,14 @@ def compared(
     loss: str,
     temperature: float,
     student_temperature: float,
-    shares: list[float] | None = None,
+    wholes: list[float] | None = None,
 ) -> Float[Tensor, ""]:
     """Sum of the losses of pairs of tensors, in float32 or better.
 
     Args:
         loss: a key of `LOSSES`.
-        shares: of a part of a batch, how much each tensor's loss counts in that of the whole one: `size` over the sum
-            of the sizes of all parts. The losses of all parts then add up to that of the whole batch.
+        wholes: of a part of a batch, the sum of the sizes (`size`) of all parts, tensor by tensor: the losses of all
+            parts then add up to that of the whole batch.
     Raises:
         UsageError: the tensors of one net have no counterpart of their shape in those of the other.
     """
@@ -46,9 +46,10 @@ def compared(
             f"the sparse net gives outputs of shapes {ours}, the dense one {theirs}: shapes that do not depend on what "
             "is found are compared, like scores and boxes before the best of them are picked (outputs=)."
         )
+    each: list[float | None] = [*wholes] if wholes else [None] * len(teacher)
     found = [
-        LOSSES[loss](ours, theirs, temperature, student_temperature) * share
-        for ours, theirs, share in zip(student, teacher, shares or [1.0] * len(teacher), strict=True)
+        LOSSES[loss](ours, theirs, temperature, student_temperature, whole)
+        for ours, theirs, whole in zip(student, teacher, each, strict=True)
     ]
     return torch.stack(found).sum()
 
@@ -58,8 +59,8 @@ def size(teacher: Tensor, loss: str) -> float:
     if loss == "kl":
         return teacher.numel() / teacher.shape[_classes(teacher)]
     theirs = wide(teacher)
-    scale = float(theirs.abs().amax().clamp_min(1e-6))
-    return max(float((theirs / scale).square().mean().double() * scale**2 * teacher.numel()), 1e-30)
+    scale = float(theirs.abs().amax().clamp_min(1e-30))
+    return float((theirs / scale).square().mean().double() * scale**2 * teacher.numel())
 
 
 def compared_tensors(output: Any, outputs: str | Outputs | None, loss: str) -> list[Tensor]:
@@ -88,15 +89,24 @@ def compared_tensors(output: Any, outputs: str | Outputs | None, loss: str) -> l
     return tensors
 
 
-def share_of(teacher: Tensor) -> float:
-    """How much `relative_error` to this share of a batch counts in that to the whole one, over all processes."""
-    return 1.0 if processes() == 1 else size(teacher, "mse") / total_number(size(teacher, "mse"))
+def whole_of(teacher: Tensor) -> float | None:
+    """The `size` of the batch that `teacher` is this process's share of; None where it is the batch."""
+    return None if processes() == 1 else total_number(size(teacher, "mse"))
 
 
-def relative_error(student: Float[Tensor, "*shape"], teacher: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
-    """Mean squared difference over the mean square of `teacher`, which counts as at least 1e-12."""
+def relative_error(
+    student: Float[Tensor, "*shape"], teacher: Float[Tensor, "*shape"], whole: float | None = None
+) -> Float[Tensor, ""]:
+    """Mean squared difference over the mean square of `teacher`, which counts as at least 1e-12.
+
+    Args:
+        whole: of a part of a batch, the summed squares of all parts.
+    """
     theirs = wide(teacher)
     scale = theirs.abs().amax().clamp_min(1e-6)  # squares of large outputs are beyond float32
+    if whole is not None:
+        over = max(whole, 1e-12 * theirs.numel()) / float(scale.double().square())
+        return ((wide(student) - theirs) / scale).square().sum() / over
     least = float(1e-12 / scale.double().square())
     return ((wide(student) - theirs) / scale).square().mean() / (theirs / scale).square().mean().clamp_min(least)
 
@@ -106,16 +116,19 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _kl(student: Tensor, teacher: Tensor, temperature: float, student_temperature: float) -> Tensor:
+def _kl(
+    student: Tensor, teacher: Tensor, temperature: float, student_temperature: float, whole: float | None = None
+) -> Tensor:
     dim = _classes(student)
     theirs = (wide(teacher) / temperature).log_softmax(dim)
     ours = (wide(student) / student_temperature).log_softmax(dim)
-    return temperature**2 * F.kl_div(ours, theirs, reduction="none", log_target=True).sum(dim).mean()
+    rows = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(dim)
+    return temperature**2 * (rows.mean() if whole is None else rows.sum() / whole)
 
 
-LOSSES: dict[str, Callable[[Tensor, Tensor, float, float], Tensor]] = {
+LOSSES: dict[str, Callable[..., Tensor]] = {
     "kl": _kl,
-    "mse": lambda student, teacher, *_: relative_error(student, teacher),
+    "mse": lambda student, teacher, T, T_s, whole=None: relative_error(student, teacher, whole),
 }
 
 

@@ -14,6 +14,7 @@ gradients and activations. What the interpreter, its libraries and the data take
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -80,6 +81,12 @@ def chosen(problem: Problem, parts: Parts, given: int | str | None, run: str | P
     )
 
 
+def tell_unused(problem: Problem, parts: Parts) -> None:
+    """Say so where choices were made and nothing in the chain trains."""
+    if problem.compute.to_json() and not any(True for part in (parts.allocate, *parts.repair) for _ in _within(part)):
+        log.warning("%s: nothing in this chain trains through the whole net and uses that.", _words(problem.compute))
+
+
 def of_one_process(problem: Problem) -> Problem:
     """The problem with batches as large as the share that one of the processes has of them."""
     calibration = problem.calibration
@@ -136,7 +143,11 @@ def _within(value: Any) -> Iterator[Training]:
 def _told(found: dict[str, Any]) -> dict[str, Any]:
     limit = _size(found["limit"])
     if found["peak"] is None:
-        log.warning("max_memory=%s: nothing in this chain trains, there is nothing to choose.", limit)
+        log.warning(
+            "max_memory=%s: nothing in this chain trains through the whole net, there is nothing to choose; repairs "
+            "layer by layer are not governed by it.",
+            limit,
+        )
         return found
     tried = "; ".join(_words(Compute.of(choices)) for choices in found["tried"])
     more = f" (more than that with {tried})" if tried else ""
@@ -151,4 +162,6 @@ def _words(compute: Compute) -> str:
 
 
 def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+    """In words, rounded up: a limit of so much would do."""
+    unit, name = next((u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if count >= u or n == "kB")
+    return f"{math.ceil(100 * count / unit) / 100:.2f} {name}"

@@ -12,10 +12,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from allot.errors import UsageError
 from allot.shares import processes, stacked, total
 
 Statistics = tuple[Tensor, Tensor]  # mean and biased variance, both [C]
@@ -67,6 +69,20 @@ class Norms(TorchFunctionMode):
         self.counts.append(count)
         _run_on(given, mean, deviation / (count - 1))
         return _Whole.apply(x, mean, deviation / count, gamma, beta, eps, count)
+
+
+def check_divisible(model: nn.Module) -> None:
+    """Raises:
+    UsageError: the model's answers depend on which samples are together even in eval mode, or a SyncBatchNorm.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            raise UsageError(f"{name} is a SyncBatchNorm: use a BatchNorm, whose statistics are pooled here as well.")
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise UsageError(
+                f"{name} is a batch norm without running statistics: what the model answers depends on which samples "
+                "are together, and its batches cannot be parted (micro_batch, several processes)."
+            )
 
 
 def pooled(x: Tensor) -> tuple[float, Tensor, Tensor]:

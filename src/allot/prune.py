@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import platform
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from importlib import metadata
@@ -26,7 +28,8 @@ from allot.fingerprint import fingerprint
 from allot.fit import kept_cut, shortened
 from allot.latency import Latency
 from allot.layers import Rules, Scope
-from allot.memory import chosen, of_one_process
+from allot.memory import chosen, of_one_process, tell_unused
+from allot.norms import check_divisible
 from allot.parts import Parts, assemble, settings, streamed
 from allot.patterns import Channels, Pattern
 from allot.pose import check_made_nothing, check_plain, names_of, pose
@@ -37,7 +40,7 @@ from allot.result import Result
 from allot.run import Candidate, Method, Progress, repeatable
 from allot.scores import ChannelScore, Score
 from allot.selection import Selection
-from allot.shares import alone, check_alike, led
+from allot.shares import alone, check_alike, gathered, led, processes
 from allot.store import Log, opened, read_run
 
 
@@ -138,13 +141,14 @@ def prune(
     for part in (parts.allocate, *parts.repair):
         if part.needs_data:
             problem.inputs()
-    if inputs:
-        inputs.share(range(len(inputs) // inputs.batches))  # the smallest batch is large enough
-    else:  # a score that needs inputs says so before anything is written
+    if processes() > 1:
+        _check_shared(model, inputs)
+    if inputs is None:  # a score that needs inputs says so before anything is written
         whole = Candidate.dense(problem)
         Selection().step(problem, whole, Selection().init(problem, whole))
     chain = streamed(parts, problem, stream) if stream else parts
     problem = replace(problem, compute=compute)
+    tell_unused(problem, chain)
     if held := led(partial(chosen, of_one_process(problem), chain, max_memory, save_to)):
         problem = replace(problem, compute=Compute.of(held["picked"]))
     cut = kept_cut(problem, chain, max_minutes, save_to)
@@ -157,7 +161,8 @@ def prune(
         dense = dense or judge(model)  # unusable test data costs no run
     with alone(), repeatable(model, seed, "fingerprint"):
         found = fingerprint(problem)
-    check_alike("model or data", found)
+    for what, digest in found.items():
+        check_alike(f"the {what}", digest)
     asked = {"configuration": _configuration(budget, parts, rules, seed, inputs), "fingerprint": found}
     if budget.latency is not None:
         asked["configuration"]["runtime"] = str(served)
@@ -170,7 +175,7 @@ def prune(
     limits = [f"{kind}={amount}" for kind, amount in budget.to_json().items()]
     known |= {"budget": limits, "options": settings(options or {}), "compute": compute.to_json()}
     device = next(iter(problem.dense.values())).device
-    notes = {"versions": _versions(), "recipe": {**known, **(recipe or {})}, "memory": held}
+    notes = {"versions": _versions(), "recipe": {**known, **(recipe or {})}, "memory": held, "processes": processes()}
     store = opened(save_to, asked, notes, device) if save_to else None
     try:
         name = label or type(model).__name__
@@ -178,6 +183,27 @@ def prune(
     finally:
         if store:
             store.close()
+
+
+def _check_shared(model: nn.Module, inputs: Calibration | None) -> None:
+    """Raises:
+    UsageError: processes cannot share batches of this model, or of this size.
+    """
+    check_divisible(model)
+    if inputs is None:
+        return
+    inputs.share(range(len(inputs) // inputs.batches))  # the smallest batch is large enough
+    called: Counter[str] = Counter()
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            handle = module.register_forward_pre_hook(lambda *_, name=name: called.update([name]))
+            stack.callback(handle.remove)
+        attempt(model, inputs.batch(0)[0], {})
+    if any(other != called for other in gathered(called)):
+        raise UsageError(
+            "layers of this model run or not depending on the samples (as in a mixture of experts): processes cannot "
+            "share its batches; leave torchrun out."
+        )
 
 
 def _is_done(run: Path) -> bool:

@@ -122,7 +122,7 @@ class RecipeFile(BaseModel):
         except ValidationError as error:
             first_error = error.errors()[0]
             where = ".".join(str(part) for part in first_error["loc"])
-            said = first_error["msg"].removeprefix("Value error, ")
+            said = first_error["msg"].removeprefix("Value error, ").rstrip(".")
             raise UsageError(f"recipe: {where}={first_error['input']!r}: {said}.") from error
 
     def parsed_budget(self) -> Budget:

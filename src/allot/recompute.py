@@ -91,26 +91,31 @@ def _contexts(
     block: nn.Module, norms: Norms | None, masking: Masking | None
 ) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """What the first run is done in, and the second, which is by then outside of what the first one was in."""
-    return nullcontext(), _second(block, norms.again() if norms else nullcontext(), masking or nullcontext())
+    before = [
+        (module._buffers, name, buffer.clone())  # the first run may write to it
+        for module in block.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    return nullcontext(), _second(before, norms.again() if norms else nullcontext(), masking or nullcontext())
 
 
 @contextmanager
 def _second(
-    block: nn.Module, norms: AbstractContextManager[Any], masking: AbstractContextManager[Any]
+    before: list[tuple[dict[str, Tensor | None], str, Tensor]],
+    norms: AbstractContextManager[Any],
+    masking: AbstractContextManager[Any],
 ) -> Iterator[None]:
+    """The second run: buffers are as they were before the first one, and afterwards as it left them."""
     global _running
-    places: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
+    after = [(buffers, name, buffers[name]) for buffers, name, _ in before]
     _running += 1
     try:
-        for module in block.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    places.append((module._buffers, name, buffer))
-        for buffers, name, buffer in places:
+        for buffers, name, buffer in before:
             buffers[name] = buffer.clone()
         with norms, masking:
             yield
     finally:
-        for buffers, name, buffer in places:
-            buffers[name] = buffer
+        for buffers, name, left in after:
+            buffers[name] = left
         _running -= 1

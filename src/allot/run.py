@@ -254,13 +254,16 @@ def drive(
 
     if processes() == 1:
         return run()
-    if not getattr(method, "parallel", False):
-        found = led(run, _packed)
-    else:
-        found = run()
-        check_alike(f"what {stage} keeps of layers", found.allocation.kept)
-        found = led(lambda: found, _packed)
-    return found if isinstance(found, Candidate) else _unpacked(found, problem)
+    own = None
+    if getattr(method, "parallel", False):
+        own = run()
+        check_alike(f"what {stage} keeps of layers", own.allocation.kept)
+    found = led(lambda: own or run(), lambda candidate: (_packed(candidate), log))
+    if isinstance(found, Candidate):
+        return found
+    content, told = found
+    log.seconds, log.forward, log.backward = told.seconds, told.forward, told.backward
+    return _unpacked(content, problem)
 
 
 def _packed(candidate: Candidate) -> bytes:

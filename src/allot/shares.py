@@ -1,10 +1,11 @@
-"""Work shared out over the processes of torchrun; without them every function here is the identity.
+"""Work shared out over the processes of torchrun; of one process alone, every sum here is its own part.
 
     samples    each process pushes its share of every batch, and `total` adds up what they found: sums over the batch
     items      trials and sensitivities: each process takes one, with whole batches (`each`)
     the rest   one process does it and tells the others (`led`); a method that says nothing about sums is such a rest
 
-All processes hold the same state after every step, so that any number of them goes on from what one has saved.
+All processes hold the same state after every step (but for the dense net's answers, which each may remember of what it
+tried), so that any number of them goes on from what one has saved.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from torch import Tensor
 from allot.errors import Lost, UsageError
 
 T = TypeVar("T")
-PATIENCE = timedelta(days=7)  # of processes that wait for one that measures or scores; a dead one is noticed at once
+PATIENCE = timedelta(days=7)  # of processes that wait for one that measures or scores; one that dies is noticed
 _open = False  # whether work is shared out
 
 
 def launched() -> bool:
     """Whether torchrun started this process, with others."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+    count = os.environ.get("WORLD_SIZE", "1")
+    return count.isdigit() and int(count) > 1 and {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
 def processes() -> int:
@@ -177,7 +179,10 @@ def check_alike(what: str, value: Any) -> None:
     """
     said = gathered(value)
     if any(other != said[0] for other in said):
-        raise UsageError(f"the processes of torchrun differ in {what}: each has to load the same, with the same seed.")
+        raise UsageError(
+            f"the processes of torchrun differ in {what}: each has to load the same, and what is drawn at random, by "
+            "Python or numpy too, has to be seeded alike."
+        )
 
 
 def speaks() -> bool:
@@ -201,9 +206,12 @@ def _exchange() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if not any(word in str(error).lower() for word in ("connection", "peer", "socket", "timed out", "nccl")):
+            raise
         raise Lost(
-            "another process of this run ended, for a reason that it may have said above. What is saved is kept: the "
-            "same command goes on from there, with any number of processes."
+            "another process of this run ended: by an error, which it said above, or killed, as where memory is short "
+            "(torchrun names it below). What is saved is kept: the same command goes on from there, with any number of "
+            "processes."
         ) from error
 
 

@@ -58,7 +58,9 @@ def load_model(
     if weights == "random" and origin not in REMOTE:
         raise UsageError(f"--weights random is for {', '.join(f'{o}:' for o in REMOTE)} models; {spec} has its own.")
     loader = {"zoo": _zoo_model, "torchvision": torchvision_model, "timm": timm_model, "hf": hf_model}.get(origin)
-    with redirect_stdout(sys.stderr):  # standard output belongs to what allot answers
+    # standard output belongs to what allot answers; weights at random are the same every time, and in every process
+    with redirect_stdout(sys.stderr), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         source = loader(name, trained) if loader else ModelSource(called(spec, nn.Module, "an nn.Module"))
     if path:
         fill(source.model, Path(path))

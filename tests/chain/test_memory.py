@@ -90,9 +90,7 @@ def test_the_first_that_fits_is_taken(sizes: dict[str, int]):
 
 def test_what_nothing_fits_is_an_error_that_names_the_least(sizes: dict[str, int]):
     least = min(sizes.values())
-    with pytest.raises(
-        UsageError, match=rf"the least .* takes is {least / 1e6:.1f} MB, with micro_batch=1, checkpoint"
-    ):
+    with pytest.raises(UsageError, match=r"the least .* takes is .* [kM]B, with micro_batch=1, checkpoint"):
         chosen(posed(), PARTS, least - 1, None)
     with pytest.raises(UsageError, match="max_memory=lots: a number of bytes, like 800MB or 6GB"):
         chosen(posed(), PARTS, "lots", None)

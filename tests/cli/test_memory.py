@@ -58,7 +58,9 @@ def test_a_device_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch)
 def test_processes_of_torchrun_take_a_device_each(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert sources.device_of("cuda") == torch.device("cuda")
-    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+    for name, value in {
+        "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1",
+    }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     assert sources.device_of("cuda") == torch.device("cuda:1")
     assert sources.device_of("cuda:0") == torch.device("cuda:0") and sources.device_of(None).type == "cpu"

@@ -210,3 +210,30 @@ def test_what_cannot_be_chosen_is_refused():
     ):
         with pytest.raises(UsageError, match=told):
             Compute.of(given)
+
+
+class Counting(nn.Module):
+    """What it gives depends on how often it ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Linear(6, 6)
+        self.register_buffer("ran", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.ran += 1
+        return x + torch.tanh(self.own(x) - 0.5 * self.ran)
+
+
+def test_a_second_run_sees_buffers_as_the_first_one_did():
+    torch.manual_seed(0)
+    net = nn.Sequential(Counting(), Counting(), nn.Linear(6, 3)).eval()
+    found = []
+    for choice in (Compute(), Compute(checkpoint=True)):
+        calibration = Calibration.of(torch.ones(4, 6), batch_size=4)
+        problem = replace(pose(net, Budget(sparsity=0.5), Unstructured(), calibration=calibration), compute=choice)
+        masks = {layer.name: torch.ones(layer.shape, dtype=torch.bool) for layer in problem.scope}
+        masks["2.weight"] = torch.zeros(3, 6, dtype=torch.bool)
+        training = Training()
+        found.append(training.gradients(problem, training.begin(problem, Candidate.dense(problem)), masks)[0])
+    torch.testing.assert_close(*found, rtol=0, atol=0)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from allot.budget import Budget
 from allot.calibration import Calibration
 from allot.compute import Compute
+from allot.errors import UsageError
 from allot.norms import Norms
 from allot.patterns import Unstructured
 from allot.pose import pose
@@ -92,6 +93,51 @@ def test_one_piece_by_whole_statistics_is_torchs_batch_norm():
     for plain, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, plain)
     assert len(Norms().seen) == 0
+
+
+def test_pieces_whose_targets_are_zero_count_as_they_do_in_the_whole_batch():
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU()).double()
+    data = torch.randn(8, 3, generator=torch.Generator().manual_seed(0)).double()
+    with torch.no_grad():
+        net[0].weight.copy_(torch.eye(4, 3))
+        net[0].bias.zero_()
+        data[:6] = -data[:6].abs()  # six of eight outputs are zero
+    whole, pieces = (learned(posed(net, data, m, batch_size=8), Training(loss="mse")) for m in (0, 1))
+    assert pieces[0] == pytest.approx(whole[0], rel=1e-9)
+    for name, gradient in whole[1].items():
+        torch.testing.assert_close(pieces[1][name], gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_a_batch_in_pieces_counts_once():
+    data = torch.randn(24, 2, 6, 6, generator=torch.Generator().manual_seed(0)).double()
+    problem = posed(NORMED.double(), data, 8, batch_size=24)
+    state = Training().begin(problem, Candidate.dense(problem))
+    before = {n: int(v) for n, v in state["tensors"].items() if n.endswith("num_batches_tracked")}
+    Training().gradients(problem, state, {})
+    assert before and all(int(state["tensors"][name]) == count + 1 for name, count in before.items())
+
+
+def test_answers_that_stack_two_heads_are_no_samples():
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(3, 4), nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([self.one(x), self.two(x)])  # [2, B, 4]
+
+    problem = posed(Heads(), torch.randn(12, 3), 2, batch_size=4)
+    state = Training(loss="mse").begin(problem, Candidate.dense(problem))
+    Training(loss="mse").gradients(problem, state, {})
+    assert not state["repeat"] and not state["teacher"]
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(6, track_running_stats=False), nn.SyncBatchNorm(6)])
+def test_norms_that_answer_by_the_batch_are_not_parted(norm: nn.Module):
+    net = nn.Sequential(nn.Conv2d(2, 6, 3), norm, nn.Flatten(), nn.Linear(6 * 16, 3))
+    with pytest.raises(UsageError, match=r"^1 is a (SyncBatchNorm|batch norm without running statistics)"):
+        Compute(micro_batch=2).check(net)
+    Compute().check(net)
 
 
 @pytest.mark.parametrize(("samples", "most", "sizes"), [(10, 4, [3, 3, 4]), (4, 8, [4]), (4, 0, [4]), (3, 1, [1] * 3)])

@@ -95,7 +95,7 @@ def test_kl_is_taken_over_the_classes_and_averaged_over_everything_else(shape: t
 def test_mse_is_relative_to_the_dense_output():
     ours, theirs = torch.tensor([1.0, 2.0, 5.0]), torch.tensor([1.0, 3.0, 3.0])
     assert float(LOSSES["mse"](ours, theirs, 1.0, 1.0)) == pytest.approx((0 + 1 + 4) / (1 + 9 + 9))
-    assert float(LOSSES["mse"](100 * ours, 100 * theirs, 1.0)) == pytest.approx(5 / 19)
+    assert float(LOSSES["mse"](100 * ours, 100 * theirs, 1.0, 1.0)) == pytest.approx(5 / 19)
 
 
 @pytest.mark.parametrize("scale", [1e-5, 1e-3, 1.0, 1e4])

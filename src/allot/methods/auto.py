@@ -39,7 +39,7 @@ class Auto:
         return {"step": 0, "steps": steps, "tried": {}, "answers": answers}
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
-        """One calibration batch: of the training half, then of the judging half, for one allocation after the other."""
+        """One calibration batch of the trial of one allocation after the other, or whole trials (`Trial.some`)."""
         left = self.among[len(state["tried"]) :]
         waiting = [partial(drive, allocator, problem, candidate) for _, allocator in left]
         metrics, losses = self.trial.some(problem, state, waiting, 1.0, state["answers"])

@@ -32,7 +32,7 @@ from torch import Tensor
 from allot.distance import check_finite
 from allot.errors import UsageError, check_number, unknown
 from allot.layers import Layer
-from allot.losses import relative_error, share_of
+from allot.losses import relative_error, whole_of
 from allot.masks import call, masked
 from allot.observe import Apply, biases_of, watched_layers
 from allot.run import Candidate, Metrics, Problem
@@ -194,7 +194,7 @@ class Layerwise:
             name, part = biases.get(layer.name, ("", slice(0)))
             b = tensors[name][part].to(target.dtype).clone().requires_grad_() if name else None
             with torch.enable_grad():
-                loss = relative_error(apply(w, b), target) * share_of(target)
+                loss = relative_error(apply(w, b), target, whole_of(target))
                 check_finite(loss, state["step"])
                 found = torch.autograd.grad(loss, [w] if b is None else [w, b])
             losses.setdefault(layer.name, []).append(float(loss.detach()))

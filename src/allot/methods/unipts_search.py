@@ -142,7 +142,7 @@ class Search:
         }
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
-        """One step of a start, or one calibration batch of a trial."""
+        """One step of a start, or one calibration batch of a trial, or whole trials (`Trial.some`)."""
         if len(state["starts"]) < len(self.starts):
             state["step"] += 1
             return self._started(problem, candidate, state)
