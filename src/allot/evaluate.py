@@ -69,7 +69,7 @@ def evaluate(
 ) -> Score:
     """Top-1 accuracy of a classifier, or of the next token of a causal language model, in eval mode.
 
-    Where processes share the work, each looks at every so-manieth sample, or batch of a DataLoader.
+    Where N processes share the work, each looks at every N-th sample, or batch of a DataLoader.
 
     Args:
         model: maps inputs to logits `[B, classes]`, or token ids to logits `[B, T, V]`, or to an object with `.logits`;
