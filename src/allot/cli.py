@@ -24,7 +24,7 @@ from allot.report import table
 from allot.report.data import layer_rows
 from allot.run import Candidate, drive, interruptible
 from allot.shares import place, sharing, speaks
-from allot.sources import MODEL_FORMS, REMOTE, example_of, load_data, load_model
+from allot.sources import MODEL_FORMS, REMOTE, example_of, load_model
 from allot.store import write
 
 SHARED = ("prune", "sweep", "evaluate")  # what several processes do together
@@ -95,8 +95,7 @@ def prune_command(
     if wanted.model is None:
         raise UsageError(f"no MODEL: {MODEL_FORMS} is accepted.")
     asked_budget = wanted.parsed_budget()
-    source = load_model(wanted.model, weights=wanted.weights, shape=wanted.input, device=wanted.device)
-    calibration = load_data(wanted.data, source, skip_corrupt=wanted.skip_corrupt) if wanted.data else None
+    source, calibration = comparing.loaded(wanted.model, wanted)
     with interruptible() as should_stop, progress() as on_step:
         result = prune(
             source.model,

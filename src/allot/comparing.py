@@ -68,8 +68,7 @@ def sweep_command(
     wanted = option.resolved(given)
     if out is None or wanted.model is None or not budgets:
         raise UsageError("a sweep needs MODEL, --budget KIND=LIMITS and --out DIR.")
-    source = load_model(wanted.model, weights=wanted.weights, shape=wanted.input, device=wanted.device)
-    calibration = load_data(wanted.data, source, skip_corrupt=wanted.skip_corrupt) if wanted.data else None
+    source, calibration = loaded(wanted.model, wanted)
     with interruptible() as should_stop, progress() as on_step:
         table_of = sweep(
             source.model,
@@ -162,6 +161,12 @@ def evaluate_command(
     else:
         more = "" if score.perplexity is None else f", perplexity {score.perplexity:.4g}"
         say(f"{score.metric} {score.score:.4f} on {score.samples:,} samples{more}")
+
+
+def loaded(model: str, wanted: RecipeFile) -> tuple[ModelSource, Any]:
+    """The model on its device, and the calibration data; None where none was given."""
+    source = load_model(model, weights=wanted.weights, shape=wanted.input, device=wanted.device)
+    return source, load_data(wanted.data, source, skip_corrupt=wanted.skip_corrupt) if wanted.data else None
 
 
 def settings_of(wanted: RecipeFile, source: ModelSource) -> dict[str, Any]:

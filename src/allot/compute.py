@@ -90,7 +90,7 @@ class Compute:
 
     @property
     def lean(self) -> bool:
-        """Whether memory is saved where it costs time, a tenth of a step and more of small nets (`allot.masking`)."""
+        """Whether memory is saved where that costs time in every step (`allot.masking`)."""
         return (self.checkpoint or bool(self.micro_batch)) and not self.compile
 
     def pieces(self, samples: int) -> list[tuple[int, int]]:

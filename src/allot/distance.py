@@ -116,7 +116,7 @@ class Distance:
             ) from error
         if len(pieces) > 1:
             forward += len(positions) * (any(map(is_norm, problem.model.modules())) + bool(self.blocks))
-        if masking and masking.missed:
+        if masking and anyone(masking.missed):
             raise Unseen
         if processes() > 1:  # a weight that no sample of this process reaches may be reached elsewhere
             for leaf in leaves.values():

@@ -15,8 +15,7 @@ from torch.nn.utils import parametrize
 from allot.compute import Compute
 from allot.errors import UsageError, unknown
 from allot.layers import places_of
-from allot.masking import Masking
-from allot.masking import masked as masked
+from allot.masking import Masking, masked
 from allot.norms import Norms
 from allot.recompute import checkpointed
 from allot.shares import processes

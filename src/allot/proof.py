@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from allot.channels import ChannelPlan, Group, slimmed
-from allot.masks import as_arguments, masked, modes
+from allot.masking import masked
+from allot.masks import as_arguments, modes
 
 TOLERANCE = 1e-5  # of the largest output; a wrong coupling is off by a percent or more
 

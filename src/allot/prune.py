@@ -163,14 +163,16 @@ def prune(
         found = fingerprint(problem)
     for what, digest in found.items():
         check_alike(f"the {what}", digest)
-    asked = {"configuration": _configuration(budget, parts, rules, seed, inputs), "fingerprint": found}
-    if budget.latency is not None:
-        asked["configuration"]["runtime"] = str(served)
-    asked["configuration"] |= {"stream": str(stream)} if stream else {}
-    known = {key: value for key, value in asked["configuration"].items() if key != "hyperparameters"}
-    asked["configuration"] |= {"fit": cut} if cut else {}
-    if identity := problem.compute.identity():
-        asked["configuration"]["compute"] = identity
+    where_asked = {
+        "runtime": str(served) if budget.latency is not None else None,
+        "stream": str(stream) if stream else None,
+        "fit": cut,
+        "compute": problem.compute.identity(),
+    }
+    configuration = _configuration(budget, parts, rules, seed, inputs)
+    configuration |= {key: value for key, value in where_asked.items() if value}
+    asked = {"configuration": configuration, "fingerprint": found}
+    known = {key: value for key, value in configuration.items() if key not in ("hyperparameters", "fit")}
     told: dict[str, Any] = {name: value for name, value in (("fit", cut), ("memory", held)) if value}
     limits = [f"{kind}={amount}" for kind, amount in budget.to_json().items()]
     known |= {"budget": limits, "options": settings(options or {}), "compute": compute.to_json()}

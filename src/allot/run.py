@@ -24,7 +24,7 @@ from allot.channel_budget import ChannelBudget
 from allot.compute import Compute
 from allot.errors import Stopped, UsageError
 from allot.layers import Scope
-from allot.masks import masked
+from allot.masking import masked
 from allot.patterns import Pattern
 from allot.scores import ChannelScore, Score
 from allot.shares import anyone, check_alike, led, processes

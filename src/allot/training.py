@@ -26,7 +26,7 @@ from torch.optim.adam import adam
 from allot.distance import Distance, Unseen, statistics
 from allot.errors import check_number, unknown
 from allot.losses import wide
-from allot.masks import masked
+from allot.masking import masked
 from allot.run import Candidate, Problem
 from allot.schedule import Schedule, warm_cosine
 from allot.selection import Evidence, scored

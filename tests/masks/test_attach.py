@@ -11,7 +11,8 @@ from torch.nn.utils import parametrizations
 
 from allot.errors import UsageError
 from allot.layers import Scope
-from allot.masks import Mask, attach, call, fold, masked
+from allot.masking import masked
+from allot.masks import Mask, attach, call, fold
 
 
 def rand(*shape: int) -> Tensor:

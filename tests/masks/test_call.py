@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from allot.errors import UsageError
-from allot.masks import as_arguments, call, masked
+from allot.masking import masked
+from allot.masks import as_arguments, call
 
 
 def rand(*shape: int) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor
 import allot
 from allot.calibration import Calibration
 from allot.errors import AllotError, UsageError
-from allot.masks import call, masked
+from allot.masking import masked
+from allot.masks import call
 from allot.methods import METHODS
 from allot.methods.auto import Auto
 from allot.methods.distill import Distill

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from allot.budget import Budget
 from allot.costs import Term
 from allot.errors import UsageError
-from allot.masks import call, masked
+from allot.masking import masked
+from allot.masks import call
 from allot.methods.knapsack import Knapsack, lower_hull, shared_out
 from allot.run import Candidate, drive
 from contract.cases import problem_of

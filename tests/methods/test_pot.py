@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from allot.errors import UsageError
-from allot.masks import call, masked
+from allot.masking import masked
+from allot.masks import call
 from allot.methods import METHODS, RECIPES
 from allot.methods.pot import Layerwise, WeightMoments
 from allot.observe import Apply, watched_layers

@@ -23,7 +23,7 @@ from typing import Any
 from allot.allocation import Allocation
 from allot.budget import Budget
 from allot.errors import UsageError, check_number
-from allot.masks import masked
+from allot.masking import masked
 from allot.run import Candidate, Metrics, Problem
 from allot.selection import Evidence, scored
 from allot.shares import each

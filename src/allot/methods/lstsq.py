@@ -21,7 +21,8 @@ from torch import Tensor
 
 from allot.errors import check_number
 from allot.layers import Layer
-from allot.masks import call, masked
+from allot.masking import masked
+from allot.masks import call
 from allot.observe import Apply, biases_of, watched_layers
 from allot.run import Candidate, Metrics, Problem
 from allot.store import State

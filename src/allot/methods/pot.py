@@ -33,7 +33,8 @@ from allot.distance import check_finite
 from allot.errors import UsageError, check_number, unknown
 from allot.layers import Layer
 from allot.losses import relative_error, whole_of
-from allot.masks import call, masked
+from allot.masking import masked
+from allot.masks import call
 from allot.observe import Apply, biases_of, watched_layers
 from allot.run import Candidate, Metrics, Problem
 from allot.shares import total, total_number
