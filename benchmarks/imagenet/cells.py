@@ -19,6 +19,7 @@ from torch import nn
 import allot
 from allot.errors import BudgetError, Stopped, UsageError
 from allot.evaluate import Score
+from allot.known import Known
 from allot.parts import Parts
 from allot.run import Method
 from allot.sources import ModelSource, load_data
@@ -195,7 +196,7 @@ def _measure(
         workers=setting.workers,
         example=bench.source.example,
         test=bench.val,
-        dense=bench.dense,
+        known=Known(bench.dense),
         label=cell.net,
         save_to=directory,
         recipe={"model": said.model, "options": said.options, "augment": table.augment},

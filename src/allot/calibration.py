@@ -95,6 +95,12 @@ class Calibration:
         return len(self.indices)
 
     @property
+    def order(self) -> tuple[Any, ...]:
+        """What decides which samples each batch holds, and how: equal for equal batches of one source."""
+        how = self.batch_size, self.seed, str(self.device), str(self.dtype), self.channels_last
+        return self.indices, *how
+
+    @property
     def batches(self) -> int:
         """How many batches one pass over the samples takes; their sizes differ by one at most."""
         return -(-len(self.indices) // self.batch_size)
@@ -146,8 +152,9 @@ class Calibration:
         def looked() -> list[Any]:
             return [self._batched([sample]) for sample in read(self.source, self.indices[:64], self.workers)]
 
-        first = looked()
-        return all(_same(seen, again) for _ in range(2) for seen, again in zip(first, looked(), strict=True))
+        with torch.random.fork_rng(devices=[]):  # what follows draws the same, looked or not
+            first = looked()
+            return all(_same(seen, again) for _ in range(2) for seen, again in zip(first, looked(), strict=True))
 
     def take(self, indices: Sequence[int]) -> Any:
         """These samples of the source as one batch of inputs, on the device.

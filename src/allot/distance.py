@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from allot.calibration import cut
 from allot.errors import AllotError, UsageError, check_number, unknown
+from allot.known import draws
 from allot.losses import LOSSES, Outputs, compared, compared_tensors, relative_error, size
 from allot.masking import Masking
 from allot.masks import call
@@ -26,8 +27,9 @@ from allot.norms import Norms
 from allot.observe import hooked
 from allot.recompute import again
 from allot.run import Problem
-from allot.shares import alone, anyone, gathered, processes, total, total_number
+from allot.shares import alone, anyone, processes, total, total_number
 from allot.store import State
+from allot.teacher import keep, recalled
 
 Answers = tuple[list[Tensor], list[Tensor]]  # what is compared of the outputs, and of blocks
 SCALES = 2.0**16, 200  # of the loss in fp16: the first one, and after how many finite steps it doubles
@@ -76,8 +78,8 @@ class Distance:
     def reading(self, problem: Problem) -> State:
         """The part of a state that `loss_of` goes by."""
         _check_blocks(problem.model, self.blocks)
-        repeat = not self.blocks and not anyone(not problem.inputs().repeats())
-        return {"step": 0, "repeat": repeat, "teacher": []}
+        repeat = not self.blocks and not anyone(not problem.repeats())
+        return {"step": 0, "repeat": repeat, "teacher": [], "probed": 0, "drew": False}
 
     def loss_of(
         self, problem: Problem, state: State, tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None
@@ -173,20 +175,23 @@ class Distance:
         self, problem: Problem, state: State, inputs: Any, positions: list[int], pieces: list[tuple[int, int]]
     ) -> tuple[list[Answers], list[float] | None, int]:
         """What the dense net answers to each piece, the whole batch's sizes by tensor (`compared`), samples pushed."""
-        calibration = problem.inputs()
-        own = calibration.share(positions)
-        if state["repeat"] and state["step"] >= calibration.batches:
-            state["teacher"] = [table.cpu() for table in state["teacher"]]  # a state that was read back is elsewhere
+        own = problem.inputs().share(positions)
+        what = self.outputs, self.loss, problem.compute
+        if kept := recalled(problem, state, what):
+            tables, pushed = kept
+            device = problem.inputs().device
             answers: list[Answers] = [
-                ([table[own[start:stop]].to(calibration.device) for table in state["teacher"]], [])
-                for start, stop in pieces
+                ([table[own[start:stop]].to(device) for table in tables], []) for start, stop in pieces
             ]
-            forward = len(positions)
         else:
             parts = [cut(inputs, *piece) for piece in pieces] if len(pieces) > 1 else [inputs]
+            before = draws()
             answers = [self._answers(problem, part) for part in parts]
-            forward = 2 * len(positions) + self._probe(problem, state, answers[0][0], own, pieces[0][1])
-            _keep(state, [said for said, _ in answers], pieces, positions, len(calibration), problem.compute.cached)
+            state["drew"] |= draws() != before
+            probed = self._probe(problem, state, answers[0][0], own, pieces[0][1])
+            keep(problem, state, what, [said for said, _ in answers], pieces, positions)
+            pushed = len(positions) + probed
+        forward = len(positions) + pushed
         if len(pieces) == processes() == 1:
             return answers, None, forward
         sizes = torch.tensor(
@@ -244,7 +249,8 @@ class Distance:
         with torch.no_grad():
             outputs = self._read(call(problem.model, {}, problem.inputs().pick(few)))
         state["repeat"] = not anyone(any(tensor.shape[:1] != (len(few),) for tensor in outputs))
-        return len(few) * processes()
+        state["probed"] = len(few) * processes()
+        return state["probed"]
 
     def _compared(self, student: list[Tensor], teacher: list[Tensor], wholes: list[float] | None = None) -> Tensor:
         T = self.temperature
@@ -313,45 +319,6 @@ def check_finite(loss: Tensor, step: int) -> None:
     """
     if not bool(torch.isfinite(loss)):
         raise AllotError(f"the loss is {float(loss.detach())} in step {step}: lower learning_rate.")
-
-
-def _keep(
-    state: State,
-    teacher: list[list[Tensor]],
-    pieces: list[tuple[int, int]],
-    positions: list[int],
-    samples: int,
-    most: int,
-) -> None:
-    """Remember the teacher's outputs for these samples on the CPU, where inputs repeat and there is room.
-
-    Args:
-        teacher: outputs by piece of this process's share of the batch.
-        most: bytes for all samples.
-    """
-    if not state["repeat"]:
-        return
-    if not state["teacher"]:
-        each = sum(t.numel() * t.element_size() for outputs in teacher for t in outputs) / pieces[-1][1]
-        of_samples = all(
-            t.shape[:1] == (stop - start,)
-            for outputs, (start, stop) in zip(teacher, pieces, strict=True)
-            for t in outputs
-        )
-        state["repeat"] = not anyone(each * samples > most or not of_samples)
-    if not state["repeat"]:
-        return
-    teacher = [[tensor.cpu() for tensor in outputs] for outputs in teacher]
-    if processes() > 1:
-        teacher = [outputs for said in gathered(teacher) for outputs in said]
-    if not state["teacher"]:
-        state["teacher"] = [tensor.new_zeros(samples, *tensor.shape[1:]) for tensor in teacher[0]]
-    shapes = [table.shape[1:] for table in state["teacher"]]
-    if any([tensor.shape[1:] for tensor in outputs] != shapes for outputs in teacher):
-        state |= {"repeat": False, "teacher": []}  # samples of several shapes
-        return
-    for table, parts in zip(state["teacher"], zip(*teacher, strict=True), strict=True):
-        table[positions] = torch.cat(parts)
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -22,10 +22,10 @@ from allot.calibration import Calibration
 from allot.chain import run_stages
 from allot.compute import Compute
 from allot.errors import AllotError, Stopped, UsageError
-from allot.evaluate import Score as Accuracy
 from allot.evaluate import attempt, evaluate
 from allot.fingerprint import fingerprint
 from allot.fit import kept_cut, shortened
+from allot.known import Known
 from allot.latency import Latency
 from allot.layers import Rules, Scope
 from allot.memory import chosen, of_one_process, tell_unused
@@ -64,7 +64,6 @@ def prune(
     example: Any = None,
     runtime: str | None = None,
     test: Any = None,
-    dense: Accuracy | None = None,
     label: str | None = None,
     save_to: str | Path | None = None,
     max_minutes: float | None = None,
@@ -72,6 +71,7 @@ def prune(
     compute: Compute | Mapping[str, Any] | None = None,
     max_memory: int | str | None = None,
     recipe: Mapping[str, Any] | None = None,
+    known: Known | None = None,
     on_step: Callable[[Progress], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Result:
@@ -98,7 +98,6 @@ def prune(
         runtime: what a budget of latency is measured in, "onnx" or "torch", with a batch size after a colon: "onnx:64";
             ONNX Runtime where it is installed, one sample at a time, where None.
         test: labelled data, never used for anything but the score before and after.
-        dense: the score before, where it is known: several runs on one model measure it once.
         label: what the model is called in reports; its class where None.
         save_to: run directory; an unfinished one with the same configuration goes on where it stopped, a finished
             one is opened and returned.
@@ -110,6 +109,8 @@ def prune(
         max_memory: bytes, or text like "6GB": what one step of training may take at its peak; choices of `compute`
             are made so that it does (`allot.memory`). A run that goes on keeps them.
         recipe: what to write as recipe.yaml beside what is known here, like where the model comes from.
+        known: what earlier runs on this model and these data worked out, as a sweep has it; `Known(score)` spares
+            the score before. The result is the same without.
         on_step: called after every step.
         should_stop: asked before every step.
     Raises:
@@ -153,10 +154,12 @@ def prune(
         problem = replace(problem, compute=Compute.of(held["picked"]))
     cut = kept_cut(problem, chain, max_minutes, save_to)
     parts, chain = (shortened(some, cut) if cut else some for some in (parts, chain))
+    problem = replace(problem, known=known if processes() == 1 else None)  # processes work out alike what they share
     if isinstance(test, Iterable) and not hasattr(test, "__len__") and not hasattr(test, "dataset"):
         test = list(test)  # it is read twice
     done = bool(save_to) and led(partial(_is_done, Path(save_to or "")))
     judge = partial(evaluate, data=test, workers=workers) if test is not None else None
+    dense = known.dense if known else None
     if judge and not done:
         dense = dense or judge(model)  # unusable test data costs no run
     with alone(), repeatable(model, seed, "fingerprint"):
@@ -172,12 +175,17 @@ def prune(
     configuration = _configuration(budget, parts, rules, seed, inputs)
     configuration |= {key: value for key, value in where_asked.items() if value}
     asked = {"configuration": configuration, "fingerprint": found}
-    known = {key: value for key, value in configuration.items() if key not in ("hyperparameters", "fit")}
+    chosen_parts = {key: value for key, value in configuration.items() if key not in ("hyperparameters", "fit")}
     told: dict[str, Any] = {name: value for name, value in (("fit", cut), ("memory", held)) if value}
     limits = [f"{kind}={amount}" for kind, amount in budget.to_json().items()]
-    known |= {"budget": limits, "options": settings(options or {}), "compute": compute.to_json()}
+    chosen_parts |= {"budget": limits, "options": settings(options or {}), "compute": compute.to_json()}
     device = next(iter(problem.dense.values())).device
-    notes = {"versions": _versions(), "recipe": {**known, **(recipe or {})}, "memory": held, "processes": processes()}
+    notes = {
+        "versions": _versions(),
+        "recipe": chosen_parts | dict(recipe or {}),
+        "memory": held,
+        "processes": processes(),
+    }
     store = opened(save_to, asked, notes, device) if save_to else None
     try:
         name = label or type(model).__name__

@@ -7,12 +7,12 @@ import signal
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from allot.calibration import Calibration
 from allot.channel_budget import ChannelBudget
 from allot.compute import Compute
 from allot.errors import Stopped, UsageError
+from allot.known import Known
 from allot.layers import Scope
 from allot.masking import masked
 from allot.patterns import Pattern
@@ -31,6 +32,7 @@ from allot.shares import anyone, check_alike, led, processes
 from allot.store import Log, State, Store
 
 Metrics = dict[str, float | int]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Problem:
     seed: int = 0
     example: Any = None  # a batch of one input, where there is one
     compute: Compute = field(default_factory=Compute)
+    known: Known | None = field(default=None, repr=False, compare=False)  # where it is one of a sweep's
 
     @cached_property
     def dense(self) -> dict[str, Tensor]:
@@ -74,6 +77,26 @@ class Problem:
         if self.calibration is None:
             raise UsageError("this needs calibration data: give --data (calibration in Python).")
         return self.calibration
+
+    def repeats(self) -> bool:
+        """Whether the calibration samples come the same again: see `Calibration.repeats`."""
+        look = self.inputs().repeats
+        return self.known.once(self.about("repeats"), look) if self.known else look()
+
+    def once(self, what: Hashable, make: Callable[[], T]) -> T:
+        """`make()`; in a sweep, what an earlier run got from it, not to be changed in place.
+
+        Args:
+            what: all that it depends on beside the dense model, the layers and the calibration batches.
+        """
+        if self.known is None or (self.calibration and not self.repeats()):
+            return make()
+        return self.known.once(self.about(what), make)
+
+    def about(self, what: Hashable) -> Hashable:
+        """`what`, of these layers and calibration batches."""
+        layers = tuple((layer.name, layer.min_kept, layer.max_kept) for layer in self.scope)
+        return what, layers, self.calibration.order if self.calibration else None
 
 
 @dataclass(frozen=True)

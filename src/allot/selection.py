@@ -140,7 +140,10 @@ class Evidence:
             UsageError: the layer is never reached.
         """
         if "inputs" not in self.squares:
-            self.squares["inputs"] = self._collected()
+            dense = not self.candidate.masks and not self.candidate.tensors
+            found, forward = self.problem.once("inputs", self._collected) if dense else self._collected()
+            self.squares["inputs"] = dict(found)
+            self.forward += forward
         if layer.name not in self.squares["inputs"]:
             raise UsageError(
                 f"{layer.name} is never reached by the calibration inputs, so it has no input norms. Exclude it, or "
@@ -148,9 +151,11 @@ class Evidence:
             )
         return self.squares["inputs"][layer.name].sqrt()
 
-    def _collected(self) -> dict[str, Tensor]:
+    def _collected(self) -> tuple[dict[str, Tensor], int]:
+        """(layer -> sum of squared inputs, samples pushed)."""
         problem, calibration = self.problem, self.problem.inputs()
         found: dict[str, Tensor] = {}
+        forward = 0
 
         def visit(layer: Layer, squares: Tensor) -> None:
             found[layer.name] = found.get(layer.name, 0) + squares.double()
@@ -159,5 +164,5 @@ class Evidence:
             for k in range(calibration.batches):
                 inputs, samples = calibration.batch(k)
                 call(problem.model, self.candidate.effective(problem), inputs)
-                self.forward += samples
-        return dict(zip(sorted(found), total([found[name] for name in sorted(found)]), strict=True))
+                forward += samples
+        return dict(zip(sorted(found), total([found[name] for name in sorted(found)]), strict=True)), forward

@@ -24,24 +24,30 @@ from allot.scores import lamp_score
 
 def lamp(problem: Problem) -> dict[str, float]:
     """Survivors of the global ranking by LAMP score."""
-    return _survivors(problem, lamp_score)
+    return _survivors(problem, "lamp", lamp_score)
 
 
 def global_magnitude(problem: Problem) -> dict[str, float]:
     """Survivors of the global ranking by |w|."""
-    return _survivors(problem, lambda weight: weight.abs())
+    return _survivors(problem, "global", lambda weight: weight.abs())
 
 
 def global_normalised(problem: Problem) -> dict[str, float]:
     """Survivors of the global ranking by |w| over the norm of its layer."""
-    return _survivors(problem, lambda weight: weight.abs() / weight.norm().clamp_min(1e-300))
+    return _survivors(problem, "global-normalised", lambda weight: weight.abs() / weight.norm().clamp_min(1e-300))
 
 
-def _survivors(problem: Problem, score: Callable[[Tensor], Tensor]) -> dict[str, float]:
+def _survivors(problem: Problem, name: str, score: Callable[[Tensor], Tensor]) -> dict[str, float]:
     layers = sorted(problem.scope, key=lambda layer: layer.name)
-    scores = [score(problem.dense[layer.name].flatten().cpu().double()) for layer in layers]
-    owner = torch.repeat_interleave(torch.arange(len(layers)), torch.tensor([layer.total for layer in layers]))
-    ranked = owner[torch.cat(scores).argsort(descending=True, stable=True)]  # [N], best weight first
+
+    def sorted_owners() -> Tensor:
+        scores = [score(problem.dense[layer.name].flatten().cpu().double()) for layer in layers]
+        owner = torch.repeat_interleave(
+            torch.arange(len(layers), dtype=torch.int32), torch.tensor([layer.total for layer in layers])
+        )
+        return owner[torch.cat(scores).argsort(descending=True, stable=True)]
+
+    ranked = problem.once(name, sorted_owners)  # [N], the layer of each weight, best weight first
 
     def counts(r: int) -> dict[str, int]:
         kept = torch.bincount(ranked[:r], minlength=len(layers)).tolist()
