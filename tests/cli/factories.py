@@ -19,6 +19,16 @@ def conv() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
 
 
+def wide_conv() -> nn.Module:
+    torch.manual_seed(0)
+    convs = [nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.BatchNorm2d(32), nn.ReLU()]
+    return nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4))
+
+
+def pictures():
+    return torch.randn(24, 3, 10, 10, generator=torch.Generator().manual_seed(1))
+
+
 def long_names() -> nn.Module:
     return nn.ModuleDict({"a_layer_with_a_name_that_nobody_would_type_twice_" * 3: nn.Linear(4, 4)})
 

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from allot.methods import METHODS, RECIPES
 from allot.parts import assemble
 from allot.realise import advise as advising
 from allot.realise import timing
 from allot.realise.advise import break_even
 from allot.recipe import RecipeFile, gallery
 from cli.command import MLP, NET, SAMPLES, done, refused
+from contract.cases import short
 from realise.test_timing import work
 
 
@@ -71,9 +73,27 @@ def test_a_named_recipe_is_a_whole_one(name: str):
     assert done(f"recipes {name} --json").json[name] == gallery()[name].read_text()
 
 
-def test_a_named_recipe_prunes_and_one_that_is_none_has_a_neighbour():
-    done(f"prune {MLP} --recipe quick --data {SAMPLES} --out RUN")
-    assert json.loads(Path("RUN/report.json").read_text())["sparsity"] == pytest.approx(0.8, abs=0.01)
+@pytest.mark.parametrize("name", gallery())
+@pytest.mark.parametrize(
+    "asked",
+    [f"{NET} --data {NET} --samples 24", "cli.factories:wide_conv --data cli.factories:pictures --input 3,10,10"],
+    ids=["of the zoo", "of a user"],
+)
+def test_a_named_recipe_prunes_a_net(name: str, asked: str, monkeypatch: pytest.MonkeyPatch):
+    recipe = RecipeFile.resolve(Path(name), {}, ())
+    chain = RECIPES[recipe.method]
+    for part in (chain.allocate, *chain.repair):
+        monkeypatch.setitem(METHODS, part, short(METHODS[part]))
+    asked = asked.partition(" --data")[0] + " --input 3,10,10" if recipe.data and "user" in asked else asked
+    report = done(f"prune {asked} --recipe {name} --out RUN --json").json
+    assert all(row["met"] for row in report["budget"]) and report["method"] == recipe.method
+    assert [f"{row['kind']}={row['asked']}" for row in report["budget"]] == [
+        f"{kind}={amount}" for kind, amount in recipe.parsed_budget().to_json().items()
+    ]
+    assert done("verify RUN --json").json["passed"]
+
+
+def test_a_named_recipe_that_is_none_has_a_neighbour():
     assert "quick" in refused(f"prune {MLP} --recipe quik --data {SAMPLES} --out RUN2")
     assert "quick" in refused("recipes quik")
 

@@ -39,7 +39,7 @@ from allot.realise.timing import Product, Runtime, latency_of, products_of
 MACS = (0.9, 0.7, 0.5, 0.3)  # shares of the MACs that nets of fewer channels are foretold at
 DENSITIES = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02)
 LAYERS = 4  # linear layers that are measured, those with most MACs
-PAYS = 1.1  # times as fast, below which nothing is called faster
+WORTH = 1.1  # times as fast, below which nothing is advised: what is foretold is less sure than what was timed
 
 
 def advise(
@@ -203,13 +203,13 @@ def _said(told: Mapping[str, Any]) -> list[str]:
     best = max(told["channels"], key=lambda row: row["faster"], default=None)
     if told["why_not"]:
         said.append(f"Channels: none can go ({told['why_not']})")
-    elif best is None or best["faster"] < PAYS:
+    elif best is None or best["faster"] < WORTH:
         said.append(
             f"Channels do not pay here: at most {best['faster'] if best else 1:.2f}x as fast ({told['pattern']}, "
             f"{told['runtime']}). This model waits more than it computes."
         )
     else:
-        pays = next(row for row in told["channels"] if row["faster"] >= PAYS)
+        pays = next(row for row in told["channels"] if row["faster"] >= WORTH)
         least = told["channels"][-1]
         said.append(
             f"Channels pay from {100 * pays['macs']:.0f} % of the MACs down ({pays['faster']:.2f}x as fast; at "
@@ -228,7 +228,7 @@ def _said(told: Mapping[str, Any]) -> list[str]:
         said.append("Single weights: nothing runs faster for them here; they make the file smaller, and that is all.")
     if (halves := told["semi_structured"]) is None:
         said.append("2:4: no GPU with sparse tensor cores here, size only.")
-    elif pay := [times for times in halves.values() if times >= PAYS]:
+    elif pay := [times for times in halves.values() if times >= WORTH]:
         said.append(
             f"2:4 pays for {len(pay)} of {len(halves)} linear layers in half precision on the GPU, up to "
             f"{max(pay):.2f}x: allot prune MODEL --pattern 2:4, then allot export RUN --to 2:4"

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+PAYS = 1.05  # times as fast as dense, below which nothing is called faster: so far apart come two looks at the same net
+
 
 def timed(runs: Mapping[str, Callable[[], Any]], *, seconds: float = 2.0, least: int = 5) -> dict[str, float]:
     """Median seconds of each, taken in turn, so that a busy machine slows all alike.

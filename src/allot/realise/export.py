@@ -24,14 +24,13 @@ from allot.evaluate import attempt
 from allot.layers import Layer, Scope
 from allot.macs import measured
 from allot.masks import write_into
-from allot.realise.clock import timed
+from allot.realise.clock import PAYS, timed
 from allot.realise.compare import SLIM_TOLERANCE, TOLERANCE, allowed, off
 from allot.realise.files import BITMASK, CSR, PLAIN, PLAN, SLIM, csr, load, read, save_csr
 from allot.realise.forms import FORMS, Opened, apply, flat
 from allot.realise.probe import check_inputs, drawn, probe_of, save_probe
 from allot.realise.slim import load_slim
 from allot.realise.sparse import (
-    PAYS,
     converted,
     has_sparse_tensor_cores,
     linear_layers,
@@ -127,9 +126,10 @@ def exported(
         to: one of EVERY.
         out: the file (of slim, openvino and hf, a directory); None: beside the others in the run.
     Returns:
-        `{form, file, bytes, dense_bytes, error, params, dense_params, macs, dense_macs, milliseconds: {dense, sparse},
-        faster, note}`; `error` is the largest difference of outputs from the run's masked model over their largest
-        value.
+        `{form, file, bytes, dense_bytes, limit, error, params, dense_params, macs, dense_macs, milliseconds: {dense,
+        sparse}, faster, pays, note}`: `limit` is the information limit of these weights in bytes, `error` the largest
+        difference of outputs from the run's masked model over their largest value, `faster` how many times as fast as
+        dense, `pays` whether that is more than noise.
     Raises:
         UsageError: an unknown form, or one that this model or installation does not allow.
         VerificationError: what was written answers otherwise than the run's model, or takes other MACs than promised.
@@ -165,13 +165,15 @@ def exported(
         "file": str(made.file),
         "bytes": made.opened.bytes,
         "dense_bytes": made.other.bytes,
+        "limit": report["bytes"]["limit"],
         "error": error,
         "params": sum(p.numel() for p in made.model.parameters()),
         "dense_params": sum(p.numel() for p in dense.parameters()),
         "macs": macs,
         "dense_macs": _macs(dense, example, layers),
         "milliseconds": {name: 1000 * seconds for name, seconds in taken.items()},
-        "faster": taken["dense"] / taken["sparse"],
+        "faster": (faster := taken["dense"] / taken["sparse"]),
+        "pays": faster >= PAYS,
         "note": made.note,
     }
 

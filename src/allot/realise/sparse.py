@@ -25,7 +25,6 @@ from allot.realise.files import csr, stored, unfolded
 from allot.realise.forms import apply
 
 Convert = Callable[[Tensor], Tensor]
-PAYS = 1.05  # times as fast, below which a layer stays as it is
 
 
 def semi_structured(weight: Tensor) -> Tensor:

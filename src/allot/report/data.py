@@ -34,7 +34,8 @@ def report(
     `macs` and a layer's `macs` are null where no example input was there to count them with; `bytes` is
     {dense, file, limit}: the dense model's file, the bitmask (or slim) file, and the information limit, what no file of
     these weights can be smaller than: sum of n_l (H(density_l) + density_l bits) / 8 and all other tensors, H the
-    entropy of a coin; null until the run is saved, the last one also where channels were pruned. `latency` is null
+    entropy of a coin (of channels, n_l H(density_l) says which of a group's are left); null until the run is saved.
+    `latency` is null
     where time was not limited. `unreadable` counts calibration samples that were left out. `exports` are what `allot
     export` adds. `diagnostics` is what methods tell about how they came to their result, by method.
     """
@@ -59,7 +60,7 @@ def report(
         "bytes": {
             "dense": _size(directory, PLAIN),
             "file": _size(directory, SLIM if problem.scope.groups else BITMASK),
-            "limit": _limit(problem, sizes) if directory and not problem.scope.groups else None,
+            "limit": _limit(problem, kept) if directory else None,
         },
         "layers": layer_rows(problem, candidate.allocation),
         "groups": group_rows(problem, candidate.allocation),
@@ -143,6 +144,9 @@ def _dense_macs(problem: Problem) -> int:
 
 
 def _limit(problem: Problem, kept: Mapping[str, int]) -> int:
+    if problem.scope.groups:
+        tensors = problem.channels.cost("bytes", kept) - problem.channels.header
+        return math.ceil(tensors + sum(least_bits(group.total, kept[group.name]) for group in problem.scope.groups) / 8)
     state = plain_state(problem.model)[0]
     sizes = {name: value.element_size() for name, value in state.items()}
     others = sum(value.numel() * sizes[name] for name, value in state.items() if name not in kept)

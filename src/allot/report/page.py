@@ -14,6 +14,7 @@ import jinja2
 from allot.amounts import unit
 from allot.errors import UsageError
 from allot.report.charts import Line, Mark, histogram, lines, marks
+from allot.report.table import speed
 from allot.store import write
 
 Report = Mapping[str, Any]
@@ -67,7 +68,7 @@ def comparison_page(reports: Sequence[tuple[str, Report]]) -> str:
     """Several runs: one table, and score against sparsity, MACs and bytes, mean and spread over seeds."""
     rows, series = [], list(dict.fromkeys(_series(report) for _, report in reports))
     for label, report in reports:
-        rows.append({"label": label, "report": report, "series": series.index(_series(report)) % 8})
+        rows.append({"label": label, "report": report, "series": series.index(_series(report)) % 8, **speed(report)})
     charts = []
     for title, of in _AXES.items():
         found = _marks(reports, series, of)

@@ -18,7 +18,8 @@ def run_table(report: Mapping[str, Any]) -> RenderableType:
     """One run: what was promised, what it cost, and every layer."""
     title = f"{report['model']}: {report['method']} ({report['pattern']}, score {report['score']}"
     title += f", repair {'+'.join(report['repair'])})" if report["repair"] else ")"
-    return Group(Text(title, style="bold"), _summary(report), layer_table(report["layers"]), *_skipped(report))
+    layers = layer_table(report["layers"])
+    return Group(Text(title, style="bold"), _summary(report), layers, *_exports(report), *_skipped(report))
 
 
 def plan_table(plan: Mapping[str, Any]) -> RenderableType:
@@ -56,7 +57,7 @@ def comparison_table(reports: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
     table.add_column("run", overflow="fold")
     table.add_column("model", overflow="fold")
     table.add_column("method", overflow="fold")
-    for column in ("sparsity", "MACs", "bytes", "dense", "sparse"):
+    for column in ("sparsity", "MACs", "bytes", "dense", "sparse", "speed"):
         table.add_column(column, justify="right", no_wrap=True)
     for label, report in reports:
         macs, scores, size = report["macs"], report["scores"], report["bytes"]["file"]
@@ -69,8 +70,17 @@ def comparison_table(reports: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
             "not saved" if size is None else f"{size:,}",
             f"{scores['dense']:.4f}" if scores else "not scored",
             f"{scores['sparse']:.4f}" if scores else "not scored",
+            "not measured" if (fast := speed(report))["times"] is None else f"{fast['times']:.2f}x",
         )
     return table
+
+
+def speed(report: Mapping[str, Any]) -> dict[str, Any]:
+    """`{times, where}`: how many times as fast as dense the run was measured, and as what; the best of its exports."""
+    if latency := report["latency"]:
+        return {"times": latency["dense_ms"] / latency["sparse_ms"], "where": latency["runtime"]}
+    best = max(report["exports"], key=lambda row: row["faster"], default=None)
+    return {"times": best["faster"], "where": best["form"]} if best else {"times": None, "where": None}
 
 
 def sweep_table(results: Mapping[str, Any]) -> Table:
@@ -116,15 +126,38 @@ def export_table(row: Mapping[str, Any]) -> RenderableType:
     for column in ("dense", "sparse", ""):
         table.add_column(column, justify="right")
     table.add_row("bytes", f"{row['dense_bytes']:,}", f"{row['bytes']:,}", _share(row["bytes"], row["dense_bytes"]))
+    if row["limit"]:
+        over = f"file is {row['bytes'] / row['limit']:.2f} of it"
+        table.add_row("information limit", "", f"{row['limit']:,}", over)
     table.add_row(
         "params", f"{row['dense_params']:,}", f"{row['params']:,}", _share(row["params"], row["dense_params"])
     )
     table.add_row("MACs in scope", f"{row['dense_macs']:,}", f"{row['macs']:,}", _share(row["macs"], row["dense_macs"]))
     taken = row["milliseconds"]
-    verdict = f"{row['faster']:.2f}x as fast" if row["faster"] >= 1.05 else f"no faster here ({row['faster']:.2f}x)"
-    table.add_row("one input, median ms", f"{taken['dense']:.2f}", f"{taken['sparse']:.2f}", verdict)
+    table.add_row("one input, median ms", f"{taken['dense']:.2f}", f"{taken['sparse']:.2f}", _faster(row))
     said = f"{row['file']}: opened again, outputs equal the run's within {row['error']:.1g} of the largest"
     return Group(table, Text(said), *([Text(row["note"])] if row.get("note") else ()))
+
+
+def _exports(report: Mapping[str, Any]) -> list[Table]:
+    if not report["exports"]:
+        return []
+    table = _table("exports, opened again and timed beside dense")
+    for column in ("form", "bytes", "dense bytes", "of the limit", "ms", "dense ms", ""):
+        table.add_column(column, justify="left" if column == "form" else "right")
+    for row in report["exports"]:
+        sizes = (
+            f"{row['bytes']:,}",
+            f"{row['dense_bytes']:,}",
+            f"{row['bytes'] / row['limit']:.2f}x" if row["limit"] else "",
+        )
+        taken = row["milliseconds"]
+        table.add_row(row["form"], *sizes, f"{taken['sparse']:.3f}", f"{taken['dense']:.3f}", _faster(row))
+    return [table]
+
+
+def _faster(row: Mapping[str, Any]) -> str:
+    return f"{row['faster']:.2f}x as fast" if row["pays"] else f"no faster here ({row['faster']:.2f}x)"
 
 
 def advice_table(told: Mapping[str, Any]) -> RenderableType:
