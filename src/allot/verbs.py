@@ -25,11 +25,17 @@ from allot.store import write
 
 def verify_command(
     path: Annotated[Path, typer.Argument(metavar="RUN|FILE", help="a run directory or a file that allot wrote")],
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="to ask exported files that hold tensors only, as in prune")
+    ] = None,
+    weights: option.Weights = None,
+    shape: option.Shape = None,
     *,
     as_json: option.Json = False,
 ) -> None:
     """Re-open, recount and certify; exit code 4 if anything differs from what was promised."""
-    found = verify(path)
+    asked_shape = option.resolved({"shape": shape}).input
+    found = verify(path, load_model(model, weights=weights, shape=asked_shape).model if model else None)
     if as_json:
         print_json(found)
     else:

@@ -65,6 +65,16 @@ def test_a_sweep_ends_in_a_table_and_goes_on():
     assert "out of range" in refused(f"sweep {MLP} --budget sparsity=0.5,2 --out S", 3)
 
 
+def test_exported_weights_are_asked_with_the_code_of_their_model():
+    done(f"prune {MLP} --data {SAMPLES} --budget sparsity=0.5 --repair none --out RUN")
+    assert "no probe to ask a model" in refused(f"verify RUN --model {MLP}")
+    done("export RUN --to bitmask --out away.safetensors")
+    assert done(f"verify away.safetensors --model {MLP} --json").json["rows"][-1]["check"] == "outputs on the probe"
+    assert "another model" in refused("verify away.safetensors --model cli.factories:conv")
+    said = done("report RUN").err
+    assert "bitmask" in said and "of the limit" in said
+
+
 @pytest.mark.parametrize("name", gallery())
 def test_a_named_recipe_is_a_whole_one(name: str):
     wanted = RecipeFile.resolve(Path(name), {}, ())

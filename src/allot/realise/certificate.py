@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from allot.channels import ChannelPlan
 from allot.errors import UsageError
 from allot.realise.files import BITMASK, PLAIN, PLAN, SLIM, TABLES, read, stored, untouched
 from allot.realise.forms import PROBE
 from allot.realise.held import load_tables
-from allot.realise.probe import probe_of, probe_rows
+from allot.realise.probe import ANSWERS, holds_tensors, probe_of, probe_rows
 from allot.realise.rows import Row, checked, digest
 from allot.store import read_run
 
@@ -45,15 +45,18 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
     return {**own, "sha256": hashlib.sha256(json.dumps(own, indent=2).encode()).hexdigest()}
 
 
-def verify(path: str | Path) -> dict[str, Any]:
+def verify(path: str | Path, model: nn.Module | None = None) -> dict[str, Any]:
     """Re-open and recount a run or an exported file: `{passed, rows: [{file, check, promised, found, passed}]}`.
 
     A run is held to its certificate, its exports to their digests; a single file of tensors to its seal and the limits
-    in its own metadata; what a runtime reads to the probe beside it. Nothing is unpickled. Seals and digests find
-    accidents, not people who make new ones.
+    in its own metadata; what a runtime reads, and answers, to the probe beside it. Nothing is unpickled. Seals and
+    digests find accidents, not people who make new ones.
 
+    Args:
+        model: the dense model, or another with its code: exported files that hold nothing but tensors are put into it
+            and have to answer their probes as well.
     Raises:
-        UsageError: neither a finished run nor a file that allot wrote.
+        UsageError: neither a finished run nor a file that allot wrote; or a model, and no probe for it.
     """
     path = Path(path)
     try:
@@ -64,34 +67,55 @@ def verify(path: str | Path) -> dict[str, Any]:
         raise UsageError(f"{path}: no such file or directory.")
     if path.name.endswith("probe.safetensors"):
         raise UsageError(f"{path} is the probe of an export: verify the file or directory that it lies beside.")
-    if probe_of(path).exists():
-        rows = probe_rows(path)
-    elif path.is_file():
-        if probe_of(path.parent).exists():
-            raise UsageError(f"{path} is part of an export: verify {path.parent}.")
-        if path.suffix in (".onnx", ".pt2"):
-            raise UsageError(f"no {probe_of(path).name} beside {path}: copy it there, or export again.")
-        rows = _file_rows(path, None)[0]
-        if rows[0]["check"] != "opens" and "seal" in stored(path)[1]:  # earlier files carry no seal
-            rows.insert(0, checked(path.name, "untouched", "yes", "yes" if untouched(path) else "no"))
-    else:
-        # a result saved by hand has a certificate, but no run behind it
-        by_hand = (path / "certificate.json").exists() and not (path / "run.json").exists()
-        if not by_hand and read_run(path)["state"] != "done":
-            raise UsageError(f"{path} is not finished: run the same prune command again to go on.")
-        try:
-            text = (path / "certificate.json").read_text()
-            content = json.loads(text)
-            same = text == json.dumps(sealed(content), indent=2) + "\n"
-            rows = [checked("certificate.json", "untouched", "yes", "yes" if same else "no")]
-            rows += _rows(path, content["promised"])
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ArithmeticError) as error:
-            problem = f"cannot be read ({type(error).__name__}: {error})"
-            rows = [checked("certificate.json", "opens", "a certificate", problem, passed=False)]
-        for probe in sorted((*path.glob("*.probe.safetensors"), *path.glob(f"*/{PROBE}"))):
-            alone = probe.with_name(probe.name.removesuffix(".probe.safetensors"))
-            rows += probe_rows(probe.parent if probe.name == PROBE else alone, ask=False)
+    rows = probe_rows(path, model=model) if probe_of(path).exists() else []
+    if path.is_dir() and not rows:
+        rows = _run_rows(path, model)
+    elif path.is_file() and (not rows or holds_tensors(path)):
+        rows = _alone_rows(path) + rows
+    if model is not None and not any(row["check"] == ANSWERS for row in rows) and all(row["passed"] for row in rows):
+        raise UsageError(f"{path} has no probe to ask a model: allot export RUN --to safetensors writes one.")
     return {"passed": all(row["passed"] for row in rows), "rows": rows}
+
+
+def _alone_rows(path: Path) -> list[Row]:
+    """Of a file of tensors.
+
+    Raises:
+        UsageError: it is of another kind, or part of something else.
+    """
+    if probe_of(path.parent).exists():
+        raise UsageError(f"{path} is part of an export: verify {path.parent}.")
+    if path.suffix in (".onnx", ".pt2"):
+        raise UsageError(f"no {probe_of(path).name} beside {path}: copy it there, or export again.")
+    rows = _file_rows(path, None)[0]
+    if rows[0]["check"] != "opens" and "seal" in stored(path)[1]:  # earlier files carry no seal
+        rows.insert(0, checked(path.name, "untouched", "yes", "yes" if untouched(path) else "no"))
+    return rows
+
+
+def _run_rows(path: Path, model: nn.Module | None) -> list[Row]:
+    """Of a run directory.
+
+    Raises:
+        UsageError: it is none, or not finished.
+    """
+    # a result saved by hand has a certificate, but no run behind it
+    by_hand = (path / "certificate.json").exists() and not (path / "run.json").exists()
+    if not by_hand and read_run(path)["state"] != "done":
+        raise UsageError(f"{path} is not finished: run the same prune command again to go on.")
+    try:
+        text = (path / "certificate.json").read_text()
+        content = json.loads(text)
+        same = text == json.dumps(sealed(content), indent=2) + "\n"
+        rows = [checked("certificate.json", "untouched", "yes", "yes" if same else "no")]
+        rows += _rows(path, content["promised"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ArithmeticError) as error:
+        problem = f"cannot be read ({type(error).__name__}: {error})"
+        rows = [checked("certificate.json", "opens", "a certificate", problem, passed=False)]
+    for probe in sorted((*path.glob("*.probe.safetensors"), *path.glob(f"*/{PROBE}"))):
+        alone = probe.with_name(probe.name.removesuffix(".probe.safetensors"))
+        rows += probe_rows(probe.parent if probe.name == PROBE else alone, ask=False, model=model)
+    return rows
 
 
 def _rows(directory: Path, promised: Mapping[str, Any]) -> list[Row]:

@@ -27,8 +27,9 @@ from allot.masks import write_into
 from allot.realise.clock import PAYS, timed
 from allot.realise.compare import SLIM_TOLERANCE, TOLERANCE, allowed, off
 from allot.realise.files import BITMASK, CSR, PLAIN, PLAN, SLIM, csr, load, read, save_csr
+from allot.realise.filled import filled
 from allot.realise.forms import FORMS, Opened, apply, flat
-from allot.realise.probe import check_inputs, drawn, probe_of, save_probe
+from allot.realise.probe import check_inputs, drawn, not_tensors, probe_of, save_probe
 from allot.realise.slim import load_slim
 from allot.realise.sparse import (
     converted,
@@ -159,6 +160,8 @@ def exported(
     slim = to in ("slim", *FORMS) and (run / SLIM).exists()
     if slim and macs != report["macs"]["sparse"]:
         raise VerificationError(f"{made.file} takes {macs:,} MACs; the run promised {report['macs']['sparse']:,}.")
+    if to in (*FILES, "csr") and not not_tensors(example):  # see `allot.realise.certificate.verify`
+        save_probe(made.file, to, made.opened, example, wanted)
     taken = timed({"dense": lambda: made.other.run(example), "sparse": lambda: made.opened.run(example)})
     return {
         "form": to,
@@ -180,9 +183,7 @@ def exported(
 
 def _file(dense: nn.Module, run: Path, to: str, out: Path | None) -> Made:
     file = _copied_file(run, to, out)
-    sparse = load_slim(dense, file) if to == "slim" else copied(dense)
-    if to != "slim":
-        write_into(sparse, load(file))
+    sparse = filled(dense, file)
     other = Opened.module(dense, (run / PLAIN).stat().st_size)
     return Made(
         file, Opened.module(sparse, file.stat().st_size), other, sparse, SLIM_TOLERANCE if to == "slim" else 0.0

@@ -2,28 +2,31 @@
 
 FILE.probe.safetensors, or allot.probe.safetensors in a directory. Its metadata is a promise, sealed like every file:
 
-    {"format": "probe", "form": key of FORMS, "files": {name: {"bytes", "sha256"}},
+    {"format": "probe", "form": "onnx" and so on, "files": {name: {"bytes", "sha256"}},
      "counts": {"weights", "zeros", "macs"}, "inputs": names of arguments, null for those by position}
 
-Tensors `input.N` and `output.N` are in the order of the arguments and of the outputs.
+Tensors `input.N` and `output.N` are in the order of the arguments and of the outputs. Of files that hold tensors only,
+no runtime can ask for outputs: it takes the model's own code, which whoever verifies hands over.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from allot.errors import UsageError
 from allot.masks import as_arguments
 from allot.realise.compare import allowed, off
 from allot.realise.files import save_tensors, stored, untouched
+from allot.realise.filled import filled
 from allot.realise.forms import FORMS, PROBE, Opened, files_of
 from allot.realise.rows import Row, checked, digest
 
+ANSWERS = "outputs on the probe"
 _COUNTS = ("weights", "zeros", "macs")
 
 
@@ -36,10 +39,14 @@ def check_inputs(example: Any) -> None:
     """Raises:
     UsageError: an input that is no tensor: it could not be stored for `verify`.
     """
-    args, kwargs = as_arguments(example)
-    other = [type(value).__name__ for value in (*args, *kwargs.values()) if not isinstance(value, Tensor)]
-    if other:
+    if other := not_tensors(example):
         raise UsageError(f"an exported model is probed with tensors, and an input is of type {other[0]}.")
+
+
+def not_tensors(example: Any) -> list[str]:
+    """Types of the inputs that are no tensors."""
+    args, kwargs = as_arguments(example)
+    return [type(value).__name__ for value in (*args, *kwargs.values()) if not isinstance(value, Tensor)]
 
 
 def drawn(example: Any) -> Any:
@@ -60,7 +67,7 @@ def drawn(example: Any) -> Any:
 def counts_of(opened: Opened, example: Any) -> dict[str, int]:
     """`{weights, zeros, macs}`: entries of its matrices and kernels, those that are zero, and MACs on these inputs."""
     held = list(opened.weights())
-    zeros = sum(tensor.numel() - int(torch.count_nonzero(tensor)) for tensor in held)
+    zeros = sum(tensor.numel() - int(torch.count_nonzero(tensor.to_dense())) for tensor in held)
     return {"weights": sum(tensor.numel() for tensor in held), "zeros": zeros, "macs": opened.macs(example)}
 
 
@@ -79,11 +86,12 @@ def save_probe(path: Path, form: str, opened: Opened, example: Any, answers: Seq
     save_tensors(probe_of(path), tensors, "probe", promise)
 
 
-def probe_rows(path: Path, *, ask: bool = True) -> list[Row]:
+def probe_rows(path: Path, *, ask: bool = True, model: nn.Module | None = None) -> list[Row]:
     """What was promised of an exported file or directory, and what is found; opened only where not one bit differs.
 
     Args:
-        ask: whether it is opened, counted and asked, or only held to the digests.
+        ask: whether what a runtime reads is opened, counted and asked, or only held to the digests.
+        model: the dense model, to ask what files of tensors alone make of it.
     Raises:
         UsageError: what opens it is not installed.
     """
@@ -104,10 +112,12 @@ def probe_rows(path: Path, *, ask: bool = True) -> list[Row]:
     except (LookupError, TypeError, ValueError, AttributeError, OSError) as error:
         problem = f"cannot be understood ({type(error).__name__}: {error})"
         rows.append(checked(probe.name, "metadata", "what was promised", problem, passed=False))
-    if not ask or not all(each["passed"] for each in rows):
+    form = FORMS.get(str(promise.get("form")))
+    if not all(each["passed"] for each in rows) or not (ask if form else model):
         return rows
     try:
-        return rows + _answers(path, promise, tensors)
+        opened = form.open(path) if form else Opened.module(filled(cast(nn.Module, model), path))
+        return rows + _answers(path, promise, tensors, opened)
     except UsageError:
         raise
     except Exception as error:  # noqa: BLE001 - runtimes raise whatever a broken file makes them
@@ -115,27 +125,30 @@ def probe_rows(path: Path, *, ask: bool = True) -> list[Row]:
         return [*rows, checked(path.name, "opens and answers", "yes", said, passed=False)]
 
 
+def holds_tensors(path: Path) -> bool:
+    """Whether what the probe lies beside is a file of tensors, without code that a runtime could ask."""
+    try:
+        return stored(probe_of(path))[1].get("form") not in FORMS
+    except UsageError:
+        return False
+
+
 def _files(path: Path) -> dict[str, Path]:
     """Every file of an export but its probe; a file alone is called "model", for it may be renamed."""
     return {str(file.relative_to(path)) if path.is_dir() else "model": file for file in files_of(path)}
 
 
-def _answers(path: Path, promise: dict[str, Any], tensors: dict[str, Tensor]) -> list[Row]:
-    """Counts and outputs of the model, opened again.
-
-    Raises:
-        UsageError: what opens it is not installed.
-    """
+def _answers(path: Path, promise: dict[str, Any], tensors: dict[str, Tensor], opened: Opened) -> list[Row]:
+    """Counts and outputs of the model, opened again."""
     inputs, answers = (_numbered(tensors, kind) for kind in ("input", "output"))
     names = promise["inputs"]
     example = dict(zip(names, inputs, strict=True)) if any(names) else tuple(inputs)
-    opened = FORMS[promise["form"]].open(path)
     error = off(opened.run(example), answers)  # first: a model may count its calls
     found = counts_of(opened, example)
     rows = [checked(path.name, kind, promised, found[kind]) for kind, promised in promise["counts"].items()]
     near = allowed(answers)
     promised = f"the run's, to {near:.1g} of the largest"
-    rows.append(checked(path.name, "outputs on the probe", promised, f"off by {error:.1g}", passed=error <= near))
+    rows.append(checked(path.name, ANSWERS, promised, f"off by {error:.1g}", passed=error <= near))
     return rows
 
 

@@ -91,13 +91,23 @@ def load_csr(model: nn.Module, path: str | Path) -> nn.Module:
     tensors, about = stored(path)
     if about.get("format") != "csr":
         raise UsageError(f"{path} is no csr file: allot export RUN --to csr writes one.")
-    state = unfolded(path, tensors, about)
-    model = copied(model).eval()
-    own = model.state_dict()
-    if wrong := [name for name, value in state.items() if name not in own or own[name].shape != value.shape]:
-        raise UsageError(f"{path} belongs to another model: {', '.join(sorted(wrong)[:5])} differ.")
-    write_into(model, state)
+    model = into(model, path, unfolded(path, tensors, about))
     return converted(model, [name.removesuffix(".crow") for name in tensors if name.endswith(".crow")], csr)
+
+
+def into(model: nn.Module, path: Path, state: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the model in eval mode with the tensors of the file at `path`.
+
+    Raises:
+        UsageError: they are those of another model.
+    """
+    own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    same = own.keys() & state.keys()
+    if wrong := [*(own.keys() ^ state.keys()), *(name for name in same if own[name].shape != state[name].shape)]:
+        raise UsageError(f"{path} belongs to another model: {', '.join(sorted(wrong)[:5])} differ.")
+    model = copied(model).eval()
+    write_into(model, state)
+    return model
 
 
 def _keeping(inputs: dict[str, Tensor], name: str) -> Callable[..., None]:
