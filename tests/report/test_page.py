@@ -106,6 +106,38 @@ def test_several_runs_come_with_means_and_spreads(runs: dict[str, Path]):
     assert not seen.open and "run 2" in seen.text and "-8.00" in seen.text
 
 
+EXPORT = {"form": "onnx", "bytes": 10, "dense_bytes": 20, "limit": 8, "error": 0.0, "note": ""}
+TIMED = EXPORT | {"milliseconds": {"dense": 3.0, "sparse": 2.0}, "faster": 1.5, "pays": True}
+SLOW = EXPORT | {"form": "program", "milliseconds": {"dense": 2.0, "sparse": 2.0}, "faster": 1.0, "pays": False}
+
+
+@pytest.mark.parametrize(
+    ("exports", "sentence", "cell"),
+    [
+        ([], "it was not timed: a smaller file is no faster by itself.", ""),
+        ([SLOW, TIMED], "measured to be 1.50 times as fast (onnx).", "1.50x (onnx)"),
+        ([SLOW], "and it is no faster here (program, 1.00x).", "1.00x (program)"),
+    ],
+)
+def test_a_page_says_first_what_it_came_to(runs: dict[str, Path], exports: Any, sentence: str, cell: str):
+    told = {**report(runs["erk"]), "exports": exports}
+    told["scores"] = {"metric": "top1", "dense": 0.9, "sparse": 0.85, "samples": 10}
+    lead = Seen(run_page(told, {"rows": [], "passed": True}, "", [])).text
+    share = 100 * told["bytes"]["file"] / told["bytes"]["dense"]
+    assert f"{100 * told['kept'] / told['total']:.1f} % of the weights are left" in lead
+    assert f"the file takes {share:.1f} % of the dense one's bytes" in lead
+    assert "top1 went from 90.0 % to 85.0 %" in lead and sentence in lead
+    assert cell in comparison_page([("a", told), ("b", told)])
+    assert all(f">{row['bytes'] / row['limit']:.2f}x<" in run_page(told, {}, "", []) for row in exports)
+
+
+def test_the_dense_score_is_a_level_where_all_runs_have_it(runs: dict[str, Path]):
+    told = {**report(runs["erk"]), "scores": {"metric": "top1", "dense": 0.9, "sparse": 0.8, "samples": 10}}
+    other = {**told, "scores": {**told["scores"], "dense": 0.7}, "method": "other"}
+    assert comparison_page([("a", told), ("b", {**told, "method": "other"})]).count('class="limit"') == 3
+    assert 'class="limit"' not in comparison_page([("a", told), ("b", other)])
+
+
 def test_a_page_of_a_report_with_nothing_to_show_is_a_page(runs: dict[str, Path]):
     told = {**report(runs["erk"]), "macs": None, "scores": None, "histograms": {}, "skipped": {}}
     seen = Seen(

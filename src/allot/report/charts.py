@@ -59,6 +59,10 @@ class _Frame:
         share = (value - self.low[1]) / (self.high[1] - self.low[1])
         return round(HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM), 1)
 
+    def across(self, value: float) -> str:
+        at = self.y(value)
+        return f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at}" y2="{at}"/>'
+
     def axes(self, x: str, y: str) -> str:
         parts = []
         for value in _ticks(self.low[0], self.high[0]):
@@ -87,8 +91,7 @@ def lines(some: Sequence[Line], x: str, y: str, *, limit: float | None = None) -
         colour = "" if line.tone is None else f' style="stroke:hsl({250 - 230 * line.tone:.0f} 65% var(--tone))"'
         drawn.append(f'<polyline class="line" points="{path}"{colour}><title>{escape(line.name)}</title></polyline>')
     if limit is not None:
-        at = frame.y(limit)
-        drawn.append(f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at}" y2="{at}"/>')
+        drawn.append(frame.across(limit))
     return _svg(frame.axes(x, y) + "".join(drawn), f"{y} over {x}")
 
 
@@ -106,12 +109,13 @@ def histogram(edges: Sequence[float], before: Sequence[int], after: Sequence[int
     return _svg(frame.axes(x, "weights") + "".join(bars), f"histogram of {x}")
 
 
-def marks(some: Sequence[Mark], x: str, y: str) -> str:
-    """Points with error bars, those of a series joined in the order of x. Empty where there are none."""
+def marks(some: Sequence[Mark], x: str, y: str, *, level: float | None = None) -> str:
+    """Points with error bars, a series joined in the order of x; `level` draws a line across. Empty without points."""
     if not some:
         return ""
-    frame = _Frame.around([(m.x, m.y + sign * m.spread) for m in some for sign in (-1, 1)])
-    drawn = []
+    at_level = [] if level is None else [(some[0].x, level)]
+    frame = _Frame.around([*((m.x, m.y + sign * m.spread) for m in some for sign in (-1, 1)), *at_level])
+    drawn = [] if level is None else [frame.across(level)]
     for series in sorted({mark.series for mark in some}):
         own = sorted((mark for mark in some if mark.series == series), key=lambda mark: mark.x)
         path = " ".join(f"{frame.x(mark.x)},{frame.y(mark.y)}" for mark in own)

@@ -13,6 +13,7 @@ import jinja2
 
 from allot.amounts import unit
 from allot.errors import UsageError
+from allot.realise.clock import PAYS
 from allot.report.charts import Line, Mark, histogram, lines, marks
 from allot.report.table import speed
 from allot.store import write
@@ -33,6 +34,7 @@ def run_page(report: Report, certificate: Report, recipe: str, steps: Sequence[R
     ranked = sorted(layers, key=lambda layer: (layer["density"], layer["name"]))
     return _template("run.html").render(
         report=report,
+        lead=_lead(report),
         certificate=certificate,
         recipe=recipe,
         layers=layers,
@@ -69,13 +71,13 @@ def comparison_page(reports: Sequence[tuple[str, Report]]) -> str:
     rows, series = [], list(dict.fromkeys(_series(report) for _, report in reports))
     for label, report in reports:
         rows.append({"label": label, "report": report, "series": series.index(_series(report)) % 8, **speed(report)})
-    charts = []
+    charts, dense = [], _dense(reports)
     for title, of in _AXES.items():
         found = _marks(reports, series, of)
         if len({mark.x for mark in found}) > 1 or len(found) > 1:
-            charts.append((title, marks(found, title, _metric(reports))))
+            charts.append((title, marks(found, title, _metric(reports), level=dense)))
     means = _marks(reports, series, lambda report: report["sparsity"])
-    return _template("comparison.html").render(rows=rows, series=series, charts=charts, means=means)
+    return _template("comparison.html").render(rows=rows, series=series, charts=charts, dense=dense, means=means)
 
 
 _AXES = {
@@ -95,6 +97,12 @@ def _metric(reports: Sequence[tuple[str, Report]]) -> str:
     return next((report["scores"]["metric"] for _, report in reports if report["scores"]), "score")
 
 
+def _dense(reports: Sequence[tuple[str, Report]]) -> float | None:
+    """What the dense net scores, where that is one number."""
+    scores = {report["scores"]["dense"] for _, report in reports if report["scores"]}
+    return scores.pop() if len(scores) == 1 else None
+
+
 def _marks(reports: Sequence[tuple[str, Report]], series: Sequence[str], of: Any) -> list[Mark]:
     """One point for all seeds of a method at a budget."""
     same: dict[tuple[str, str], list[Report]] = {}
@@ -110,6 +118,30 @@ def _marks(reports: Sequence[tuple[str, Report]], series: Sequence[str], of: Any
         told = f"{name}, {asked}: {mean:.4f}" + (f" ± {spread:.4f}, {len(some)} seeds" if spread else "")
         found.append(Mark(told, where, mean, spread, series.index(name)))
     return found
+
+
+def _lead(report: Report) -> str:
+    """What a run came to, in a sentence for those who read no further."""
+    size, scores, fast = report["bytes"], report["scores"], speed(report)
+    said = [f"{_percent(report['kept'] / report['total'])} of the weights are left"]
+    if size["file"] and size["dense"]:
+        said.append(f"the file takes {_percent(size['file'] / size['dense'])} of the dense one's bytes")
+    if scores:
+        before, after = (_percent(scores[key]) for key in ("dense", "sparse"))
+        said.append(f"{scores['metric']} went from {before} to {after} on the test data")
+    else:
+        said.append("it was not scored")
+    if fast["times"] is None:
+        said.append("and it was not timed: a smaller file is no faster by itself")
+    elif fast["times"] >= PAYS:
+        said.append(f"and it was measured to be {fast['times']:.2f} times as fast ({fast['where']})")
+    else:
+        said.append(f"and it is no faster here ({fast['where']}, {fast['times']:.2f}x)")
+    return ", ".join(said) + "."
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 def _layers(report: Report) -> list[dict[str, Any]]:
@@ -201,5 +233,5 @@ def _template(name: str) -> jinja2.Template:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     known = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     known.filters["count"] = lambda value: f"{value:,}"
-    known.filters["percent"] = lambda value: f"{100 * value:.1f} %"
+    known.filters["percent"] = _percent
     return known.get_template(name)
