@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
@@ -18,21 +19,29 @@ from allot.shares import speaks
 
 # a log has no width of its own: tables are not squeezed into 80 columns there
 people = Console(stderr=True, width=None if sys.stderr.isatty() or "COLUMNS" in os.environ else 120)
+EVERY = 30.0  # seconds between lines about progress where there is no terminal to draw a bar on
 
 
 @contextmanager
 def progress() -> Iterator[Callable[[Step], None]]:
-    """A bar a stage with time left, on standard error; there too goes what models and data print meanwhile."""
+    """A bar a stage with time left, on standard error, or in a log a line now and then; there too goes what models and
+    data print meanwhile.
+    """
     columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     quiet = not people.is_terminal or people.quiet
     bars = Progress(*columns, console=people, disable=quiet, redirect_stdout=False)
     with redirect_stdout(sys.stderr), bars:
         tasks: dict[str, TaskID] = {}
+        said = time.monotonic()
 
         def on_step(step: Step) -> None:
+            nonlocal said
             if step.stage not in tasks:
                 tasks[step.stage] = bars.add_task(step.stage, total=step.steps)
-            bars.update(tasks[step.stage], completed=step.step)
+            bars.update(tasks[step.stage], completed=step.step, total=step.steps)
+            if not people.is_terminal and time.monotonic() - said >= EVERY:
+                said = time.monotonic()
+                say(f"{step.stage}: {step.step:,} of {step.steps:,}")
 
         yield on_step
 

@@ -155,3 +155,12 @@ def test_a_stopped_run_says_how_to_go_on_and_ends_like_one_that_was_not_stopped(
     for place in ("A", "B"):
         done(f"{words} --out {place} --json")
     assert Path("A/model.safetensors").read_bytes() == Path("B/model.safetensors").read_bytes()
+
+
+def test_a_log_is_told_now_and_then_how_far_it_is(monkeypatch: pytest.MonkeyPatch):
+    line = f"prune {MLP} --data {SAMPLES} --budget sparsity=0.5 --allocate uniform --repair distill --json"
+    line += " --set options.distill.steps=4 --out"
+    assert "repair-1-distill: " not in done(f"{line} QUIET").err  # it takes no half minute
+    monkeypatch.setattr(console, "EVERY", 0.0)
+    told = done(f"{line} LOUD")
+    assert "repair-1-distill: 3 of 4\n" in told.err and "repair-1-distill" not in told.out
