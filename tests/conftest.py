@@ -54,7 +54,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return WorkStealingScheduling(config, log)
 
 
-CLOCKS = ("advise", "export", "sparse", "timing")  # modules of allot.realise that time nets
+CLOCKS = {"advise": "timed", "timing": "timed", "export": "side_by_side", "sparse": "side_by_side"}  # in allot.realise
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +62,7 @@ def three_rounds_of_every_clock(request: pytest.FixtureRequest, monkeypatch: pyt
     """Nets are timed in three rounds and not for two seconds: what a fast test claims holds for any time."""
     if request.node.get_closest_marker("slow") or request.node.get_closest_marker("gpu"):
         return
-    real = importlib.import_module("allot.realise.clock").timed
-    for name in CLOCKS:
-        module = importlib.import_module(f"allot.realise.{name}")
-        monkeypatch.setattr(module, "timed", lambda runs, **settings: real(runs, seconds=0, least=3))
+    clock = importlib.import_module("allot.realise.clock")
+    for name, what in CLOCKS.items():
+        module, real = importlib.import_module(f"allot.realise.{name}"), getattr(clock, what)
+        monkeypatch.setattr(module, what, lambda *runs, real=real, **settings: real(*runs, seconds=0, least=3))

@@ -112,6 +112,7 @@ def advise_command(
             example,
             pattern=pattern,
             runtime=Runtime.parse(runtime),
+            label=wanted.model,
             on_step=lambda done, of: on_step(Step("measure", done, of, {})),
         )
     told = {"model": wanted.model, **told}

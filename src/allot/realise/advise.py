@@ -1,8 +1,8 @@
 """What pays on this machine, for this model: measured on its own layers before anything is pruned.
 
 channels       the tables of a budget of time (`allot.realise.timing`) foretell nets with equal shares of channels
-unstructured   a linear layer as a compressed-sparse-row matrix beside its dense self, in PyTorch; of convolutions no
-               runtime here has a sparse kernel: a smaller file is what single weights give
+unstructured   linear layers as compressed-sparse-row matrices beside their dense selves, in PyTorch, and what the whole
+               net would gain; of convolutions no runtime here has a sparse kernel: single weights make the file smaller
 2:4            linear layers in half precision on a GPU with sparse tensor cores, where there is one
 
 A density breaks even where the sparse layer takes as long as the dense one; between densities measured, on the line.
@@ -11,12 +11,9 @@ A density breaks even where the sparse layer takes as long as the dense one; bet
 from __future__ import annotations
 
 import itertools
-import platform
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from importlib import metadata
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,11 +27,19 @@ from allot.evaluate import attempt
 from allot.latency import Latency
 from allot.layers import Scope
 from allot.macs import measured
-from allot.patterns import parse
+from allot.patterns import Channels, parse
 from allot.pose import pose
-from allot.realise.clock import timed
-from allot.realise.sparse import has_sparse_tensor_cores, linear_layers, semi_structured, times_faster
-from allot.realise.timing import Product, Runtime, latency_of, products_of
+from allot.realise.clock import PAYS, timed
+from allot.realise.files import csr
+from allot.realise.machine import machine
+from allot.realise.sparse import (
+    converted_beside,
+    has_sparse_tensor_cores,
+    inputs_of,
+    linear_layers,
+    semi_structured,
+)
+from allot.realise.timing import Runtime, latency_of, repeated
 
 MACS = (0.9, 0.7, 0.5, 0.3)  # shares of the MACs that nets of fewer channels are foretold at
 DENSITIES = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02)
@@ -49,6 +54,7 @@ def advise(
     pattern: str = "channels:8",
     runtime: Runtime | None = None,
     seed: int = 0,
+    label: str = "MODEL",
     on_step: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """What was measured, and what it comes to.
@@ -57,24 +63,23 @@ def advise(
         example: a batch of one input.
         pattern: in what multiples channels go.
         runtime: where channels are timed; ONNX Runtime, one sample at a time, where it is installed.
+        label: what the model is called in commands that are advised.
         on_step: as in `latency_of`.
     Returns:
-        `{"machine", "runtime", "pattern", "channels": [{"macs", "faster"}], "why_not", "linear": [{"layer", "share",
-        "faster": {density: times}, "break_even"}], "semi_structured": {layer: times} or null, "said": [sentence]}`;
-        `faster` and times are over dense, above 1 pays.
+        `{"machine", "runtime", "pattern", "channels": [{"macs", "faster"}], "why_not", "linear": [{"layer", "layers",
+        "share", "faster": {density: times}, "break_even"}], "net": {"milliseconds", "faster": {density: times}} or
+        null, "semi_structured": {layer: times} or null, "said": [sentence]}`; `faster` and times are over dense. A row
+        of `linear` stands for `layers` of one shape; `net` is what the whole net is foretold to gain in PyTorch when
+        those of them that gain are sparse.
     Raises:
-        UsageError: the model does not run on the example, or the runtime cannot take it.
+        UsageError: no pattern of channels, or the model does not run on the example, or the runtime cannot take it.
     """
     runtime = runtime or Runtime.parse(None)
+    if not isinstance(parse(pattern), Channels):
+        raise UsageError(f"pattern {pattern!r}: channels, or channels:8 for multiples of 8, is accepted.")
     scope = measured(Scope.of(model), model, lambda: attempt(model, example, {}))
-    total = sum(layer.macs or 0 for layer in scope) or 1
     channels, why_not = _channels(model, example, pattern, runtime, seed, on_step)
-    found: dict[Any, Product] = {}
-    for product in products_of(model, scope, example):
-        if product.convolution is None:
-            found.setdefault((product.settings, product.layer.shape), product)
-    heaviest = sorted(found.values(), key=lambda product: -(product.layer.macs or 0))[:LAYERS]
-    linear = [_linear(product, runtime.batch, total) for product in heaviest]
+    linear, net = _linear(copied(model).eval(), repeated(example, runtime.batch), scope)
     told = {
         "machine": machine(),
         "runtime": str(runtime),
@@ -82,33 +87,10 @@ def advise(
         "channels": channels,
         "why_not": why_not,
         "linear": linear,
+        "net": net,
         "semi_structured": _semi_structured(model, example, [layer.name for layer in scope]),
     }
-    return {**told, "said": _said(told)}
-
-
-def machine() -> dict[str, Any]:
-    """Processor, its instructions, threads, GPU, and the runtimes that are installed."""
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    flags = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "").split()
-    name = next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")), "")
-    known = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd", "sve")
-    versions = {}
-    for package in ("torch", "onnxruntime", "openvino", "tensorrt"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    cuda = torch.cuda.is_available()
-    return {
-        "processor": name or platform.processor() or platform.machine(),
-        "instructions": [flag for flag in known if flag in flags],
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if cuda else None,
-        "sparse_tensor_cores": has_sparse_tensor_cores(),
-        "runtimes": versions,
-    }
+    return {**told, "said": [sentence.replace("MODEL", label) for sentence in _said(told)]}
 
 
 def break_even(densities: Sequence[float], faster: Sequence[float]) -> float | None:
@@ -160,26 +142,51 @@ def _channels(
     return found, None
 
 
-def _linear(product: Product, batch: int, total: int) -> dict[str, Any]:
-    """One linear layer as a sparse matrix, beside itself."""
-    weight = product.like.float().cpu()
-    weight = weight.t() if product.out else weight
-    x = torch.randn(batch * product.inside[0], weight.shape[1])
-    runs: dict[str, Callable[[], Tensor]] = {"dense": lambda: x @ weight.t()}
+def _linear(model: nn.Module, example: Any, scope: Scope) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """Linear layers as sparse matrices, beside themselves, at every density; and what the net gains from that."""
+    macs = {layer.name: layer.macs or 0 for layer in scope}
+    try:
+        layers = linear_layers(model, macs)
+    except UsageError:
+        return [], None
+    alike: dict[Any, list[str]] = {}
+    inputs = inputs_of(layers, model, example)
+    for name, x in inputs.items():
+        alike.setdefault((layers[name].weight.shape, x.shape), []).append(name)
+    shares = {names[0]: sum(macs[name] for name in names) / max(sum(macs.values()), 1) for names in alike.values()}
+    heaviest = sorted(alike.values(), key=lambda names: -shares[names[0]])[:LAYERS]
+    whole = timed({"net": lambda: attempt(model, example, {})}, least=7, seconds=0.5)["net"]
+    rows, saved = [], dict.fromkeys(DENSITIES, 0.0)
+    for names in heaviest:
+        try:
+            taken = _densities(layers[names[0]].weight.detach(), inputs[names[0]])
+        except RuntimeError:  # numbers, or inputs, that sparse matrices do not take
+            continue
+        faster = {density: taken["dense"] / taken[density] for density in DENSITIES}
+        for density in DENSITIES:
+            if faster[density] >= PAYS:  # what gains nothing stays dense
+                saved[density] += len(names) * (taken["dense"] - taken[density])
+        rows.append(
+            {
+                "layer": names[0],
+                "layers": len(names),
+                "share": shares[names[0]],
+                "faster": {f"{density:g}": value for density, value in faster.items()},
+                "break_even": break_even(DENSITIES, list(faster.values())),
+            }
+        )
+    net = {f"{d:g}": whole / max(whole - gain, 1e-3 * whole) for d, gain in saved.items()}
+    return rows, {"milliseconds": 1000 * whole, "faster": net}
+
+
+def _densities(weight: Tensor, x: Tensor) -> dict[Any, float]:
+    """Seconds that a matrix product takes, dense and at every density, which weights is left to chance."""
+    runs: dict[Any, Callable[[], Tensor]] = {"dense": lambda: torch.nn.functional.linear(x, weight)}
     for density in DENSITIES:
-        kept = (torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < density) * weight
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the layout is called beta
-            sparse = kept.to_sparse_csr()
-        runs[f"{density:g}"] = lambda sparse=sparse: sparse @ x.t()  # type: ignore[misc]
-    taken = timed(runs, seconds=0.5, least=7)
-    faster = {density: taken["dense"] / taken[f"{density:g}"] for density in DENSITIES}
-    return {
-        "layer": product.layer.name,
-        "share": (product.layer.macs or 0) / total,
-        "faster": {f"{density:g}": value for density, value in faster.items()},
-        "break_even": break_even(DENSITIES, list(faster.values())),
-    }
+        kept = (torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < density).to(weight) * weight
+        runs[density] = partial(torch.nn.functional.linear, x, csr(kept))
+    with torch.no_grad():
+        return timed(runs, seconds=0.5, least=7)
 
 
 def _semi_structured(model: nn.Module, example: Any, names: list[str]) -> dict[str, float] | None:
@@ -194,7 +201,8 @@ def _semi_structured(model: nn.Module, example: Any, names: list[str]) -> dict[s
     for layer in layers.values():
         if layer.in_features % 4 == 0:  # which two of four does not matter for time
             layer.weight.data.view(-1, 4)[:, 2:] = 0
-    return times_faster(layers, half, moved(example, torch.device("cuda"), torch.float16), semi_structured)
+    example = moved(example, torch.device("cuda"), torch.float16)
+    return {name: taken.faster for name, taken in converted_beside(layers, half, example, semi_structured).items()}
 
 
 def _said(told: Mapping[str, Any]) -> list[str]:
@@ -211,21 +219,24 @@ def _said(told: Mapping[str, Any]) -> list[str]:
     else:
         pays = next(row for row in told["channels"] if row["faster"] >= WORTH)
         least = told["channels"][-1]
+        more = f"; at {100 * least['macs']:.0f} %: {least['faster']:.2f}x" if least is not pays else ""
         said.append(
-            f"Channels pay from {100 * pays['macs']:.0f} % of the MACs down ({pays['faster']:.2f}x as fast; at "
-            f"{100 * least['macs']:.0f} %: {least['faster']:.2f}x): allot prune MODEL "
+            f"Channels pay from {100 * pays['macs']:.0f} % of the MACs down ({pays['faster']:.2f}x as fast{more}): "
+            f"allot prune MODEL "
             f"--budget macs={100 * min(pays['macs'], 0.5):.0f}% --method dsa --pattern {told['pattern']}"
         )
-    pay = [row for row in told["linear"] if row["break_even"] is not None]
-    if pay:
-        share, at = sum(row["share"] for row in pay), sorted(f"{row['break_even']:.2f}" for row in pay)
+    net = (told["net"] or {"faster": {}})["faster"]
+    pay_net = {density: times for density, times in net.items() if times >= WORTH}
+    if pay_net:
+        (density, times), (least, most) = next(iter(pay_net.items())), list(net.items())[-1]
         said.append(
-            f"Single weights: as sparse matrices in PyTorch, {len(pay)} of {len(told['linear'])} linear layers "
-            f"measured break even at a density of {at[0]}{f' to {at[-1]}' if len(set(at)) > 1 else ''}, with "
-            f"{100 * share:.0f} % of the MACs: allot export RUN --to csr converts the layers that gain."
+            f"Single weights pay from a density of {density} down, as sparse matrices in PyTorch ({times:.2f}x for the "
+            f"whole net; at {least}: {most:.2f}x): allot prune MODEL --budget sparsity={1 - float(density):g}, then "
+            "allot export RUN --to csr, which converts the layers that gain."
         )
     else:
-        said.append("Single weights: nothing runs faster for them here; they make the file smaller, and that is all.")
+        best = f" (at most {max(net.values()):.2f}x for the whole net, as sparse matrices in PyTorch)" if net else ""
+        said.append(f"Single weights: size only. Nothing here runs faster for them{best}.")
     if (halves := told["semi_structured"]) is None:
         said.append("2:4: no GPU with sparse tensor cores here, size only.")
     elif pay := [times for times in halves.values() if times >= WORTH]:

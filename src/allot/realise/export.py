@@ -24,7 +24,7 @@ from allot.evaluate import attempt
 from allot.layers import Layer, Scope
 from allot.macs import measured
 from allot.masks import write_into
-from allot.realise.clock import PAYS, timed
+from allot.realise.clock import Beside, side_by_side
 from allot.realise.compare import SLIM_TOLERANCE, TOLERANCE, allowed, off
 from allot.realise.files import BITMASK, CSR, PLAIN, PLAN, SLIM, csr, load, read, save_csr
 from allot.realise.filled import filled
@@ -33,11 +33,11 @@ from allot.realise.probe import check_inputs, drawn, not_tensors, probe_of, save
 from allot.realise.slim import load_slim
 from allot.realise.sparse import (
     converted,
+    converted_beside,
     has_sparse_tensor_cores,
     linear_layers,
     load_csr,
     semi_structured,
-    times_faster,
 )
 from allot.store import replacing, write
 
@@ -128,9 +128,10 @@ def exported(
         out: the file (of slim, openvino and hf, a directory); None: beside the others in the run.
     Returns:
         `{form, file, bytes, dense_bytes, limit, error, params, dense_params, macs, dense_macs, milliseconds: {dense,
-        sparse}, faster, pays, note}`: `limit` is the information limit of these weights in bytes, `error` the largest
-        difference of outputs from the run's masked model over their largest value, `faster` how many times as fast as
-        dense, `pays` whether that is more than noise.
+        sparse}, faster, spread, verdict, note}`: `limit` is the information limit of these weights in bytes, `error`
+        the largest difference of outputs from the run's masked model over their largest value, `faster` how many times
+        as fast as dense, `spread` from and to how many in half of the rounds, `verdict` "faster", "no faster" or
+        "slower".
     Raises:
         UsageError: an unknown form, or one that this model or installation does not allow.
         VerificationError: what was written answers otherwise than the run's model, or takes other MACs than promised.
@@ -162,7 +163,7 @@ def exported(
         raise VerificationError(f"{made.file} takes {macs:,} MACs; the run promised {report['macs']['sparse']:,}.")
     if to in (*FILES, "csr") and not not_tensors(example):  # see `allot.realise.certificate.verify`
         save_probe(made.file, to, made.opened, example, wanted)
-    taken = timed({"dense": lambda: made.other.run(example), "sparse": lambda: made.opened.run(example)})
+    taken = side_by_side(lambda: made.other.run(example), lambda: made.opened.run(example))
     return {
         "form": to,
         "file": str(made.file),
@@ -174,9 +175,10 @@ def exported(
         "dense_params": sum(p.numel() for p in dense.parameters()),
         "macs": macs,
         "dense_macs": _macs(dense, example, layers),
-        "milliseconds": {name: 1000 * seconds for name, seconds in taken.items()},
-        "faster": (faster := taken["dense"] / taken["sparse"]),
-        "pays": faster >= PAYS,
+        "milliseconds": {"dense": 1000 * taken.dense, "sparse": 1000 * taken.sparse},
+        "faster": taken.faster,
+        "spread": list(taken.spread),
+        "verdict": taken.verdict,
         "note": made.note,
     }
 
@@ -203,8 +205,8 @@ def _form(dense: nn.Module, masked: nn.Module, run: Path, example: Any, to: str,
 def _csr(dense: nn.Module, masked: nn.Module, run: Path, names: list[str], example: Any, out: Path | None) -> Made:
     file = out or run / CSR
     layers = linear_layers(masked, names)
-    faster = times_faster(layers, masked, example, csr)
-    chosen = [name for name, times in faster.items() if times >= PAYS]
+    faster = converted_beside(layers, masked, example, csr)
+    chosen = [name for name, taken in faster.items() if taken.pays]
     state, about = read(run / PLAIN)
     state = {name: value for name, value in state.items() if name not in about["aliases"]}
     save_csr(file, state, {key: about[key] for key in about if key not in ("format", "seal", "pad")}, chosen)
@@ -238,8 +240,8 @@ def _semi_structured(
     file = _copied_file(run, "bitmask", out)
     there, half, masked = (each.to("cuda", torch.float16) for each in (copied(masked), copied(dense), masked))
     example = moved(example, torch.device("cuda"), torch.float16)
-    faster = times_faster(linear_layers(there, names), there, example, semi_structured)
-    chosen = [name for name, times in faster.items() if times >= PAYS]
+    faster = converted_beside(linear_layers(there, names), there, example, semi_structured)
+    chosen = [name for name, taken in faster.items() if taken.pays]
     sparse = converted(there, chosen, semi_structured)
     counted = _layer_macs(masked, example, names)
     macs = sum(count // 2 if name in chosen else count for name, count in counted.items())
@@ -248,13 +250,12 @@ def _semi_structured(
     return Made(file, opened, other, masked, HALF_TOLERANCE, macs, note), example, masked
 
 
-def _chosen(what: str, faster: Mapping[str, float], chosen: list[str]) -> str:
-    if not faster:
-        return f"no linear layer was called by itself: none is taken as {what}"
-    best = max(faster, key=lambda name: faster[name])
-    return (
-        f"{len(chosen)} of {len(faster)} linear layers are faster as {what} here; at best {faster[best]:.2f}x, {best}"
-    )
+def _chosen(what: str, taken: Mapping[str, Beside], chosen: list[str]) -> str:
+    if not taken:
+        return f"no linear layer was called by itself, with numbers that {what} take: none is converted"
+    best = max(taken, key=lambda name: taken[name].faster)
+    times = f"{taken[best].faster:.2f}x, {best}"
+    return f"{len(chosen)} of {len(taken)} linear layers are faster as {what} here; at best {times}"
 
 
 @contextmanager

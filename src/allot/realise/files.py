@@ -55,7 +55,7 @@ _DTYPES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 
-MOST_PER_BYTE = 10**6  # weights that a byte of a mask may stand for: a file of nothing is no bomb
+MOST_PER_BYTE = 10**6  # weights that a byte of a file may stand for: a file of nothing is no bomb
 _UNSEALED = "0" * 64
 _MARK = b'\\"seal\\":\\"'  # JSON in a text of JSON
 _ASKED = 32  # characters of a limit, as the user wrote it, that the metadata holds
@@ -277,8 +277,8 @@ def stored(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _unpacked(path: Path, name: str, shape: list[int], mask: Tensor, values: Tensor | None) -> Tensor:
     total = math.prod(shape)
-    if total > MOST_PER_BYTE * (mask.numel() + 1):
-        raise UsageError(f"{path} is damaged: {name} cannot have {total:,} weights with so small a mask.")
+    if total > MOST_PER_BYTE * path.stat().st_size:
+        raise UsageError(f"{path} is damaged: {name} cannot have {total:,} weights in so small a file.")
     if values is None or (positions := _positions(mask.numpy(), total, len(values))) is None:
         raise UsageError(f"{path} is damaged: mask and values of {name} do not belong together.")
     flat = torch.zeros(total, dtype=values.dtype)

@@ -20,7 +20,7 @@ from allot.channels import copied
 from allot.errors import UsageError
 from allot.masks import write_into
 from allot.observe import hooked
-from allot.realise.clock import timed
+from allot.realise.clock import Beside, side_by_side
 from allot.realise.files import csr, stored, unfolded
 from allot.realise.forms import apply
 
@@ -52,25 +52,29 @@ def linear_layers(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Linear
     return found
 
 
-def times_faster(layers: Mapping[str, nn.Linear], model: nn.Module, example: Any, convert: Convert) -> dict[str, float]:
-    """Layer that is called -> times as fast when converted, on the inputs that it gets; 0 where it cannot be."""
+def converted_beside(
+    layers: Mapping[str, nn.Linear], model: nn.Module, example: Any, convert: Convert
+) -> dict[str, Beside]:
+    """Layer that is called, and can be converted -> times of both, on the inputs that it gets."""
+    found = {}
+    for name, x in inputs_of(layers, model, example).items():
+        layer = layers[name]
+        try:
+            dense, sparse = (_linear(x, weight, layer.bias) for weight in (layer.weight, convert(layer.weight)))
+            found[name] = side_by_side(dense, sparse, seconds=0.2)
+        except (RuntimeError, ValueError):  # sides or numbers that the kernel does not take
+            continue
+    return found
+
+
+def inputs_of(layers: Mapping[str, nn.Linear], model: nn.Module, example: Any) -> dict[str, Tensor]:
+    """Layer that is called -> what it gets on the example."""
     inputs: dict[str, Tensor] = {}
     with ExitStack() as stack, torch.no_grad():
         for name, layer in layers.items():
             stack.enter_context(hooked(layer, _keeping(inputs, name)))
         apply(model, example)
-    found = {}
-    for name, x in inputs.items():
-        layer = layers[name]
-        try:
-            weight = convert(layer.weight)
-            runs = {"dense": _linear(x, layer.weight, layer.bias), "sparse": _linear(x, weight, layer.bias)}
-            taken = timed(runs, seconds=0.2, least=7)
-        except (RuntimeError, ValueError):  # sides or numbers that the kernel does not take
-            found[name] = 0.0
-            continue
-        found[name] = taken["dense"] / taken["sparse"]
-    return found
+    return inputs
 
 
 def converted(model: nn.Module, names: Iterable[str], convert: Convert) -> nn.Module:

@@ -78,7 +78,7 @@ class Runtime:
         Args:
             example: a batch of one input.
         """
-        batch = _repeated(example, self.batch)
+        batch = repeated(example, self.batch)
         model = copied(model).eval()  # what its forward writes to stays out of the model that was passed in
         if self.name == "onnx":
             with tempfile.TemporaryDirectory() as folder:
@@ -336,14 +336,14 @@ def _one_node(x: Tensor, weight: Tensor, node: tuple[str, dict[str, Any]]) -> Ru
     return lambda: session.run(None, fed)
 
 
-def _repeated(inputs: Any, times: int) -> Any:
+def repeated(inputs: Any, times: int) -> Any:
     """A batch of `times` copies of one input."""
     if isinstance(inputs, Tensor):
         return inputs.repeat(times, *[1] * (inputs.dim() - 1)) if inputs.dim() else inputs
     if isinstance(inputs, Mapping):
-        return {key: _repeated(value, times) for key, value in inputs.items()}
+        return {key: repeated(value, times) for key, value in inputs.items()}
     if isinstance(inputs, list | tuple):
-        return type(inputs)(_repeated(value, times) for value in inputs)
+        return type(inputs)(repeated(value, times) for value in inputs)
     return inputs
 
 

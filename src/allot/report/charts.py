@@ -88,11 +88,17 @@ def lines(some: Sequence[Line], x: str, y: str, *, limit: float | None = None) -
     drawn = []
     for line in some:
         path = " ".join(f"{frame.x(a)},{frame.y(b)}" for a, b in line.points if math.isfinite(b))
-        colour = "" if line.tone is None else f' style="stroke:hsl({250 - 230 * line.tone:.0f} 65% var(--tone))"'
+        colour = "" if line.tone is None else f' style="stroke:{_hue(line.tone)}"'
         drawn.append(f'<polyline class="line" points="{path}"{colour}><title>{escape(line.name)}</title></polyline>')
     if limit is not None:
         drawn.append(frame.across(limit))
     return _svg(frame.axes(x, y) + "".join(drawn), f"{y} over {x}")
+
+
+def legend(some: Sequence[Line]) -> str:
+    """The names of lines, a dot in the colour of each before it."""
+    dots = (f'<span class="dot" style="background:{_hue(line.tone or 0)}"></span>{escape(line.name)}' for line in some)
+    return "; ".join(dots) + ". "
 
 
 def histogram(edges: Sequence[float], before: Sequence[int], after: Sequence[int], x: str) -> str:
@@ -132,6 +138,10 @@ def marks(some: Sequence[Mark], x: str, y: str, *, level: float | None = None) -
 
 def _svg(inside: str, said: str) -> str:
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(said, quote=True)}">{inside}</svg>'
+
+
+def _hue(tone: float) -> str:
+    return f"hsl({250 - 230 * tone:.0f} 65% var(--tone))"
 
 
 def _ticks(low: float, high: float) -> list[float]:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup, escape
 
 from allot.amounts import unit
 from allot.errors import UsageError
-from allot.realise.clock import PAYS
-from allot.report.charts import Line, Mark, histogram, lines, marks
-from allot.report.table import speed
+from allot.report.charts import Line, Mark, histogram, legend, lines, marks
+from allot.report.table import short, speed
 from allot.store import write
 
 Report = Mapping[str, Any]
@@ -35,6 +35,7 @@ def run_page(report: Report, certificate: Report, recipe: str, steps: Sequence[R
     return _template("run.html").render(
         report=report,
         lead=_lead(report),
+        fast=speed(report),
         certificate=certificate,
         recipe=recipe,
         layers=layers,
@@ -50,19 +51,23 @@ def run_page(report: Report, certificate: Report, recipe: str, steps: Sequence[R
 
 def advice_page(told: Report) -> str:
     """What pays on this machine, with the curves that say so."""
-    channels = [(100 * row["macs"], row["faster"]) for row in told["channels"]]
-    charts = []
-    if len(channels) > 1:
-        drawn = lines([Line("channels", channels)], "MACs left, %", "times as fast", limit=1.0)
-        charts.append((f"Channels ({told['pattern']}, {told['runtime']}), foretold for equal shares", drawn))
+    channels = Line("channels", [(100 * row["macs"], row["faster"]) for row in told["channels"]])
+    net = Line("net", [(float(d), times) for d, times in (told["net"] or {"faster": {}})["faster"].items()])
     last = max(len(told["linear"]) - 1, 1)
-    curves = [
+    layers = [
         Line(row["layer"], [(float(d), faster) for d, faster in row["faster"].items()], i / last)
         for i, row in enumerate(told["linear"])
     ]
-    if curves:
-        drawn = lines(curves, "density", "times as fast", limit=1.0)
-        charts.append(("Linear layers as sparse matrices, PyTorch, measured", drawn))
+    drawn = [
+        (f"Channels ({told['pattern']}, {told['runtime']}), foretold for equal shares", [channels], "MACs left, %"),
+        ("Sparse matrices, PyTorch, foretold for the whole net", [net], "density"),
+        ("Linear layers as sparse matrices, PyTorch, measured", layers, "density"),
+    ]
+    charts = [
+        (title, lines(some, x, "times as fast", limit=1.0), legend(some) if len(some) > 1 else "")
+        for title, some, x in drawn
+        if some and len(some[0].points) > 1 and any(times != 1 for line in some for _, times in line.points)
+    ]
     return _template("advice.html").render(told=told, charts=charts)
 
 
@@ -133,10 +138,8 @@ def _lead(report: Report) -> str:
         said.append("it was not scored")
     if fast["times"] is None:
         said.append("and it was not timed: a smaller file is no faster by itself")
-    elif fast["times"] >= PAYS:
-        said.append(f"and it was measured to be {fast['times']:.2f} times as fast ({fast['where']})")
     else:
-        said.append(f"and it is no faster here ({fast['where']}, {fast['times']:.2f}x)")
+        said.append(f"and it was measured to be {fast['verdict']} here: {fast['times']:.2f}x ({fast['where']})")
     return ", ".join(said) + "."
 
 
@@ -234,4 +237,6 @@ def _template(name: str) -> jinja2.Template:
     known = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     known.filters["count"] = lambda value: f"{value:,}"
     known.filters["percent"] = _percent
+    known.filters["short"] = short
+    known.filters["folding"] = lambda name: Markup(".<wbr>").join(escape(part) for part in str(name).split("."))
     return known.get_template(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
+
+from allot.realise.clock import verdict
 
 _BAR = 12
 
@@ -76,11 +79,25 @@ def comparison_table(reports: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
 
 
 def speed(report: Mapping[str, Any]) -> dict[str, Any]:
-    """`{times, where}`: how many times as fast as dense the run was measured, and as what; the best of its exports."""
+    """`{times, where, verdict, dense_ms, sparse_ms}`: how many times as fast as dense the run was measured, or null.
+
+    Of exports, the fastest form of the run over the fastest of the dense net: what is slow in one runtime is no gain.
+    """
     if latency := report["latency"]:
-        return {"times": latency["dense_ms"] / latency["sparse_ms"], "where": latency["runtime"]}
-    best = max(report["exports"], key=lambda row: row["faster"], default=None)
-    return {"times": best["faster"], "where": best["form"]} if best else {"times": None, "where": None}
+        dense, sparse, where = latency["dense_ms"], latency["sparse_ms"], latency["runtime"]
+    elif exports := report["exports"]:
+        slow, fast = (min(exports, key=lambda row: row["milliseconds"][kind]) for kind in ("dense", "sparse"))
+        dense, sparse = slow["milliseconds"]["dense"], fast["milliseconds"]["sparse"]
+        if slow is fast:
+            return _speed(fast["faster"], fast["form"], fast["verdict"], dense, sparse)
+        where = f"{fast['form']}; dense as {slow['form']}"
+    else:
+        return _speed(None, None, None, None, None)
+    return _speed(dense / sparse, where, verdict(dense / sparse), dense, sparse)
+
+
+def _speed(times: float | None, where: str | None, word: str | None, dense: float | None, sparse: float | None) -> Any:
+    return {"times": times, "where": where, "verdict": word, "dense_ms": dense, "sparse_ms": sparse}
 
 
 def sweep_table(results: Mapping[str, Any]) -> Table:
@@ -113,9 +130,9 @@ def certificate_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("found", overflow="fold")
     table.add_column("", no_wrap=True)
     for row in rows:
-        verdict = Text("pass", style="green") if row["passed"] else Text("FAIL", style="bold red")
-        promised, found = (_short(row[key]) for key in ("promised", "found"))
-        table.add_row(row["file"], row["check"], promised, found, verdict)
+        passed = Text("pass", style="green") if row["passed"] else Text("FAIL", style="bold red")
+        promised, found = (short(row[key]) for key in ("promised", "found"))
+        table.add_row(escape(row["file"]), row["check"], escape(promised), escape(found), passed)
     return table
 
 
@@ -132,10 +149,11 @@ def export_table(row: Mapping[str, Any]) -> RenderableType:
     table.add_row(
         "params", f"{row['dense_params']:,}", f"{row['params']:,}", _share(row["params"], row["dense_params"])
     )
-    table.add_row("MACs in scope", f"{row['dense_macs']:,}", f"{row['macs']:,}", _share(row["macs"], row["dense_macs"]))
+    table.add_row("MACs executed", f"{row['dense_macs']:,}", f"{row['macs']:,}", _share(row["macs"], row["dense_macs"]))
     taken = row["milliseconds"]
     table.add_row("one input, median ms", f"{taken['dense']:.2f}", f"{taken['sparse']:.2f}", _faster(row))
-    said = f"{row['file']}: opened again, outputs equal the run's within {row['error']:.1g} of the largest"
+    near = f"equal to {row['error']:.0e} of the largest" if row["error"] else "the same, bit for bit"
+    said = f"{row['file']}: opened again, outputs are {near}"
     return Group(table, Text(said), *([Text(row["note"])] if row.get("note") else ()))
 
 
@@ -157,22 +175,31 @@ def _exports(report: Mapping[str, Any]) -> list[Table]:
 
 
 def _faster(row: Mapping[str, Any]) -> str:
-    return f"{row['faster']:.2f}x as fast" if row["pays"] else f"no faster here ({row['faster']:.2f}x)"
+    low, high = row["spread"]
+    return f"{row['verdict']} here: {row['faster']:.2f}x ({low:.2f} to {high:.2f})"
 
 
 def advice_table(told: Mapping[str, Any]) -> RenderableType:
-    """What pays here: channels as foretold, linear layers as measured."""
-    table = _table()
-    table.add_column("", overflow="fold")
-    for column in ("left", "times as fast", "breaks even at"):
-        table.add_column(column, justify="right", no_wrap=True)
+    """What pays here: the whole net as foretold, linear layers as measured."""
+    net = _table("the whole net, foretold")
+    for column in ("", "left", "times as fast"):
+        net.add_column(column, justify="right" if column else "left", no_wrap=True)
     for row in told["channels"]:
-        table.add_row("channels, equal shares", f"{100 * row['macs']:.0f} % of MACs", f"{row['faster']:.2f}", "")
+        net.add_row(f"channels, {told['runtime']}", f"{100 * row['macs']:.0f} % of MACs", f"{row['faster']:.2f}")
+    gained = (told["net"] or {"faster": {}})["faster"]
+    for density, times in gained.items() if any(times > 1 for times in gained.values()) else ():
+        net.add_row("sparse matrices, PyTorch", f"{100 * float(density):g} % of weights", f"{times:.2f}")
+    layers = _table("linear layers as sparse matrices, times as fast")
+    layers.add_column("layer", overflow="fold")
+    densities = list(told["linear"][0]["faster"]) if told["linear"] else []
+    for column in (*(f"{100 * float(density):g} %" for density in densities), "breaks even at"):
+        layers.add_column(column, justify="right", no_wrap=True)
     for row in told["linear"]:
-        even = "never" if row["break_even"] is None else f"density {row['break_even']:.3f}"
-        best = max(row["faster"].items(), key=lambda pair: pair[1])
-        table.add_row(f"{escape(row['layer'])}, sparse matrix", f"{best[0]} of weights", f"{best[1]:.2f}", even)
-    return Group(table, *(Text(sentence) for sentence in told["said"]))
+        even = "never" if row["break_even"] is None else f"{100 * row['break_even']:.1f} %"
+        name = f"{escape(row['layer'])}" + (f" and {row['layers'] - 1} alike" if row["layers"] > 1 else "")
+        layers.add_row(name, *(f"{times:.2f}" for times in row["faster"].values()), even)
+    tables = [table for table in (net, layers) if table.row_count]
+    return Group(*tables, *(Text(sentence) for sentence in told["said"]))
 
 
 def methods_table(rows: Sequence[tuple[str, str, str, str]]) -> Table:
@@ -199,7 +226,10 @@ def _summary(report: Mapping[str, Any]) -> Table:
     table.add_row("weights in scope", f"{total:,}", f"{kept:,}", f"{100 * kept / total:.2f} %")
     if macs := report["macs"]:
         table.add_row(
-            "MACs in scope", f"{macs['dense']:,}", f"{macs['sparse']:,}", _share(macs["sparse"], macs["dense"])
+            "MACs in scope" if report["groups"] else "MACs, zeros skipped",
+            f"{macs['dense']:,}",
+            f"{macs['sparse']:,}",
+            _share(macs["sparse"], macs["dense"]),
         )
     size = report["bytes"]
     if size["file"]:
@@ -219,8 +249,8 @@ def _summary(report: Mapping[str, Any]) -> Table:
         table.add_row("perplexity, lower is better", f"{dense:,.2f}", f"{sparse:,.2f}", f"x {sparse / dense:.3f}")
     if unreadable := report.get("unreadable", 0) + (scores or {}).get("unreadable", 0):
         table.add_row("samples that cannot be read", "", f"{unreadable:,}", "left out")
-    for name, achieved, verdict in _budget_rows(report):
-        table.add_row(f"budget {name}", "", achieved, verdict)
+    for name, achieved, met in _budget_rows(report):
+        table.add_row(f"budget {name}", "", achieved, met)
     if time := report["latency"]:
         within, allowed = (100 * time[key] / time["dense_ms"] for key in ("sparse_ms", "limit_ms"))
         share = f"{within:.1f} %, {allowed:.1f} % allowed"
@@ -241,8 +271,8 @@ def _budget_rows(told: Mapping[str, Any]) -> list[tuple[str, str, Text]]:
             achieved = f"{row['achieved'] / 1e6:.3f} of {row['limit'] / 1e6:.3f} ms foretold"
         if row["kind"] == "sparsity":  # as near as whole weights come
             achieved = f"{told['kept']:,} kept"
-        verdict = Text("met", style="green") if row["met"] else Text("MISSED", style="bold red")
-        cells.append((f"{row['kind']}={row['asked']}", achieved, verdict))
+        met = Text("met", style="green") if row["met"] else Text("MISSED", style="bold red")
+        cells.append((f"{row['kind']}={row['asked']}", achieved, met))
     return cells
 
 
@@ -260,6 +290,7 @@ def _share(part: int, whole: int) -> str:
     return f"{100 * part / whole:.2f} %" if whole else ""
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """What a check promised or found, as text; of a digest its first digits."""
     text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-    return escape(text if len(text) <= 60 else text[:12] + "…")
+    return f"{text[:12]}…" if re.fullmatch("[0-9a-f]{64}", text) else text
