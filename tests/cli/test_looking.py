@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from allot.errors import UsageError
 from allot.layers import Scope
 from allot.macs import measured
 from allot.methods import METHODS, RECIPES
@@ -162,9 +163,31 @@ def test_a_break_even_is_where_the_curve_crosses_dense(faster: list[float], want
         (None, "2:4: no GPU with sparse tensor cores here"),
         ({"a": 1.5, "b": 0.9}, "2:4 pays for 1 of 2 linear layers in half precision on the GPU, up to 1.50x"),
         ({"a": 0.9}, "2:4 does not pay on the GPU here: at most 0.90x"),
-        ({}, "2:4 does not pay on the GPU here"),
+        ({}, "2:4: no linear layer takes it."),
     ],
 )
 def test_what_is_said_of_two_of_four_is_what_was_measured(found: dict[str, float] | None, wanted: str):
     told = {"channels": [], "why_not": "none", "linear": [], "net": None, "semi_structured": found}
     assert advising._said(told)[-1].startswith(wanted)
+
+
+def test_advice_goes_by_pytorch_where_no_other_runtime_takes_the_model(monkeypatch: pytest.MonkeyPatch):
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x) if float(x.sum()) > 0 else -self.layer(x)
+
+    told = advising.advise(Branching(), torch.ones(1, 8), label="mine")
+    assert told["runtime"] == "torch" and "captured" not in " ".join(told["said"])
+    with pytest.raises(UsageError, match="cannot be captured"):
+        advising.advise(Branching(), torch.ones(1, 8), runtime=timing.Runtime("onnx"))
+
+
+def test_a_model_whose_channels_stay_gets_its_own_reason():
+    told = advising.advise(
+        nn.Sequential(nn.Flatten(), nn.Linear(8, 4)), torch.ones(1, 8), runtime=timing.Runtime("torch")
+    )
+    assert told["said"][0].startswith("Channels: no advice (no channels can be removed") and "latency" not in str(told)

@@ -62,7 +62,8 @@ def advise(
     Args:
         example: a batch of one input.
         pattern: in what multiples channels go.
-        runtime: where channels are timed; ONNX Runtime, one sample at a time, where it is installed.
+        runtime: where channels are timed; where None, ONNX Runtime if it is installed and takes the model, else
+            PyTorch, one sample at a time.
         label: what the model is called in commands that are advised.
         on_step: as in `latency_of`.
     Returns:
@@ -74,10 +75,10 @@ def advise(
     Raises:
         UsageError: no pattern of channels, or the model does not run on the example, or the runtime cannot take it.
     """
-    runtime = runtime or Runtime.parse(None)
     if not isinstance(parse(pattern), Channels):
         raise UsageError(f"pattern {pattern!r}: channels, or channels:8 for multiples of 8, is accepted.")
     scope = measured(Scope.of(model), model, lambda: attempt(model, example, {}))
+    runtime = _taking(model, example, runtime)
     channels, why_not = _channels(model, example, pattern, runtime, seed, on_step)
     linear, net = _linear(copied(model).eval(), repeated(example, runtime.batch), scope)
     told = {
@@ -108,6 +109,22 @@ def break_even(densities: Sequence[float], faster: Sequence[float]) -> float | N
     return None
 
 
+def _taking(model: nn.Module, example: Any, runtime: Runtime | None) -> Runtime:
+    """A runtime that takes the model: the one asked for, or the first that does.
+
+    Raises:
+        UsageError: the one asked for cannot.
+    """
+    first = runtime or Runtime.parse(None)
+    try:
+        first.ready(model, example)
+    except UsageError:
+        if runtime or first.name == "torch":
+            raise
+        return Runtime("torch")
+    return first
+
+
 def _channels(
     model: nn.Module,
     example: Any,
@@ -128,7 +145,9 @@ def _channels(
     try:
         budget = pose(model, Budget(latency="99.9%"), parse(pattern), example=example, latency=tables).channels
     except AllotError as error:
-        return [], str(error)
+        said = str(error).rstrip(".")
+        # of the limit above nobody has heard
+        return [], "fewer channels are not foretold to be any faster" if said.startswith("latency=") else said
     assert budget.latency is not None
     found = []
     for share in MACS:
@@ -159,7 +178,7 @@ def _linear(model: nn.Module, example: Any, scope: Scope) -> tuple[list[dict[str
     rows, saved = [], dict.fromkeys(DENSITIES, 0.0)
     for names in heaviest:
         try:
-            taken = _densities(layers[names[0]].weight.detach(), inputs[names[0]])
+            taken = _densities(layers[names[0]], inputs[names[0]])
         except RuntimeError:  # numbers, or inputs, that sparse matrices do not take
             continue
         faster = {density: taken["dense"] / taken[density] for density in DENSITIES}
@@ -179,13 +198,18 @@ def _linear(model: nn.Module, example: Any, scope: Scope) -> tuple[list[dict[str
     return rows, {"milliseconds": 1000 * whole, "faster": net}
 
 
-def _densities(weight: Tensor, x: Tensor) -> dict[Any, float]:
-    """Seconds that a matrix product takes, dense and at every density, which weights is left to chance."""
-    runs: dict[Any, Callable[[], Tensor]] = {"dense": lambda: torch.nn.functional.linear(x, weight)}
+def _densities(layer: nn.Linear, x: Tensor) -> dict[Any, float]:
+    """Seconds that the layer takes, dense and at every density; which weights are left is up to chance.
+
+    Raises:
+        RuntimeError: numbers, or inputs, that sparse matrices do not take.
+    """
+    weight, draw = layer.weight.detach(), torch.Generator().manual_seed(0)
+    matrices: dict[Any, Tensor] = {"dense": weight}
     for density in DENSITIES:
-        kept = (torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < density).to(weight) * weight
-        runs[density] = partial(torch.nn.functional.linear, x, csr(kept))
+        matrices[density] = csr((torch.rand(weight.shape, generator=draw) < density).to(weight) * weight)
     with torch.no_grad():
+        runs = {key: partial(torch.nn.functional.linear, x, matrix, layer.bias) for key, matrix in matrices.items()}
         return timed(runs, seconds=0.5, least=7)
 
 
@@ -209,11 +233,11 @@ def _said(told: Mapping[str, Any]) -> list[str]:
     """What it comes to, in sentences."""
     said = []
     best = max(told["channels"], key=lambda row: row["faster"], default=None)
-    if told["why_not"]:
-        said.append(f"Channels: none can go ({told['why_not']})")
-    elif best is None or best["faster"] < WORTH:
+    if told["why_not"] or best is None:
+        said.append(f"Channels: no advice ({told['why_not'] or 'no share of the MACs is within reach'}).")
+    elif best["faster"] < WORTH:
         said.append(
-            f"Channels do not pay here: at most {best['faster'] if best else 1:.2f}x as fast ({told['pattern']}, "
+            f"Channels do not pay here: at most {best['faster']:.2f}x as fast ({told['pattern']}, "
             f"{told['runtime']}). This model waits more than it computes."
         )
     else:
@@ -244,6 +268,8 @@ def _said(told: Mapping[str, Any]) -> list[str]:
             f"2:4 pays for {len(pay)} of {len(halves)} linear layers in half precision on the GPU, up to "
             f"{max(pay):.2f}x: allot prune MODEL --pattern 2:4, then allot export RUN --to 2:4"
         )
+    elif halves:
+        said.append(f"2:4 does not pay on the GPU here: at most {max(halves.values()):.2f}x as fast.")
     else:
-        said.append(f"2:4 does not pay on the GPU here: at most {max(halves.values(), default=0):.2f}x as fast.")
+        said.append("2:4: no linear layer takes it.")
     return said
