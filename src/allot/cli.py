@@ -22,8 +22,9 @@ from allot.prune import prune
 from allot.realise.timing import Runtime, latency_of
 from allot.report import table
 from allot.report.data import layer_rows
+from allot.result import Result
 from allot.run import Candidate, drive, interruptible
-from allot.shares import place, sharing, speaks
+from allot.shares import led, place, sharing, speaks
 from allot.sources import MODEL_FORMS, REMOTE, example_of, load_model
 from allot.store import write
 
@@ -109,7 +110,7 @@ def prune_command(
             should_stop=should_stop,
             **comparing.settings_of(wanted, source),
         )
-    report = result.report()
+        report = led(partial(_timed, result))
     if as_json:
         print_json({**report, "run": str(out)})
         return
@@ -120,6 +121,18 @@ def prune_command(
     say(f"certificate: {checks} checks of the re-opened files passed (allot verify {out} shows them)")
     say(f"run directory: {out}")
     say(f"to look at: {out / 'report.html'}")
+
+
+def _timed(result: Result) -> dict[str, Any]:
+    """The report of a run with at least its own small file opened again and timed, where the model can be."""
+    report = result.report()
+    if report["exports"] or report["latency"]:
+        return report
+    try:
+        result.export(to="slim" if report["groups"] else "bitmask")
+    except AllotError as error:
+        say(f"note: not timed: {error}")
+    return result.report()
 
 
 app.command("sweep")(comparing.sweep_command)

@@ -11,9 +11,8 @@ from allot.errors import UsageError
 from allot.methods import METHODS
 from allot.parts import options_of
 from allot.recipe import RecipeFile
-from allot.report.page import write_run
 from allot.run import Rule
-from allot.store import read_run, write
+from allot.store import read_run
 
 
 def recipe_of(run: Path) -> RecipeFile:
@@ -42,14 +41,6 @@ def report_of(run: Path) -> dict[str, Any]:
         return dict(json.loads((run / "report.json").read_text()))
     except (OSError, ValueError) as error:
         raise UsageError(f"{run}/report.json cannot be read: {error}") from error
-
-
-def add_export(run: Path, report: dict[str, Any], row: dict[str, Any]) -> None:
-    """Put an export's row into the run's report, in place of an earlier one of that form."""
-    others = [other for other in report.get("exports", []) if other["form"] != row["form"]]
-    report["exports"] = [*others, row]
-    write(run / "report.json", json.dumps(report, indent=2) + "\n")
-    write_run(run, report)
 
 
 def told_of(name: str) -> dict[str, Any]:

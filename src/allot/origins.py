@@ -7,6 +7,7 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -107,6 +108,8 @@ def hf_model(name: str, trained: bool) -> ModelSource:  # noqa: FBT001
         UsageError: missing package, no such directory or name, or no download.
     """
     transformers = optional("transformers", "transformers", "hf")
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
+        raise UsageError(f"hf:{name}: no such directory.")  # no name of a hub looks like that: nothing is asked for it
 
     def build() -> nn.Module:
         config = transformers.AutoConfig.from_pretrained(name)

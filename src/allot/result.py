@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from allot.errors import AllotError, BudgetError, UsageError, VerificationError
 from allot.masks import write_into
 from allot.realise import certificate, files
 from allot.realise.dead import without_dead_channels
+from allot.realise.export import exported, form_of
 from allot.report.data import report
+from allot.report.exports import add_export, exports_of
 from allot.report.page import write_run
 from allot.run import Candidate, Problem, Recipe
 from allot.store import Log, write
@@ -123,8 +126,43 @@ class Result:
         found = {name: tensors.get(aliases.get(name, name), value) for name, value in state.items()}
         return {name: value.clone() if isinstance(value, Tensor) else value for name, value in found.items()}
 
+    def export(self, path: str | Path | None = None, *, to: str | None = None) -> dict[str, Any]:
+        """Write what a runtime reads, open it again, compare it with this result and time it beside the dense model.
+
+        Args:
+            path: the file (of slim, openvino and hf, a directory); None: in the run directory, whose report gets the
+                row in any case.
+            to: a form, one of those of `allot export`; None: what the ending of `path` says.
+        Returns:
+            Sizes, times and what more is known of it, see `allot.realise.export.exported`.
+        Raises:
+            UsageError: an unknown form, or one that this model or installation does not allow; no input to run it on.
+            VerificationError: what was written answers otherwise.
+        """
+        form = to or form_of(path)
+        if form is None:
+            raise UsageError(f"{path}: the form is not known by its ending: give to=, like to='onnx'.")
+        example = self.problem.example
+        if example is None:
+            example = self.problem.inputs().example()
+        out = None if path is None else Path(path)
+        if self.directory is None:
+            if out is None:
+                raise UsageError("no place to write to: give a path, or save the result first.")
+            with tempfile.TemporaryDirectory() as folder:
+                saved = replace(self)
+                saved.save(folder)
+                return exported(self.problem.model, Path(folder), saved.report(), example, form, out)
+        row = exported(self.problem.model, self.directory, self.report(), example, form, out)
+        add_export(self.directory, self.report(), row)
+        return row
+
     def report(self) -> dict[str, Any]:
         """Everything a report shows, as data."""
+        told = self._report()
+        return {**told, "exports": exports_of(self.directory)}
+
+    def _report(self) -> dict[str, Any]:
         return report(
             self.problem,
             self.candidate,
@@ -160,7 +198,7 @@ class Result:
         certified = certificate.certify(directory, budget.sizes(kept), kept)
         write_json(directory / "certificate.json", certified)
         object.__setattr__(self, "directory", directory)
-        told = self.report()
+        told = self._report()
         write_json(directory / "report.json", told)
         if not certified["passed"]:
             failed = next(row for row in certified["rows"] if not row["passed"])

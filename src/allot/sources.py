@@ -157,7 +157,9 @@ def _image_shape(spec: str, text: str, source: ModelSource | None) -> tuple[int,
     if not text:
         shape = getattr(source.example if source else None, "shape", None)
         if shape is None:
-            raise UsageError("synthetic: needs the size of an image: synthetic:CHANNELS,HEIGHT,WIDTH is accepted.")
+            raise UsageError(
+                "synthetic: needs the size of an image: give --input CHANNELS,HEIGHT,WIDTH, or synthetic:C,H,W."
+            )
         return tuple(shape[1:])
     try:
         return tuple(int(part) for part in text.split(","))

@@ -12,12 +12,13 @@ import typer
 from allot import options as option
 from allot.console import people, print_json, say
 from allot.errors import UsageError, VerificationError, unknown
-from allot.lookup import add_export, recipe_of, report_of, told_of
+from allot.lookup import recipe_of, report_of, told_of
 from allot.methods import METHODS, RECIPES
 from allot.realise.certificate import verify
 from allot.realise.export import EVERY, exported
 from allot.recipe import gallery
 from allot.report import table
+from allot.report.exports import add_export
 from allot.report.page import comparison_page, write_run
 from allot.sources import example_of, load_model
 from allot.store import write

@@ -73,7 +73,7 @@ def test_a_sweep_ends_in_a_table_and_goes_on():
 
 def test_exported_weights_are_asked_with_the_code_of_their_model():
     done(f"prune {MLP} --data {SAMPLES} --budget sparsity=0.5 --repair none --out RUN")
-    assert "no probe to ask a model" in refused(f"verify RUN --model {MLP}")
+    assert done(f"verify RUN --model {MLP} --json").json["rows"][-1]["check"] == "outputs on the probe"
     done("export RUN --to bitmask --out away.safetensors")
     assert done(f"verify away.safetensors --model {MLP} --json").json["rows"][-1]["check"] == "outputs on the probe"
     assert "another model" in refused("verify away.safetensors --model cli.factories:conv")

@@ -168,6 +168,12 @@ def test_hf_runs_are_exported_as_directories_that_from_pretrained_opens(transfor
     assert all(torch.equal(again[name], value) for name, value in kept.items() if name in again)
 
 
+@pytest.mark.parametrize("name", ["./nothing", "/nowhere/net", "a/b/c"])
+def test_hf_directories_that_are_not_there_are_not_asked_for_elsewhere(name: str, no_network: None):
+    pytest.importorskip("transformers")
+    assert refused(f"plan hf:{name} --budget sparsity=0.5") == f"error: hf:{name}: no such directory.\n"
+
+
 def test_hf_plans_of_a_directory_use_its_weights(transformers):
     bert(transformers)
     outcome = done("plan hf:net --method lamp --budget sparsity=0.5")

@@ -57,12 +57,17 @@ def export(model: nn.Module, example: Any, path: str | Path, *, to: str | None =
         VerificationError: the file answers otherwise than the model.
     """
     path = Path(path)
-    if to is None:
-        to = next((name for name, form in FORMS.items() if form.ending == path.suffix != ""), path.suffix)
+    to = to or form_of(path) or path.suffix
     check_inputs(example)
     opened, answers = reopened(model, example, path, to)
     save_probe(path, to, opened, example, answers)
     return opened
+
+
+def form_of(path: str | Path | None) -> str | None:
+    """The form that the ending of a file says; None where it says none."""
+    endings = {form.ending: name for name, form in FORMS.items() if form.ending} | {".safetensors": "safetensors"}
+    return endings.get(Path(path).suffix) if path else None
 
 
 def reopened(model: nn.Module, example: Any, path: Path, to: str) -> tuple[Opened, list[Tensor]]:

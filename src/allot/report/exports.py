@@ -1,0 +1,41 @@
+"""Exports as rows of a run's report: written one after the other, shown on its page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from allot.errors import UsageError
+from allot.report.page import write_run
+from allot.store import write
+
+
+def exports_of(run: Path | None) -> list[dict[str, Any]]:
+    """The rows in a run's report.json; none where there is no report yet.
+
+    Raises:
+        UsageError: the report cannot be read.
+    """
+    path = run / "report.json" if run else None
+    if path is None or not path.exists():
+        return []
+    try:
+        return list(json.loads(path.read_text())["exports"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from error
+
+
+def add_export(run: Path, report: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    """Put a row into a run's report, in place of an earlier one of that form; the report with it.
+
+    Args:
+        report: what report.json says, but for exports: others may have been made meanwhile.
+    Raises:
+        UsageError: the report cannot be read or written.
+    """
+    others = [other for other in exports_of(run) if other["form"] != row["form"]]
+    report = {**report, "exports": [*others, row]}
+    write(run / "report.json", json.dumps(report, indent=2) + "\n")
+    write_run(run, report)
+    return report
