@@ -139,7 +139,7 @@ class Result:
             UsageError: an unknown form, or one that this model or installation does not allow; no input to run it on.
             VerificationError: what was written answers otherwise.
         """
-        form = to or form_of(path)
+        form = form_of(path) if to is None else to
         if form is None:
             raise UsageError(f"{path}: the form is not known by its ending: give to=, like to='onnx'.")
         example = self.problem.example

@@ -231,11 +231,15 @@ def test_timing_leaves_the_model_and_the_callers_draws_as_they_were(torch_only: 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_layer_that_runs_twice_takes_twice_the_time_and_its_own_dtype(
-    dtype: torch.dtype, clock: None, torch_only: None, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, torch_only: None, monkeypatch: pytest.MonkeyPatch
 ):
     seen: set[torch.dtype] = set()
-    wait = timing._wait
-    monkeypatch.setattr(timing, "_wait", lambda tensor: (seen.add(tensor.dtype), wait(tensor))[1])
+
+    def watched(runs: Mapping[str, Callable[[], Any]], **settings: Any) -> dict[str, float]:
+        seen.update(run().dtype for run in runs.values())
+        return work(runs)
+
+    monkeypatch.setattr(timing, "timed", watched)
     model, x = counting().to(dtype), torch.ones(1, 6, dtype=dtype)
     known = pose(model, Budget(latency="70%"), parse("channels"), example=x).channels.latency
     times = {layer.layer: layer.times[-1][-1] for layer in known.layers}

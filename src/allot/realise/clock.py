@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 PAYS = 1.05  # times as fast as dense, below which nothing is called faster: so far apart come two looks at one net
 Run = Callable[[], Any]
 
@@ -69,14 +71,22 @@ def timed(runs: Mapping[str, Run], *, seconds: float = 2.0, least: int = 5) -> d
 
 
 def rounds(runs: Mapping[str, Run], *, seconds: float, least: int) -> dict[str, list[float]]:
-    """Seconds of each in every round, the first calls not counted."""
+    """Seconds of each in every round, until its numbers are there, the first calls not counted."""
     for run in runs.values():
         run()  # the first one allocates
+    _settle()
     taken: dict[str, list[float]] = {name: [] for name in runs}
     started = time.perf_counter()
     while len(next(iter(taken.values()))) < least or time.perf_counter() - started < seconds:
         for name, run in runs.items():
             before = time.perf_counter()
             run()
+            _settle()
             taken[name].append(time.perf_counter() - before)
     return taken
+
+
+def _settle() -> None:
+    """Wait for all accelerators: they answer before they have computed."""
+    for device in range(torch.accelerator.device_count()):
+        torch.accelerator.synchronize(device)

@@ -57,7 +57,8 @@ def export(model: nn.Module, example: Any, path: str | Path, *, to: str | None =
         VerificationError: the file answers otherwise than the model.
     """
     path = Path(path)
-    to = to or form_of(path) or path.suffix
+    if to is None:
+        to = form_of(path) or path.suffix
     check_inputs(example)
     opened, answers = reopened(model, example, path, to)
     save_probe(path, to, opened, example, answers)

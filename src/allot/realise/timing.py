@@ -88,9 +88,7 @@ class Runtime:
 
         def run() -> Any:
             with torch.no_grad():
-                output = model(*args, **kwargs)
-            _wait(next(model.parameters()))
-            return output
+                return model(*args, **kwargs)
 
         return run
 
@@ -256,10 +254,10 @@ class Product:
             return _one_node(x, weight, self._node(groups))
         x, weight = x.to(self.like), weight.to(self.like)  # its device and dtype
         if self.convolution is None:
-            return lambda: _wait(x @ weight)
+            return lambda: x @ weight
         stride, padding, dilation, extra = self.convolution
         transposed = bool(self.out)
-        return lambda: _wait(torch.convolution(x, weight, None, stride, padding, dilation, transposed, extra, groups))
+        return lambda: torch.convolution(x, weight, None, stride, padding, dilation, transposed, extra, groups)
 
     def _node(self, groups: int) -> tuple[str, dict[str, Any]]:
         """Name and attributes of its ONNX operator."""
@@ -345,13 +343,6 @@ def repeated(inputs: Any, times: int) -> Any:
     if isinstance(inputs, list | tuple):
         return type(inputs)(repeated(value, times) for value in inputs)
     return inputs
-
-
-def _wait(tensor: Tensor) -> Tensor:
-    """`tensor`, once it is there: a GPU answers before it has computed."""
-    if tensor.device.type == "cuda":
-        torch.cuda.synchronize(tensor.device)
-    return tensor
 
 
 def _counted(on_step: Callable[[int, int], None] | None, of: int) -> Callable[[], None]:
