@@ -12,7 +12,7 @@ from allot.methods import METHODS
 from allot.parts import options_of
 from allot.recipe import RecipeFile
 from allot.run import Rule
-from allot.store import read_run
+from allot.store import read_finished
 
 
 def recipe_of(run: Path) -> RecipeFile:
@@ -21,9 +21,7 @@ def recipe_of(run: Path) -> RecipeFile:
     Raises:
         UsageError: it is not finished, or was made in Python.
     """
-    content = read_run(run)
-    if content["state"] != "done":
-        raise UsageError(f"{run} is not finished: run the same prune command again to go on.")
+    content = read_finished(run)
     if not content.get("recipe", {}).get("model"):
         raise UsageError(f"{run} was made in Python and does not say where its model comes from: use result.model().")
     return RecipeFile.resolve(None, content["recipe"], ())
@@ -35,12 +33,28 @@ def report_of(run: Path) -> dict[str, Any]:
     Raises:
         UsageError: it is not finished, or the file cannot be read.
     """
-    if read_run(run)["state"] != "done":
-        raise UsageError(f"{run} is not finished: run the same prune command again to go on.")
+    read_finished(run)
     try:
         return dict(json.loads((run / "report.json").read_text()))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"{run}/report.json cannot be read: {error}") from error
+
+
+def runs_of(path: Path) -> list[Path]:
+    """The run itself, or all runs of a sweep.
+
+    Raises:
+        UsageError: the sweep's table cannot be read, or names no run.
+    """
+    table = path / "results.json"
+    if not table.exists():
+        return [path]
+    try:
+        if found := [path / row["run"] for row in json.loads(table.read_text())["cells"] if "run" in row]:
+            return found
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UsageError(f"{table} cannot be read: {error}") from error
+    raise UsageError(f"{path} holds no run: no cell of that sweep met its budget.")
 
 
 def told_of(name: str) -> dict[str, Any]:

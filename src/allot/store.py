@@ -244,6 +244,18 @@ def read_run(directory: str | Path) -> dict[str, Any]:
     raise UsageError(f"{directory} is no run directory: {path.name} has no 'state'.")
 
 
+def read_finished(directory: str | Path) -> dict[str, Any]:
+    """run.json of a finished run.
+
+    Raises:
+        UsageError: as `read_run`, or the run is not finished.
+    """
+    content = read_run(directory)
+    if content["state"] != "done":
+        raise UsageError(f"{directory} is not finished: run the same prune command again to go on.")
+    return content
+
+
 def write(path: Path, content: str | bytes | memoryview) -> None:
     """Write a whole file or nothing.
 

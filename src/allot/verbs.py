@@ -12,7 +12,7 @@ import typer
 from allot import options as option
 from allot.console import people, print_json, say
 from allot.errors import UsageError, VerificationError, unknown
-from allot.lookup import recipe_of, report_of, told_of
+from allot.lookup import recipe_of, report_of, runs_of, told_of
 from allot.methods import METHODS, RECIPES
 from allot.realise.certificate import verify
 from allot.realise.export import EVERY, exported
@@ -74,7 +74,7 @@ def export_command(
 
 
 def report_command(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="finished run directories")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="finished run directories, or those of sweeps")],
     out: Annotated[
         Path | None, typer.Option(metavar="FILE.html", help="the page  [RUN/report.html; of several: report.html]")
     ] = None,
@@ -82,6 +82,7 @@ def report_command(
     as_json: option.Json = False,
 ) -> None:
     """Show one run, or several side by side, here and as one offline page."""
+    runs = [run for path in runs for run in runs_of(path)]
     reports = [(str(run), report_of(run)) for run in runs]
     if len(runs) == 1:
         page = write_run(runs[0], reports[0][1], out)

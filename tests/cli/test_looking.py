@@ -66,6 +66,8 @@ def test_a_sweep_ends_in_a_table_and_goes_on():
     assert len(table["cells"]) == 8 and table["out"] == "SWEEP" and Path("SWEEP/report.html").exists()
     again = done(line).err
     assert "sparsity=0.7" in again and "pot" in again and "comparison: SWEEP/report.html" in again
+    assert len(done("report SWEEP --out all.html --json").json["runs"]) == 8
+    assert Path("all.html").read_text().count("SWEEP/erk/sparsity=0.5/seed-0") >= 1
     assert "needs MODEL" in refused(f"sweep {MLP} --budget sparsity=0.5")
     assert "nothere" in refused(f"sweep {MLP} --budget sparsity=0.5 --method nothere --out S")
     assert "out of range" in refused(f"sweep {MLP} --budget sparsity=0.5,2 --out S", 3)
