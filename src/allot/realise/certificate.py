@@ -116,19 +116,32 @@ def _run_rows(path: Path, model: nn.Module | None) -> list[Row]:
         if (path / name).exists() and not is_run(path):
             probe = probe_of(path)
             raise UsageError(f"no {probe.name} in {path}, an export to {form}: copy it there, or export again.")
-    rows, run = state_rows(path), None
+    rows, promised = certified(path)
+    if promised is None:
+        return rows + export_rows(path, None, model)
+    return rows + report_rows(path, promised) + export_rows(path, promised["files"][PLAIN]["sha256"], model)
+
+
+def certified(path: Path) -> tuple[list[Row], Mapping[str, Any] | None]:
+    """(rows of a run's own files, held to its certificate; what that promises, None where it cannot be relied on).
+
+    Raises:
+        UsageError: no run, or one that is not finished.
+    """
+    rows = state_rows(path)
     try:
         text = (path / CERTIFICATE).read_text()
         content = json.loads(text)
         same = text == json.dumps(sealed(content), indent=2) + "\n"
         rows.append(checked(CERTIFICATE, "untouched", "yes", "yes" if same else "no"))
         if same:  # else nothing is known of what was promised
-            rows += _promised_rows(path, content["promised"]) + report_rows(path, content["promised"])
-            run = content["promised"]["files"][PLAIN]["sha256"]
+            found = _promised_rows(path, content["promised"])
+            known = all(row["passed"] for row in found if row["file"] == CERTIFICATE)
+            return rows + found, content["promised"] if known else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ArithmeticError) as error:
         problem = f"cannot be read ({type(error).__name__}: {error})"
         rows.append(checked(CERTIFICATE, "opens", "a certificate", problem, passed=False))
-    return rows + export_rows(path, run, model)
+    return rows, None
 
 
 def _promised_rows(directory: Path, promised: Mapping[str, Any]) -> list[Row]:

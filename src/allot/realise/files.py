@@ -277,7 +277,7 @@ def stored(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def most_weights(size: int) -> int:
     """How many weights a file of so many bytes may stand for: a file of nothing is no bomb."""
-    return 2**24 + 10**4 * size
+    return 2**26 + 10**4 * size
 
 
 def _unpacked(path: Path, name: str, shape: list[int], mask: Tensor, values: Tensor | None) -> Tensor:

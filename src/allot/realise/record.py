@@ -59,18 +59,17 @@ def report_rows(directory: Path, promised: Mapping[str, Any]) -> list[Row]:
     try:
         report = json.loads((directory / REPORT).read_text())
         listed = {layer["name"]: layer["kept"] for layer in report["layers"]}
-        sizes = {"dense": report["bytes"]["dense"], "file": report["bytes"]["file"]}
-        total = report["kept"]
+        sizes = {kind: report["bytes"][kind] for kind in ("dense", "file")}
+        files, kept = promised["files"], promised["kept"]
+        wanted = {"dense": files[PLAIN]["bytes"], "file": files[SLIM if SLIM in files else BITMASK]["bytes"]}
         _exports(report)
+        return [
+            checked(REPORT, "kept per layer", "as promised", _differing(kept, listed)),
+            checked(REPORT, "kept", sum(kept.values()), report["kept"]),
+            checked(REPORT, "bytes", wanted, sizes),
+        ]
     except _BROKEN as error:
         return [_unreadable(REPORT, "a report", error)]
-    files, kept = promised["files"], promised["kept"]
-    wanted = {"dense": files[PLAIN]["bytes"], "file": files[SLIM if SLIM in files else BITMASK]["bytes"]}
-    return [
-        checked(REPORT, "kept per layer", "as promised", _differing(kept, listed)),
-        checked(REPORT, "kept", sum(kept.values()), total),
-        checked(REPORT, "bytes", wanted, sizes),
-    ]
 
 
 def export_rows(directory: Path, run: str | None, model: nn.Module | None) -> list[Row]:
