@@ -12,7 +12,7 @@ Elements without a matrix or kernel of their own, such as activations and norms,
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from allot.errors import UsageError
 from allot.masks import call
+from allot.outputs import tensors_in
 
 LEAF = object()  # where a tensor, or an object, stands among arguments
 
@@ -324,15 +325,3 @@ def _linked(nodes: Iterable[_Node]) -> tuple[list[Link], tuple[int | None, ...]]
 
 def _module(model: nn.Module, link: Link) -> nn.Module:
     return model.get_submodule(link.name)
-
-
-def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """Every tensor in nested tuples, lists and mappings, in order."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, Mapping):
-        for value in tree.values():
-            yield from tensors_in(value)
-    elif isinstance(tree, tuple | list):
-        for value in tree:
-            yield from tensors_in(value)

@@ -112,8 +112,8 @@ def _reopened(
     Raises:
         VerificationError: they do not hold what was promised.
     """
-    found = certificate.verify(store.directory)
-    if failed := [row for row in found["rows"] if not row["passed"]]:
+    rows, _ = certificate.certified(store.directory)
+    if failed := [row for row in rows if not row["passed"]]:
         what = "; ".join(f"{row['file']}: {row['check']}: {row['found']}" for row in failed[:3])
         raise VerificationError(f"{store.directory} is not what the run left there ({what}): delete it and run again.")
     try:

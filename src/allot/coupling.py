@@ -28,7 +28,8 @@ from allot.channels import Group, Member, copied
 from allot.errors import UsageError
 from allot.heads import heads_of
 from allot.masks import as_arguments, modes
-from allot.proof import proven, tensors_in
+from allot.outputs import tensors_in
+from allot.proof import proven
 
 FOLLOWED = 3_000_000  # channels from one layer, in all that hangs on it: more, and the trace runs in circles
 

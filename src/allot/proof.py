@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from allot.channels import ChannelPlan, Group, slimmed
 from allot.masking import masked
 from allot.masks import as_arguments, modes
+from allot.outputs import floats_in
 
 TOLERANCE = 1e-5  # of the largest output; a wrong coupling is off by a percent or more
 
@@ -98,7 +98,7 @@ def _answers(model: nn.Module, example: Any, tensors: Mapping[str, Tensor] | Non
     args, kwargs = as_arguments(example)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), modes(model, lambda module: False):
         torch.manual_seed(0)
-        return list(tensors_in(torch.func.functional_call(model, dict(tensors or {}), args, kwargs)))
+        return floats_in(torch.func.functional_call(model, dict(tensors or {}), args, kwargs))
 
 
 def _randomise(model: nn.Module) -> None:
@@ -125,16 +125,3 @@ def _doubled(inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
         return {key: _doubled(value) for key, value in inputs.items()}
     return type(inputs)(map(_doubled, inputs)) if isinstance(inputs, list | tuple) else inputs
-
-
-def tensors_in(output: Any) -> Iterator[Tensor]:
-    """Every floating-point tensor in an output."""
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, Mapping):
-        yield from (tensor for value in output.values() for tensor in tensors_in(value))
-    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
-        yield from tensors_in(vars(output))
-    elif isinstance(output, list | tuple):
-        yield from (tensor for value in output for tensor in tensors_in(value))

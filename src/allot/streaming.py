@@ -34,11 +34,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from allot.blocks import chain_of, size_of, tensors_in
+from allot.blocks import chain_of, size_of
 from allot.errors import UsageError
 from allot.flow import FLAG, Block, Entry, Outside, Part
 from allot.layers import Layer, Scope, places_of
 from allot.masks import call
+from allot.outputs import tensors_in
 from allot.run import Candidate, Method, Metrics, Problem
 from allot.store import State
 

@@ -14,7 +14,7 @@ from allot.console import people, print_json, say
 from allot.errors import UsageError, VerificationError, unknown
 from allot.lookup import recipe_of, report_of, runs_of, told_of
 from allot.methods import METHODS, RECIPES
-from allot.realise.certificate import verify
+from allot.realise.certificate import place_of, verify
 from allot.realise.export import EVERY, exported
 from allot.recipe import gallery
 from allot.report import table
@@ -22,6 +22,8 @@ from allot.report.exports import add_export
 from allot.report.page import comparison_page, write_run
 from allot.sources import example_of, load_model
 from allot.store import write
+
+LONGEST = 200  # characters of what a check says, in the one line of an error
 
 
 def verify_command(
@@ -43,8 +45,9 @@ def verify_command(
         people.print(table.certificate_table(found["rows"]))
     if not found["passed"]:
         failed = next(row for row in found["rows"] if not row["passed"])
-        where = path / failed["file"] if path.is_dir() else path
-        raise VerificationError(f"{where}: {failed['check']}: promised {failed['promised']}, found {failed['found']}.")
+        said = [table.short(failed[key]) for key in ("check", "promised", "found")]
+        check, promised, held = (text if len(text) <= LONGEST else f"{text[:LONGEST]}…" for text in said)
+        raise VerificationError(f"{place_of(path, failed)}: {check}: promised {promised}, found {held}.")
 
 
 def export_command(

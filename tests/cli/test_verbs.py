@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from allot import METHODS, RECIPES, load
+from allot.realise.files import save_tensors
 from cli.command import FACTORIES, MLP, NET, SAMPLES, done, refused, run
 
 REPORT = {
@@ -128,6 +129,37 @@ def test_verify_ends_with_4_when_a_file_was_changed(pruned, tmp_path):
     assert outcome.err.startswith("error: RUN/model.safetensors: sha256: promised") and outcome.err.count("\n") == 1
     path.write_bytes(content[:50])
     assert run("verify RUN").code == 4
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_the_error_of_verify_names_the_file_that_is_wrong(pruned, tmp_path):
+    done("export RUN --to program --out away.pt2")
+    flip(tmp_path / "away.pt2.probe.safetensors")
+    assert refused_json("verify away.pt2 --json").startswith("error: away.pt2.probe.safetensors: untouched: promised")
+    flip(tmp_path / "RUN" / "model.bitmask.safetensors.probe.safetensors")  # a run ends with this export
+    assert "error: RUN/model.bitmask.safetensors.probe.safetensors: " in refused_json("verify RUN --json")
+
+
+def refused_json(line):
+    outcome = run(line)
+    assert outcome.code == 4 and outcome.json["passed"] is False and outcome.err.count("\n") == 1
+    return outcome.err
+
+
+def test_a_long_name_is_cut_and_markup_is_text(tmp_path):
+    name = "[bold]" + "x" * 5000 + "[/nothing]"
+    about = {"layers": {name: [[2], 2]}, "aliases": {}, "asked": {"sparsity": "[/red]"}, "limits": {"sparsity": 1}}
+    save_tensors(tmp_path / "long.safetensors", {"a": torch.ones(2)}, "plain", about)
+    said = run("verify long.safetensors").err.splitlines()[-1]
+    assert said.startswith("error: long.safetensors: layers present: promised all, found [bold]xxx") and len(said) < 400
+    save_tensors(tmp_path / "markup.safetensors", {name: torch.ones(2)}, "plain", about)
+    outcome = run("verify markup.safetensors")
+    assert outcome.code == 4 and "sparsity=[/red]: promised at most 1 kept, found 2 kept" in outcome.err
 
 
 def test_report_shows_one_run_or_several_side_by_side(pruned):

@@ -127,7 +127,19 @@ def test_every_mask_comes_back_whatever_way_is_the_smallest(kept: int, tmp_path:
 def test_a_file_of_nothing_is_no_bomb(tmp_path: Path):
     tensors = {"w.mask": torch.zeros(1, dtype=torch.uint8), "w.values": torch.zeros(0)}
     files.save_tensors(tmp_path / "w", tensors, "bitmask", {"layers": {"w": [[10**9], None]}, "aliases": {}})
-    with pytest.raises(UsageError, match="cannot have 1,000,000,000 weights"):
+    with pytest.raises(UsageError, match="cannot hold 1,000,000,000 weights"):
+        files.load(tmp_path / "w")
+    rows = {"w.crow": torch.zeros(2).int(), "w.col": torch.zeros(0).int(), "w.values": torch.zeros(0)}
+    files.save_tensors(tmp_path / "w", rows, "csr", {"layers": {"w": [[1, 2**28], 1]}, "aliases": {}})
+    with pytest.raises(UsageError, match="cannot hold 268,435,456 weights"):
+        files.load(tmp_path / "w")
+    every = {
+        f"{i}.{part}": value
+        for i in range(100)
+        for part, value in (("mask", torch.zeros(1).byte()), ("values", torch.zeros(0)))
+    }
+    files.save_tensors(tmp_path / "w", every, "bitmask", {"layers": {str(i): [[2**23], None] for i in range(100)}})
+    with pytest.raises(UsageError, match="cannot hold 838,860,800 weights"):  # together
         files.load(tmp_path / "w")
     for nested in ("[" * 200_000, "[1, 2]"):
         safetensors.torch.save_file({"w": torch.ones(2)}, tmp_path / "n", {"allot": nested})

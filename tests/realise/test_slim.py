@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 import allot
 from allot.errors import Stopped, UsageError, VerificationError
-from allot.realise.certificate import verify
+from allot.realise.certificate import sealed, verify
 from allot.realise.files import BITMASK, PLAIN, PLAN, SLIM, load, read
+from allot.realise.rows import digest
 from allot.realise.slim import load_slim
 from allot.result import Result
 from contract.cases import CASES, Attention, Convolutions
@@ -280,6 +281,10 @@ def test_an_edited_allocation_fails(run: Path, more: int):
     content = json.loads((run / "allocation.json").read_text())
     content["layers"]["pointwise"]["kept"] += more
     (run / "allocation.json").write_text(json.dumps(content))
+    assert ("allocation.json", "sha256") in {(r["file"], r["check"]) for r in verify(run)["rows"] if not r["passed"]}
+    certificate = json.loads((run / "certificate.json").read_text())
+    certificate["promised"]["files"]["allocation.json"] = digest(run / "allocation.json")
+    (run / "certificate.json").write_text(json.dumps(sealed(certificate), indent=2) + "\n")
     [row] = [row for row in verify(run)["rows"] if not row["passed"]]
     assert (row["check"], row["found"]) == ("kept per group", "pointwise")
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from allot.channels import ChannelPlan, slimmed
-from allot.errors import VerificationError
+from allot.errors import UsageError, VerificationError
 from allot.evaluate import attempt
 from allot.masks import write_into
-from allot.proof import tensors_in
+from allot.outputs import floats_in
 from allot.run import Candidate, Problem, repeatable
 
 TOLERANCE = 1e-4  # of the largest output: runtimes add in another order
@@ -20,19 +20,43 @@ SLIM_TOLERANCE = 1e-5  # the same, where PyTorch runs both
 
 
 def off(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """Largest difference over the largest wanted value; infinite where shapes differ or nothing is there to compare."""
-    if not wanted or [a.shape for a in found] != [b.shape for b in wanted]:
+    """Largest difference over the largest wanted value; infinite where shapes differ or nothing is there to compare.
+
+    What is infinite, or nan, in both is the same; nan where one of them has a number.
+    """
+    if not any(b.numel() for b in wanted) or [a.shape for a in found] != [b.shape for b in wanted]:
         return math.inf
     pairs = [(_real(a), _real(b)) for a, b in zip(found, wanted, strict=True) if b.numel()]
-    same = [a == b for a, b in pairs]  # infinite in both is the same
+    same = [(a == b) | (a.isnan() & b.isnan()) for a, b in pairs]
     scale = max((float(b[b.isfinite()].abs().max()) for _, b in pairs if bool(b.isfinite().any())), default=1.0) or 1.0
     apart = [torch.where(equal, 0.0, a - b).abs().max() for equal, (a, b) in zip(same, pairs, strict=True)]
-    return float(torch.stack(apart).max()) / scale if apart else 0.0  # nan in any is nan
+    return float(torch.stack(apart).max()) / scale  # nan in any is nan
 
 
 def allowed(outputs: Sequence[Tensor], tolerance: float = TOLERANCE) -> float:
     """How far off outputs may be, as a share of the largest: half precision adds up to what it can."""
     return max(tolerance, *(8 * float(torch.finfo(t.dtype).eps) for t in outputs if t.is_floating_point()), 0.0)
+
+
+def check_answers(
+    what: str, found: Sequence[Tensor], wanted: Sequence[Tensor], again: Callable[[], Sequence[Tensor]], near: float
+) -> float:
+    """How far off answers are, at most `near`.
+
+    Args:
+        what: what answered, and whose answers are wanted: "FILE answers otherwise than the model".
+        again: what the model answers where it draws other numbers at random.
+    Raises:
+        UsageError: nothing is there to compare, or the model answers otherwise with other draws.
+        VerificationError: they are off by more.
+    """
+    if not any(tensor.numel() for tensor in wanted):
+        raise UsageError("the model returns no tensor with numbers in it for such inputs: there is nothing to compare.")
+    if (error := off(found, wanted)) <= near:
+        return error
+    if not off(again(), wanted) <= near:
+        raise UsageError("the model draws at random in eval mode, and what was written draws otherwise: take that out.")
+    raise VerificationError(f"{what}: off by {error:.2g} of the largest.")
 
 
 def _real(tensor: Tensor) -> Tensor:
@@ -53,8 +77,10 @@ def check_slim(problem: Problem, candidate: Candidate) -> None:
     answers = []
     for model, own in ((problem.model, tensors), (slim, {})):
         with repeatable(problem.model, problem.seed, "slim"):
-            answers.append(list(tensors_in(attempt(model, inputs, own))))
+            answers.append(floats_in(attempt(model, inputs, own)))
     wanted, found = answers
+    if wanted and not any(tensor.numel() for tensor in (*wanted, *found)):
+        return  # a detector that finds nothing in these samples, whole or cut
     if not (error := off(found, wanted)) <= allowed(wanted, SLIM_TOLERANCE):
         raise VerificationError(
             f"the smaller net answers otherwise than the masked one, off by {error:.2g} of the largest output: its "

@@ -8,8 +8,8 @@ program, onnx, openvino, hf  see `allot.realise.forms`
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,14 @@ from allot.evaluate import attempt
 from allot.layers import Layer, Scope
 from allot.macs import measured
 from allot.masks import write_into
+from allot.outputs import cloned
 from allot.realise.clock import Beside, side_by_side
-from allot.realise.compare import SLIM_TOLERANCE, TOLERANCE, allowed, off
+from allot.realise.compare import SLIM_TOLERANCE, TOLERANCE, allowed, check_answers
 from allot.realise.files import BITMASK, CSR, PLAIN, PLAN, SLIM, csr, load, read, save_csr
-from allot.realise.filled import filled
-from allot.realise.forms import FORMS, Opened, apply, flat
-from allot.realise.probe import check_inputs, drawn, not_tensors, probe_of, save_probe
+from allot.realise.filled import filled, opened_with
+from allot.realise.forms import FORMS, Opened
+from allot.realise.places import placed
+from allot.realise.probe import check_inputs, drawn, not_tensors, save_probe
 from allot.realise.slim import load_slim
 from allot.realise.sparse import (
     converted,
@@ -57,12 +59,14 @@ def export(model: nn.Module, example: Any, path: str | Path, *, to: str | None =
         VerificationError: the file answers otherwise than the model.
     """
     path = Path(path)
-    if to is None:
-        to = form_of(path) or path.suffix
+    to = form_of(path) or path.suffix if to is None else to
+    if to not in FORMS:
+        raise unknown("form of export", to, FORMS)
     check_inputs(example)
-    opened, answers = reopened(model, example, path, to)
-    save_probe(path, to, opened, example, answers)
-    return opened
+    with placed(path, directory=not FORMS[to].ending) as place:
+        opened, answers = reopened(model, example, place, to)
+        save_probe(place, to, opened, example, answers)
+    return FORMS[to].open(path)
 
 
 def form_of(path: str | Path | None) -> str | None:
@@ -72,18 +76,20 @@ def form_of(path: str | Path | None) -> str | None:
 
 
 def reopened(model: nn.Module, example: Any, path: Path, to: str) -> tuple[Opened, list[Tensor]]:
-    """As `export`, without a probe; with the model's answers."""
-    if to not in FORMS:
-        raise unknown("form of export", to, FORMS)
+    """As `export`, where nothing is yet, and without a probe; with the model's answers."""
     form = FORMS[to]
-    if not form.ending and path.is_dir() and any(path.iterdir()) and not probe_of(path).exists():
-        raise UsageError(f"{path} holds other files: {to} takes a directory of its own.")
-    with torch.no_grad(), replacing(path) if form.ending else _replacing_directory(path) as temporary:
+
+    def ask(draw: int) -> list[Tensor]:
+        # each on a copy of its own: what a forward writes to stays out of the model, and out of the file
+        return Opened.module(copied(model).eval()).ask(example, draw=draw)
+
+    with torch.no_grad():
         try:
-            # each on a copy of its own: what a forward writes to stays out of the model, and out of the file
-            wanted = flat(apply(copied(model).eval(), example))
-            form.write(copied(model).eval(), example, temporary)
-            found = form.open(temporary).run(example)
+            wanted = ask(0)
+            with replacing(path) if form.ending else nullcontext(path) as place:
+                form.write(copied(model).eval(), cloned(example), place)
+            opened = form.open(path)
+            found = opened.ask(example)
         except (AllotError, OSError):
             raise
         except Exception as problem:
@@ -92,11 +98,8 @@ def reopened(model: nn.Module, example: Any, path: Path, to: str) -> tuple[Opene
                 first = first.__cause__
             said = (str(first).strip() or type(first).__name__).splitlines()[0]
             raise UsageError(f"{type(model).__name__} cannot be written as {to} for such inputs: {said}") from problem
-        if not wanted:
-            raise UsageError(f"{type(model).__name__} returns no tensor: there is nothing to compare.")
-        if not (error := off(found, wanted)) <= allowed(wanted):
-            raise VerificationError(f"{path} answers otherwise than the model: off by {error:.2g} of the largest.")
-    return form.open(path), wanted
+        check_answers(f"{path.name} answers otherwise than the model", found, wanted, lambda: ask(1), allowed(wanted))
+    return opened, wanted
 
 
 @dataclass
@@ -133,46 +136,56 @@ def exported(
         to: one of EVERY.
         out: the file (of slim, openvino and hf, a directory); None: beside the others in the run.
     Returns:
-        `{form, file, bytes, dense_bytes, limit, error, params, dense_params, macs, dense_macs, milliseconds: {dense,
-        sparse}, faster, spread, verdict, note}`: `limit` is the information limit of these weights in bytes, `error`
-        the largest difference of outputs from the run's masked model over their largest value, `faster` how many times
-        as fast as dense, `spread` from and to how many in half of the rounds, `verdict` "faster", "no faster" or
-        "slower".
+        `{form, file, inside, probe, bytes, dense_bytes, limit, error, params, dense_params, macs, dense_macs,
+        milliseconds: {dense, sparse}, faster, spread, verdict, note}`: `inside` is where the file is in the run, None
+        where it is elsewhere, `probe` whether a probe lies beside it, `limit` the information limit of these weights in
+        bytes, `error` the largest difference of outputs from the run's masked model over their largest value, `faster`
+        how many times as fast as dense, `spread` from and to how many in half of the rounds, `verdict` "faster",
+        "no faster" or "slower".
     Raises:
         UsageError: an unknown form, or one that this model or installation does not allow.
         VerificationError: what was written answers otherwise than the run's model, or takes other MACs than promised.
     """
     if to not in EVERY:
         raise unknown("form of export", to, EVERY)
+    if to in FORMS:
+        check_inputs(example)
+    if to == "hf" and (run / SLIM).exists():
+        raise UsageError(
+            "hf: a configuration of transformers says one width for all layers and cannot hold what is left of each: "
+            "slim and onnx hold the smaller model."
+        )
     dense, example = copied(dense).eval(), drawn(example)
     masked = copied(dense)
     write_into(masked, load(run))
     layers = [row["name"] for row in report["layers"]]
-    if to in FILES:
-        made = _file(dense, run, to, out)
-    elif to == "csr":
-        made = _csr(dense, masked, run, layers, example, out)
-    elif to == "2:4":
-        made, example, masked = _semi_structured(dense, masked, run, report, layers, example, out)
-    else:
-        made = _form(dense, masked, run, example, to, out)
-    with torch.no_grad():
-        wanted = flat(apply(masked, example))
-    near = allowed(wanted, made.near) if made.near else 0.0
-    if not (error := off(made.opened.run(example), wanted)) <= near:
-        raise VerificationError(
-            f"{made.file} answers otherwise than the run's model: off by {error:.2g} of the largest."
-        )
-    macs = _macs(made.model, example, layers) if made.macs is None else made.macs
-    slim = to in ("slim", *FORMS) and (run / SLIM).exists()
-    if slim and macs != report["macs"]["sparse"]:
-        raise VerificationError(f"{made.file} takes {macs:,} MACs; the run promised {report['macs']['sparse']:,}.")
-    if to in (*FILES, "csr") and not not_tensors(example):  # see `allot.realise.certificate.verify`
-        save_probe(made.file, to, made.opened, example, wanted)
-    taken = side_by_side(lambda: made.other.run(example), lambda: made.opened.run(example))
+    target = _target(run, to, out)
+    with nullcontext() if target is None else placed(target, directory=_ending(to) == "") as place:
+        if to == "2:4":
+            made, example, masked = _semi_structured(dense, masked, run, report, layers, example, place)
+        elif place is None or to in FILES:
+            made = _file(dense, run, to, place)
+        elif to == "csr":
+            made = _csr(dense, copied(masked), run, layers, example, place)
+        else:
+            made = _form(dense, masked, run, example, to, place)
+        wanted, error = _compared(made, masked, example)
+        macs = _macs(made.model, example, layers) if made.macs is None else made.macs
+        if to in ("slim", *FORMS) and (run / SLIM).exists() and macs != report["macs"]["sparse"]:
+            promised = f"{report['macs']['sparse']:,}"
+            raise VerificationError(f"{made.file.name} takes {macs:,} MACs; the run promised {promised}.")
+        probed = to != "2:4" and not not_tensors(example)  # see `allot.realise.certificate.verify`
+        if probed:
+            save_probe(made.file, to, made.opened, example, wanted, run)
+        file = target / made.file.relative_to(place) if target and place else made.file
+    ours, theirs = cloned(example), cloned(example)
+    taken = side_by_side(lambda: made.other.run(theirs), lambda: made.opened.run(ours))
+    inside = file.resolve().is_relative_to(run.resolve())
     return {
         "form": to,
-        "file": str(made.file),
+        "file": str(file),
+        "inside": str(file.resolve().relative_to(run.resolve())) if inside else None,
+        "probe": probed,
         "bytes": made.opened.bytes,
         "dense_bytes": made.other.bytes,
         "limit": report["bytes"]["limit"],
@@ -189,44 +202,70 @@ def exported(
     }
 
 
-def _file(dense: nn.Module, run: Path, to: str, out: Path | None) -> Made:
-    file = _copied_file(run, to, out)
+def _compared(made: Made, masked: nn.Module, example: Any) -> tuple[list[Tensor], float]:
+    """(what the masked model answers, how far off what was made is).
+
+    Raises:
+        UsageError: nothing can be compared.
+        VerificationError: it is off by more than it may.
+    """
+
+    def ask(draw: int) -> list[Tensor]:
+        return Opened.module(copied(masked)).ask(example, draw=draw)
+
+    wanted = ask(0)
+    near = allowed(wanted, made.near) if made.near else 0.0
+    said = f"{made.file.name} answers otherwise than the run's model"
+    return wanted, check_answers(said, made.opened.ask(example), wanted, lambda: ask(1), near)
+
+
+def _ending(to: str) -> str:
+    """Of the file that a form is; "" of one that is a directory."""
+    return FORMS[to].ending if to in FORMS else "" if to == "slim" else ".safetensors"
+
+
+def _target(run: Path, to: str, out: Path | None) -> Path | None:
+    """Where an export goes; None where it is the run's own file."""
+    own = FILES.get("bitmask" if to == "2:4" else to)
+    if own and (out is None or out.resolve() in ((run / own).resolve(), run.resolve())):
+        return None
+    return out or run / (CSR if to == "csr" else f"model{_ending(to)}" if _ending(to) else to)
+
+
+def _file(dense: nn.Module, run: Path, to: str, place: Path | None) -> Made:
+    file = _copied_file(run, to, place)
     sparse = filled(dense, file)
     other = Opened.module(dense, (run / PLAIN).stat().st_size)
-    return Made(
-        file, Opened.module(sparse, file.stat().st_size), other, sparse, SLIM_TOLERANCE if to == "slim" else 0.0
-    )
+    return Made(file, opened_with(sparse, file), other, sparse, SLIM_TOLERANCE if to == "slim" else 0.0)
 
 
-def _form(dense: nn.Module, masked: nn.Module, run: Path, example: Any, to: str, out: Path | None) -> Made:
-    file = out or run / (f"model{FORMS[to].ending}" if FORMS[to].ending else to)
-    slim = (run / SLIM).exists() and to != "hf"  # no configuration of transformers tells channels of single layers
-    sparse = load_slim(dense, run) if slim else masked
-    opened = export(sparse, example, file, to=to)
+def _form(dense: nn.Module, masked: nn.Module, run: Path, example: Any, to: str, place: Path) -> Made:
+    sparse = load_slim(dense, run) if (run / SLIM).exists() else masked
+    opened, _ = reopened(sparse, example, place, to)
     with tempfile.TemporaryDirectory() as folder:
         other, _ = reopened(dense, example, Path(folder) / f"dense{FORMS[to].ending}", to)
-    return Made(file, opened, other, sparse, TOLERANCE)
+    return Made(place, opened, other, sparse, TOLERANCE)
 
 
-def _csr(dense: nn.Module, masked: nn.Module, run: Path, names: list[str], example: Any, out: Path | None) -> Made:
-    file = out or run / CSR
+def _csr(dense: nn.Module, masked: nn.Module, run: Path, names: list[str], example: Any, place: Path) -> Made:
     layers = linear_layers(masked, names)
     faster = converted_beside(layers, masked, example, csr)
     chosen = [name for name, taken in faster.items() if taken.pays]
     state, about = read(run / PLAIN)
     state = {name: value for name, value in state.items() if name not in about["aliases"]}
-    save_csr(file, state, {key: about[key] for key in about if key not in ("format", "seal", "pad")}, chosen)
-    sparse = load_csr(dense, file)
+    save_csr(place, state, {key: about[key] for key in about if key not in ("format", "seal", "pad")}, chosen)
+    sparse = load_csr(dense, place)
     try:
-        attempt(sparse, example, {})
+        attempt(sparse, cloned(example), {})
     except Exception as error:  # fused kernels, like those of a transformer's encoder, take no sparse weights
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(f"{type(dense).__name__} does not run with sparse rows: {said}") from error
     nonzero = {name: int(torch.count_nonzero(layers[name].weight)) / layers[name].weight.numel() for name in chosen}
     macs = sum(round(nonzero.get(name, 1) * count) for name, count in _layer_macs(masked, example, names).items())
     other = Opened.module(dense, (run / PLAIN).stat().st_size)
-    opened = Opened.module(sparse, file.stat().st_size)
-    return Made(file, opened, other, sparse, TOLERANCE, macs, _chosen("sparse rows", faster, chosen))
+    return Made(
+        place, opened_with(sparse, place), other, sparse, TOLERANCE, macs, _chosen("sparse rows", faster, chosen)
+    )
 
 
 def _semi_structured(
@@ -236,14 +275,14 @@ def _semi_structured(
     report: Mapping[str, Any],
     names: list[str],
     example: Any,
-    out: Path | None,
+    place: Path | None,
 ) -> tuple[Made, Any, nn.Module]:
     """The run's model on the GPU in half precision; with it, the inputs and the masked model there."""
     if report["pattern"] != "2:4":
         raise UsageError(f"the run's pattern is {report['pattern']}: 2:4 takes runs of --pattern 2:4.")
     if not has_sparse_tensor_cores():
         raise UsageError("2:4 runs on a GPU with sparse tensor cores (compute capability 8.0): there is none here.")
-    file = _copied_file(run, "bitmask", out)
+    file = _copied_file(run, "bitmask", place)
     there, half, masked = (each.to("cuda", torch.float16) for each in (copied(masked), copied(dense), masked))
     example = moved(example, torch.device("cuda"), torch.float16)
     faster = converted_beside(linear_layers(there, names), there, example, semi_structured)
@@ -262,20 +301,6 @@ def _chosen(what: str, taken: Mapping[str, Beside], chosen: list[str]) -> str:
     best = max(taken, key=lambda name: taken[name].faster)
     times = f"{taken[best].faster:.2f}x, {best}"
     return f"{len(chosen)} of {len(taken)} linear layers are faster as {what} here; at best {times}"
-
-
-@contextmanager
-def _replacing_directory(path: Path) -> Iterator[Path]:
-    """A temporary directory whose files take their places in `path` when the block ends well."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
-            yield Path(folder)
-            path.mkdir(exist_ok=True)
-            for file in Path(folder).iterdir():
-                file.replace(path / file.name)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror or error}.") from error
 
 
 def _copied_file(run: Path, to: str, out: Path | None) -> Path:
@@ -314,5 +339,5 @@ def _layer_macs(model: nn.Module, example: Any, names: list[str]) -> dict[str, i
     shapes = shapes_of(model)
     # the projections of an attention with fewer heads are no layer that could be pruned again
     layers = tuple(known.get(name, Layer(name, tuple(shapes[name]), "attention_in")) for name in names)
-    counted = measured(replace(scope, layers=layers), model, lambda: attempt(model, example, {}))
+    counted = measured(replace(scope, layers=layers), model, lambda: attempt(model, cloned(example), {}))
     return {layer.name: layer.macs or 0 for layer in counted}

@@ -32,7 +32,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -41,28 +40,26 @@ from torch import Tensor, nn
 from allot.budget import Budget
 from allot.channel_budget import ChannelBudget
 from allot.channels import ChannelPlan, Group
-from allot.costs import low_bits, mask_bits
 from allot.errors import UsageError
 from allot.layers import Scope
+from allot.realise.bits import packed, positions_in
 from allot.store import replacing
 
 PLAIN, BITMASK = "model.safetensors", "model.bitmask.safetensors"
 SLIM, PLAN = "model.slim.safetensors", "channels.json"
 CSR = "model.csr.safetensors"
 TABLES = "latency.json"  # where time was limited
+ALLOCATION, CERTIFICATE, REPORT = "allocation.json", "certificate.json", "report.json"
+PROMISED = (PLAIN, BITMASK, SLIM, PLAN, TABLES, ALLOCATION)  # what a certificate may name
+OWN = (*PROMISED, CERTIFICATE, REPORT, "report.html", "run.json", "recipe.yaml", "steps.jsonl")  # what a run is made of
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 
-MOST_PER_BYTE = 10**6  # weights that a byte of a file may stand for: a file of nothing is no bomb
 _UNSEALED = "0" * 64
 _MARK = b'\\"seal\\":\\"'  # JSON in a text of JSON
 _ASKED = 32  # characters of a limit, as the user wrote it, that the metadata holds
-
-
-Bits = np.ndarray[Any, np.dtype[np.bool_]]
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 @dataclass(frozen=True)
@@ -146,9 +143,9 @@ def save_bitmask(path: Path, state: Mapping[str, Tensor], said: Mapping[str, Any
             continue
         flat = value.detach().cpu().flatten()
         mask = flat != 0
-        packed = _packed(mask.numpy())
-        if packed.size + int(mask.sum()) * value.element_size() < _nbytes(value):
-            tensors[name + ".mask"] = torch.from_numpy(packed)
+        bits = packed(mask.numpy())
+        if bits.size + int(mask.sum()) * value.element_size() < _nbytes(value):
+            tensors[name + ".mask"] = torch.from_numpy(bits)
             tensors[name + ".values"] = flat[mask]
         else:
             tensors[name] = value
@@ -238,6 +235,9 @@ def unfolded(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]
     try:
         shapes = about.get("layers", {})
         state: dict[str, Tensor] = {}
+        smaller = {name.rpartition(".")[0] for name in tensors if name.endswith((".mask", ".crow"))} & shapes.keys()
+        if (total := sum(abs(math.prod(shapes[name][0])) for name in smaller)) > most_weights(path.stat().st_size):
+            raise UsageError(f"{path} is damaged: so small a file cannot hold {total:,} weights.")
         for name, value in tensors.items():
             stem, _, part = name.rpartition(".")
             if stem not in shapes or part not in ("mask", "values", "crow", "col"):
@@ -275,49 +275,18 @@ def stored(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, about
 
 
+def most_weights(size: int) -> int:
+    """How many weights a file of so many bytes may stand for: a file of nothing is no bomb."""
+    return 2**26 + 10**4 * size
+
+
 def _unpacked(path: Path, name: str, shape: list[int], mask: Tensor, values: Tensor | None) -> Tensor:
     total = math.prod(shape)
-    if total > MOST_PER_BYTE * path.stat().st_size:
-        raise UsageError(f"{path} is damaged: {name} cannot have {total:,} weights in so small a file.")
-    if values is None or (positions := _positions(mask.numpy(), total, len(values))) is None:
+    if values is None or (positions := positions_in(mask.numpy(), total, len(values))) is None:
         raise UsageError(f"{path} is damaged: mask and values of {name} do not belong together.")
     flat = torch.zeros(total, dtype=values.dtype)
     flat[torch.from_numpy(positions)] = values
     return flat.view(shape)
-
-
-def _packed(mask: Bits) -> Bytes:
-    """The smallest mask: see the top of this file."""
-    total, positions = mask.size, np.flatnonzero(mask)
-    kept, low = positions.size, low_bits(mask.size, positions.size)
-    if _mask_bytes(total, kept) == -(-total // 8):
-        return np.packbits(mask)
-    lowest = (positions[:, None] >> np.arange(low - 1, -1, -1)) & 1  # [kept, low]
-    unary = np.zeros(kept + ((total - 1) >> low) + 1, dtype=bool)
-    unary[(positions >> low) + np.arange(kept)] = True
-    return np.packbits(np.concatenate([lowest.astype(bool).ravel(), unary]))
-
-
-def _positions(packed: Bytes, total: int, kept: int) -> np.ndarray[Any, np.dtype[np.int64]] | None:
-    """Where the weights of a mask are; None where it is no mask of `kept` of `total`."""
-    bits = np.unpackbits(packed)
-    if packed.size == -(-total // 8):
-        positions = np.flatnonzero(bits)
-    elif packed.size != _mask_bytes(total, kept):
-        return None
-    else:
-        low = low_bits(total, kept)
-        ones = np.flatnonzero(bits[kept * low :])
-        if ones.size != kept:
-            return None
-        lowest = bits[: kept * low].reshape(kept, low) @ (1 << np.arange(low - 1, -1, -1))
-        positions = ((ones - np.arange(kept)) << low) + lowest
-    ascending = bool((np.diff(positions) > 0).all()) and (not positions.size or positions[-1] < total)
-    return positions if positions.size == kept and ascending else None
-
-
-def _mask_bytes(total: int, kept: int) -> int:
-    return -(-int(mask_bits(total, kept)) // 8)
 
 
 def _plain_size(state: Mapping[str, Tensor], said: Mapping[str, Any]) -> int:
@@ -363,8 +332,16 @@ def _save(path: Path, tensors: dict[str, Tensor], about: str) -> None:
             file.write(seal.encode())
 
 
+def marked(path: Path) -> bool:
+    """Whether any of what allot writes into a file's header is there, whatever else became of the file."""
+    with path.open("rb") as file:
+        head = file.read(8)
+        head += file.read(min(int.from_bytes(head, "little"), 10**8))
+    return any(mark in head for mark in (b'"allot":"{', _MARK, b'\\"pad\\":\\"'))
+
+
 def untouched(path: Path) -> bool:
-    """Whether a file that allot wrote is as it was written, to the last bit."""
+    """Whether a file that allot wrote is as it was written, to the last bit: one without its seal is not."""
     seal, start = _seal(path)
     with path.open("rb") as file:
         file.seek(start)

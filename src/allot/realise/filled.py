@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from allot.realise.files import read
+from allot.realise.forms import Opened
 from allot.realise.slim import load_slim
 from allot.realise.sparse import into, load_csr
 
@@ -21,3 +24,19 @@ def filled(model: nn.Module, path: Path) -> nn.Module:
     if about.get("format") == "slim":
         return load_slim(model, path)
     return load_csr(model, path) if about.get("format") == "csr" else into(model, path, state)
+
+
+def opened_with(model: nn.Module, path: Path) -> Opened:
+    """The file as a model that was filled from it runs; its weights are what the file holds, with no model at all."""
+    return replace(Opened.module(model, path.stat().st_size), weights=lambda: weights_of(path))
+
+
+def weights_of(path: Path) -> Iterator[Tensor]:
+    """Every floating-point tensor of two dimensions or more in a file, tied ones once.
+
+    Raises:
+        UsageError: no such file, or a damaged one.
+    """
+    state, about = read(path)
+    once = (tensor for name, tensor in state.items() if name not in about.get("aliases", {}))
+    return (tensor for tensor in once if tensor.is_floating_point() and tensor.dim() > 1)

@@ -14,9 +14,7 @@ import io
 import json
 import logging
 import math
-import re
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from allot.errors import UsageError
 from allot.masks import as_arguments
+from allot.outputs import cloned, tensors_in
+from allot.realise.program import checked_program, stripped
 
 log = logging.getLogger("allot")
 PROBE = "allot.probe.safetensors"  # in a directory that was exported, see `allot.realise.probe`
@@ -51,13 +51,22 @@ class Opened:
     weights: Callable[[], Iterator[Tensor]]
     macs: Callable[[Any], int]
 
+    def ask(self, example: Any, *, draw: int = 0) -> list[Tensor]:
+        """What it answers, the inputs untouched; what PyTorch draws at random on the way is numbered by `draw`."""
+        devices = {tensor.device for tensor in tensors_in(example) if tensor.is_cuda}
+        with torch.random.fork_rng(devices=list(devices)):
+            torch.default_generator.manual_seed(draw)  # torch.manual_seed notes a trace for every kind of device
+            if devices:
+                torch.cuda.manual_seed_all(draw)
+            return self.run(cloned(example))
+
     @classmethod
     def module(cls, model: Callable[..., Any], size: int = 0) -> Opened:
         """What PyTorch runs."""
 
         def run(example: Any) -> list[Tensor]:
             with torch.no_grad():
-                return flat(apply(model, example))
+                return list(tensors_in(apply(model, example)))
 
         def weights() -> Iterator[Tensor]:
             assert isinstance(model, nn.Module)
@@ -67,7 +76,7 @@ class Opened:
         def macs(example: Any) -> int:
             # what is fused is not counted: with gradients, and by plain mathematics, less is
             with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-                apply(model, example)
+                apply(model, cloned(example))
             return counter.get_total_flops() // 2
 
         return cls(run, size, weights, macs)
@@ -88,15 +97,6 @@ def apply(model: Callable[..., Any], example: Any) -> Any:
     return model(*args, **kwargs)
 
 
-def flat(output: Any) -> list[Tensor]:
-    """The tensors of an output, of whatever type, in order."""
-    if isinstance(output, Tensor):
-        return [output]
-    if isinstance(output, Mapping):
-        return [tensor for part in output.values() for tensor in flat(part)]
-    return [tensor for part in output for tensor in flat(part)] if isinstance(output, tuple | list) else []
-
-
 def files_of(path: Path) -> list[Path]:
     """The file itself, or all files in a directory but the probe of an export, in order."""
     if not path.is_dir():
@@ -112,8 +112,7 @@ def size_of(path: Path) -> int:
 def _write_program(model: nn.Module, example: Any, path: Path) -> None:
     args, kwargs = as_arguments(example)
     with quiet():
-        program = _captured(model, args, kwargs)
-        program.example_inputs = None  # they are all that would be pickled
+        program = stripped(_captured(model, args, kwargs))
         buffer = io.BytesIO()  # save looks at the ending of a path
         torch.export.save(program, buffer)
     path.write_bytes(buffer.getvalue())
@@ -121,33 +120,8 @@ def _write_program(model: nn.Module, example: Any, path: Path) -> None:
 
 def _open_program(path: Path) -> Opened:
     content = path.read_bytes()
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        _refuse_pickles(path, archive)
     with quiet():
-        return Opened.module(torch.export.load(io.BytesIO(content)).module(), len(content))
-
-
-def _refuse_pickles(path: Path, archive: zipfile.ZipFile) -> None:
-    """Let through what `_write_program` writes and nothing else: where torch.export.load can unpickle, it does.
-
-    Raises:
-        UsageError: an entry that may hold pickled objects.
-    """
-    names = archive.namelist()
-    for name in names:
-        inner = name.partition("/")[2]
-        known = (
-            re.fullmatch(r"models/\w+\.json|(\.data/)?(version|archive_format|archive_version|byteorder|serialization_id)"
-                         r"|data/weights/weight_\d+|data/constants/tensor_\d+|\.data/\w+", inner)
-            or (re.fullmatch(r"data/sample_inputs/\w+\.pt", inner) and not archive.getinfo(name).file_size)
-        )  # fmt: skip
-        if inner.endswith("_config.json"):
-            held = json.loads(archive.read(name))["config"].values()
-            known = all(
-                each["use_pickle"] is False and re.fullmatch(r"(weight|tensor)_\d+", each["path_name"]) for each in held
-            )
-        if not known or names.count(name) > 1:
-            raise UsageError(f"{path} may hold pickled objects in {name}: it is not opened.")
+        return Opened.module(torch.export.load(checked_program(path, content)).module(), len(content))
 
 
 def _write_onnx(model: nn.Module, example: Any, path: Path) -> None:

@@ -20,6 +20,7 @@ from allot.channels import copied
 from allot.errors import UsageError
 from allot.masks import write_into
 from allot.observe import hooked
+from allot.outputs import cloned
 from allot.realise.clock import Beside, side_by_side
 from allot.realise.files import csr, stored, unfolded
 from allot.realise.forms import apply
@@ -73,7 +74,7 @@ def inputs_of(layers: Mapping[str, nn.Linear], model: nn.Module, example: Any) -
     with ExitStack() as stack, torch.no_grad():
         for name, layer in layers.items():
             stack.enter_context(hooked(layer, _keeping(inputs, name)))
-        apply(model, example)
+        apply(model, cloned(example))
     return inputs
 
 

@@ -132,7 +132,7 @@ def certificate_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     for row in rows:
         passed = Text("pass", style="green") if row["passed"] else Text("FAIL", style="bold red")
         promised, found = (short(row[key]) for key in ("promised", "found"))
-        table.add_row(escape(row["file"]), row["check"], escape(promised), escape(found), passed)
+        table.add_row(escape(row["file"]), escape(row["check"]), escape(promised), escape(found), passed)
     return table
 
 
