@@ -112,7 +112,9 @@ def lines(
     if not paths:
         return ""
     every = [p for _, points in paths for p in points]
-    frame = _Frame.around([*every, *((every[0][0], level) for level in _some(limit))], air=(0, 0.05), base=base)
+    named = ends and len(paths) > 1
+    levels = [(every[0][0], level) for level in _some(limit)]
+    frame = _Frame.around([*every, *levels], air=(0, 0.12 if named else 0.05), base=base)
     drawn = []
     for line, points in paths:
         path = " ".join(f"{frame.x(a)},{frame.y(b)}" for a, b in points)
@@ -120,7 +122,7 @@ def lines(
         drawn.append(f'<polyline class="line" points="{path}"{colour}><title>{escape(line.name)}</title></polyline>')
     if limit is not None:
         drawn.append(frame.across(limit))
-    if ends and len(paths) > 1:
+    if named:
         drawn += _named(frame, paths)
     return _svg(frame.axes(x, y) + "".join(drawn), f"{y} over {x}")
 

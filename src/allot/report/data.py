@@ -41,7 +41,8 @@ def report(
     sentence, empty of one that is the user's own; `compute` the choices about memory and speed that are not the usual
     ones; `settings` what else decides a run that was saved: its recipe's other keys, hyperparameters, digest of the
     model. `latency` is null where time was not limited. `unreadable` counts calibration samples that were left out.
-    `exports` are what `allot export` adds. `diagnostics` is what methods tell about how they came to their result, by method.
+    `exports` are what `allot export` adds. `diagnostics` is what methods tell about how they came to their result, by
+    method.
     """
     budget, kept = problem.budget, candidate.allocation.kept
     sizes = budget.sizes(kept)

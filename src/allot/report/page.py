@@ -107,6 +107,7 @@ def comparison_page(reports: Labelled, failed: Sequence[Report] = ()) -> str:
     for label, report in reports:
         with needed(label):
             rows.append(_row(label, report, groups))
+            _summary(Same(label, 0, "", (report,)))  # what this one lacks is said of this one
     with needed(", ".join(label for label, _ in reports)):
         return _template("comparison.html").render(
             rows=rows,

@@ -139,8 +139,8 @@ _DEEP = ("hyperparameters", "digest", "dense score")  # said only where nothing 
 def facets_of(report: Report) -> Facets:
     """Everything that decided a run but budget and seed, by name, as JSON; what was left alone is not there."""
     scores = report["scores"] or {}
-    found = {key: report[key] for key in ("model", "method", *_CHAIN)}
-    found |= flat(report.get("settings", {}))
+    found: dict[str, Any] = {key: str(report[key]) for key in ("model", "method", "allocate", "score", "pattern")}
+    found |= {"repair": [str(name) for name in report["repair"]], **flat(report.get("settings", {}))}
     found |= {"metric": scores.get("metric"), "test samples": scores.get("samples"), "dense score": scores.get("dense")}
     return {key: json.dumps(value, sort_keys=True) for key, value in found.items() if value not in (None, {}, [], "")}
 
@@ -188,7 +188,8 @@ def _words(facets: Facets, shown: Sequence[str]) -> Iterator[str]:
             yield f"repair {'+'.join(json.loads(facets.get(key, '[]'))) or 'none'}"
         elif key in facets and key != "model":
             value = json.loads(facets[key])
-            yield f"{key.removeprefix('options.')} {value if isinstance(value, str) else json.dumps(value)}"
+            said = value if isinstance(value, str) else json.dumps(value)
+            yield f"{key.removeprefix('options.').removeprefix('hyperparameters.')} {said}"
 
 
 def _metric(report: Report) -> str | None:
