@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -292,3 +293,23 @@ def test_what_is_folded_away_is_printed(runs: dict[str, Path], without: str, tmp
     pages = [run_page(report(runs["erk"]), {"rows": [row] * n, "passed": True}, "", []) for n in (1, 200)]
     few, many = (sheets(re.sub(without, "", page, flags=re.DOTALL), tmp_path) for page in pages)
     assert many >= few + 3
+
+
+CLIPPED = """
+  const wide = [...document.querySelectorAll("table")].filter(table => table.getBoundingClientRect().right > 720);
+  return wide.map(table => table.rows[0].textContent);"""
+
+
+@in_a_browser
+@pytest.mark.parametrize("kind", ["fcpts", "dsa", "several"])
+def test_no_table_is_wider_than_paper(runs: dict[str, Path], kind: str, tmp_path: Path):
+    """An A4 sheet with the browser's margins is 720 pixels wide."""
+    told = {**report(runs["dsa" if kind == "dsa" else "fcpts"]), "scores": SCORES, "exports": [EXPORT | FAST]}
+    text = json.dumps(told)
+    for row in told["layers"] if kind != "dsa" else []:
+        text = text.replace(f'"{row["name"]}"', f'"blocks.3.attention.{row["name"]}"')
+    told = json.loads(text)
+    several = [(f"runs/sweep/fcpts/sparsity=0.95/seed-{i}", {**told, "seed": i}) for i in range(2)]
+    page = comparison_page(several) if kind == "several" else run_page(told, DENSE, "", [])
+    found, _ = browsed(page.replace("@media print", "@media all"), tmp_path, width=720, probe=CLIPPED)
+    assert found == []
