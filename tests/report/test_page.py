@@ -267,6 +267,7 @@ NOTES = """
   const table = document.querySelectorAll("table.sortable")[1], heads = [...table.querySelectorAll("th")];
   const cells = () => [...table.tBodies[0].rows].map(row => [row.cells[0].textContent, row.cells[1].textContent]);
   const found = {}; for (const i of [0, 1, 3]) { heads[i].click(); found[i] = cells(); }
+  heads[3].click(); found.up = cells();
   const clipped = [...document.querySelectorAll(".wide")].filter(box => box.scrollWidth > box.clientWidth + 1).length;
   return {found, clipped};"""
 
@@ -281,7 +282,7 @@ def test_notes_stay_with_the_exports_that_they_are_about(runs: dict[str, Path], 
     page = run_page({**report(runs["erk"]), "exports": rows}, DENSE, "", [])
     found, said = browsed(page, tmp_path, probe=NOTES)
     size, name = {"a": "1,000", "b": "9", "c": "50"}, {"a": "a", "b": "bsays b", "c": "csays c"}
-    for column, order in ((0, "cba"), (1, "acb"), (3, "abc")):  # what has no limit comes last
+    for column, order in ((0, "cba"), (1, "acb"), (3, "abc"), ("up", "bac")):  # what has no limit comes last
         assert found["found"][str(column)] == [[name[one], size[one]] for one in order]
     assert "CONSOLE" not in said and found["clipped"] == 0
 

@@ -10,7 +10,7 @@ from html import escape
 
 WIDTH, HEIGHT = 480, 240
 RIGHT, TOP, BOTTOM = 18, 10, 40
-LETTER = 7  # pixels, about, that a character of a label takes
+LETTER = 8  # pixels, about, that a character of a label takes
 NAMED = 30  # most characters of a name in a chart
 
 
