@@ -1,7 +1,8 @@
-"""Screenshots of report.html: `python -m benchmarks.screens` (five minutes on two cores, and Chromium).
+"""Screenshots of report.html: `python -m benchmarks.screens` (three minutes on two cores, and Chromium).
 
-One run, and a sweep of three budgets, two methods and two seeds side by side, as wide as a telephone and a desk, into
-docs/pictures. The sweep is kept in runs/screens: an interrupted command goes on.
+One run, and six side by side, as wide as a telephone and a desk, into docs/pictures. The six are a sweep of three
+budgets and two methods with one seed, so that there are lines to see; error bars take several seeds. It is kept in
+runs/six: an interrupted command goes on.
 """
 
 from __future__ import annotations
@@ -48,10 +49,10 @@ def screenshot(page: Path, width: int, height: int, out: Path) -> None:
 def main() -> None:
     """Run the sweep, take the pictures."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.screens", description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=Path, default=Path("runs/screens"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/six"))
     parser.add_argument("--out", type=Path, default=Path("docs/pictures"))
     options = parser.parse_args()
-    cells = cells_of(("erk", "fcpts"), BUDGETS, 2)
+    cells = cells_of(("erk", "fcpts"), BUDGETS, 1)
     data, test = zoo.data(NET, "calibration"), zoo.data(NET, "test")
     sweep(zoo.model(NET), data, cells, options.runs, test=test, label=f"zoo:{NET}")
     pages = {"run": options.runs / "fcpts/sparsity=0.95/seed-0/report.html", "runs": options.runs / "report.html"}

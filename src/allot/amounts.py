@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
@@ -64,6 +65,11 @@ class Amount:
             if value < 1 or (value.denominator != 1 and suffix == ""):
                 raise BudgetError(f"{kind}={given} is not a whole number of {unit(kind)}. {_ACCEPTED[kind]}")
         return cls(value, relative)
+
+
+def meaning(asked: Mapping[str, float | int | str]) -> frozenset[tuple[str, Amount]]:
+    """What limits, by kind, are whatever they are written like: 0.9, 0.90 and 90% of sparsity are one."""
+    return frozenset((kind, Amount.read(kind, given)) for kind, given in asked.items())
 
 
 _ACCEPTED = {

@@ -144,14 +144,17 @@ class Budget:
 
         0 for a layer that is stored dense in a bytes budget: its last weights are free.
         """
-        nearest = max(self.limits, key=lambda limit: self.cost(limit.kind, kept) / max(limit.ceiling, 1))
-        price = REAL_PRICES[nearest.kind]
+        price = REAL_PRICES[self.binding(kept)]
 
         def of(term: Term) -> float:
             low = max(kept[term.name] - term.step, 0)
             return (price(term, low + term.step) - price(term, low)) / term.step
 
         return {term.name: of(term) for term in self.terms}
+
+    def binding(self, kept: Mapping[str, int]) -> str:
+        """The kind of the limit that `kept` is nearest to using up."""
+        return max(self.limits, key=lambda limit: self.cost(limit.kind, kept) / max(limit.ceiling, 1)).kind
 
     def cost(self, kind: str, kept: Mapping[str, int]) -> int:
         """What `kept` weights per layer cost: weights, MACs (rounded up) or bytes."""

@@ -169,9 +169,13 @@ class ChannelBudget:
         """Cost over limit, of the limit that is nearest to being broken, or broken most."""
         return max(float(self.real_cost(limit.kind, kept)) / max(limit.ceiling, 1) for limit in self.limits)
 
+    def binding(self, kept: Mapping[str, int]) -> str:
+        """The kind of the limit that `kept` is nearest to using up."""
+        return max(self.limits, key=lambda limit: self.cost(limit.kind, kept) / max(limit.ceiling, 1)).kind
+
     def prices(self, kept: Mapping[str, int]) -> dict[str, float]:
         """What the last channels of each group cost, each, in units of the limit that `kept` is nearest to using up."""
-        tightest = max(self.limits, key=lambda limit: self.cost(limit.kind, kept) / max(limit.ceiling, 1)).kind
+        tightest = self.binding(kept)
         whole = self.real_cost(tightest, kept)
 
         def of(term: Term) -> float:

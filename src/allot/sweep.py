@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
+from allot.amounts import meaning
 from allot.budget import Budget
 from allot.errors import BudgetError, PatternError, UsageError
 from allot.evaluate import evaluate
@@ -29,6 +31,8 @@ from allot.prune import prune
 from allot.report.page import comparison_page
 from allot.shares import led
 from allot.store import write
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Cell:
 
 
 def budgets_of(texts: Sequence[str]) -> list[str]:
-    """Budgets to try: `sparsity=0.5,0.9` is two, `macs=50% and bytes=3MB` is one.
+    """Budgets to try: `sparsity=0.5,0.9` is two, `macs=50% and bytes=3MB` is one, and so is `sparsity=0.9,90%`.
 
     Raises:
         BudgetError: a limit that cannot be read.
@@ -57,14 +61,16 @@ def budgets_of(texts: Sequence[str]) -> list[str]:
             if "=" in part:
                 kind = part.partition("=")[0].strip()
             found.append(part if "=" in part else f"{kind}={part}")
-    for budget in found:
-        Budget.parse(budget)
-    return list(dict.fromkeys(found))
+    return _distinct(found, _meaning)
 
 
 def cells_of(methods: Sequence[str], budgets: Sequence[str], seeds: int) -> list[Cell]:
-    """Every cell, in the order in which a first comparison is there soonest: seed by seed."""
-    return [Cell(method, budget, seed) for seed in range(seeds) for budget in budgets for method in methods]
+    """Every cell once, in the order in which a first comparison is there soonest: seed by seed.
+
+    Raises:
+        BudgetError: a budget that cannot be read.
+    """
+    return _once([Cell(method, budget, seed) for seed in range(seeds) for budget in budgets for method in methods])
 
 
 def sweep(
@@ -87,8 +93,9 @@ def sweep(
         seeds of a method at a budget, mean and standard deviation.
     Raises:
         UsageError, Stopped: as `prune`; the same call goes on.
+        BudgetError: a budget that cannot be read.
     """
-    out = Path(out)
+    out, cells = Path(out), _once(cells)
     if not cells:
         raise UsageError("a sweep of no cells: methods, budgets and a number of seeds are accepted.")
     options = dict(settings.pop("options", None) or {})
@@ -128,8 +135,25 @@ def sweep(
     led(lambda: write(out / "results.json", json.dumps(table, indent=2) + "\n"))
     if not reports:
         raise UsageError(f"no cell met its budget; the first: {rows[0]['error']}")
-    led(lambda: write(out / "report.html", comparison_page(reports)))
+    failed = [row for row in rows if "error" in row]
+    led(lambda: write(out / "report.html", comparison_page(reports, failed=failed)))
     return table
+
+
+def _meaning(budget: str) -> frozenset[Any]:
+    return meaning(Budget.parse(budget).asked)
+
+
+def _once(cells: Sequence[Cell]) -> list[Cell]:
+    """Without those that say again, in other words or not, what an earlier one does."""
+    return _distinct(cells, lambda cell: (cell.method, _meaning(cell.budget), cell.seed))
+
+
+def _distinct(some: Iterable[T], key: Callable[[T], Any]) -> list[T]:
+    found: dict[Any, T] = {}
+    for one in some:
+        found.setdefault(key(one), one)
+    return list(found.values())
 
 
 def own_options(method: str, options: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,7 +191,7 @@ def _means(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     pairs = dict.fromkeys((row["budget"], row["method"]) for row in rows)
     for budget, method in pairs:
         own = [row for row in rows if (row["budget"], row["method"]) == (budget, method)]
-        scores = [row["score"] for row in own if row.get("score") is not None]
+        scores = [row["score"] for row in own if row.get("score") is not None and math.isfinite(row["score"])]
         yield {
             "budget": budget,
             "method": method,

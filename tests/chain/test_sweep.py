@@ -172,6 +172,7 @@ def test_a_cell_that_cannot_be_met_is_a_row_and_not_the_end(tmp_path: Path):
     cells = cells_of(("erk",), ("sparsity=0.5", "bytes=10"), 1)
     table = sweep(CASE.make(), CASE.inputs(16), cells, tmp_path, batch_size=8)
     assert "bytes=10 allows 10 bytes" in table["cells"][1]["error"] and table["means"][1]["failed"] == 1
+    assert "erk, bytes=10, seed 0: bytes=10 allows 10 bytes" in (tmp_path / "report.html").read_text()
     with pytest.raises(UsageError, match="no cell met its budget"):
         sweep(CASE.make(), CASE.inputs(16), cells[1:], tmp_path / "none", batch_size=8)
 
@@ -187,6 +188,8 @@ def test_a_finished_sweep_asked_otherwise_is_refused(tmp_path: Path):
     [
         (["sparsity=0.5,0.8"], ["sparsity=0.5", "sparsity=0.8"]),
         (["macs=50%", "sparsity=0.9,0.9"], ["macs=50%", "sparsity=0.9"]),
+        (["sparsity=0.9,0.90,90%", "sparsity=0.5"], ["sparsity=0.9", "sparsity=0.5"]),
+        (["macs=50% and bytes=3MB", "bytes=3000kB and macs=0.5e2%"], ["macs=50% and bytes=3MB"]),
         (["macs=50% and bytes=3MB,bytes=1MB"], ["macs=50% and bytes=3MB", "bytes=1MB"]),
     ],
 )
@@ -197,6 +200,19 @@ def test_limits_are_read_as_several_budgets(texts: list[str], wanted: list[str])
 def test_a_limit_that_is_none_is_refused_before_anything_runs():
     with pytest.raises(BudgetError):
         budgets_of(["sparsity=0.5,1.5"])
+
+
+def test_a_cell_that_is_asked_for_twice_is_one_cell(tmp_path: Path):
+    cells = cells_of(("erk", "erk"), ("sparsity=0.9", "sparsity=90%"), 2)
+    assert cells == [Cell("erk", "sparsity=0.9", 0), Cell("erk", "sparsity=0.9", 1)]
+    table = sweep(CASE.make(), None, [*cells, Cell("erk", "sparsity=0.90", 0)], tmp_path, repair="none")
+    assert [mean["seeds"] for mean in table["means"]] == [2] and len(table["cells"]) == 2
+
+
+def test_a_score_that_is_no_number_is_in_no_mean():
+    rows = [{"budget": "b", "method": "m", "score": score} for score in (0.5, float("nan"), 0.7)]
+    (mean,) = sweeping._means(rows)
+    assert mean["score"] == pytest.approx(0.6) and mean["spread"] == pytest.approx(0.02**0.5)
 
 
 def test_every_cell_has_a_directory_of_its_own():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,33 @@ def test_every_run_has_a_page_and_several_have_one_together():
     done("report RUN0 RUN1 --out both.html --json")
     assert Path("both.html").read_text() == Path("report.html").read_text()
     assert "cannot write" in refused("report RUN0 RUN1 --out nowhere/both.html")
+
+
+def test_a_run_that_cannot_be_shown_is_named_in_one_line():
+    done(f"prune {MLP} --data {SAMPLES} --budget sparsity=0.5 --repair none --out RUN")
+    done(f"prune {MLP} --data {SAMPLES} --budget sparsity=0.5 --repair none --seed 1 --out OTHER")
+    whole = Path("RUN/report.json").read_text()
+    for text in ("{}", "[]", json.dumps({**json.loads(whole), "layers": 5})):
+        Path("RUN/report.json").write_text(text)
+        for line in ("report RUN", "report RUN OTHER"):
+            assert "report.json of RUN does not hold what a report needs" in refused(line)
+    Path("RUN/report.json").write_text(whole)
+    done("report RUN RUN")
+    assert "<h1>One run</h1>" in Path("report.html").read_text()
+    certificate = Path("RUN/certificate.json").read_text()
+    Path("RUN/certificate.json").write_text("5")
+    assert "RUN/certificate.json cannot be read" in refused("report RUN")
+    Path("RUN/certificate.json").write_text(certificate)
+    with Path("RUN/steps.jsonl").open("ab") as steps:
+        steps.write(b"\xff\n5\n")
+    done("report RUN")
+
+
+def test_the_page_counts_the_checks_that_the_terminal_counts():
+    said = done(f"prune {MLP} --data {SAMPLES} --budget sparsity=0.5 --repair none --out RUN").err
+    count = re.search(r"certificate: (\d+) checks", said)[1]
+    assert f"{count} checks of the re-opened files passed" in Path("RUN/report.html").read_text()
+    assert len(done("verify RUN --json").json["rows"]) == int(count)
 
 
 def test_an_export_is_a_row_of_the_page():

@@ -4,68 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
-from html.parser import HTMLParser
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import allot
-from allot.report.charts import Line, Mark, histogram, lines, marks
-from allot.report.page import comparison_page, run_page
+from allot.errors import UsageError
+from allot.realise.certificate import verify
+from allot.report.page import comparison_page, run_page, write_run
 from contract.cases import CASES
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-in_a_browser = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium here: report.html is not looked at in a browser"
-)
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One run on single weights that learned its densities, and one on channels."""
-    where = tmp_path_factory.mktemp("runs")
-    case = CASES["with batch norm"]
-    short = {"fcpts": {"steps": 8}, "dsa": {"steps": 6}, "distill": {"steps": 4}}
-    for name, budget in (("fcpts", "sparsity=0.7"), ("dsa", "macs=50%"), ("erk", "sparsity=0.7")):
-        known = {key: value for key, value in short.items() if key == name or (name == "dsa" and key == "distill")}
-        allot.prune(
-            case.make(), case.inputs(16), budget, method=name, options=known, label=f"<{name}> & co",
-            save_to=where / name, batch_size=8,
-        )  # fmt: skip
-    return {name: where / name for name in ("fcpts", "dsa", "erk")}
-
-
-def report(run: Path) -> dict[str, Any]:
-    return json.loads((run / "report.json").read_text())
-
-
-class Seen(HTMLParser):
-    """Texts, tags and whether every one that was opened is closed."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.text = ""
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.tags.append(tag)
-        if tag not in ("meta", "link", "br", "wbr"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: Any) -> None:
-        self.tags.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] not in ("script", "style"):
-            self.text += data
+from report.pages import SCORES, Seen, browsed, in_a_browser, report, sheets
 
 
 @pytest.mark.parametrize("name", ["fcpts", "dsa", "erk"])
@@ -91,19 +41,6 @@ def test_a_page_needs_no_network(runs: dict[str, Path], name: str):
         assert not re.search(r"(https?:)?//[\w-]+\.\w", re.sub(r"\s//.*", "", text))
         assert not {"img", "iframe", "object", "video"} & set(Seen(text).tags)
         assert "default-src 'none'" in text and not re.search(r"<script[^>]+src|@import|url\(", text)
-
-
-def test_several_runs_come_with_means_and_spreads(runs: dict[str, Path]):
-    told = {**report(runs["erk"]), "scores": {"metric": "top1", "dense": 0.9, "sparse": 0.8, "samples": 10}}
-    scored = [
-        (f"run {seed}", {**told, "seed": seed, "scores": {**told["scores"], "sparse": 0.8 + 0.01 * seed}})
-        for seed in range(3)
-    ]
-    other = {**scored[0][1], "sparsity": 0.5, "budget": [{**told["budget"][0], "asked": "0.5"}]}
-    page = comparison_page([*scored, ("other", other)])
-    assert "0.8100 ± 0.0100, 3 seeds" in page and page.count("<circle") == 2 * 3  # three charts
-    seen = Seen(page)
-    assert not seen.open and "run 2" in seen.text and "-8.00" in seen.text
 
 
 EXPORT = {"form": "onnx", "bytes": 10, "dense_bytes": 20, "limit": 8, "error": 0.0, "note": ""}
@@ -137,13 +74,6 @@ def test_a_page_says_first_what_it_came_to(runs: dict[str, Path], exports: Any, 
     assert all(f">{row['bytes'] / row['limit']:.2f}x<" in run_page(told, {}, "", []) for row in exports)
 
 
-def test_the_dense_score_is_a_level_where_all_runs_have_it(runs: dict[str, Path]):
-    told = {**report(runs["erk"]), "scores": {"metric": "top1", "dense": 0.9, "sparse": 0.8, "samples": 10}}
-    other = {**told, "scores": {**told["scores"], "dense": 0.7}, "method": "other"}
-    assert comparison_page([("a", told), ("b", {**told, "method": "other"})]).count('class="limit"') == 3
-    assert 'class="limit"' not in comparison_page([("a", told), ("b", other)])
-
-
 def test_a_page_of_a_report_with_nothing_to_show_is_a_page(runs: dict[str, Path]):
     told = {**report(runs["erk"]), "macs": None, "scores": None, "histograms": {}, "skipped": {}}
     seen = Seen(
@@ -153,24 +83,172 @@ def test_a_page_of_a_report_with_nothing_to_show_is_a_page(runs: dict[str, Path]
     assert not Seen(comparison_page([("a", told), ("b", told)])).open
 
 
-def test_charts_put_points_where_their_values_are():
-    drawn = lines([Line("up", [(0, 0.0), (10, 1.0)])], "x", "y")
-    (a, b), (c, d) = (map(float, p.split(",")) for p in re.search(r'points="([^"]+)"', drawn)[1].split())
-    assert a < c and b > d  # more is to the right and higher
-    assert lines([], "x", "y") == lines([Line("none", [(0, float("nan"))])], "x", "y") == marks([], "x", "y") == ""
-    bars = histogram([0.0, 1.0, 2.0], [4, 2], [0, 2], "w")
-    tall = [float(height) for height in re.findall(r'class="before"[^>]+height="([\d.]+)"', bars)]
-    assert len(tall) == 2 and tall[0] == pytest.approx(2 * tall[1], abs=0.2) and bars.count('class="after"') == 1
-    error = marks([Mark("m", 1.0, 0.5, 0.1, 0), Mark("n", 2.0, 0.7, 0.0, 0)], "x", "y")
-    assert error.count("<circle") == 2 and error.count('class="spread"') == 1
+DENSE = {"rows": [], "passed": True}
 
 
-PROBE = """<script>addEventListener("load", () => {
-  const wide = document.documentElement.scrollWidth, table = document.querySelector("table.sortable");
-  const kept = () => [...table.tBodies[0].rows].map(row => Number(row.cells[1].dataset.value));
-  const before = kept(); table.querySelectorAll("th")[1].click(); const sorted = kept();
-  document.title = JSON.stringify({wide, before, sorted});
-});</script></body>"""
+@pytest.mark.parametrize("name", ["fcpts", "dsa", "erk"])
+def test_a_page_names_the_layers_that_keep_most_and_least(runs: dict[str, Path], name: str):
+    told = report(runs[name])
+    rows = told["groups"] or told["layers"]
+    kept = {row["name"]: row["density"] for row in rows}
+    seen = Seen((runs[name] / "report.html").read_text())
+    what = "group" if told["groups"] else "layer"
+    for word, of in (("most", max), ("least", min)):
+        found = re.search(rf"{what} that keeps {word}([\d.]+) %(.*?)\n", seen.marked["tile"] + "\n")
+        assert kept[found[2]] == of(kept.values()) and found[1] == f"{100 * of(kept.values()):.1f}"
+
+
+def test_a_page_says_what_one_more_costs_and_in_what(runs: dict[str, Path], tmp_path: Path):
+    seen = Seen((runs["erk"] / "report.html").read_text())
+    assert "One weight more would cost the same everywhere (1 weight)" in seen.text
+    assert "for one weight more" not in seen.text
+    case = CASES["with batch norm"]
+    allot.prune(case.make(), case.inputs(4), "macs=50%", method="erk", repair="none", save_to=tmp_path / "run")
+    told, seen = report(tmp_path / "run"), Seen((tmp_path / "run/report.html").read_text())
+    heads, *rows = seen.table("MACs for one weight more")
+    at, left = heads.index("MACs for one weight more"), heads.index("MACs left")
+    assert told["priced"] == "macs" and len(rows) == len(told["layers"])
+    for row, layer in zip(rows, told["layers"], strict=True):
+        assert float(row[at].replace(",", "")) == pytest.approx(layer["macs"] / layer["total"], rel=0.01)
+        assert row[left] == f"{round(layer['macs'] * layer['kept'] / layer['total']):,}"
+    cheap, dear = (of(told["layers"], key=lambda row: (row["price"], row["name"])) for of in (min, max))
+    assert re.search(
+        f"MACs? in {cheap['name']}, the cheapest, and [\\d,.]+ MACs in {dear['name']}, the dearest", seen.text
+    )
+
+
+def test_what_is_priced_is_the_limit_that_is_nearest_to_being_used_up(tmp_path: Path):
+    case = CASES["with batch norm"]
+    result = allot.prune(case.make(), case.inputs(4), "params=90%,macs=30%", method="erk", repair="none")
+    assert result.report()["priced"] == "macs"
+    assert allot.prune(case.make(), None, "bytes=90%", method="erk", repair="none").report()["priced"] == "bytes"
+
+
+def test_gains_are_shares_of_the_largest(runs: dict[str, Path]):
+    told, seen = report(runs["fcpts"]), Seen((runs["fcpts"] / "report.html").read_text())
+    heads, *rows = seen.table("gain, 1: largest")
+    for heading, key, scale in (
+        ("gain, 1: largest", "gain", lambda values: max(map(abs, values))),
+        ("sensitivity, 1: middle", "sensitivity", lambda values: sorted(values)[len(values) // 2]),
+    ):
+        values = told["diagnostics"]["fcpts"][key]
+        assert len(values) % 2  # the middle one is there
+        for row in rows:
+            shown = float(row[heads.index(heading)])
+            assert shown == pytest.approx(values[row[0]] / scale(list(values.values())), rel=0.06, abs=1e-9)
+    assert "Learn how much each layer keeps while the weights are distilled" in seen.text
+    assert "gain" not in Seen((runs["erk"] / "report.html").read_text()).text.lower()
+
+
+def test_how_an_allocator_decides_is_said_by_itself(runs: dict[str, Path]):
+    assert report(runs["erk"])["how"].startswith("Density in proportion to sum(shape)")
+    assert report(runs["dsa"])["how"].startswith("Learn how many channels each group keeps")
+    case = CASES["with batch norm"]
+    given = {layer.name: 0.5 for layer in allot.Scope.of(case.make())}
+    own = allot.prune(case.make(), None, "sparsity=0.5", allocate=given, repair="none").report()
+    assert own["how"] == "" and not Seen(run_page(own, DENSE, "", [])).open
+
+
+def test_a_channel_page_lists_layers_as_well(runs: dict[str, Path]):
+    told, seen = report(runs["dsa"]), Seen((runs["dsa"] / "report.html").read_text())
+    rows = {row[0]: row for row in seen.table("weights kept")[1:]}
+    for layer in told["layers"]:
+        left = f"{round(layer['macs'] * layer['kept'] / layer['total']):,}"
+        assert rows[layer["name"]][3:] == [f"{layer['kept']:,}", f"{layer['total']:,}", left]
+
+
+@pytest.mark.parametrize("name", ["fcpts", "dsa"])
+def test_a_page_counts_the_checks_that_verify_makes(runs: dict[str, Path], name: str):
+    seen = Seen((runs[name] / "report.html").read_text())
+    rows = verify(runs[name])["rows"]
+    assert f"{len(rows)} checks of the re-opened files passed" in seen.marked["good"]
+    assert [row[:2] for row in seen.table("promised")[1:]] == [[row["file"], row["check"]] for row in rows]
+
+
+def test_a_certificate_that_failed_or_was_touched_is_red(runs: dict[str, Path], tmp_path: Path):
+    row = {"file": "f", "check": "c", "promised": 1, "found": 2}
+    told = report(runs["erk"])
+    for passed, word in ((True, "good"), (False, "bad")):
+        seen = Seen(run_page(told, {"rows": [{**row, "passed": passed}], "passed": passed}, "", []))
+        assert "1 checks of the re-opened files" in seen.marked[word]
+        assert ("did not all pass" in seen.text) is not passed and ("FAIL" in seen.text) is not passed
+    certificate = (runs["erk"] / "certificate.json").read_text()
+    (tmp_path / "certificate.json").write_text(certificate.replace('"passed": true', '"passed": true '))
+    assert "did not all pass" in Seen(write_run(tmp_path, told).read_text()).marked["bad"]
+
+
+@pytest.mark.parametrize(("sparse", "bad"), [(0.9, False), (0.82, False), (0.8, True), (float("nan"), True)])
+def test_a_score_that_fell_far_is_red_and_said(runs: dict[str, Path], sparse: float, bad: bool):
+    told = {**report(runs["erk"]), "scores": {**SCORES, "sparse": sparse}}
+    seen = Seen(run_page(told, DENSE, "", []))
+    assert ("far below the dense model" in seen.marked["lead"]) is bad
+    assert (f"{100 * sparse:.1f} %" in seen.marked.get("bad", "")) is bad
+    page = Seen(comparison_page([("a", told)]))
+    assert (f"{100 * sparse:.1f} %" in page.marked.get("bad", "")) is bad
+
+
+def test_a_page_says_how_a_run_was_computed_where_that_is_not_usual(runs: dict[str, Path], tmp_path: Path):
+    case = CASES["with batch norm"]
+    chosen = {"micro_batch": 3, "amp": "bf16", "channels_last": True, "cached": 12_345}
+    result = allot.prune(
+        case.make(), case.inputs(8), "sparsity=0.5", method="fcpts", options={"fcpts": {"steps": 2}}, compute=chosen,
+        save_to=tmp_path / "run", batch_size=8,
+    )  # fmt: skip
+    assert result.report()["compute"] == report(tmp_path / "run")["compute"] == chosen
+    seen = Seen((tmp_path / "run/report.html").read_text())
+    assert all(name in seen.text for name in ("of 3 samples at a time", "bf16 (amp)", "12,345 bytes", *chosen))
+    assert report(runs["fcpts"])["compute"] == {}
+    assert "otherwise than usual" not in (runs["fcpts"] / "report.html").read_text()
+
+
+def copied(run: Path, to: Path, **files: bytes) -> Path:
+    """A run's directory, some of its files replaced."""
+    to.mkdir()
+    for name in ("report.json", "certificate.json", "recipe.yaml", "steps.jsonl"):
+        (to / name).write_bytes(files.get(name.partition(".")[0], (run / name).read_bytes()))
+    return to
+
+
+@pytest.mark.parametrize("steps", [b"\xff\n", b"5\n[]\n{}\n", b'{"stage": 1, "step": "x"}\n', b"[" * 9999, b'{"sta'])
+def test_steps_that_are_none_are_left_out(runs: dict[str, Path], steps: bytes, tmp_path: Path):
+    whole = (runs["fcpts"] / "steps.jsonl").read_bytes()
+    odd = b'{"stage": "allocate", "step": 1, "loss": "x", "limit.sparsity": null, "cost.sparsity": 1, "spent": NaN}\n'
+    run = copied(runs["fcpts"], tmp_path / "run", steps=odd + steps + b"\n" + whole)
+    page = write_run(run, report(run), tmp_path / "page.html")
+    assert page.read_text() == (runs["fcpts"] / "report.html").read_text()
+
+
+@pytest.mark.parametrize("text", [b"5", b"[]", b"{}", b"\xff", b"", b'{"rows": [1]}', b"[" * 99999])
+def test_a_certificate_that_is_none_is_named(runs: dict[str, Path], text: bytes, tmp_path: Path):
+    run = copied(runs["erk"], tmp_path / "run", certificate=text, recipe=b"\xff")
+    with pytest.raises(UsageError, match=r"certificate\.json cannot be read"):
+        write_run(run, report(run))
+
+
+def test_a_report_that_lacks_something_is_named_in_one_line(runs: dict[str, Path], tmp_path: Path):
+    told = {**report(runs["dsa"]), "scores": SCORES, "exports": [EXPORT | FAST]}
+    for key in told:
+        for broken in ({k: v for k, v in told.items() if k != key}, {**told, key: 5}):
+            for make in (
+                lambda broken=broken: write_run(runs["dsa"], broken, tmp_path / "page.html"),
+                lambda broken=broken: comparison_page([("RUN", broken), ("b", told)]),
+            ):
+                with suppress(UsageError):  # any other error is one too many
+                    make()
+    for broken in ({}, []):
+        with pytest.raises(
+            UsageError, match=r"report\.json of RUN does not hold what a report needs \((Key|Type)Error"
+        ):
+            comparison_page([("RUN", broken), ("b", told)])
+        with pytest.raises(UsageError, match="does not hold what a report needs"):
+            write_run(runs["dsa"], broken, tmp_path / "page.html")
+
+
+SORTED = """
+  const table = document.querySelector("table.sortable"), wide = document.documentElement.scrollWidth;
+  const kept = () => [...table.tBodies[0].rows].map(row => Number(row.cells[3].dataset.value));
+  const before = kept(); table.querySelectorAll("th")[3].click(); const sorted = kept();
+  return {wide, before, sorted};"""
 
 
 @in_a_browser
@@ -178,16 +256,61 @@ PROBE = """<script>addEventListener("load", () => {
 def test_a_browser_lays_the_page_out_sorts_it_and_complains_about_nothing(
     runs: dict[str, Path], width: int, tmp_path: Path
 ):
-    page = tmp_path / "page.html"
-    # a frame of the wanted width: a window is never narrower than 500 pixels
-    page.write_text((runs["fcpts"] / "report.html").read_text().replace("</body>", PROBE))
-    page.write_text(page.read_text().replace("<body>", f'<body style="width: {width}px">'))
-    done = subprocess.run(
-        [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom",
-         f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", page.as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    found = json.loads(re.search(r"<title>(.*?)</title>", done.stdout)[1])
+    page = (runs["fcpts"] / "report.html").read_text()
+    found, said = browsed(page, tmp_path, width=width, probe=SORTED)
     assert found["wide"] <= max(width, 500)
     assert found["sorted"] == sorted(found["before"], reverse=True) != found["before"]
-    assert "CONSOLE" not in done.stderr
+    assert "CONSOLE" not in said
+
+
+NOTES = """
+  const table = document.querySelectorAll("table.sortable")[1], heads = [...table.querySelectorAll("th")];
+  const cells = () => [...table.tBodies[0].rows].map(row => [row.cells[0].textContent, row.cells[1].textContent]);
+  const found = {}; for (const i of [0, 1, 3]) { heads[i].click(); found[i] = cells(); }
+  heads[3].click(); found.up = cells();
+  const clipped = [...document.querySelectorAll(".wide")].filter(box => box.scrollWidth > box.clientWidth + 1).length;
+  return {found, clipped};"""
+
+
+@in_a_browser
+def test_notes_stay_with_the_exports_that_they_are_about(runs: dict[str, Path], tmp_path: Path):
+    rows = [
+        EXPORT | FAST | {"form": "b", "bytes": 9, "note": "says b"},
+        EXPORT | SAME | {"form": "a", "bytes": 1000},
+        EXPORT | SAME | {"form": "c", "bytes": 50, "limit": None, "note": "says c"},
+    ]
+    page = run_page({**report(runs["erk"]), "exports": rows}, DENSE, "", [])
+    found, said = browsed(page, tmp_path, probe=NOTES)
+    size, name = {"a": "1,000", "b": "9", "c": "50"}, {"a": "a", "b": "bsays b", "c": "csays c"}
+    for column, order in ((0, "cba"), (1, "acb"), (3, "abc"), ("up", "bac")):  # what has no limit comes last
+        assert found["found"][str(column)] == [[name[one], size[one]] for one in order]
+    assert "CONSOLE" not in said and found["clipped"] == 0
+
+
+@in_a_browser
+@pytest.mark.parametrize("without", ["nothing", "<script>.*?</script>", r"details::details-content \{.*?\}"])
+def test_what_is_folded_away_is_printed(runs: dict[str, Path], without: str, tmp_path: Path):
+    row = {"file": "f", "check": "c", "promised": 1, "found": 1, "passed": True}
+    pages = [run_page(report(runs["erk"]), {"rows": [row] * n, "passed": True}, "", []) for n in (1, 200)]
+    few, many = (sheets(re.sub(without, "", page, flags=re.DOTALL), tmp_path) for page in pages)
+    assert many >= few + 3
+
+
+CLIPPED = """
+  const wide = [...document.querySelectorAll("table")].filter(table => table.getBoundingClientRect().right > 720);
+  return wide.map(table => table.rows[0].textContent);"""
+
+
+@in_a_browser
+@pytest.mark.parametrize("kind", ["fcpts", "dsa", "several"])
+def test_no_table_is_wider_than_paper(runs: dict[str, Path], kind: str, tmp_path: Path):
+    """An A4 sheet with the browser's margins is 720 pixels wide."""
+    told = {**report(runs["dsa" if kind == "dsa" else "fcpts"]), "scores": SCORES, "exports": [EXPORT | FAST]}
+    text = json.dumps(told)
+    for row in told["layers"] if kind != "dsa" else []:
+        text = text.replace(f'"{row["name"]}"', f'"blocks.3.attention.{row["name"]}"')
+    told = json.loads(text)
+    several = [(f"runs/sweep/fcpts/sparsity=0.95/seed-{i}", {**told, "seed": i}) for i in range(2)]
+    page = comparison_page(several) if kind == "several" else run_page(told, DENSE, "", [])
+    found, _ = browsed(page.replace("@media print", "@media all"), tmp_path, width=720, probe=CLIPPED)
+    assert found == []

@@ -55,6 +55,22 @@ def test_brackets_in_layer_names_are_not_taken_for_markup(report):
     assert "blocks[red].weight" in printed(table.run_table(odd))
 
 
+def test_brackets_anywhere_are_not_taken_for_markup(report):
+    odd = "x[/red][bold]y[/]"
+    told = {**report, "model": odd, "method": odd, "repair": [odd], "pattern": odd, "score": odd, "skipped": {"a": odd}}
+    told["budget"] = [{**report["budget"][0], "kind": odd, "asked": odd}]
+    told["scores"] = {"metric": odd, "dense": 0.9, "sparse": 0.8}
+    export = {"bytes": 1, "dense_bytes": 2, "limit": 1, "milliseconds": {"sparse": 1.0, "dense": 1.0}}
+    told["exports"] = [{**export, "form": odd, "verdict": "faster", "faster": 1.5, "spread": (1.0, 2.0)}]
+    measured = {"dense_ms": 2.0, "sparse_ms": 1.0, "limit_ms": 1.0, "batch": 1, "runtime": odd}
+    assert printed(table.run_table({**told, "latency": measured}), 300).count(odd) == 11
+    assert printed(table.comparison_table([(odd, told)]), 300).count(odd) == 4
+    means = {"means": [{"budget": odd, "method": odd, "score": 0.5, "spread": None, "failed": 0}]}
+    assert printed(table.sweep_table(means), 300).count(odd) == 2
+    row = {"file": odd, "check": odd, "promised": odd, "found": odd, "passed": True}
+    assert printed(table.certificate_table([row]), 300).count(odd) == 4
+
+
 def test_runs_side_by_side_show_what_sets_them_apart(report):
     other = copy.deepcopy(report)
     other.update(method="lamp", scores={"metric": "top1", "dense": 0.9, "sparse": 0.8})

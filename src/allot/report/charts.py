@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 560, 250
-LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 40
+WIDTH, HEIGHT = 480, 240
+RIGHT, TOP, BOTTOM = 18, 10, 40
+LETTER = 8  # pixels, about, that a character of a label takes
+NAMED = 30  # most characters of a name in a chart
 
 
 @dataclass(frozen=True)
@@ -44,16 +47,31 @@ class _Frame:
     high: tuple[float, float]
 
     @classmethod
-    def around(cls, points: Sequence[tuple[float, float]], *, from_zero: bool = False) -> _Frame:
+    def around(cls, points: Sequence[tuple[float, float]], *, air: tuple[float, float], base: float | None) -> _Frame:
+        """The frame of these points.
+
+        Args:
+            air: what is left free on both sides of x and y, as a share of the range.
+            base: a value of y that the frame begins at, or below where a point is.
+        """
         xs, ys = [x for x, _ in points], [y for _, y in points]
-        low, high = (min(xs), 0.0 if from_zero else min(ys)), (max(xs), max(ys))
-        air = 0 if from_zero else 0.05 * (high[1] - low[1])
-        wide = tuple((a, b) if b > a else (a - 0.5, b + 0.5) for a, b in zip(low, high, strict=True))
-        return cls((wide[0][0], wide[1][0] - air), (wide[0][1], wide[1][1] + air))
+        wide = [_apart(min(xs), max(xs)), _apart(min([*ys, *_some(base)]), max([*ys, *_some(base)]))]
+        room = [share * (high - low) for share, (low, high) in zip(air, wide, strict=True)]
+        floor = wide[1][0] if base is not None and wide[1][0] == base else wide[1][0] - room[1]
+        return cls((wide[0][0] - room[0], floor), (wide[0][1] + room[0], wide[1][1] + room[1]))
+
+    @property
+    def left(self) -> float:
+        """Where the frame begins: right of the longest label."""
+        return 26 + LETTER * max((len(label) for _, label in self.labels(1)), default=1)
+
+    def labels(self, axis: int) -> list[tuple[float, str]]:
+        """(value, label) of every tick of x (0) or y (1)."""
+        return _labelled(_ticks(self.low[axis], self.high[axis]))
 
     def x(self, value: float) -> float:
         share = (value - self.low[0]) / (self.high[0] - self.low[0])
-        return round(LEFT + share * (WIDTH - LEFT - RIGHT), 1)
+        return round(self.left + share * (WIDTH - self.left - RIGHT), 1)
 
     def y(self, value: float) -> float:
         share = (value - self.low[1]) / (self.high[1] - self.low[1])
@@ -61,38 +79,63 @@ class _Frame:
 
     def across(self, value: float) -> str:
         at = self.y(value)
-        return f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at}" y2="{at}"/>'
+        return f'<line class="limit" x1="{self.left}" x2="{WIDTH - RIGHT}" y1="{at}" y2="{at}"/>'
 
     def axes(self, x: str, y: str) -> str:
         parts = []
-        for value in _ticks(self.low[0], self.high[0]):
+        for value, label in self.labels(0):
             at = self.x(value)
             parts.append(f'<line class="grid" x1="{at}" x2="{at}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-            parts.append(f'<text x="{at}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{_short(value)}</text>')
-        for value in _ticks(self.low[1], self.high[1]):
+            parts.append(f'<text x="{at}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{label}</text>')
+        for value, label in self.labels(1):
             at = self.y(value)
-            parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at}" y2="{at}"/>')
-            parts.append(f'<text x="{LEFT - 6}" y="{at + 4}" text-anchor="end">{_short(value)}</text>')
-        middle = (LEFT + WIDTH - RIGHT) / 2
+            parts.append(f'<line class="grid" x1="{self.left}" x2="{WIDTH - RIGHT}" y1="{at}" y2="{at}"/>')
+            parts.append(f'<text x="{self.left - 6}" y="{at + 4}" text-anchor="end">{label}</text>')
+        middle = (self.left + WIDTH - RIGHT) / 2
         parts.append(f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x)}</text>')
         turned = f'transform="rotate(-90)" x="{-(TOP + HEIGHT - BOTTOM) / 2}" y="13" text-anchor="middle"'
         return "".join([*parts, f"<text {turned}>{escape(y)}</text>"])
 
 
-def lines(some: Sequence[Line], x: str, y: str, *, limit: float | None = None) -> str:
-    """Lines over one another; `limit` draws a level across. Empty where there is nothing to draw."""
-    points = [p for line in some for p in line.points if math.isfinite(p[1])]
-    if not points:
+def lines(
+    some: Sequence[Line], x: str, y: str, *, limit: float | None = None, base: float | None = None, ends: bool = True
+) -> str:
+    """Lines over one another. Empty where there is nothing to draw.
+
+    Args:
+        limit: a level that is drawn across.
+        base: where y begins; the lowest value where None.
+        ends: of several lines, the one that ends highest and the one that ends lowest get their names.
+    """
+    paths = [(line, [p for p in line.points if all(map(math.isfinite, p))]) for line in some]
+    paths = [(line, points) for line, points in paths if points]
+    if not paths:
         return ""
-    frame = _Frame.around([*points, *([(points[0][0], limit)] if limit is not None else [])])
+    every = [p for _, points in paths for p in points]
+    named = ends and len(paths) > 1
+    levels = [(every[0][0], level) for level in _some(limit)]
+    frame = _Frame.around([*every, *levels], air=(0, 0.12 if named else 0.05), base=base)
     drawn = []
-    for line in some:
-        path = " ".join(f"{frame.x(a)},{frame.y(b)}" for a, b in line.points if math.isfinite(b))
+    for line, points in paths:
+        path = " ".join(f"{frame.x(a)},{frame.y(b)}" for a, b in points)
         colour = "" if line.tone is None else f' style="stroke:{_hue(line.tone)}"'
         drawn.append(f'<polyline class="line" points="{path}"{colour}><title>{escape(line.name)}</title></polyline>')
     if limit is not None:
         drawn.append(frame.across(limit))
+    if named:
+        drawn += _named(frame, paths)
     return _svg(frame.axes(x, y) + "".join(drawn), f"{y} over {x}")
+
+
+def _named(frame: _Frame, paths: Sequence[tuple[Line, Sequence[tuple[float, float]]]]) -> list[str]:
+    """The names of the lines that end highest and lowest, inside the chart, above and below their ends."""
+    by_end = sorted(paths, key=lambda pair: pair[1][-1][1])
+    found = []
+    for (line, points), shift in ((by_end[-1], -6), (by_end[0], 14)):
+        at = min(max(frame.y(points[-1][1]) + shift, TOP + 10), HEIGHT - BOTTOM - 4)
+        name = line.name if len(line.name) <= NAMED else "…" + line.name[1 - NAMED :]
+        found.append(f'<text class="end" x="{WIDTH - RIGHT - 4}" y="{at}" text-anchor="end">{escape(name)}</text>')
+    return found
 
 
 def legend(some: Sequence[Line]) -> str:
@@ -104,7 +147,7 @@ def legend(some: Sequence[Line]) -> str:
 def histogram(edges: Sequence[float], before: Sequence[int], after: Sequence[int], x: str) -> str:
     """Two counts over the same bins: before as an outline, after filled."""
     top = [*zip(edges, [*before, 0], strict=True), *zip(edges, [*after, 0], strict=True)]
-    frame = _Frame.around(top, from_zero=True)
+    frame = _Frame.around(top, air=(0, 0), base=0.0)
     bars = []
     for kind, counts in (("after", after), ("before", before)):
         for left, right, count in zip(edges, edges[1:], counts, strict=False):
@@ -119,8 +162,8 @@ def marks(some: Sequence[Mark], x: str, y: str, *, level: float | None = None) -
     """Points with error bars, a series joined in the order of x; `level` draws a line across. Empty without points."""
     if not some:
         return ""
-    at_level = [] if level is None else [(some[0].x, level)]
-    frame = _Frame.around([*((m.x, m.y + sign * m.spread) for m in some for sign in (-1, 1)), *at_level])
+    reach = [(m.x, m.y + sign * m.spread) for m in some for sign in (-1, 1)]
+    frame = _Frame.around([*reach, *((some[0].x, one) for one in _some(level))], air=(0.05, 0.05), base=None)
     drawn = [] if level is None else [frame.across(level)]
     for series in sorted({mark.series for mark in some}):
         own = sorted((mark for mark in some if mark.series == series), key=lambda mark: mark.x)
@@ -144,17 +187,37 @@ def _hue(tone: float) -> str:
     return f"hsl({250 - 230 * tone:.0f} 65% var(--tone))"
 
 
+def _some(value: float | None) -> list[float]:
+    return [] if value is None else [value]
+
+
+def _apart(low: float, high: float) -> tuple[float, float]:
+    """The range, or one around it where both ends are the same but for float dust."""
+    least = 1e-12 * max(abs(low), abs(high))
+    if high - low > least:
+        return low, high
+    half = max(0.5, 1e3 * least)
+    return low - half, high + half
+
+
 def _ticks(low: float, high: float) -> list[float]:
     """Round values, five or so, from low to high."""
     raw = (high - low) / 5
     power = 10 ** math.floor(math.log10(raw))
-    step = next(power * k for k in (1, 2, 5, 10) if power * k >= raw)
-    first = math.ceil(low / step)
+    step = next(power * k for k in (1, 2, 5, 10) if power * k >= raw * (1 - 1e-9))
+    first = math.ceil(low / step - 1e-9)
     return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _short(value: float) -> str:
-    if abs(value) >= 10_000:
-        power, letter = next((p, c) for p, c in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if abs(value) >= p)
-        return f"{value / power:g}{letter}"
-    return f"{round(value, 10):g}"
+def _labelled(ticks: Sequence[float]) -> list[tuple[float, str]]:
+    """(value, label) of ticks, with as many digits as tell neighbours apart."""
+    largest = max(map(abs, ticks), default=0) or 1
+    step = min((b - a for a, b in itertools.pairwise(ticks)), default=largest)
+    power, letter = next((power, letter) for least, power, letter in _LARGE if largest >= least)
+    told = math.floor(math.log10(largest / step * (1 + 1e-9))) + 2, math.floor(math.log10(largest / power)) + 1, 3
+    digits = min(max(told), 15)
+    values = [(tick, 0.0 if abs(tick) < step / 2 else tick / power) for tick in ticks]
+    return [(tick, f"{value:.{digits}g}{letter if value else ''}") for tick, value in values]
+
+
+_LARGE = ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k"), (0, 1, ""))  # from, power, letter

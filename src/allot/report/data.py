@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from importlib import metadata
@@ -12,10 +13,11 @@ import numpy as np
 
 from allot.allocation import Allocation
 from allot.costs import least_bits
+from allot.methods import METHODS
 from allot.reading import Readable
 from allot.realise.files import BITMASK, PLAIN, SLIM, plain_state
-from allot.run import Candidate, Problem, Recipe
-from allot.store import Log
+from allot.run import Candidate, Problem, Recipe, Rule
+from allot.store import Log, read_run
 
 
 def report(
@@ -35,9 +37,12 @@ def report(
     {dense, file, limit}: the dense model's file, the bitmask (or slim) file, and the information limit, what no file of
     these weights can be smaller than: sum of n_l (H(density_l) + density_l bits) / 8 and all other tensors, H the
     entropy of a coin (of channels, n_l H(density_l) says which of a group's are left); null until the run is saved.
-    `latency` is null
-    where time was not limited. `unreadable` counts calibration samples that were left out. `exports` are what `allot
-    export` adds. `diagnostics` is what methods tell about how they came to their result, by method.
+    `priced` is the kind of the tightest limit, in whose units prices are. `how` is what the allocator does, in a
+    sentence, empty of one that is the user's own; `compute` the choices about memory and speed that are not the usual
+    ones; `settings` what else decides a run that was saved: its recipe's other keys, hyperparameters, digest of the
+    model. `latency` is null where time was not limited. `unreadable` counts calibration samples that were left out.
+    `exports` are what `allot export` adds. `diagnostics` is what methods tell about how they came to their result, by
+    method.
     """
     budget, kept = problem.budget, candidate.allocation.kept
     sizes = budget.sizes(kept)
@@ -52,10 +57,14 @@ def report(
         "pattern": names.pattern,
         "repair": list(names.repair),
         "seed": problem.seed,
+        "how": how(names.allocate),
+        "settings": _settings(problem, directory),
+        "compute": problem.compute.to_json(),
         "budget": budget.rows(kept),
         "kept": sum(sizes.values()),
         "total": total,
         "sparsity": 1 - sum(sizes.values()) / total,
+        "priced": budget.binding(kept),
         "macs": {"dense": _dense_macs(problem), "sparse": budget.cost("macs", kept)} if counted else None,
         "bytes": {
             "dense": _size(directory, PLAIN),
@@ -116,6 +125,30 @@ def group_rows(problem: Problem, allocation: Allocation) -> list[dict[str, Any]]
         }
         for group in problem.scope.groups
     ]
+
+
+def how(allocator: str) -> str:
+    """What the allocator of this name does, in a sentence; empty where it is none of allot's own."""
+    method: Any = METHODS.get(allocator)
+    described = method.densities if isinstance(method, Rule) else type(method)
+    return (inspect.getdoc(described) or "").partition("\n")[0] if method else ""
+
+
+_ELSEWHERE = {"model", "budget", "method", "allocate", "score", "pattern", "repair", "seed", "workers"}
+
+
+def _settings(problem: Problem, directory: Path | None) -> dict[str, Any]:
+    """What decides a run beside what a report says anyway; the threads that read samples do not."""
+    if not directory or not (directory / "run.json").exists():
+        read = problem.calibration
+        return {"samples": len(read), "batch_size": read.batch_size} if read else {}
+    run = read_run(directory)
+    configuration = run.get("configuration", {})
+    told = {key: value for key, value in run.get("recipe", {}).items() if key not in _ELSEWHERE}
+    told["digest"] = run.get("fingerprint", {}).get("model")
+    if cut := configuration.get("fit"):  # hyperparameters then depend on how fast the machine was
+        return told | {"max_minutes": cut["minutes"]}
+    return told | {"hyperparameters": configuration.get("hyperparameters", {})}
 
 
 BINS = 40

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -14,38 +13,60 @@ from markupsafe import Markup, escape
 
 from allot.amounts import unit
 from allot.errors import UsageError
-from allot.report.charts import Line, Mark, histogram, legend, lines, marks
+from allot.realise.certificate import sealed
+from allot.realise.rows import checked
+from allot.report.charts import Line, Mark, legend, lines, marks
+from allot.report.needed import needed
+from allot.report.paths import losses, moved, spent, steps_of
+from allot.report.series import Labelled, Same, alike, budget_of, macs_left, once, times
 from allot.report.table import short, speed
+from allot.report.why import kept_rows, layer_rows, number, words_of
 from allot.store import write
 
 Report = Mapping[str, Any]
 
+FELL = 0.9  # of the dense score, below which a score is called bad
+
 
 def write_run(run: Path, report: Report, page: Path | None = None) -> Path:
-    """Write RUN/report.html, or `page`, from report.json and what lies beside it; where it is."""
+    """Write RUN/report.html, or `page`, from report.json and what lies beside it; where it is.
+
+    Raises:
+        UsageError: one of these files does not hold what a report needs, or the page cannot be written.
+    """
     page = page or run / "report.html"
-    write(page, run_page(report, _read_json(run / "certificate.json"), _text(run / "recipe.yaml"), _steps(run)))
+    certificate, recipe, steps = _certificate(run), _text(run / "recipe.yaml"), steps_of(run)
+    with needed(run):
+        text = run_page(report, certificate, recipe, steps)
+    write(page, text)
     return page
 
 
 def run_page(report: Report, certificate: Report, recipe: str, steps: Sequence[Report]) -> str:
     """One run: promise, certificate, before and after, every layer and why, how it came to this, how to repeat it."""
-    layers = _layers(report)
-    ranked = sorted(layers, key=lambda layer: (layer["density"], layer["name"]))
+    rows = kept_rows(report)
+    ranked = sorted(rows, key=lambda row: (row["density"], row["name"]))
     return _template("run.html").render(
         report=report,
         lead=_lead(report),
+        fell=_fell(report["scores"]),
         fast=speed(report),
-        certificate=certificate,
+        checks=certificate.get("rows", []),
+        passed=bool(certificate.get("passed")) and all(row["passed"] for row in certificate.get("rows", [])),
         recipe=recipe,
-        layers=layers,
+        rows=rows,
+        words=words_of(report),
+        layers=layer_rows(report),
         most=ranked[-1] if ranked else None,
         least=ranked[0] if ranked else None,
         budget=[_budget_row(row, report) for row in report["budget"]],
-        moved=_moved(report),
-        spent=_spent(steps),
-        losses=_losses(steps),
+        moved=moved(report),
+        spent=spent(steps),
+        losses=losses(steps),
         exports=report.get("exports", []),
+        memory=report["diagnostics"].get("memory", {}),
+        fit=report["diagnostics"].get("fit", {}),
+        compute=[_COMPUTE[name].format(value) for name, value in report.get("compute", {}).items() if name in _COMPUTE],
     )
 
 
@@ -64,99 +85,160 @@ def advice_page(told: Report) -> str:
         ("Linear layers as sparse matrices, PyTorch, measured", layers, "density"),
     ]
     charts = [
-        (title, lines(some, x, "times as fast", limit=1.0), legend(some) if len(some) > 1 else "")
+        (title, lines(some, x, "times as fast", limit=1.0, ends=False), legend(some) if len(some) > 1 else "")
         for title, some, x in drawn
         if some and len(some[0].points) > 1 and any(times != 1 for line in some for _, times in line.points)
     ]
     return _template("advice.html").render(told=told, charts=charts)
 
 
-def comparison_page(reports: Sequence[tuple[str, Report]]) -> str:
-    """Several runs: one table, and score against sparsity, MACs and bytes, mean and spread over seeds."""
-    rows, series = [], list(dict.fromkeys(_series(report) for _, report in reports))
+def comparison_page(reports: Labelled, failed: Sequence[Report] = ()) -> str:
+    """Several runs: what each method came to at each budget, score against size, and every run.
+
+    Args:
+        reports: (label, report) each; one that is given twice counts once.
+        failed: `{method, budget, seed, error}` of runs that came to nothing.
+    Raises:
+        UsageError: a report that does not hold what it needs.
+    """
+    reports = once(reports)
+    groups = alike(reports)
+    rows = []
     for label, report in reports:
-        rows.append({"label": label, "report": report, "series": series.index(_series(report)) % 8, **speed(report)})
-    charts, dense = [], _dense(reports)
-    for title, of in _AXES.items():
-        found = _marks(reports, series, of)
-        if len({mark.x for mark in found}) > 1 or len(found) > 1:
-            charts.append((title, marks(found, title, _metric(reports), level=dense)))
-    means = _marks(reports, series, lambda report: report["sparsity"])
-    return _template("comparison.html").render(rows=rows, series=series, charts=charts, dense=dense, means=means)
+        with needed(label):
+            rows.append(_row(label, report, groups))
+            _summary(Same(label, 0, "", (report,)))  # what this one lacks is said of this one
+    with needed(", ".join(label for label, _ in reports)):
+        return _template("comparison.html").render(
+            rows=rows,
+            summaries=[_summary(group) for group in groups],
+            series=list(dict.fromkeys(group.name for group in groups)),
+            charts=[chart for metric in _metrics(groups) for chart in _charts(metric, groups)],
+            dense={metric: level for metric in _metrics(groups) if (level := _dense(metric, groups)) is not None},
+            best=_best(groups),
+            scored=bool(_metrics(groups)),
+            failed=_failed(failed),
+        )
 
 
 _AXES = {
     "weights removed, %": lambda report: 100 * report["sparsity"],
-    "MACs left, %": lambda report: (
-        100 * report["macs"]["sparse"] / report["macs"]["dense"] if report["macs"] and report["macs"]["dense"] else None
-    ),
-    "bytes on disk, kB": lambda report: report["bytes"]["file"] / 1000 if report["bytes"]["file"] else None,
+    "MACs left, %": lambda report: None if (share := macs_left(report)) is None else 100 * share,
+    "file size, kB": lambda report: report["bytes"]["file"] / 1000 if report["bytes"]["file"] else None,
 }
 
 
-def _series(report: Report) -> str:
-    return f"{report['model']}: {' + '.join((report['method'], *report['repair']))} ({report['pattern']})"
+def _metrics(groups: Sequence[Same]) -> list[str]:
+    return list(dict.fromkeys(group.metric for group in groups if group.metric is not None))
 
 
-def _metric(reports: Sequence[tuple[str, Report]]) -> str:
-    return next((report["scores"]["metric"] for _, report in reports if report["scores"]), "score")
-
-
-def _dense(reports: Sequence[tuple[str, Report]]) -> float | None:
+def _dense(metric: str, groups: Sequence[Same]) -> float | None:
     """What the dense net scores, where that is one number."""
-    scores = {report["scores"]["dense"] for _, report in reports if report["scores"]}
+    scores = {run["scores"]["dense"] for group in groups if group.metric == metric for run in group.runs}
     return scores.pop() if len(scores) == 1 else None
 
 
-def _marks(reports: Sequence[tuple[str, Report]], series: Sequence[str], of: Any) -> list[Mark]:
-    """One point for all seeds of a method at a budget."""
-    same: dict[tuple[str, str], list[Report]] = {}
-    for _, report in reports:
-        if report["scores"] and of(report) is not None:
-            asked = ", ".join(f"{row['kind']}={row['asked']}" for row in report["budget"])
-            same.setdefault((_series(report), asked), []).append(report)
-    found = []
-    for (name, asked), some in same.items():
-        scores = [report["scores"]["sparse"] for report in some]
-        spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
-        where, mean = statistics.mean(of(report) for report in some), statistics.mean(scores)
-        told = f"{name}, {asked}: {mean:.4f}" + (f" ± {spread:.4f}, {len(some)} seeds" if spread else "")
-        found.append(Mark(told, where, mean, spread, series.index(name)))
+def _charts(metric: str, groups: Sequence[Same]) -> list[tuple[str, str]]:
+    """(caption, chart) for each axis: a point for all seeds of a series at a budget."""
+    scored, dense, found = [g for g in groups if g.metric == metric and g.scores], _dense(metric, groups), []
+    for axis, of in _AXES.items():
+        points = [
+            Mark(group.said, x, group.score, group.spread or 0.0, group.series)
+            for group in scored
+            if (x := group.mean(of)) is not None and group.score is not None
+        ]
+        if len(points) > 1:
+            bars = "; mean over seeds, bars: one standard deviation" if any(len(g.scores) > 1 for g in scored) else ""
+            level = "" if dense is None else "; dashed: the dense model"
+            caption = f"Score ({metric}) on held-out data against {axis.partition(',')[0]}{bars}{level}."
+            found.append((caption, marks(points, axis, metric, level=dense)))
     return found
 
 
-def _lead(report: Report) -> str:
+def _summary(group: Same) -> dict[str, Any]:
+    first = group.runs[0]
+    dense = first["scores"]["dense"] if first["scores"] else None
+    size, full = group.mean(lambda run: run["bytes"]["file"]), group.mean(lambda run: run["bytes"]["dense"])
+    return {
+        "name": group.name,
+        "series": group.series % 8,
+        "budget": group.budget,
+        "score": group.score,
+        "spread": group.spread,
+        "seeds": len(group.scores),
+        "scored": group.metric is not None,
+        "fell": group.score is not None and dense is not None and group.score < FELL * dense,
+        "removed": group.mean(lambda run: run["sparsity"]),
+        "bytes": size,
+        "share": size / full if size and full else None,
+        "macs": group.mean(macs_left),
+        "times": group.mean(times),
+        "most": group.most,
+    }
+
+
+def _best(groups: Sequence[Same]) -> str:
+    """Which is best in score, in size and in speed, in a sentence."""
+    scored = [group for group in groups if group.score is not None]
+    said = []
+    if len(_metrics(groups)) == 1 and scored:
+        best = max(scored, key=lambda group: group.score or 0.0)
+        said.append(f"the highest score is that of {best.name} at {best.budget} ({_percent(best.score or 0.0)})")
+    sizes = [(size, group) for group in groups if (size := group.mean(lambda run: run["bytes"]["file"]))]
+    if sizes:
+        size, least = min(sizes, key=lambda pair: pair[0])
+        said.append(f"the smallest file that of {least.name} at {least.budget} ({round(size):,} bytes)")
+    timed = [(fast, group) for group in groups if (fast := group.mean(times)) is not None]
+    if timed:
+        fast, quick = max(timed, key=lambda pair: pair[0])
+        said.append(f"the fastest as measured is {quick.name} at {quick.budget} ({fast:.2f}x as fast as dense)")
+    else:
+        said.append("none was timed: a smaller file is no faster by itself")
+    text = "; ".join(said) + "."
+    return text[0].upper() + text[1:]
+
+
+def _failed(rows: Sequence[Report]) -> list[dict[str, Any]]:
+    """What failed in the same way with several seeds, as one."""
+    found: dict[tuple[str, ...], list[Any]] = {}
+    for row in rows:
+        found.setdefault((row["method"], row["budget"], row["error"]), []).append(row["seed"])
+    return [{"method": m, "budget": b, "error": e, "seeds": seeds} for (m, b, e), seeds in found.items()]
+
+
+def _row(label: str, report: Report, groups: Sequence[Same]) -> dict[str, Any]:
+    own = next(group for group in groups if any(report is run for run in group.runs))
+    told = {"label": label, "report": report, "series": own.series % 8, "budget": budget_of(report)}
+    return {**told, "macs": macs_left(report), "fell": _fell(report["scores"]), **speed(report)}
+
+
+def _fell(scores: Report | None) -> bool:
+    """Whether a score is so far below the dense one that nobody should overlook it."""
+    return scores is not None and not scores["sparse"] >= FELL * scores["dense"]
+
+
+def _lead(report: Report) -> Markup:
     """What a run came to, in a sentence for those who read no further."""
     size, scores, fast = report["bytes"], report["scores"], speed(report)
-    said = [f"{_percent(report['kept'] / report['total'])} of the weights are left"]
+    said: list[str] = [f"{_percent(report['kept'] / report['total'])} of the weights are left"]
     if size["file"] and size["dense"]:
         said.append(f"the file takes {_percent(size['file'] / size['dense'])} of the dense one's bytes")
     if scores:
         before, after = (_percent(scores[key]) for key in ("dense", "sparse"))
-        said.append(f"{scores['metric']} went from {before} to {after} on the test data")
+        went = f"{scores['metric']} went from {before} to {after} on the test data"
+        far = Markup('<span class="bad">{}, far below the dense model: look before you use it</span>')
+        said.append(far.format(went) if _fell(scores) else went)
     else:
         said.append("it was not scored")
     if fast["times"] is None:
         said.append("and it was not timed: a smaller file is no faster by itself")
     else:
         said.append(f"and it was measured to be {fast['verdict']} here: {fast['times']:.2f}x ({fast['where']})")
-    return ", ".join(said) + "."
+    return Markup(", ").join(said) + "."
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
-
-
-def _layers(report: Report) -> list[dict[str, Any]]:
-    """Layers, or groups of channels, with what is known of why they keep what they keep."""
-    told = report["diagnostics"].get(report["allocate"], {})
-    gain = told.get("gain", {}) if isinstance(told, Mapping) else {}
-    found = []
-    for row in report["groups"] or report["layers"]:
-        bins = report["histograms"].get(row["name"]) or report["histograms"].get(row["name"] + ".weight")
-        drawn = histogram(bins["edges"], bins["dense"], bins["sparse"], f"weight of {row['name']}") if bins else ""
-        found.append({**row, "gain": gain.get(row["name"]), "histogram": drawn})
-    return found
 
 
 def _budget_row(row: Report, report: Report) -> dict[str, Any]:
@@ -168,74 +250,47 @@ def _budget_row(row: Report, report: Report) -> dict[str, Any]:
     return {**row, "text": f"{achieved:,} of {limit:,} {units} allowed"}
 
 
-def _moved(report: Report) -> str:
-    """How densities moved while they were learned; empty where nothing did."""
-    told = report["diagnostics"].get(report["allocate"], {})
-    total = {row["name"]: row["total"] for row in report["layers"]}
-    paths: dict[str, list[tuple[float, float]]] = {}
-    for entry in told.get("trajectory", []):
-        for name, kept in entry["kept"].items():
-            paths.setdefault(name, []).append((entry["step"], kept / total[name]))
-    for step, densities in told.get("densities", []):
-        for name, density in zip(told["groups"], densities, strict=True):
-            paths.setdefault(name, []).append((step, density))
-    last = max(len(paths) - 1, 1)
-    return lines([Line(name, points, i / last) for i, (name, points) in enumerate(paths.items())], "step", "density")
+_COMPUTE = {
+    "micro_batch": "activations of {} samples at a time (micro_batch)",
+    "amp": "training in {} (amp)",
+    "channels_last": "images laid out with channels last (channels_last)",
+    "compile": "the model compiled (compile)",
+    "checkpoint": "activations computed again instead of kept (checkpoint)",
+    "cached": "at most {:,} bytes of the dense model's outputs kept (cached)",
+}
 
 
-def _spent(steps: Sequence[Report]) -> str:
-    """What is used of every limit while densities are learned, as a share of it."""
-    paths: dict[str, list[tuple[float, float]]] = {}
-    for step in steps:
-        if step.get("stage") != "allocate":
-            continue
-        if "spent" in step:
-            paths.setdefault("the limit that binds", []).append((step["step"], step["spent"]))
-        for key, limit in step.items():
-            kind = key.removeprefix("limit.")
-            if key.startswith("limit.") and limit and f"cost.{kind}" in step:
-                paths.setdefault(kind, []).append((step["step"], step[f"cost.{kind}"] / limit))
-    last = max(len(paths) - 1, 1)
-    some = [Line(name, points, i / last) for i, (name, points) in enumerate(paths.items())]
-    return lines(some, "step", "used of the limit", limit=1.0) if some else ""
+def _certificate(run: Path) -> dict[str, Any]:
+    """`{rows, passed}`: the checks of certificate.json, and the one of its own text, as `allot verify` makes it.
 
-
-def _losses(steps: Sequence[Report]) -> list[tuple[str, str]]:
-    """(stage, chart) of every stage that had a loss in several steps."""
-    paths: dict[str, list[tuple[float, float]]] = {}
-    for step in steps:
-        if isinstance(step.get("loss"), int | float):
-            paths.setdefault(step["stage"], []).append((step["step"], step["loss"]))
-    return [(stage, lines([Line(stage, p)], "step", "loss")) for stage, p in paths.items() if len(p) > 2]
-
-
-def _steps(run: Path) -> list[dict[str, Any]]:
-    """Lines of steps.jsonl; a line that was cut short is left out."""
-    found = []
-    for line in _text(run / "steps.jsonl").splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
+    Raises:
+        UsageError: it cannot be read.
+    """
+    path = run / "certificate.json"
+    try:
+        text = path.read_text()
+        content = json.loads(text)
+        whole = text == json.dumps(sealed(content), indent=2) + "\n"
+        keys = ("file", "check", "promised", "found", "passed")
+        rows = [{key: row[key] for key in keys} for row in content["rows"]]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UsageError(f"{path} cannot be read ({type(error).__name__}: {error}).") from error
+    rows.insert(0, checked(path.name, "untouched", "yes", "yes" if whole else "no"))
+    return {"rows": rows, "passed": all(row["passed"] for row in rows)}
 
 
 def _text(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from error
+    return path.read_text(errors="replace") if path.exists() else ""
 
 
 @cache  # compiling takes longer than all of a small run
 def _template(name: str) -> jinja2.Template:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    known = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    known = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
     known.filters["count"] = lambda value: f"{value:,}"
+    known.filters["number"] = number
     known.filters["percent"] = _percent
     known.filters["short"] = short
     known.filters["folding"] = lambda name: Markup(".<wbr>").join(escape(part) for part in str(name).split("."))

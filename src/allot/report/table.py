@@ -67,7 +67,7 @@ def comparison_table(reports: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
         table.add_row(
             escape(label),
             escape(report["model"]),
-            " + ".join((report["method"], *report["repair"])),
+            escape(" + ".join((report["method"], *report["repair"]))),
             f"{report['sparsity']:.4f}",
             _share(macs["sparse"], macs["dense"]) if macs else "not counted",
             "not saved" if size is None else f"{size:,}",
@@ -107,7 +107,7 @@ def sweep_table(results: Mapping[str, Any]) -> Table:
     table = _table("score, mean ± standard deviation over seeds")
     table.add_column("budget", overflow="fold")
     for method in methods:
-        table.add_column(method, justify="right", no_wrap=True)
+        table.add_column(escape(method), justify="right", no_wrap=True)
     by_cell = {(row["budget"], row["method"]): row for row in means}
     for budget in dict.fromkeys(row["budget"] for row in means):
         table.add_row(escape(budget), *(_mean(by_cell[budget, method]) for method in methods))
@@ -170,7 +170,7 @@ def _exports(report: Mapping[str, Any]) -> list[Table]:
             f"{row['bytes'] / row['limit']:.2f}x" if row["limit"] else "",
         )
         taken = row["milliseconds"]
-        table.add_row(row["form"], *sizes, f"{taken['sparse']:.3f}", f"{taken['dense']:.3f}", _faster(row))
+        table.add_row(escape(row["form"]), *sizes, f"{taken['sparse']:.3f}", f"{taken['dense']:.3f}", _faster(row))
     return [table]
 
 
@@ -240,7 +240,7 @@ def _summary(report: Mapping[str, Any]) -> Table:
     if scores := report["scores"]:
         change = f"{100 * (scores['sparse'] - scores['dense']):+.2f} points"
         table.add_row(
-            f"{scores['metric']} on held-out data", f"{scores['dense']:.4f}", f"{scores['sparse']:.4f}", change
+            escape(f"{scores['metric']} on held-out data"), f"{scores['dense']:.4f}", f"{scores['sparse']:.4f}", change
         )
     else:
         table.add_row("score", "", "", "not measured: --test DATA")
@@ -255,7 +255,7 @@ def _summary(report: Mapping[str, Any]) -> Table:
         within, allowed = (100 * time[key] / time["dense_ms"] for key in ("sparse_ms", "limit_ms"))
         share = f"{within:.1f} %, {allowed:.1f} % allowed"
         named = f"ms a batch of {time['batch']}, {time['runtime'].partition(':')[0]}, measured"
-        table.add_row(named, f"{time['dense_ms']:.3f}", f"{time['sparse_ms']:.3f}", share)
+        table.add_row(escape(named), f"{time['dense_ms']:.3f}", f"{time['sparse_ms']:.3f}", share)
     seconds = sum(report["seconds"].values())
     images = report["images"]
     table.add_row("cost", "", f"{seconds:.1f} s", f"{images['forward']:,} images forward, {images['backward']:,} back")
@@ -272,7 +272,7 @@ def _budget_rows(told: Mapping[str, Any]) -> list[tuple[str, str, Text]]:
         if row["kind"] == "sparsity":  # as near as whole weights come
             achieved = f"{told['kept']:,} kept"
         met = Text("met", style="green") if row["met"] else Text("MISSED", style="bold red")
-        cells.append((f"{row['kind']}={row['asked']}", achieved, met))
+        cells.append((escape(f"{row['kind']}={row['asked']}"), achieved, met))
     return cells
 
 
