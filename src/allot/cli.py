@@ -15,7 +15,7 @@ import typer
 from allot import comparing, verbs
 from allot import options as option
 from allot.console import notes, people, print_json, progress, say, say_error
-from allot.errors import AllotError, Stopped, UsageError
+from allot.errors import AllotError, Stopped, UsageError, VerificationError
 from allot.parts import assemble
 from allot.pose import pose
 from allot.prune import prune
@@ -117,8 +117,10 @@ def prune_command(
     people.print(table.run_table(report))
     for stage, (asked, left) in report["diagnostics"].get("fit", {}).get("steps", {}).items():
         say(f"cut to fit {wanted.max_minutes:g} minutes: {stage} takes {left:,} of {asked:,} steps")
-    checks = len(result.verify()["rows"])
-    say(f"certificate: {checks} checks of the re-opened files passed (allot verify {out} shows them)")
+    found = result.verify()
+    if not found["passed"]:
+        raise VerificationError(f"{out} does not hold what was written there: allot verify {out} shows what differs.")
+    say(f"verified: {len(found['rows'])} checks of the re-opened files passed (allot verify {out} shows them)")
     say(f"run directory: {out}")
     say(f"to look at: {out / 'report.html'}")
 
