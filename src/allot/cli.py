@@ -22,7 +22,6 @@ from allot.prune import prune
 from allot.realise.timing import Runtime, latency_of
 from allot.report import table
 from allot.report.data import layer_rows
-from allot.result import Result
 from allot.run import Candidate, drive, interruptible
 from allot.shares import led, place, sharing, speaks
 from allot.sources import MODEL_FORMS, REMOTE, example_of, load_model
@@ -110,7 +109,7 @@ def prune_command(
             should_stop=should_stop,
             **comparing.settings_of(wanted, source),
         )
-        report = led(partial(_timed, result))
+        report = led(result.timed)
     if as_json:
         print_json({**report, "run": str(out)})
         return
@@ -123,18 +122,6 @@ def prune_command(
     say(f"verified: {len(found['rows'])} checks of the re-opened files passed (allot verify {out} shows them)")
     say(f"run directory: {out}")
     say(f"to look at: {out / 'report.html'}")
-
-
-def _timed(result: Result) -> dict[str, Any]:
-    """The report of a run with at least its own small file opened again and timed, where the model can be."""
-    report = result.report()
-    if report["exports"] or report["latency"]:
-        return report
-    try:
-        result.export(to="slim" if report["groups"] else "bitmask")
-    except AllotError as error:
-        say(f"note: not timed: {error}")
-    return result.report()
 
 
 app.command("sweep")(comparing.sweep_command)

@@ -29,6 +29,7 @@ from allot.known import Known
 from allot.parts import assemble
 from allot.prune import prune
 from allot.report.page import comparison_page
+from allot.report.table import speed
 from allot.shares import led
 from allot.store import write
 
@@ -125,7 +126,7 @@ def sweep(
                 "test": test,
                 "known": known,
             }
-            report = prune(model, calibration, cell.budget, options=own[cell.method], **chosen).report()
+            report = led(prune(model, calibration, cell.budget, options=own[cell.method], **chosen).timed)
         except (BudgetError, PatternError) as error:
             rows.append({**told, "error": str(error)})
             continue
@@ -182,6 +183,7 @@ def _figures(report: dict[str, Any]) -> dict[str, Any]:
         "macs": macs["sparse"] if macs else None,
         "dense_macs": macs["dense"] if macs else None,
         "bytes": report["bytes"]["file"],
+        "faster": speed(report)["times"],
         "images": report["images"],
         "seconds": round(sum(report["seconds"].values()), 1),
     }
