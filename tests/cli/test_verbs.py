@@ -53,7 +53,11 @@ def test_prune_without_labelled_data_has_no_scores():
 def test_prune_shows_people_tables_on_standard_error_and_nothing_on_standard_output():
     outcome = done(f"prune {MLP} --data {SAMPLES} --budget sparsity=0.5 --out RUN")
     assert outcome.out == ""
-    assert "sparsity=0.5" in outcome.err and "checks of the re-opened files passed" in outcome.err and "run directory: RUN" in outcome.err
+    assert (
+        "sparsity=0.5" in outcome.err
+        and "checks of the re-opened files passed" in outcome.err
+        and "run directory: RUN" in outcome.err
+    )
 
 
 def test_a_finished_run_is_shown_again_and_not_made_again(pruned):

@@ -74,6 +74,20 @@ def test_a_page_says_first_what_it_came_to(runs: dict[str, Path], exports: Any, 
     assert all(f">{row['bytes'] / row['limit']:.2f}x<" in run_page(told, {}, "", []) for row in exports)
 
 
+@pytest.mark.parametrize(
+    ("exports", "lead", "word"),
+    [
+        ([], "none was timed", "not measured"),
+        ([SLOW], "as measured here, none is faster than the dense model", "no faster"),
+        ([EXPORT | FAST], "the fastest as measured is erk", "faster"),
+    ],
+)
+def test_nothing_is_called_fastest_that_is_no_faster(runs: dict[str, Path], exports: Any, lead: str, word: str):
+    told = {**report(runs["erk"]), "exports": exports}
+    seen = Seen(comparison_page([("a", told), ("b", {**told, "seed": 1})]))
+    assert lead in seen.text and word in seen.text
+
+
 def test_a_page_of_a_report_with_nothing_to_show_is_a_page(runs: dict[str, Path]):
     told = {**report(runs["erk"]), "macs": None, "scores": None, "histograms": {}, "skipped": {}}
     seen = Seen(

@@ -173,6 +173,7 @@ def _summary(group: Same) -> dict[str, Any]:
         "share": size / full if size and full else None,
         "macs": group.mean(macs_left),
         "times": group.mean(times),
+        "verdict": group.verdict,
         "most": group.most,
     }
 
@@ -188,10 +189,12 @@ def _best(groups: Sequence[Same]) -> str:
     if sizes:
         size, least = min(sizes, key=lambda pair: pair[0])
         said.append(f"the smallest file that of {least.name} at {least.budget} ({round(size):,} bytes)")
-    timed = [(fast, group) for group in groups if (fast := group.mean(times)) is not None]
-    if timed:
-        fast, quick = max(timed, key=lambda pair: pair[0])
+    faster = [group for group in groups if group.verdict == "faster"]
+    if faster:
+        fast, quick = max(((group.mean(times) or 0.0, group) for group in faster), key=lambda pair: pair[0])
         said.append(f"the fastest as measured is {quick.name} at {quick.budget} ({fast:.2f}x as fast as dense)")
+    elif any(group.verdict for group in groups):
+        said.append("as measured here, none is faster than the dense model")
     else:
         said.append("none was timed: a smaller file is no faster by itself")
     text = "; ".join(said) + "."

@@ -66,6 +66,12 @@ class Same:
         return statistics.mean(found) if found else None
 
     @property
+    def verdict(self) -> str | None:
+        """Whether they were measured to be "faster" or "slower": only where all agree; None: none was timed."""
+        found = {word for run in self.runs if (word := speed(run)["verdict"])}
+        return None if not found else found.pop() if len(found) == 1 else "no faster"
+
+    @property
     def said(self) -> str:
         """Name, budget and score, in words."""
         if self.score is None:
