@@ -178,22 +178,36 @@ def exported(
         if probed:
             save_probe(made.file, to, made.opened, example, wanted, run)
         file = target / made.file.relative_to(place) if target and place else made.file
-    ours, theirs = cloned(example), cloned(example)
-    taken = side_by_side(lambda: made.other.run(theirs), lambda: made.opened.run(ours))
-    inside = file.resolve().is_relative_to(run.resolve())
+    params = sum(p.numel() for p in dense.parameters())
+    told = {"dense_params": params, "macs": macs, "dense_macs": _macs(dense, example, layers), "error": error}
     return {
         "form": to,
-        "file": str(file),
-        "inside": str(file.resolve().relative_to(run.resolve())) if inside else None,
-        "probe": probed,
+        **_placed_row(run, file, probed=probed),
+        **_sizes(made, report),
+        **told,
+        **_times(made, example),
+    }
+
+
+def _placed_row(run: Path, file: Path, *, probed: bool) -> dict[str, Any]:
+    place, home = file.resolve(), run.resolve()
+    inside = str(place.relative_to(home)) if place.is_relative_to(home) else None
+    return {"file": str(file), "inside": inside, "probe": probed}
+
+
+def _sizes(made: Made, report: Mapping[str, Any]) -> dict[str, Any]:
+    return {
         "bytes": made.opened.bytes,
         "dense_bytes": made.other.bytes,
         "limit": report["bytes"]["limit"],
-        "error": error,
         "params": sum(p.numel() for p in made.model.parameters()),
-        "dense_params": sum(p.numel() for p in dense.parameters()),
-        "macs": macs,
-        "dense_macs": _macs(dense, example, layers),
+    }
+
+
+def _times(made: Made, example: Any) -> dict[str, Any]:
+    ours, theirs = cloned(example), cloned(example)
+    taken = side_by_side(lambda: made.other.run(theirs), lambda: made.opened.run(ours))
+    return {
         "milliseconds": {"dense": 1000 * taken.dense, "sparse": 1000 * taken.sparse},
         "faster": taken.faster,
         "spread": list(taken.spread),
