@@ -86,3 +86,18 @@ def test_a_failed_check_stands_out():
 
 def test_a_report_is_json(report):
     assert json.loads(json.dumps(report)) == report
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1234567, "1,234,567"),
+        (True, "True"),
+        ("f" * 64, "ffffffffffff…"),
+        (["weights", "zeros"], "weights, zeros"),
+        ([], "none"),
+        ({"dense": 1107816, "file": 91581}, "dense 1,107,816, file 91,581"),
+    ],
+)
+def test_what_a_check_found_is_read_without_brackets(value: object, text: str):
+    assert table.short(value) == text

@@ -161,7 +161,7 @@ def _exports(report: Mapping[str, Any]) -> list[Table]:
     if not report["exports"]:
         return []
     table = _table("exports, opened again and timed beside dense")
-    for column in ("form", "bytes", "dense bytes", "of the limit", "ms", "dense ms", ""):
+    for column in ("form", "bytes", "dense bytes", "of the limit", "ms", "dense ms", "speed (half of the rounds)"):
         table.add_column(column, justify="left" if column == "form" else "right")
     for row in report["exports"]:
         sizes = (
@@ -292,5 +292,9 @@ def _share(part: int, whole: int) -> str:
 
 def short(value: Any) -> str:
     """What a check promised or found, as text; of a digest its first digits."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {short(part)}" for key, part in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(short, value)) or "none"
     text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
     return f"{text[:12]}…" if re.fullmatch("[0-9a-f]{64}", text) else text
