@@ -113,6 +113,7 @@ def advise_command(
             pattern=pattern,
             runtime=Runtime.parse(runtime),
             label=wanted.model,
+            data=wanted.data or "DATA",
             on_step=lambda done, of: on_step(Step("measure", done, of, {})),
         )
     told = {"model": wanted.model, **told}

@@ -26,25 +26,29 @@ class Known:
 
     def __init__(self, dense: Score | None = None) -> None:
         self.dense = dense
-        self._values: dict[Hashable, Any] = {}
+        self._values: dict[bool, dict[Hashable, Any]] = {True: {}, False: {}}  # whether a seed decided them
 
-    def get(self, key: Hashable) -> Any:
+    def forget_seed(self) -> None:
+        """Keep only what no seed decides: a sweep is done with the last one."""
+        self._values[True].clear()
+
+    def get(self, key: Hashable, *, seeded: bool = True) -> Any:
         """The value, or None."""
-        return self._values.get(key) if _hashable(key) else None
+        return self._values[seeded].get(key) if _hashable(key) else None
 
-    def put(self, key: Hashable, value: Any) -> None:
+    def put(self, key: Hashable, value: Any, *, seeded: bool = True) -> None:
         """Keep it; keys that cannot be told apart, like those with a list in them, are not kept."""
         if _hashable(key):
-            self._values[key] = value
+            self._values[seeded][key] = value
 
-    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+    def once(self, key: Hashable, make: Callable[[], T], *, seeded: bool = True) -> T:
         """What `make` gives, made once."""
-        if (value := self.get(key)) is not None:
+        if (value := self.get(key, seeded=seeded)) is not None:
             return value
         before = draws()
         made = make()
         if draws() == before:
-            self.put(key, made)
+            self.put(key, made, seeded=seeded)
         return made
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from allot.methods import METHODS
 from allot.parts import options_of
 from allot.recipe import RecipeFile
 from allot.run import Rule
-from allot.store import read_finished
+from allot.store import read_finished, read_run
+
+log = logging.getLogger("allot")
 
 
 def recipe_of(run: Path) -> RecipeFile:
@@ -47,6 +50,13 @@ def runs_of(path: Path) -> list[Path]:
         UsageError: the sweep's table cannot be read, or names no run.
     """
     table = path / "results.json"
+    cells = sorted(path.glob("*/*/seed-*/run.json"))
+    if not table.exists() and cells and not (path / "run.json").exists():
+        done = [cell.parent for cell in cells if read_run(cell.parent)["state"] == "done"]
+        log.warning("%s is a sweep that is not finished: %d runs of it are", path, len(done))
+        if not done:
+            raise UsageError(f"{path} is a sweep of which no run is finished: the same command goes on.")
+        return done
     if not table.exists():
         return [path]
     try:

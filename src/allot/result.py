@@ -21,6 +21,7 @@ from allot.masks import write_into
 from allot.realise import certificate, files
 from allot.realise.dead import without_dead_channels
 from allot.realise.export import exported, form_of
+from allot.realise.rows import sealed
 from allot.report.data import report
 from allot.report.exports import add_export, exports_of
 from allot.report.page import write_run
@@ -143,8 +144,12 @@ class Result:
             VerificationError: what was written answers otherwise.
         """
         form = form_of(path) if to is None else to
+        if form is None and path is None:
+            raise UsageError("nothing says what to export to: give a path like model.onnx, or to='bitmask'.")
         if form is None:
-            raise UsageError(f"{path}: the form is not known by its ending: give to=, like to='onnx'.")
+            raise UsageError(
+                f"{path}: its ending says no form (.onnx, .pt2 and .safetensors do): give to=, like to='openvino'."
+            )
         example = self.problem.example
         if example is None:
             example = self.problem.inputs().example()
@@ -157,7 +162,7 @@ class Result:
                 saved.save(folder)
                 return exported(self.problem.model, Path(folder), saved.report(), example, form, out)
         row = exported(self.problem.model, self.directory, self.report(), example, form, out)
-        add_export(self.directory, self.report(), row)
+        add_export(self.directory, row)
         return row
 
     def timed(self) -> dict[str, Any]:
@@ -170,8 +175,8 @@ class Result:
             return report
         try:
             self.export(to="slim" if report["groups"] else "bitmask")
-        except AllotError as error:
-            log.warning("%s is not timed: %s", self.label, error)
+        except Exception as error:  # noqa: BLE001 - a model may raise whatever it likes; the run itself is done
+            log.warning("%s is not timed: %s", self.label, (str(error).strip() or type(error).__name__).splitlines()[0])
         return self.report()
 
     def report(self) -> dict[str, Any]:
@@ -216,7 +221,7 @@ class Result:
         write_json(directory / "certificate.json", certified)
         object.__setattr__(self, "directory", directory)
         told = self._report()
-        write_json(directory / "report.json", told)
+        write_json(directory / "report.json", sealed(told))
         if not certified["passed"]:
             failed = next(row for row in certified["rows"] if not row["passed"])
             raise VerificationError(

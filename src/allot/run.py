@@ -83,20 +83,21 @@ class Problem:
         look = self.inputs().repeats
         return self.known.once(self.about("repeats"), look) if self.known else look()
 
-    def once(self, what: Hashable, make: Callable[[], T]) -> T:
+    def once(self, what: Hashable, make: Callable[[], T], *, seeded: bool = True) -> T:
         """`make()`; in a sweep, what an earlier run got from it, not to be changed in place.
 
         Args:
-            what: all that it depends on beside the dense model, the layers and the calibration batches.
+            what: all that it depends on beside the dense model, the layers, the seed and the calibration batches.
+            seeded: whether it depends on the latter two at all.
         """
-        if self.known is None or (self.calibration and not self.repeats()):
+        if self.known is None or (seeded and self.calibration and not self.repeats()):
             return make()
-        return self.known.once(self.about(what), make)
+        return self.known.once(self.about(what, seeded=seeded), make, seeded=seeded)
 
-    def about(self, what: Hashable) -> Hashable:
-        """`what`, of these layers and calibration batches."""
+    def about(self, what: Hashable, *, seeded: bool = True) -> Hashable:
+        """`what`, of these layers, this seed and these calibration batches."""
         layers = tuple((layer.name, layer.min_kept, layer.max_kept) for layer in self.scope)
-        return what, layers, self.calibration.order if self.calibration else None
+        return what, layers, (self.seed, self.calibration.order if self.calibration else None) if seeded else None
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,8 @@ def sweep(
     rows: list[dict[str, Any]] = []
     reports: list[tuple[str, dict[str, Any]]] = []
     for number, cell in enumerate(cells, 1):
+        if number > 1 and cell.seed != cells[number - 2].seed:
+            known.forget_seed()
         if on_cell:
             on_cell(number, len(cells), cell)
         directory = cell.directory(out)

@@ -43,6 +43,8 @@ def verify_command(
         print_json(found)
     else:
         people.print(table.certificate_table(found["rows"]))
+        if found["passed"]:
+            say(f"{path}: all {len(found['rows'])} checks passed")
     if not found["passed"]:
         failed = next(row for row in found["rows"] if not row["passed"])
         said = [table.short(failed[key]) for key in ("check", "promised", "found")]
@@ -69,7 +71,7 @@ def export_command(
     if example is None:
         raise UsageError("no input to run the model on: give --input or --data.")
     row = exported(source.model, run, report, example, to, out)
-    add_export(run, report, row)
+    add_export(run, row)
     if as_json:
         print_json(row)
     else:

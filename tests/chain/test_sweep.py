@@ -127,6 +127,17 @@ def test_what_cells_share_changes_nothing(method: str, parts: Any, make: Any, da
         shutil.rmtree(here)
 
 
+def test_a_score_that_draws_by_the_seed_is_shared_by_cells_of_that_seed_alone(tmp_path: Path):
+    mine = allot.Calibration.of(CASE.inputs(16), samples=16, batch_size=8)  # whose order no seed of a cell decides
+    parts = {"allocate": "knapsack", "score": "random", "repair": "none"}
+    cells = cells_of(("erk",), ("sparsity=0.7",), 2)
+    sweep(CASE.make(), mine, cells, tmp_path / "together", **parts)
+    for cell in cells:
+        alone = allot.prune(CASE.make(), mine, cell.budget, seed=cell.seed, **parts)
+        there = json.loads((cell.directory(tmp_path / "together") / "report.json").read_text())
+        assert [row["kept"] for row in there["layers"]] == list(alone.allocation.kept.values())
+
+
 def test_cells_share_answers_sensitivities_and_sorted_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     called: list[str] = []
 

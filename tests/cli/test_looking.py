@@ -20,7 +20,7 @@ from allot.realise import advise as advising
 from allot.realise import timing
 from allot.realise.advise import break_even
 from allot.recipe import RecipeFile, gallery
-from cli.command import MLP, NET, SAMPLES, done, refused
+from cli.command import MLP, NET, SAMPLES, done, refused, run
 from contract.cases import short
 from realise.test_timing import work
 
@@ -220,3 +220,20 @@ def test_a_model_whose_channels_stay_gets_its_own_reason():
         nn.Sequential(nn.Flatten(), nn.Linear(8, 4)), torch.ones(1, 8), runtime=timing.Runtime("torch")
     )
     assert told["said"][0].startswith("Channels: no advice (no channels can be removed") and "latency" not in str(told)
+
+
+def test_a_run_goes_on_to_be_one_when_its_exports_are_gone():
+    line = f"prune {MLP} --data {SAMPLES} --budget sparsity=0.5 --repair none --out RUN"
+    done(line)
+    done("export RUN --to program")
+    Path("RUN/model.pt2").unlink()
+    assert "note: model.pt2: exists: promised yes, found no" in done(line).err
+    refused_by_verify = run("verify RUN")
+    assert refused_by_verify.code == 4 and "RUN/model.pt2" in refused_by_verify.err
+
+
+def test_a_sweep_that_is_not_finished_shows_what_is():
+    done(f"sweep {MLP} --data {SAMPLES} --budget sparsity=0.5,0.7 --method erk --seeds 1 --repair none --out SWEEP")
+    Path("SWEEP/results.json").unlink()
+    said = done("report SWEEP --out some.html").err
+    assert "is a sweep that is not finished: 2 runs of it are" in said and Path("some.html").exists()

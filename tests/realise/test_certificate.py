@@ -18,10 +18,11 @@ from torch import Tensor
 
 from allot.errors import UsageError
 from allot.prune import prune
-from allot.realise.certificate import sealed, verify
+from allot.realise.certificate import verify
 from allot.realise.export import exported
 from allot.realise.files import ALLOCATION, BITMASK, PLAIN, REPORT, SLIM, save_tensors
 from allot.realise.probe import probe_of
+from allot.realise.rows import sealed
 from contract.cases import CASES
 from realise.damage import DAMAGES, any_flipped_bit_fails, damage, passed
 
@@ -137,7 +138,7 @@ def test_files_that_differ_from_each_other_fail(run: Path):
     forge(run)
     report = json.loads((run / REPORT).read_text())
     report["bytes"] |= {"dense": (run / PLAIN).stat().st_size}
-    (run / REPORT).write_text(json.dumps(report))
+    (run / REPORT).write_text(json.dumps(sealed(report), indent=2) + "\n")
     assert [row["check"] for row in verify(run)["rows"] if not row["passed"]] == [f"same tensors as {PLAIN}"]
 
 
@@ -263,8 +264,15 @@ def test_a_broken_report_is_a_row(run: Path, how: str):
 def test_a_report_is_held_to_the_certificate(run: Path, change: Callable[[dict[str, Any]], Any], check: str):
     report = json.loads((run / REPORT).read_text())
     change(report)
-    (run / REPORT).write_text(json.dumps(report))
+    (run / REPORT).write_text(json.dumps(sealed(report), indent=2) + "\n")
     assert failed(run) == [(REPORT, check)]
+
+
+@pytest.mark.parametrize("key", ["sparsity", "budget", "seed", "macs"])
+def test_any_change_of_a_report_is_found(run: Path, key: str):
+    report = json.loads((run / REPORT).read_text())
+    (run / REPORT).write_text(json.dumps({**report, key: []}, indent=2) + "\n")
+    assert failed(run) == [(REPORT, "untouched")]
 
 
 def test_a_broken_record_of_the_run_is_a_row_where_it_was_certified(run: Path):

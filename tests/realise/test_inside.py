@@ -36,7 +36,7 @@ def into(run: Path, seed: int = 0, forms: Any = FORMS) -> Path:
     allot.prune(model, X, "sparsity=0.8", repair="none", save_to=run)
     report = json.loads((run / "report.json").read_text())
     for form in forms:
-        add_export(run, report, exported(model, run, report, X[:1], form))
+        add_export(run, exported(model, run, report, X[:1], form))
     return run
 
 

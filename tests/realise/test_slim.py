@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 import allot
 from allot.errors import Stopped, UsageError, VerificationError
-from allot.realise.certificate import sealed, verify
+from allot.realise.certificate import verify
 from allot.realise.files import BITMASK, PLAIN, PLAN, SLIM, load, read
-from allot.realise.rows import digest
+from allot.realise.rows import digest, sealed
 from allot.realise.slim import load_slim
 from allot.result import Result
 from contract.cases import CASES, Attention, Convolutions

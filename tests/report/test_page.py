@@ -225,7 +225,12 @@ def copied(run: Path, to: Path, **files: bytes) -> Path:
     return to
 
 
-@pytest.mark.parametrize("steps", [b"\xff\n", b"5\n[]\n{}\n", b'{"stage": 1, "step": "x"}\n', b"[" * 9999, b'{"sta'])
+HUGE = b'{"stage": "allocate", "step": ' + b"9" * 400 + b', "loss": 1e308}\n'
+
+
+@pytest.mark.parametrize(
+    "steps", [b"\xff\n", b"5\n[]\n{}\n", b'{"stage": 1, "step": "x"}\n', b"[" * 9999, b'{"sta', HUGE]
+)
 def test_steps_that_are_none_are_left_out(runs: dict[str, Path], steps: bytes, tmp_path: Path):
     whole = (runs["fcpts"] / "steps.jsonl").read_bytes()
     odd = b'{"stage": "allocate", "step": 1, "loss": "x", "limit.sparsity": null, "cost.sparsity": 1, "spent": NaN}\n'

@@ -47,7 +47,7 @@ def _survivors(problem: Problem, name: str, score: Callable[[Tensor], Tensor]) -
         )
         return owner[torch.cat(scores).argsort(descending=True, stable=True)]
 
-    ranked = problem.once(name, sorted_owners)  # [N], the layer of each weight, best weight first
+    ranked = problem.once(name, sorted_owners, seeded=False)  # [N], the layer of each weight, best weight first
 
     def counts(r: int) -> dict[str, int]:
         kept = torch.bincount(ranked[:r], minlength=len(layers)).tolist()

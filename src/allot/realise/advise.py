@@ -46,6 +46,8 @@ DENSITIES = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02)
 LAYERS = 4  # linear layers that are measured, those with most MACs
 WORTH = 1.1  # times as fast, below which nothing is advised: what is foretold is less sure than what was timed
 
+_PRUNE = "allot prune MODEL --data DATA --out RUN"
+
 
 def advise(
     model: nn.Module,
@@ -55,6 +57,7 @@ def advise(
     runtime: Runtime | None = None,
     seed: int = 0,
     label: str = "MODEL",
+    data: str = "DATA",
     on_step: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """What was measured, and what it comes to.
@@ -64,7 +67,7 @@ def advise(
         pattern: in what multiples channels go.
         runtime: where channels are timed; where None, ONNX Runtime if it is installed and takes the model, else
             PyTorch, one sample at a time.
-        label: what the model is called in commands that are advised.
+        label, data: what the model and its data are called in commands that are advised.
         on_step: as in `latency_of`.
     Returns:
         `{"machine", "runtime", "pattern", "channels": [{"macs", "faster"}], "why_not", "linear": [{"layer", "layers",
@@ -91,7 +94,7 @@ def advise(
         "net": net,
         "semi_structured": _semi_structured(model, example, [layer.name for layer in scope]),
     }
-    return {**told, "said": [sentence.replace("MODEL", label) for sentence in _said(told)]}
+    return {**told, "said": [said.replace("DATA", data).replace("MODEL", label) for said in _said(told)]}
 
 
 def break_even(densities: Sequence[float], faster: Sequence[float]) -> float | None:
@@ -246,7 +249,7 @@ def _said(told: Mapping[str, Any]) -> list[str]:
         more = f"; at {100 * least['macs']:.0f} %: {least['faster']:.2f}x" if least is not pays else ""
         said.append(
             f"Channels pay from {100 * pays['macs']:.0f} % of the MACs down ({pays['faster']:.2f}x as fast{more}): "
-            f"allot prune MODEL "
+            f"{_PRUNE} "
             f"--budget macs={100 * min(pays['macs'], 0.5):.0f}% --method dsa --pattern {told['pattern']}"
         )
     net = (told["net"] or {"faster": {}})["faster"]
@@ -255,7 +258,7 @@ def _said(told: Mapping[str, Any]) -> list[str]:
         (density, times), (least, most) = next(iter(pay_net.items())), list(net.items())[-1]
         said.append(
             f"Single weights pay from a density of {density} down, as sparse matrices in PyTorch ({times:.2f}x for the "
-            f"whole net; at {least}: {most:.2f}x): allot prune MODEL --budget sparsity={1 - float(density):g}, then "
+            f"whole net; at {least}: {most:.2f}x): {_PRUNE} --budget sparsity={1 - float(density):g}, then "
             "allot export RUN --to csr, which converts the layers that gain."
         )
     else:
@@ -266,7 +269,7 @@ def _said(told: Mapping[str, Any]) -> list[str]:
     elif pay := [times for times in halves.values() if times >= WORTH]:
         said.append(
             f"2:4 pays for {len(pay)} of {len(halves)} linear layers in half precision on the GPU, up to "
-            f"{max(pay):.2f}x: allot prune MODEL --pattern 2:4, then allot export RUN --to 2:4"
+            f"{max(pay):.2f}x: {_PRUNE} --budget sparsity=50% --pattern 2:4, then allot export RUN --to 2:4"
         )
     elif halves:
         said.append(f"2:4 does not pay on the GPU here: at most {max(halves.values()):.2f}x as fast.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from allot.realise.limits import Recounted, recounted
 from allot.realise.places import is_run
 from allot.realise.probe import ANSWERS, holds_tensors, probe_of, probe_rows
 from allot.realise.record import allocation_rows, export_rows, report_rows, state_rows
-from allot.realise.rows import Row, checked, digest
+from allot.realise.rows import Row, checked, digest, seal_row, sealed
 
 _DIRECTORIES = {"model.xml": "openvino", "config.json": "hf"}  # what a directory of these forms holds
 
@@ -35,12 +34,6 @@ def certify(directory: Path, kept: Mapping[str, int], allocated: Mapping[str, in
     promised = {"kept": dict(kept), "allocated": dict(allocated), "files": files}
     rows = _promised_rows(directory, promised)
     return sealed({"promised": promised, "rows": rows, "passed": all(row["passed"] for row in rows)})
-
-
-def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a certificate with the SHA-256 of its own text."""
-    own = {key: content[key] for key in ("promised", "rows", "passed")}
-    return {**own, "sha256": hashlib.sha256(json.dumps(own, indent=2).encode()).hexdigest()}
 
 
 def verify(path: str | Path, model: nn.Module | None = None) -> dict[str, Any]:
@@ -131,10 +124,9 @@ def certified(path: Path) -> tuple[list[Row], Mapping[str, Any] | None]:
     rows = state_rows(path)
     try:
         text = (path / CERTIFICATE).read_text()
-        content = json.loads(text)
-        same = text == json.dumps(sealed(content), indent=2) + "\n"
-        rows.append(checked(CERTIFICATE, "untouched", "yes", "yes" if same else "no"))
-        if same:  # else nothing is known of what was promised
+        rows.append(seal_row(CERTIFICATE, text))
+        if rows[-1]["passed"]:  # else nothing is known of what was promised
+            content = json.loads(text)
             found = _promised_rows(path, content["promised"])
             known = all(row["passed"] for row in found if row["file"] == CERTIFICATE)
             return rows + found, content["promised"] if known else None

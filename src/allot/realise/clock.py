@@ -39,8 +39,10 @@ class Beside:
 
     @property
     def verdict(self) -> str:
-        """The same in words: "faster", "no faster" or "slower"."""
-        return verdict(self.faster) if self.pays or self.faster < PAYS else "no faster"
+        """The same in words: as `verdict` says, or "unclear", where three rounds of four do not agree with it."""
+        word = verdict(self.faster)
+        agree = {"faster": self.spread[0] > 1, "slower": self.spread[1] < 1}
+        return word if agree.get(word, True) else "unclear"
 
 
 def verdict(times: float) -> str:

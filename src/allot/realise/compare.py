@@ -60,6 +60,7 @@ def check_answers(
 
 
 def _real(tensor: Tensor) -> Tensor:
+    tensor = tensor.to_dense() if tensor.layout != torch.strided else tensor
     return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).double().cpu()
 
 

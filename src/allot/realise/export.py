@@ -141,13 +141,25 @@ def exported(
         where it is elsewhere, `probe` whether a probe lies beside it, `limit` the information limit of these weights in
         bytes, `error` the largest difference of outputs from the run's masked model over their largest value, `faster`
         how many times as fast as dense, `spread` from and to how many in half of the rounds, `verdict` "faster",
-        "no faster" or "slower".
+        "no faster", "slower" or "unclear".
     Raises:
         UsageError: an unknown form, or one that this model or installation does not allow.
         VerificationError: what was written answers otherwise than the run's model, or takes other MACs than promised.
     """
     if to not in EVERY:
         raise unknown("form of export", to, EVERY)
+    try:
+        return _exported(dense, run, report, example, to, out)
+    except (AllotError, OSError):
+        raise
+    except Exception as error:  # a model may raise whatever it likes
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(f"{type(dense).__name__} cannot be exported to {to}: {said}") from error
+
+
+def _exported(
+    dense: nn.Module, run: Path, report: Mapping[str, Any], example: Any, to: str, out: Path | None
+) -> dict[str, Any]:
     if to in FORMS:
         check_inputs(example)
     if to == "hf" and (run / SLIM).exists():
@@ -160,7 +172,7 @@ def exported(
     write_into(masked, load(run))
     layers = [row["name"] for row in report["layers"]]
     target = _target(run, to, out)
-    with nullcontext() if target is None else placed(target, directory=_ending(to) == "") as place:
+    with nullcontext() if target is None else placed(target, directory=_ending(to) == "", run=run) as place:
         if to == "2:4":
             made, example, masked = _semi_structured(dense, masked, run, report, layers, example, place)
         elif place is None or to in FILES:
@@ -330,7 +342,8 @@ def _copied_file(run: Path, to: str, out: Path | None) -> Path:
         )
     if not (run / name).exists():
         others = [form for form, file in FILES.items() if (run / file).exists()]
-        raise UsageError(f"{run} has no {name}: {', '.join(others)} and {', '.join(FORMS)} can be exported.")
+        others += ["csr", *(form for form in FORMS if form != "hf" or not (run / SLIM).exists())]
+        raise UsageError(f"{run} has no {name}: {', '.join(others)} can be exported.")
     if out is None:
         return run / name
     if to != "slim":

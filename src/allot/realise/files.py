@@ -210,9 +210,11 @@ def load(path: str | Path) -> dict[str, Tensor]:
     Args:
         path: model.safetensors, model.bitmask.safetensors, or a run directory.
     Raises:
-        UsageError: no such file, or a damaged one.
+        UsageError: no such file, a damaged one, or one that a runtime opens.
     """
     path = Path(path)
+    if path.suffix in (".onnx", ".pt2", ".xml"):
+        raise UsageError(f"{path} is a model for a runtime, which opens it: files of tensors are loaded here.")
     return read(path / PLAIN if path.is_dir() else path)[0]
 
 

@@ -19,28 +19,34 @@ def is_run(directory: Path) -> bool:
     return any((directory / name).exists() for name in _RECORDS)
 
 
-def check_place(target: Path, *, directory: bool) -> None:
+def check_place(target: Path, *, directory: bool, run: Path | None = None) -> None:
     """Hold a place to what may be written over.
 
+    Args:
+        run: what is exported.
     Raises:
-        UsageError: a file that a run is made of, or a directory that holds something else.
+        UsageError: a file that a run is made of, the directory of another run, or one that holds something else.
     """
+    if run is not None and is_run(target.parent) and target.parent.resolve() != run.resolve():
+        raise UsageError(f"{target.parent} is another run, which knows nothing of this one: give another place.")
     if directory and is_run(target):
         raise UsageError(f"{target} is a run directory: give another place, or none to write beside the run's files.")
     if not directory and is_run(target.parent) and (target.name in OWN or target.name.startswith("state-")):
         raise UsageError(f"{target} is a file that the run itself is made of: give another name.")
+    if directory and target.suffix in (".safetensors", ".onnx", ".pt2", ".xml"):
+        raise UsageError(f"{target} is written as a directory: give it a name without the ending of a file.")
     if directory and target.is_dir() and any(target.iterdir()) and not (target / PROBE).exists():
         raise UsageError(f"{target} holds other files: give a directory of its own.")
 
 
 @contextmanager
-def placed(target: Path, *, directory: bool) -> Iterator[Path]:
+def placed(target: Path, *, directory: bool, run: Path | None = None) -> Iterator[Path]:
     """A place to write to; what is there when the block ends well, a probe with it, goes to `target`.
 
     Raises:
         UsageError: that place cannot be written, or may not be (`check_place`).
     """
-    check_place(target, directory=directory)
+    check_place(target, directory=directory, run=run)
     try:
         if directory:
             target.parent.mkdir(parents=True, exist_ok=True)

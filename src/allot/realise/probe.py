@@ -139,6 +139,8 @@ def probe_rows(
         return rows + _opened_rows(path, called, promise, tensors, model, ask=ask)
     except UsageError:
         raise
+    except ImportError as error:  # the file is what it was: what opens it is not
+        raise UsageError(f"{path} cannot be opened here: {str(error).splitlines()[0].rstrip('.')}.") from error
     except Exception as error:  # noqa: BLE001 - runtimes raise whatever a broken file makes them
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         return [*rows, checked(str(called), "opens and answers", "yes", said, passed=False)]

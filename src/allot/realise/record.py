@@ -13,7 +13,7 @@ from allot.errors import UsageError
 from allot.realise.files import ALLOCATION, BITMASK, CERTIFICATE, PLAIN, REPORT, SLIM
 from allot.realise.forms import PROBE
 from allot.realise.probe import ENDING, probe_of, probe_rows
-from allot.realise.rows import Row, checked
+from allot.realise.rows import Row, checked, seal_row
 from allot.store import read_run
 
 _BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
@@ -57,13 +57,15 @@ def allocation_rows(directory: Path, promised: Mapping[str, int], *, of: str) ->
 def report_rows(directory: Path, promised: Mapping[str, Any]) -> list[Row]:
     """Whether report.json shows the counts and sizes that the certificate promises."""
     try:
-        report = json.loads((directory / REPORT).read_text())
+        text = (directory / REPORT).read_text()
+        report = json.loads(text)
         listed = {layer["name"]: layer["kept"] for layer in report["layers"]}
         sizes = {kind: report["bytes"][kind] for kind in ("dense", "file")}
         files, kept = promised["files"], promised["kept"]
         wanted = {"dense": files[PLAIN]["bytes"], "file": files[SLIM if SLIM in files else BITMASK]["bytes"]}
         _exports(report)
         return [
+            seal_row(REPORT, text),
             checked(REPORT, "kept per layer", "as promised", _differing(kept, listed)),
             checked(REPORT, "kept", sum(kept.values()), report["kept"]),
             checked(REPORT, "bytes", wanted, sizes),
@@ -81,6 +83,7 @@ def export_rows(directory: Path, run: str | None, model: nn.Module | None) -> li
     """
     probes = {*directory.glob(f"*{ENDING}"), *directory.glob(f"*/{PROBE}")}
     rows, listed = [], _listed(directory)
+    probes |= {probe for name in listed if (probe := probe_of(directory / name)).exists()}
     for name, probed in listed.items():
         path = directory / name
         if not path.exists():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,3 +26,19 @@ def digest(path: Path) -> dict[str, Any]:
     """Size in bytes and SHA-256 of a file."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON-ready content with the SHA-256 of its own text: a changed byte is found."""
+    own = {key: value for key, value in content.items() if key != "sha256"}
+    return {**own, "sha256": hashlib.sha256(json.dumps(own, indent=2).encode()).hexdigest()}
+
+
+def seal_row(file: str, text: str) -> Row:
+    """Whether a text is what `sealed` made of it.
+
+    Raises:
+        ValueError, TypeError, AttributeError: it is no JSON object.
+    """
+    whole = text == json.dumps(sealed(json.loads(text)), indent=2) + "\n"
+    return checked(file, "untouched", "yes", "yes" if whole else "no")

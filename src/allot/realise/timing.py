@@ -36,6 +36,7 @@ from allot.masks import as_arguments
 from allot.observe import hooked, plain_places
 from allot.realise.clock import timed
 from allot.realise.export import reopened
+from allot.realise.forms import onnx_session
 
 RUNTIMES = ("onnx", "torch")
 SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)  # of its channels that a layer is timed with, on either side
@@ -316,7 +317,6 @@ def _many(value: Any, dims: int) -> tuple[int, ...]:
 
 def _one_node(x: Tensor, weight: Tensor, node: tuple[str, dict[str, Any]]) -> Run:
     """An ONNX graph of this one operator, opened."""
-    import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
     operator, settings = node
@@ -329,7 +329,7 @@ def _one_node(x: Tensor, weight: Tensor, node: tuple[str, dict[str, Any]]) -> Ru
     )
     # the versions that the exporter of whole models writes
     written = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    session = onnxruntime.InferenceSession(written.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = onnx_session(written.SerializeToString())
     fed = {"x": x.numpy()}
     return lambda: session.run(None, fed)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from allot.errors import UsageError
+from allot.realise.rows import sealed
 from allot.report.page import write_run
 from allot.store import write
 
@@ -26,16 +27,21 @@ def exports_of(run: Path | None) -> list[dict[str, Any]]:
         raise UsageError(f"{path} cannot be read: {error}") from error
 
 
-def add_export(run: Path, report: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
-    """Put a row into a run's report, in place of an earlier one of that form; the report with it.
+def add_export(run: Path, row: dict[str, Any]) -> None:
+    """Put a row into a run's report.json, in place of an earlier one of the same file; all else stays as it is.
 
-    Args:
-        report: what report.json says, but for exports: others may have been made meanwhile.
     Raises:
         UsageError: the report cannot be read or written.
     """
-    others = [other for other in exports_of(run) if other["form"] != row["form"]]
-    report = {**report, "exports": [*others, row]}
-    write(run / "report.json", json.dumps(report, indent=2) + "\n")
+    others = [other for other in exports_of(run) if (other["form"], other["file"]) != (row["form"], row["file"])]
+    save_report(run, {**json.loads((run / "report.json").read_text()), "exports": [*others, row]})
+
+
+def save_report(run: Path, report: dict[str, Any]) -> None:
+    """Write a run's report.json, sealed, and its page.
+
+    Raises:
+        UsageError: they cannot be written.
+    """
+    write(run / "report.json", json.dumps(sealed(report), indent=2) + "\n")
     write_run(run, report)
-    return report

@@ -13,8 +13,7 @@ from markupsafe import Markup, escape
 
 from allot.amounts import unit
 from allot.errors import UsageError
-from allot.realise.certificate import sealed
-from allot.realise.rows import checked
+from allot.realise.rows import checked, sealed
 from allot.report.charts import Line, Mark, legend, lines, marks
 from allot.report.needed import needed
 from allot.report.paths import losses, moved, spent, steps_of
@@ -182,7 +181,7 @@ def _best(groups: Sequence[Same]) -> str:
     """Which is best in score, in size and in speed, in a sentence."""
     scored = [group for group in groups if group.score is not None]
     said = []
-    if len(_metrics(groups)) == 1 and scored:
+    if len({(group.metric, group.runs[0]["scores"]["dense"]) for group in scored}) == 1:  # one model, one test
         best = max(scored, key=lambda group: group.score or 0.0)
         said.append(f"the highest score is that of {best.name} at {best.budget} ({_percent(best.score or 0.0)})")
     sizes = [(size, group) for group in groups if (size := group.mean(lambda run: run["bytes"]["file"]))]

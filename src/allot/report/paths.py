@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,4 +70,5 @@ def _toned(paths: Paths) -> list[Line]:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a number that a chart can show."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e100 < value < 1e100

@@ -159,7 +159,8 @@ def names(series: Sequence[Facets]) -> list[str]:
 
     every = [key for key in dict.fromkeys(key for some in series for key in some) if key != "method"]
     differing = [key for key in every if len({some.get(key) for some in series}) > 1]
-    shown = [key for key in differing if key.partition(".")[0] not in _DEEP and len({*_news(series, key)}) > 1]
+    news = [key for key in differing if key.partition(".")[0] not in _DEEP and len({*_news(series, key)}) > 1]
+    shown = ["model"] if "model" in news else news  # of several models much else differs: no more than tells them apart
     for key in differing:
         if apart([*shown, key]) > apart(shown):
             shown.append(key)
