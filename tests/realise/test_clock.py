@@ -17,7 +17,8 @@ def seconds(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_dense_over_sparse_is_how_many_times_as_fast(seconds: list[float]):
-    taken = {"dense": iter([9.0, 4.0, 6.0, 8.0, 4.0]), "sparse": iter([9.0, 2.0, 2.0, 2.0, 4.0])}
+    some = {"dense": [4.0, 6.0, 8.0, 4.0], "sparse": [2.0, 2.0, 2.0, 4.0]}
+    taken = {name: iter([second for own in each for second in (9.0, own)]) for name, each in some.items()}
 
     def run(name: str) -> None:
         seconds[0] += next(taken[name])

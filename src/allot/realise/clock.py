@@ -73,14 +73,17 @@ def timed(runs: Mapping[str, Run], *, seconds: float = 2.0, least: int = 5) -> d
 
 
 def rounds(runs: Mapping[str, Run], *, seconds: float, least: int) -> dict[str, list[float]]:
-    """Seconds of each in every round, until its numbers are there, the first calls not counted."""
-    for run in runs.values():
-        run()  # the first one allocates
-    _settle()
+    """Seconds of each in every round, until its numbers are there.
+
+    Each is called twice, and the second call counts: a net that serves finds its weights where it left them, not where
+    another one's have taken their place.
+    """
     taken: dict[str, list[float]] = {name: [] for name in runs}
     started = time.perf_counter()
     while len(next(iter(taken.values()))) < least or time.perf_counter() - started < seconds:
         for name, run in runs.items():
+            run()
+            _settle()
             before = time.perf_counter()
             run()
             _settle()
