@@ -220,7 +220,7 @@ def test_timing_goes_on_until_the_time_is_up(monkeypatch: pytest.MonkeyPatch):
 def test_the_median_is_told_and_not_the_calls_that_do_not_count(monkeypatch: pytest.MonkeyPatch):
     now = [0.0]
     monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
-    some = {"slow": [2, 9, 2, 2, 50], "fast": [1, 1, 7, 1, 1]}
+    some = {"slow": [3, 9, 2, 4, 50], "fast": [2, 1, 7, 1, 3]}
     durations = {name: iter([second for own in each for second in (100.0, own)]) for name, each in some.items()}
 
     def take(name: str) -> None:
