@@ -135,7 +135,7 @@ def test_a_score_that_draws_by_the_seed_is_shared_by_cells_of_that_seed_alone(tm
     for cell in cells:
         alone = allot.prune(CASE.make(), mine, cell.budget, seed=cell.seed, **parts)
         there = json.loads((cell.directory(tmp_path / "together") / "report.json").read_text())
-        assert [row["kept"] for row in there["layers"]] == list(alone.allocation.kept.values())
+        assert {row["name"]: row["kept"] for row in there["layers"]} == dict(alone.allocation.kept)
 
 
 def test_cells_share_answers_sensitivities_and_sorted_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
