@@ -1,7 +1,8 @@
 """What the dense net answers to the calibration samples, remembered: from pass to pass, and by a sweep from run to run.
 
 Part of a training's state: "teacher", tables `[samples, ...]` on the CPU, which the first pass fills; "repeat", whether
-they serve; "probed", samples that were pushed to find that out; "drew", whether the dense net draws when it answers.
+they serve; "probed", samples that were pushed to find that out; "drew", whether the dense net draws when it answers;
+"known", where an earlier run of the sweep filled the tables.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class Beside:
     @property
     def pays(self) -> bool:
         """Whether it is faster by more than noise: at least `PAYS` times, and in three rounds of four at all."""
-        return self.faster >= PAYS and self.spread[0] > 1
+        return self.verdict == "faster"
 
     @property
     def verdict(self) -> str:
