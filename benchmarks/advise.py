@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 import allot
-from allot import zoo
-from allot.realise.advise import advise
-from allot.realise.sparse import linear_layers
-from allot.realise.timing import Runtime, beside
-from allot.zoo.nets import resnet20
+from allot.export.runtimes.sparse import linear_layers
+from allot.export.timing.latency import Runtime, beside
+from allot.pruning.advise import advise
+from allot.sources import zoo
+from allot.sources.zoo.nets import resnet20
 
 NETS = ("digits-resnet20", "glyph-vit", "resnet20 of width 64")
 LINEAR = ("glyph-vit", "perceptron of width 2048")

@@ -26,10 +26,12 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from allot import METHODS, Budget, Calibration, Unstructured, zoo
-from allot.prune import pose
-from allot.run import Candidate, drive
-from allot.sources import load_model
+from allot import METHODS, Budget, Calibration, Unstructured
+from allot.pruning.prune import pose
+from allot.run.driver import drive
+from allot.run.problem import Candidate
+from allot.sources import zoo
+from allot.sources.load import load_model
 
 BLOCK = 10
 

@@ -24,15 +24,15 @@ import torch
 from rich.logging import RichHandler
 
 import allot
-from allot import zoo
-from allot.realise.clock import timed
-from allot.realise.export import export
-from allot.scratch import Scratch, train
-from allot.zoo._catalogue import DATASETS, MODELS, normalise
-from allot.zoo._sources import SOURCES, draw
-from allot.zoo.nets import resnet20
+from allot.export.export import export
+from allot.export.timing.clock import timed
+from allot.pruning.from_scratch import Scratch, train
+from allot.sources import zoo
+from allot.sources.zoo._catalogue import DATASETS, MODELS, normalise
+from allot.sources.zoo.nets import resnet20
 from benchmarks import dsa_pictures
 from benchmarks.runs import SEEDS, Found, cell, counting, dense, fill, measured, table, values
+from benchmarks.zoo.drawing import SOURCES, draw
 
 NETS = ("digits-resnet20", "glyph-resnet20", "glyph-mobilenetv2")
 SHARES = (70, 50, 30)
@@ -308,9 +308,9 @@ def _scratch(found: Found) -> list[str]:
     return [
         "## From scratch",
         "",
-        f"`allot.scratch.train`: weights and densities together, {TRAINED:,} steps of 64, as many as the zoo's dense",
-        "nets had. *After training*: those nets, then `dsa` as above. Thousands of images forward / backward, training",
-        "of the dense net included.",
+        f"`allot.pruning.from_scratch.train`: weights and densities together, {TRAINED:,} steps of 64,",
+        "as many as the zoo's dense nets had. *After training*: those nets, then `dsa` as above. Thousands of images",
+        "forward / backward, training of the dense net included.",
         "",
         "| MACs | from scratch | after training | images, from scratch | images, after training |",
         "|---|--:|--:|--:|--:|",

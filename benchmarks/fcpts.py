@@ -22,7 +22,7 @@ import torch
 from rich.logging import RichHandler
 
 import allot
-from allot import zoo
+from allot.sources import zoo
 from benchmarks import fcpts_pictures
 from benchmarks.runs import cell, fill, measured
 

@@ -28,13 +28,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import allot
-from allot import METHODS, Budget, Calibration, Compute, Unstructured, zoo
-from allot.live import peak
-from allot.pose import pose
-from allot.run import Candidate, drive
-from allot.selection import Selection
-from allot.store import write
-from allot.training import Training
+from allot import METHODS, Budget, Calibration, Compute, Unstructured
+from allot.methods.training.distillation import Training
+from allot.methods.training.selection import Selection
+from allot.pruning.memory_limit import peak
+from allot.pruning.setup import pose
+from allot.run.driver import drive
+from allot.run.problem import Candidate
+from allot.run.store import write
+from allot.sources import zoo
 from benchmarks.runs import SEEDS, Found, cell, fill, measured
 
 PAGE, CACHE = Path("docs/memory.md"), Path("benchmarks/measured/memory.json")

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import allot
-from allot import zoo
-from allot.run import Progress
-from allot.store import write
+from allot.run.driver import Progress
+from allot.run.store import write
+from allot.sources import zoo
 
 Found = dict[str, dict[str, Any]]
 SEEDS = (0, 1, 2)

@@ -13,8 +13,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from allot import zoo
-from allot.sweep import cells_of, sweep
+from allot.pruning.sweep import cells_of, sweep
+from allot.sources import zoo
 
 NET = "digits-resnet20"
 BUDGETS = ("sparsity=0.8", "sparsity=0.9", "sparsity=0.95")

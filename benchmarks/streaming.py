@@ -24,12 +24,13 @@ from rich.table import Table
 from torch import nn
 
 from allot import METHODS, Budget, Calibration, Unstructured
-from allot.blocks import size_of
-from allot.flow import copied
-from allot.pose import pose
-from allot.run import Candidate, Method, drive
-from allot.selection import Selection
-from allot.streaming import Streamed
+from allot.methods.layerwise.blocks import size_of
+from allot.methods.layerwise.streamed import Streamed
+from allot.methods.layerwise.streamed_block import copied
+from allot.methods.training.selection import Selection
+from allot.pruning.setup import pose
+from allot.run.driver import drive
+from allot.run.problem import Candidate, Method
 from benchmarks.simulated import NAME, OutOfDeviceMemory, Simulated
 
 MIB = 2**20

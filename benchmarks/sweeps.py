@@ -21,9 +21,9 @@ import torch
 from rich.logging import RichHandler
 
 import allot
-from allot import zoo
-from allot.known import Known
-from allot.sweep import cells_of, sweep
+from allot.pruning.sweep import cells_of, sweep
+from allot.run.sweep_memory import Known
+from allot.sources import zoo
 from benchmarks.runs import cell, fill
 
 BUDGETS = ("sparsity=0.5", "sparsity=0.8", "sparsity=0.9", "sparsity=0.95")

@@ -20,7 +20,7 @@ import torch
 from rich.logging import RichHandler
 
 import allot
-from allot import zoo
+from allot.sources import zoo
 
 SPARSITIES = (0.5, 0.8, 0.9, 0.95)
 ALLOCATORS = ("uniform", "erk", "lamp", "global", "global-normalised")

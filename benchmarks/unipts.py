@@ -24,13 +24,13 @@ import torch
 from rich.logging import RichHandler
 
 import allot
-from allot import zoo
-from allot.methods.given import Given
+from allot.methods.rules import Given
+from allot.methods.training.distillation import Training
+from allot.methods.training.schedule import Schedule
+from allot.methods.training.trial import Trial
 from allot.methods.unipts_search import Search
-from allot.run import Rule
-from allot.schedule import Schedule
-from allot.training import Training
-from allot.trial import Trial
+from allot.run.problem import Rule
+from allot.sources import zoo
 from benchmarks import unipts_pictures
 from benchmarks.runs import SEEDS, Found, cell, counting, dense, fill, measured, table, values
 

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
 
-from allot.synthetic import Fractals
+from allot.sources.synthetic import Fractals
 from benchmarks.fcpts_pictures import BLUE, GREY, INK, RED, STYLE, curves, save
 from benchmarks.runs import Found
 

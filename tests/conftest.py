@@ -54,7 +54,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return WorkStealingScheduling(config, log)
 
 
-CLOCKS = {"advise": "timed", "timing": "timed", "export": "side_by_side", "sparse": "side_by_side"}  # in allot.realise
+CLOCKS = {
+    "pruning.advise": "timed",
+    "export.timing.latency": "timed",
+    "export.export": "side_by_side",
+    "export.timing.sparse_layers": "side_by_side",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +67,7 @@ def three_rounds_of_every_clock(request: pytest.FixtureRequest, monkeypatch: pyt
     """Nets are timed in three rounds and not for two seconds: what a fast test claims holds for any time."""
     if request.node.get_closest_marker("slow") or request.node.get_closest_marker("gpu"):
         return
-    clock = importlib.import_module("allot.realise.clock")
+    clock = importlib.import_module("allot.export.timing.clock")
     for name, what in CLOCKS.items():
-        module, real = importlib.import_module(f"allot.realise.{name}"), getattr(clock, what)
+        module, real = importlib.import_module(f"allot.{name}"), getattr(clock, what)
         monkeypatch.setattr(module, what, lambda *runs, real=real, **settings: real(*runs, seconds=0, least=3))

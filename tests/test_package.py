@@ -53,9 +53,9 @@ def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(dist: Path):
         metadata = archive.read(about["METADATA"]).decode()
         entry_points = archive.read(about["entry_points.txt"]).decode()
     assert {name for name in names if ".dist-info/" not in name} == PACKAGE
-    assert {"allot/py.typed", "allot/zoo/weights/glyph-vit.safetensors", "allot/report/run.html"} <= PACKAGE
+    assert {"allot/py.typed", "allot/sources/zoo/weights/glyph-vit.safetensors", "allot/report/run.html"} <= PACKAGE
     assert "LICENSE" in about
-    assert "allot = allot.cli:main" in entry_points
+    assert "allot = allot.cli.main:main" in entry_points
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     assert set(re.findall(r"^Provides-Extra: (\S+)$", metadata, flags=re.MULTILINE)) == set(extras)
 

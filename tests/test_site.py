@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import allot
-from allot.run import Rule
+from allot.run.problem import Rule
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"

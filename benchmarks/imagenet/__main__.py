@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from allot.errors import AllotError, Stopped, UsageError
-from allot.run import interruptible
-from allot.shares import launched
-from allot.sources import device_of
-from allot.store import write
+from allot.processes import launched
+from allot.run.driver import interruptible
+from allot.run.store import write
+from allot.sources.load import device_of
 from benchmarks.imagenet import cells, cost, pages, recipes
 
 

@@ -18,12 +18,12 @@ from torch import nn
 
 import allot
 from allot.errors import BudgetError, Stopped, UsageError
-from allot.evaluate import Score
-from allot.known import Known
-from allot.parts import Parts
-from allot.run import Method
-from allot.sources import ModelSource, load_data
-from allot.store import flat, write
+from allot.pruning.assemble import Parts
+from allot.run.evaluate import Score
+from allot.run.problem import Method
+from allot.run.store import flat, write
+from allot.run.sweep_memory import Known
+from allot.sources.load import ModelSource, load_data
 from benchmarks.imagenet import recipes
 from benchmarks.imagenet.epochs import TRAINING, Epochs, Judge
 from benchmarks.imagenet.pictures import Augmented, load_net

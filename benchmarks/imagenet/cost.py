@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from allot.store import write
+from allot.run.store import write
 from benchmarks.cost import setting, steps_of
 
 LIMIT = {"fcpts": 1.15}

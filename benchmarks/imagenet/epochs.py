@@ -15,12 +15,12 @@ from functools import cached_property, partial
 from typing import Any
 
 from allot.errors import UsageError
-from allot.evaluate import evaluate
 from allot.methods.distill import Distill
 from allot.methods.fcpts import Fcpts, FcptsPaper
 from allot.methods.unipts import Unipts
-from allot.run import Candidate, Method, Metrics, Problem
-from allot.store import State
+from allot.run.evaluate import evaluate
+from allot.run.problem import Candidate, Method, Metrics, Problem
+from allot.run.store import State
 
 TRAINING = (Fcpts, FcptsPaper, Distill, Unipts)  # what trains all weights of a net on pictures
 

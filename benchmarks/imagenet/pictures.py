@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from allot.errors import UsageError
-from allot.pictures import IMAGENET
-from allot.sources import ModelSource, load_model
+from allot.sources.load import ModelSource, load_model
+from allot.sources.pictures import IMAGENET
 from benchmarks.imagenet.recipes import Net
 
 ENDINGS = (".safetensors", ".pt", ".pth")
@@ -50,8 +50,9 @@ def load_net(name: str, net: Net, weights: str | None, size: int) -> ModelSource
 class Augmented(Dataset[Any]):
     """A random crop of each picture, brought to `size`, mirrored every other time.
 
-    What is drawn is a function of torch's seed, which `allot.run` sets before every step, of the sample, and of how
-    often it was asked for since: draws are the same whatever the number of reading threads, and in a run that goes on.
+    What is drawn is a function of torch's seed, which `allot.run.driver` sets before every step, of the sample, and of
+    how often it was asked for since: draws are the same whatever the number of reading threads, and in a run that goes
+    on.
     """
 
     def __init__(self, pictures: Any, size: int, normalise: Any = None) -> None:

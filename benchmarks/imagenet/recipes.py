@@ -15,11 +15,11 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from allot.budget import Budget
+from allot.budget.budget import Budget
+from allot.cli.recipe import RecipeFile
 from allot.errors import UsageError, unknown
 from allot.methods import METHODS
-from allot.parts import Parts, assemble
-from allot.recipe import RecipeFile
+from allot.pruning.assemble import Parts, assemble
 
 HERE = Path(__file__).parent
 Options = dict[str, dict[str, Any]]

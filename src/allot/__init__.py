@@ -1,26 +1,27 @@
 """Budgeted sparsification for PyTorch: a trained model and a budget in, a sparse model that meets it exactly out."""
 
-from allot.allocation import Allocation
-from allot.budget import Budget
-from allot.calibration import Calibration
-from allot.compute import Compute
+from allot.budget.allocation import Allocation
+from allot.budget.budget import Budget
 from allot.errors import AllotError, BudgetError, Lost, PatternError, Stopped, UsageError, VerificationError
-from allot.evaluate import evaluate
-from allot.layers import Layer, Rules, Scope
-from allot.masks import attach, fold
+from allot.export.certificate.certificate import verify
+from allot.export.export import export
+from allot.export.files.formats import load
+from allot.export.files.slim import load_slim
+from allot.export.runtimes.sparse import load_csr
 from allot.methods import METHODS, RECIPES
-from allot.patterns import NM, Channels, Unstructured
-from allot.prune import prune
-from allot.reading import Readable
-from allot.realise.certificate import verify
-from allot.realise.export import export
-from allot.realise.files import load
-from allot.realise.slim import load_slim
-from allot.realise.sparse import load_csr
-from allot.result import Result
-from allot.scores import SCORES
-from allot.shares import sharing
-from allot.sweep import sweep
+from allot.network.attach import attach, fold
+from allot.network.compute import Compute
+from allot.network.layers import Layer, Rules, Scope
+from allot.processes import sharing
+from allot.pruning.prune import prune
+from allot.pruning.result import Result
+from allot.pruning.sweep import sweep
+from allot.run.calibration import Calibration
+from allot.run.evaluate import evaluate
+from allot.run.patterns import NM, Channels, Unstructured
+from allot.run.reading import Readable
+from allot.run.scores import SCORES
+from allot.sources import zoo
 
 __all__ = [
     "METHODS",
@@ -56,4 +57,5 @@ __all__ = [
     "sharing",
     "sweep",
     "verify",
+    "zoo",
 ]

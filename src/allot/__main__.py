@@ -1,6 +1,6 @@
 """`python -m allot` is the same command as `allot`."""
 
-from allot.cli import main
+from allot.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -18,8 +18,8 @@ from benchmarks.imagenet import cells, cost, epochs, pages, pictures, recipes
 
 import allot
 from allot import METHODS, Stopped, UsageError
-from allot.calibration import Calibration
-from allot.run import repeatable
+from allot.run.calibration import Calibration
+from allot.run.driver import repeatable
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FOLDER = ROOT / "benchmarks" / "imagenet"
@@ -149,7 +149,7 @@ def test_a_try_changes_steps_pictures_and_single_options(made_up: cells.Setting)
 
 
 def test_random_crops_are_a_function_of_step_and_sample(made_up: cells.Setting):
-    from allot.pictures import folder
+    from allot.sources.pictures import folder
 
     data = pictures.Augmented(folder(made_up.train, (3, 12, 12)), 12)
     model = torch.nn.Linear(1, 1)
@@ -202,7 +202,7 @@ def test_scoring_epochs_changes_nothing_and_a_wide_net_is_never_the_best():
     options = {"fcpts": {"steps": 8, "ramp": 8.0}}
     setting = {"samples": 16, "batch_size": 4, "repair": "bn"}
     plain = allot.prune(model, inputs, "sparsity=0.8", method="fcpts", options=options, **setting)
-    parts = allot.parts.assemble("fcpts", options=options)
+    parts = allot.pruning.assemble.assemble("fcpts", options=options)
     watched = epochs.Epochs(parts.allocate, "fcpts", epochs.Judge(test))
     found = allot.prune(model, inputs, "sparsity=0.8", method="fcpts", allocate=watched, **setting)
     assert all(torch.equal(value, plain.model().state_dict()[n]) for n, value in found.model().state_dict().items())

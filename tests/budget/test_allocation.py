@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from allot.allocation import Allocation
-from allot.budget import Budget
-from allot.costs import Term
+from allot.budget.allocation import Allocation
+from allot.budget.budget import Budget
+from allot.budget.costs import Term
 from allot.errors import UsageError
 
 SHARES = Allocation({"a": 0.5, "b": 0.25}, {"a": 10, "b": 8})

@@ -14,16 +14,16 @@ from hypothesis import given, settings
 from torch import nn
 
 from allot import prune
-from allot.budget import Budget
-from allot.channel_budget import ChannelBudget, Extent, channel_terms, tied
-from allot.channels import ChannelPlan, slimmed
-from allot.costs import Term
+from allot.budget.budget import Budget
+from allot.budget.channels import ChannelBudget, Extent, channel_terms, tied
+from allot.budget.costs import Term
 from allot.errors import BudgetError, PatternError, UsageError
-from allot.layers import Rules
-from allot.patterns import Channels
-from allot.pose import pose
-from allot.realise import files
-from channels.nets import filled, net, picture
+from allot.export.files import formats as files
+from allot.network.channels import ChannelPlan, slimmed
+from allot.network.layers import Rules
+from allot.pruning.setup import pose
+from allot.run.patterns import Channels
+from network.coupling.nets import filled, net, picture
 
 quick = settings(max_examples=60, deadline=None)
 WISHES = st.one_of(st.floats(0, 1), st.sampled_from([0.0, 1.0, 1e-9, 0.1]))

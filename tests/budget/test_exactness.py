@@ -10,9 +10,9 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import example, given, settings
 
-from allot.allocation import Allocation
-from allot.budget import Budget
-from allot.costs import REAL_PRICES, Term, corners, mask_bits
+from allot.budget.allocation import Allocation
+from allot.budget.budget import Budget
+from allot.budget.costs import REAL_PRICES, Term, corners, mask_bits
 
 quick = settings(max_examples=60, deadline=None)
 SIZES = st.one_of(st.integers(1, 12), st.integers(1, 10**6))

@@ -12,13 +12,13 @@ import torch
 from hypothesis import given, settings
 from torch import nn
 
-from allot.budget import Budget
-from allot.channel_costs import Costs
+from allot.budget.budget import Budget
+from allot.budget.latency import Latency, LayerTimes, monotone
 from allot.errors import BudgetError, UsageError
-from allot.latency import Latency, LayerTimes, monotone
-from allot.patterns import parse
-from allot.pose import pose
-from channels.nets import net, picture
+from allot.methods.training.channel_costs import Costs
+from allot.pruning.setup import pose
+from allot.run.patterns import parse
+from network.coupling.nets import net, picture
 
 TABLE = LayerTimes("a", (2, 4, 8), (3, 9), ((1.0, 4.0), (2.0, 6.0), (6.0, 20.0)), out=0, places=5)
 

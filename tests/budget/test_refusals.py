@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from allot.budget import Budget
-from allot.costs import Term
+from allot.budget.budget import Budget
+from allot.budget.costs import Term
 from allot.errors import BudgetError, UsageError
 
 NEAREST = "Nearest that can be met: "

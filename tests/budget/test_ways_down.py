@@ -11,13 +11,13 @@ import torch
 from hypothesis import given, settings
 from torch import nn
 
-from allot.allocation import Allocation
-from allot.budget import Budget
-from allot.costs import Term
+from allot.budget.allocation import Allocation
+from allot.budget.budget import Budget
+from allot.budget.costs import Term
 from allot.errors import BudgetError, PatternError
-from allot.layers import Rules, Scope
-from allot.patterns import NM, parse
-from allot.prune import pose, prune
+from allot.network.layers import Rules, Scope
+from allot.pruning.prune import pose, prune
+from allot.run.patterns import NM, parse
 
 TERMS = (
     Term("a", 300, macs=3_000, dense_bytes=1_200, value_bytes=4),

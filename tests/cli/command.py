@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from allot import cli
+from allot.cli import main as cli
 
 FACTORIES = Path(__file__).with_name("factories.py")
 MLP, SAMPLES = "cli.factories:mlp", "cli.factories:samples"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from allot import zoo
+from allot.sources import zoo
 from cli.command import NET, done, exact, refused
 
 NETS = sorted(zoo.MODELS)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 import allot
-from allot import zoo
-from allot.realise import timing
+from allot.export.timing import latency as timing
+from allot.sources import zoo
 from cli.command import NET, done, refused
-from realise.test_timing import work
+from export.timing.test_latency import work
 
 SHORT = "--method dsa --repair bn --samples 16 --batch-size 16 --set options.dsa.steps=2"
 

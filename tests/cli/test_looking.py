@@ -11,18 +11,18 @@ import pytest
 import torch
 from torch import nn
 
+from allot.cli.recipe import RecipeFile, gallery
 from allot.errors import UsageError
-from allot.layers import Scope
-from allot.macs import measured
+from allot.export.timing import latency as timing
 from allot.methods import METHODS, RECIPES
-from allot.parts import assemble
-from allot.realise import advise as advising
-from allot.realise import timing
-from allot.realise.advise import break_even
-from allot.recipe import RecipeFile, gallery
+from allot.network.layers import Scope
+from allot.network.macs import measured
+from allot.pruning import advise as advising
+from allot.pruning.advise import break_even
+from allot.pruning.assemble import assemble
 from cli.command import MLP, NET, SAMPLES, done, refused, run
 from contract.cases import short
-from realise.test_timing import work
+from export.timing.test_latency import work
 
 
 def test_every_run_has_a_page_and_several_have_one_together():

@@ -9,8 +9,8 @@ import pytest
 import torch
 import yaml
 
-from allot import options as option
-from allot import sources
+from allot.cli import options as option
+from allot.sources import load as sources
 from cli.command import MLP, SAMPLES, done, refused
 
 SHORT = "--samples 16 --batch-size 8 --set options.fcpts.steps=6"

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from allot import cli, console, verbs
+from allot.cli import console
+from allot.cli import inspect as verbs
+from allot.cli import main as cli
 from cli.command import FACTORIES, MLP, SAMPLES, done, refused, run
 
 

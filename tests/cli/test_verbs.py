@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from allot import METHODS, RECIPES, load
-from allot.realise.files import save_tensors
+from allot.export.files.formats import save_tensors
 from cli.command import FACTORIES, MLP, NET, SAMPLES, done, refused, run
 
 REPORT = {

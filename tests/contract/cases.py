@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from allot import methods
-from allot.budget import Budget
-from allot.calibration import Calibration
-from allot.patterns import Channels, Unstructured
-from allot.prune import pose
-from allot.run import Candidate, Method, Problem, drive
-from allot.selection import Selection
-from allot.store import Log
+from allot.budget.budget import Budget
+from allot.methods.training.selection import Selection
+from allot.pruning.prune import pose
+from allot.run.calibration import Calibration
+from allot.run.driver import drive
+from allot.run.patterns import Channels, Unstructured
+from allot.run.problem import Candidate, Method, Problem
+from allot.run.store import Log
 
 
 def convolutions(*, norm: bool = True, reverse: bool = False) -> nn.Module:

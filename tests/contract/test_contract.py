@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 import allot
-from allot.allocation import Allocation
+from allot.budget.allocation import Allocation
 from allot.errors import Stopped
-from allot.parts import assemble
-from allot.prune import prune
-from allot.result import Result
-from allot.run import Candidate, Problem, drive
-from allot.store import Log, State
+from allot.pruning.assemble import assemble
+from allot.pruning.prune import prune
+from allot.pruning.result import Result
+from allot.run.driver import drive
+from allot.run.problem import Candidate, Problem
+from allot.run.store import Log, State
 from contract.cases import (
     CASES,
     METHODS,

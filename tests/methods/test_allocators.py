@@ -10,14 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from allot.budget import Budget
+from allot.budget.budget import Budget
 from allot.errors import UsageError
-from allot.layers import Rules
 from allot.methods import METHODS
-from allot.methods.ranking import global_magnitude
-from allot.patterns import Unstructured
-from allot.prune import pose, prune
-from allot.run import Candidate, Problem, drive
+from allot.methods.rules import global_magnitude
+from allot.network.layers import Rules
+from allot.pruning.prune import pose, prune
+from allot.run.driver import drive
+from allot.run.patterns import Unstructured
+from allot.run.problem import Candidate, Problem
 from contract.cases import CASES, problem_of
 
 

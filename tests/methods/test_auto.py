@@ -9,20 +9,21 @@ import torch
 from torch import Tensor
 
 import allot
-from allot.calibration import Calibration
 from allot.errors import AllotError, UsageError
-from allot.masking import masked
-from allot.masks import call
 from allot.methods import METHODS
 from allot.methods.auto import Auto
 from allot.methods.distill import Distill
-from allot.run import Candidate, drive
-from allot.schedule import Schedule
-from allot.scores import wanda
-from allot.selection import Selection
-from allot.store import Log
-from allot.training import Training
-from allot.trial import Trial
+from allot.methods.training.distillation import Training
+from allot.methods.training.schedule import Schedule
+from allot.methods.training.selection import Selection
+from allot.methods.training.trial import Trial
+from allot.network.call import call
+from allot.network.masking import masked
+from allot.run.calibration import Calibration
+from allot.run.driver import drive
+from allot.run.problem import Candidate
+from allot.run.scores import wanda
+from allot.run.store import Log
 from contract.cases import CASES, problem_of
 
 AMONG = tuple((name, METHODS[name]) for name in ("uniform", "erk", "global"))

@@ -8,15 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from allot.budget import Budget
-from allot.calibration import Calibration
+from allot.budget.budget import Budget
 from allot.errors import UsageError
-from allot.layers import Layer
 from allot.methods import METHODS
-from allot.patterns import Unstructured
-from allot.prune import pose
-from allot.run import Candidate, Problem, drive
-from allot.selection import Selection
+from allot.methods.training.selection import Selection
+from allot.network.layers import Layer
+from allot.pruning.prune import pose
+from allot.run.calibration import Calibration
+from allot.run.driver import drive
+from allot.run.patterns import Unstructured
+from allot.run.problem import Candidate, Problem
 from contract.cases import bits
 
 NORMS = {

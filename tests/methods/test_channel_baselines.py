@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from allot.distance import is_norm
 from allot.errors import UsageError
-from allot.masks import call
 from allot.methods.channel_baselines import GlobalChannels, Sensitivity
-from allot.run import Candidate, Problem, Progress, drive
-from allot.selection import Evidence, channel_masks, importance
-from allot.store import Log
-from allot.training import Training
+from allot.methods.training.batch_loss import is_norm
+from allot.methods.training.distillation import Training
+from allot.methods.training.selection import Evidence, channel_masks, importance
+from allot.network.call import call
+from allot.run.driver import Progress, drive
+from allot.run.problem import Candidate, Problem
+from allot.run.store import Log
 from contract.cases import ON_CHANNELS, nothing_more_fits, problem_of
 
 SEVERAL = "macs=60%,params=45%,bytes=80%"

@@ -10,17 +10,18 @@ import torch
 from torch import Tensor, nn
 
 import allot
-from allot.budget import Budget
-from allot.calibration import Calibration
+from allot.budget.budget import Budget
 from allot.errors import UsageError
 from allot.methods import METHODS
 from allot.methods.distill import Distill
-from allot.patterns import NM, Pattern, Unstructured
-from allot.prune import pose
-from allot.run import Candidate, Problem, drive
-from allot.schedule import Schedule
-from allot.selection import Selection
-from allot.training import Training
+from allot.methods.training.distillation import Training
+from allot.methods.training.schedule import Schedule
+from allot.methods.training.selection import Selection
+from allot.pruning.prune import pose
+from allot.run.calibration import Calibration
+from allot.run.driver import drive
+from allot.run.patterns import NM, Pattern, Unstructured
+from allot.run.problem import Candidate, Problem
 from contract.cases import CASES, bits, problem_of
 
 

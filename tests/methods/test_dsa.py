@@ -12,20 +12,21 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 
 import allot
-from allot.budget import Budget
-from allot.calibration import Calibration
-from allot.channel_costs import Costs
+from allot.budget.budget import Budget
 from allot.errors import Stopped, UsageError
-from allot.gates import DRAWS
-from allot.layers import Rules
 from allot.methods import METHODS
 from allot.methods.dsa import HOLDS, SPACES, Dsa, _place, padded, projected, soft_masks
-from allot.patterns import Channels
-from allot.pose import pose
-from allot.run import Candidate, Problem, Progress, drive
-from allot.scores import CHANNEL_SCORES
-from allot.store import Log, Store
-from allot.training import Training
+from allot.methods.training.channel_costs import Costs
+from allot.methods.training.channel_gates import DRAWS
+from allot.methods.training.distillation import Training
+from allot.network.layers import Rules
+from allot.pruning.setup import pose
+from allot.run.calibration import Calibration
+from allot.run.driver import Progress, drive
+from allot.run.patterns import Channels
+from allot.run.problem import Candidate, Problem
+from allot.run.scores import CHANNEL_SCORES
+from allot.run.store import Log, Store
 from contract.cases import ON_CHANNELS, Case, nothing_more_fits, problem_of
 
 SIZES = [1, 2, 7, 40, 13, 3]

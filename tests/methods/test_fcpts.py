@@ -15,21 +15,22 @@ from hypothesis import strategies as some
 from torch import Tensor, nn
 
 import allot
-from allot import zoo
-from allot.budget import Budget
-from allot.calibration import Calibration
-from allot.costs import Term
+from allot.budget.budget import Budget
+from allot.budget.costs import Term
 from allot.errors import UsageError
-from allot.layers import Rules
 from allot.methods import METHODS
 from allot.methods.fcpts import Fcpts, FcptsPaper, bridge, keep, moved, pruned
-from allot.patterns import NM, Unstructured
-from allot.prune import pose
-from allot.run import Candidate, Problem, Progress, drive
-from allot.schedule import Schedule
-from allot.scores import wanda
-from allot.training import Training
-from allot.trial import Trial
+from allot.methods.training.distillation import Training
+from allot.methods.training.schedule import Schedule
+from allot.methods.training.trial import Trial
+from allot.network.layers import Rules
+from allot.pruning.prune import pose
+from allot.run.calibration import Calibration
+from allot.run.driver import Progress, drive
+from allot.run.patterns import NM, Unstructured
+from allot.run.problem import Candidate, Problem
+from allot.run.scores import wanda
+from allot.sources import zoo
 from contract.cases import CASES, problem_of
 
 UNIFORM, ERK = METHODS["uniform"], METHODS["erk"]

@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from allot.budget import Budget
-from allot.costs import Term
+from allot.budget.budget import Budget
+from allot.budget.costs import Term
 from allot.methods import METHODS
 from allot.methods.fcpts import FcptsPaper, _around, _reach, _watch, moved
-from allot.run import Candidate
-from allot.schedule import Schedule
-from allot.training import Training
+from allot.methods.training.distillation import Training
+from allot.methods.training.schedule import Schedule
+from allot.run.problem import Candidate
 from contract.cases import problem_of
 
 TERMS = (Term("a", 100, macs=100), Term("b", 2_000, macs=8_000), Term("c", 900, macs=900))

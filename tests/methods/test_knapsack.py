@@ -10,13 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from allot.budget import Budget
-from allot.costs import Term
+from allot.budget.budget import Budget
+from allot.budget.costs import Term
 from allot.errors import UsageError
-from allot.masking import masked
-from allot.masks import call
 from allot.methods.knapsack import Knapsack, lower_hull, shared_out
-from allot.run import Candidate, drive
+from allot.network.call import call
+from allot.network.masking import masked
+from allot.run.driver import drive
+from allot.run.problem import Candidate
 from contract.cases import problem_of
 
 SIZES = {"a": 12, "b": 20, "c": 9}

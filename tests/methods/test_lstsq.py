@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from allot.calibration import Calibration
 from allot.errors import UsageError
-from allot.masks import call
 from allot.methods.lstsq import LeastSquares
-from allot.patterns import Unstructured
-from allot.pose import pose
-from allot.prune import prune
-from allot.run import Candidate, Problem, drive
+from allot.network.call import call
+from allot.pruning.prune import prune
+from allot.pruning.setup import pose
+from allot.run.calibration import Calibration
+from allot.run.driver import drive
+from allot.run.patterns import Unstructured
+from allot.run.problem import Candidate, Problem
 from contract.cases import CASES, before, problem_of
 
 
@@ -30,7 +31,7 @@ def one_layer(*, bias: bool) -> tuple[Problem, Candidate, Tensor]:
 
 
 def _half() -> Any:
-    from allot.budget import Budget
+    from allot.budget.budget import Budget
 
     return Budget(sparsity=0.5)
 

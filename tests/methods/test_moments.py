@@ -9,15 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from allot.budget import Budget
-from allot.calibration import Calibration
+from allot.budget.budget import Budget
 from allot.errors import UsageError
 from allot.methods import METHODS
 from allot.methods.moments import OutputMoments
-from allot.patterns import Unstructured
-from allot.prune import pose, prune
-from allot.run import Candidate, Method, Problem, drive
-from allot.selection import Selection
+from allot.methods.training.selection import Selection
+from allot.pruning.prune import pose, prune
+from allot.run.calibration import Calibration
+from allot.run.driver import drive
+from allot.run.patterns import Unstructured
+from allot.run.problem import Candidate, Method, Problem
 from contract.cases import CASES
 
 

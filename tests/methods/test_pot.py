@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from allot.errors import UsageError
-from allot.masking import masked
-from allot.masks import call
 from allot.methods import METHODS, RECIPES
 from allot.methods.pot import Layerwise, WeightMoments
-from allot.observe import Apply, watched_layers
-from allot.run import Candidate, Problem, drive
+from allot.network.call import call
+from allot.network.hooks import Apply, watched_layers
+from allot.network.masking import masked
+from allot.run.driver import drive
+from allot.run.problem import Candidate, Problem
 from contract.cases import CASES, attention, before, convolutions, problem_of, same
 
 

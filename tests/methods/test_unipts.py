@@ -13,15 +13,16 @@ from torch import nn
 
 import allot
 from allot.errors import UsageError
-from allot.losses import compared
 from allot.methods import METHODS
 from allot.methods.distill import Distill
+from allot.methods.training.distillation import Training
+from allot.methods.training.losses import compared
+from allot.methods.training.schedule import Schedule
+from allot.methods.training.selection import Selection
 from allot.methods.unipts import Unipts, exchanged, scale
-from allot.patterns import NM, select
-from allot.run import Candidate, Problem, drive
-from allot.schedule import Schedule
-from allot.selection import Selection
-from allot.training import Training
+from allot.run.driver import drive
+from allot.run.patterns import NM, select
+from allot.run.problem import Candidate, Problem
 from contract.cases import CASES, bits, convolutions, problem_of, same
 
 PLAIN = Schedule(every=1, freeze_at=1.0)

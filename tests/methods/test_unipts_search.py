@@ -13,22 +13,23 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import allot
-from allot.budget import Budget
-from allot.calibration import Calibration, Noisy
-from allot.costs import Term
+from allot.budget.budget import Budget
+from allot.budget.costs import Term
 from allot.errors import UsageError
-from allot.layers import Rules
-from allot.masks import call
 from allot.methods import METHODS
 from allot.methods.batchnorm import BatchNorm
 from allot.methods.moments import OutputMoments
+from allot.methods.training.distillation import Training
+from allot.methods.training.schedule import Schedule
+from allot.methods.training.selection import Selection
+from allot.methods.training.trial import Trial, halves
 from allot.methods.unipts_search import Search, decoded, encoded, equal_counts, reduced
-from allot.run import Candidate, Problem, drive
-from allot.schedule import Schedule
-from allot.selection import Selection
-from allot.store import Log
-from allot.training import Training
-from allot.trial import Trial, halves
+from allot.network.call import call
+from allot.network.layers import Rules
+from allot.run.calibration import Calibration, Noisy
+from allot.run.driver import drive
+from allot.run.problem import Candidate, Problem
+from allot.run.store import Log
 from contract.cases import problem_of, run
 
 SIZES = {"a": 30, "b": 400, "c": 4_000, "d": 25}

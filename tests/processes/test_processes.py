@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import allot
 from allot.errors import Stopped, UsageError
-from allot.evaluate import evaluate
-from allot.methods.uniform import uniform
-from allot.run import Candidate, Problem, Rule
-from allot.shares import each, led, place, processes, total
+from allot.methods.rules import uniform
+from allot.processes import each, led, place, processes, total
+from allot.run.evaluate import evaluate
+from allot.run.problem import Candidate, Problem, Rule
 from processes.together import together
 
 DRAW = torch.Generator().manual_seed(3)

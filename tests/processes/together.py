@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from allot.shares import sharing
+from allot.processes import sharing
 
 
 def together(count: int, function: Callable[[], Any], seconds: float = 120) -> list[Any]:

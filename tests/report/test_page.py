@@ -12,7 +12,7 @@ import pytest
 
 import allot
 from allot.errors import UsageError
-from allot.realise.certificate import verify
+from allot.export.certificate.certificate import verify
 from allot.report.page import comparison_page, run_page, write_run
 from contract.cases import CASES
 from report.pages import SCORES, Seen, browsed, in_a_browser, report, sheets

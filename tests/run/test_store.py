@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-import allot.store
+import allot.run.store
 from allot.errors import Stopped, UsageError, VerificationError
 from allot.methods import METHODS
-from allot.prune import prune
-from allot.result import Result
-from allot.store import Store, read_run, write
+from allot.pruning.prune import prune
+from allot.pruning.result import Result
+from allot.run.store import Store, read_run, write
 from contract.cases import CASES, bits
 
 FILES = ("model.safetensors", "model.bitmask.safetensors", "allocation.json", "certificate.json", "steps.jsonl")
@@ -351,7 +351,7 @@ def test_the_first_file_of_a_run_that_cannot_be_written_frees_the_directory(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(allot.store.os, "truncate", full)
+        patch.setattr(allot.run.store.os, "truncate", full)
         with pytest.raises(UsageError, match=r"cannot write .*: No space left on device"):
             chain(tmp_path / "run")
     chain(tmp_path / "run")

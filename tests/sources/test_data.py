@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from allot import UsageError, zoo
-from allot.sources import ModelSource, load_data
+from allot import UsageError
+from allot.sources import zoo
+from allot.sources.load import ModelSource, load_data
 from cli.command import MLP, NET, SAMPLES, done, refused
 
 

@@ -12,8 +12,9 @@ import safetensors.torch
 import torch
 
 import allot
-from allot import UsageError, zoo
-from allot.sources import load_model
+from allot import UsageError
+from allot.sources import zoo
+from allot.sources.load import load_model
 from cli.command import MLP, NET, done, refused, run
 from cli.factories import mlp
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from allot import UsageError
-from allot.sources import ModelSource, load_data, load_model
+from allot.sources.load import ModelSource, load_data, load_model
 from cli.command import done, refused, run
 
 Image = pytest.importorskip("PIL.Image")

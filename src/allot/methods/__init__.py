@@ -5,20 +5,18 @@ from allot.methods.batchnorm import BatchNorm
 from allot.methods.channel_baselines import GlobalChannels, Sensitivity
 from allot.methods.distill import Distill
 from allot.methods.dsa import Dsa
-from allot.methods.erk import erk
 from allot.methods.fcpts import Fcpts, FcptsPaper
 from allot.methods.knapsack import Knapsack
 from allot.methods.lstsq import LeastSquares
 from allot.methods.moments import OutputMoments
 from allot.methods.pot import Layerwise, WeightMoments
-from allot.methods.ranking import global_magnitude, global_normalised, lamp
-from allot.methods.uniform import uniform
+from allot.methods.rules import erk, global_magnitude, global_normalised, lamp, uniform
+from allot.methods.training.distillation import Training
+from allot.methods.training.schedule import Schedule
+from allot.methods.training.trial import Trial
 from allot.methods.unipts import Unipts
 from allot.methods.unipts_search import EXCESS, Search, equal_counts
-from allot.run import Method, Recipe, Rule
-from allot.schedule import Schedule
-from allot.training import Training
-from allot.trial import Trial
+from allot.run.problem import Method, Recipe, Rule
 
 METHODS: dict[str, Method] = {
     # allocate: how much each layer keeps

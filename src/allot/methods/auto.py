@@ -1,7 +1,7 @@
 """Choose among allocations by a short repair: the one whose net, briefly distilled, answers most like the dense net.
 
-loss of an allocation = that of a `allot.trial`: `steps` steps on one half of the calibration samples, judged on the
-other; the lowest wins, equal losses go to the earlier one
+loss of an allocation = that of a `allot.methods.training.trial`: `steps` steps on one half of the calibration samples,
+judged on the other; the lowest wins, equal losses go to the earlier one
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from allot.allocation import Allocation
-from allot.run import Candidate, Method, Metrics, Problem, drive
-from allot.store import State
-from allot.trial import Trial
+from allot.budget.allocation import Allocation
+from allot.methods.training.trial import Trial
+from allot.run.driver import drive
+from allot.run.problem import Candidate, Method, Metrics, Problem
+from allot.run.store import State
 
 
 @dataclass(frozen=True)

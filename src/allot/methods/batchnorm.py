@@ -21,10 +21,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from allot.errors import UsageError
-from allot.masks import call
-from allot.observe import Moments
-from allot.run import Candidate, Metrics, Problem
-from allot.store import State
+from allot.network.call import call
+from allot.network.hooks import Moments
+from allot.run.problem import Candidate, Metrics, Problem
+from allot.run.store import State
 
 
 @dataclass(frozen=True)

@@ -17,15 +17,15 @@ from typing import Any
 
 import torch
 
-from allot.allocation import Allocation
-from allot.channel_budget import ChannelBudget
+from allot.budget.allocation import Allocation
+from allot.budget.channels import ChannelBudget
 from allot.errors import check_number
-from allot.gates import gated
-from allot.run import Candidate, Metrics, Problem
-from allot.selection import Evidence, importance
-from allot.shares import each
-from allot.store import State
-from allot.training import Training
+from allot.methods.training.channel_gates import gated
+from allot.methods.training.distillation import Training
+from allot.methods.training.selection import Evidence, importance
+from allot.processes import each
+from allot.run.problem import Candidate, Metrics, Problem
+from allot.run.store import State
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Network-wise distillation of a sparse net with given densities; the equations are in `allot.training`.
+"""Network-wise distillation of a sparse net with given densities; equations: `methods.training.distillation`.
 
     before step t, where it is due:   m_l = the k_l best-scored of layer l's current weights
     w <- w - lr_t Adam(G)             G at all entries: what is pruned learns as well, and may take another's place
@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from allot.run import Candidate, Metrics, Problem
-from allot.schedule import Schedule
-from allot.store import State
-from allot.training import Training, distil
+from allot.methods.training.distillation import Training, distil
+from allot.methods.training.schedule import Schedule
+from allot.run.problem import Candidate, Metrics, Problem
+from allot.run.store import State
 
 
 @dataclass(frozen=True)

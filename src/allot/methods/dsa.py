@@ -15,8 +15,8 @@ By the implicit function theorem, with s_i = p_i (1 - p_i),
     dp_i / dalpha = C s_i / sum_j s_j       so that  dL/dalpha = C sum_i w_i dL/dp_i,   w = s / sum_j s_j
 
 w is computed as a softmax of ln s, which underflows where beta is large. p gates what every consumer reads of the group
-(`allot.gates`); L is the KL of the gated net, batch norms normalising by the batch, to the dense one. Three ways to
-hold the budget, `hold`:
+(`allot.methods.training.channel_gates`); L is the KL of the gated net, batch norms normalising by the batch, to the
+dense one. Three ways to hold the budget, `hold`:
 
     implicit     alpha = eps + (top - eps) sigma(a - mu), mu such that F(alpha) = B: the same trick once more, exact in
                  every step. dL/da_k = s_k (L_k - F_k sum_j s_j L_j / sum_j s_j F_j),  s_k = dalpha_k / da_k
@@ -27,7 +27,7 @@ admm is the paper's. rho grows in equal ratios from 0.5 to 50. At the end `count
 meet the budget exactly.
 
 Differences from the authors' code, which has no training loop:
-    - after training: weights stay as they are while alpha is learned; `allot.scratch` trains both;
+    - after training: weights stay as they are while alpha is learned; `allot.pruning.from_scratch` trains both;
     - soft masks, no draws: in a hundred steps the noise of Bernoulli masks costs more than it explores (`sampled`);
     - ranks, not log |gamma|: the same steepness for every group, whatever its scales (`space=log`);
     - the root to 1e-11, batched over groups; there, scipy to 0.02 on the CPU, for one group after the other;
@@ -47,15 +47,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from allot.allocation import Allocation
-from allot.channel_budget import largest
-from allot.channel_costs import Costs
+from allot.budget.allocation import Allocation
+from allot.budget.channels import largest
 from allot.errors import UsageError, check_flag, check_number, unknown
-from allot.gates import gated
-from allot.run import Candidate, Metrics, Problem
-from allot.selection import Evidence, importance
-from allot.store import State
-from allot.training import Training
+from allot.methods.training.channel_costs import Costs
+from allot.methods.training.channel_gates import gated
+from allot.methods.training.distillation import Training
+from allot.methods.training.selection import Evidence, importance
+from allot.run.problem import Candidate, Metrics, Problem
+from allot.run.store import State
 
 HOLDS = ("implicit", "lagrangian", "admm")
 SPACES = ("rank", "log")

@@ -1,7 +1,7 @@
 """FCPTS: learn how much each layer keeps, inside the distillation (Gong, Yong, Wang, Guo, Wei, Ma, Liu; AAAI 2024).
 
     l       layer; n_l weights w_l, p_l cost of one more of them, d_l density, k_l weights kept
-    T, t    steps, step;  G_l = dL / d(w_l m_l) at every entry (`allot.training`)
+    T, t    steps, step;  G_l = dL / d(w_l m_l) at every entry (`allot.methods.training.distillation`)
     C_t     what the budget allows in step t: wider at first, then the budget itself (`Schedule`)
 
 `Fcpts`, the default. The paper learns a threshold per layer and needs an estimate of the weights' density to know how
@@ -53,15 +53,15 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from allot.allocation import Allocation
-from allot.budget import Budget
+from allot.budget.allocation import Allocation
+from allot.budget.budget import Budget
 from allot.errors import UsageError, check_number
-from allot.run import Candidate, Method, Metrics, Problem
-from allot.schedule import Schedule, warm_cosine
-from allot.scores import magnitude
-from allot.selection import Evidence
-from allot.store import State
-from allot.training import Training
+from allot.methods.training.distillation import Training
+from allot.methods.training.schedule import Schedule, warm_cosine
+from allot.methods.training.selection import Evidence
+from allot.run.problem import Candidate, Method, Metrics, Problem
+from allot.run.scores import magnitude
+from allot.run.store import State
 
 Shares = Mapping[str, float]  # layer -> number
 MOVABLE = 0.95  # where whole layers move down from: their log-odds are infinite

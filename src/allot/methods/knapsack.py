@@ -20,15 +20,15 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from allot.allocation import Allocation
-from allot.budget import Budget
+from allot.budget.allocation import Allocation
+from allot.budget.budget import Budget
 from allot.errors import UsageError, check_number
-from allot.masking import masked
-from allot.run import Candidate, Metrics, Problem
-from allot.selection import Evidence, scored
-from allot.shares import each
-from allot.store import State
-from allot.training import Training
+from allot.methods.training.distillation import Training
+from allot.methods.training.selection import Evidence, scored
+from allot.network.masking import masked
+from allot.processes import each
+from allot.run.problem import Candidate, Metrics, Problem
+from allot.run.store import State
 
 Curve = list[Sequence[float]]  # [density, error], densities ascending
 

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from allot.errors import check_number
-from allot.layers import Layer
-from allot.masking import masked
-from allot.masks import call
-from allot.observe import Apply, biases_of, watched_layers
-from allot.run import Candidate, Metrics, Problem
-from allot.store import State
+from allot.network.call import call
+from allot.network.hooks import Apply, biases_of, watched_layers
+from allot.network.layers import Layer
+from allot.network.masking import masked
+from allot.run.problem import Candidate, Metrics, Problem
+from allot.run.store import State
 
 
 @dataclass(frozen=True)

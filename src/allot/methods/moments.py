@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from allot.errors import check_number
-from allot.layers import Layer
-from allot.masks import call
-from allot.observe import Affine, Moments, biases_of, watched_outputs
-from allot.run import Candidate, Metrics, Problem
-from allot.store import State
+from allot.network.call import call
+from allot.network.hooks import Affine, Moments, biases_of, watched_outputs
+from allot.network.layers import Layer
+from allot.run.problem import Candidate, Metrics, Problem
+from allot.run.store import State
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ Differences from POT as released:
     - a row that lost all its weights is left at zero, not scaled by 1e9;
     - each step of the reconstruction sees the next batch; there, forty steps repeat one batch, and after a step that
       lowered the loss the next one goes on with old gradients;
-    - steps are shares of a tensor's size (`allot.training`), there 1e-5 for every weight;
+    - steps are shares of a tensor's size (`allot.methods.training.distillation`), there 1e-5 for every weight;
     - one sparsity level: masks stay; there, the same is done ten points below the target first;
     - all layers in scope count for the threshold and are masked; there, ignored ones count and are not masked.
 The paper reports, for ResNet-50 on ImageNet at 50 % without data, a loss of about 1.5 points.
@@ -29,17 +29,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from allot.distance import check_finite
 from allot.errors import UsageError, check_number, unknown
-from allot.layers import Layer
-from allot.losses import relative_error, whole_of
-from allot.masking import masked
-from allot.masks import call
-from allot.observe import Apply, biases_of, watched_layers
-from allot.run import Candidate, Metrics, Problem
-from allot.shares import total, total_number
-from allot.store import State
-from allot.training import Training
+from allot.methods.training.batch_loss import check_finite
+from allot.methods.training.distillation import Training
+from allot.methods.training.losses import relative_error, whole_of
+from allot.network.call import call
+from allot.network.hooks import Apply, biases_of, watched_layers
+from allot.network.layers import Layer
+from allot.network.masking import masked
+from allot.processes import total, total_number
+from allot.run.problem import Candidate, Metrics, Problem
+from allot.run.store import State
 
 INPUTS = ("dense", "sparse")
 

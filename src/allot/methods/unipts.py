@@ -37,12 +37,12 @@ import torch
 from torch import Tensor
 
 from allot.errors import check_number, unknown
-from allot.layers import Layer
-from allot.run import Candidate, Metrics, Problem
-from allot.schedule import Schedule, warm_cosine
-from allot.selection import Evidence, scored
-from allot.store import State
-from allot.training import Training, distil
+from allot.methods.training.distillation import Training, distil
+from allot.methods.training.schedule import Schedule, warm_cosine
+from allot.methods.training.selection import Evidence, scored
+from allot.network.layers import Layer
+from allot.run.problem import Candidate, Metrics, Problem
+from allot.run.store import State
 
 GROWTH = ("score", "gradient", "saliency")
 

@@ -12,8 +12,8 @@ An individual is decoded by reducing and regrowing:
 so that what does not fit into a full layer goes to the others (water-filling), then to whole numbers (`Budget.counts`).
 Individuals are encoded the other way round, a_l ~ k_l - r_l, so that any allocation can start the search.
 
-    fitness   minus the loss of `allot.trial` on held-out calibration samples, the same samples, batches and draws for
-              all; kept by counts, so that nothing is tried twice
+    fitness   minus the loss of `allot.methods.training.trial` on held-out calibration samples, the same samples,
+              batches and draws for all; kept by counts, so that nothing is tried twice
     halving   all individuals are tried with the first of `rungs` as their share of steps and samples, the best
               1/`halving` of them with the next one, and so on; losses of one rung are compared with each other only
     generation g: parents are the best of all that reached the last rung (the best is never lost);
@@ -47,14 +47,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from allot.allocation import Allocation
-from allot.budget import Budget
-from allot.calibration import Noisy
+from allot.budget.allocation import Allocation
+from allot.budget.budget import Budget
 from allot.errors import UsageError, check_flag, check_number, unknown
-from allot.run import Candidate, Method, Metrics, Problem
-from allot.selection import Evidence, scored
-from allot.store import State
-from allot.trial import Trial, halves
+from allot.methods.training.selection import Evidence, scored
+from allot.methods.training.trial import Trial, halves
+from allot.run.calibration import Noisy
+from allot.run.problem import Candidate, Method, Metrics, Problem
+from allot.run.store import State
 
 EXCESS = 0.05  # the paper's, of all weights
 MUTATIONS = ("add", "multiply")

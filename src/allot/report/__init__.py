@@ -1,1 +1,1 @@
-"""What a run did, as data and as tables."""
+"""What a run did, as data, tables and pages."""

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from allot.allocation import Allocation
-from allot.costs import least_bits
+from allot.budget.allocation import Allocation
+from allot.budget.costs import least_bits
+from allot.export.files.formats import BITMASK, PLAIN, SLIM
 from allot.methods import METHODS
-from allot.reading import Readable
-from allot.realise.files import BITMASK, PLAIN, SLIM, plain_state
-from allot.run import Candidate, Problem, Recipe, Rule
-from allot.store import Log, read_run
+from allot.network.layers import plain_state
+from allot.run.problem import Candidate, Problem, Recipe, Rule
+from allot.run.reading import Readable
+from allot.run.store import Log, read_run
 
 
 def report(

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from allot.errors import UsageError
-from allot.realise.rows import sealed
+from allot.export.certificate.rows import sealed
 from allot.report.page import write_run
-from allot.store import write
+from allot.run.store import write
 
 
 def exports_of(run: Path | None) -> list[dict[str, Any]]:

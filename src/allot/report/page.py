@@ -11,16 +11,16 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from allot.amounts import unit
+from allot.budget.units import unit
 from allot.errors import UsageError
-from allot.realise.rows import checked, sealed
+from allot.export.certificate.rows import checked, sealed
 from allot.report.charts import Line, Mark, legend, lines, marks
 from allot.report.needed import needed
 from allot.report.paths import losses, moved, spent, steps_of
 from allot.report.series import Labelled, Same, alike, budget_of, macs_left, once, times
 from allot.report.table import short, speed
 from allot.report.why import kept_rows, layer_rows, number, words_of
-from allot.store import write
+from allot.run.store import write
 
 Report = Mapping[str, Any]
 

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from allot.amounts import meaning
+from allot.budget.units import meaning
 from allot.methods import RECIPES
 from allot.report.needed import needed
 from allot.report.table import speed
-from allot.store import flat
+from allot.run.store import flat
 
 Report = Mapping[str, Any]
 Labelled = Sequence[tuple[str, Report]]

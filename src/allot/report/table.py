@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from allot.realise.clock import verdict
+from allot.export.timing.clock import verdict
 
 _BAR = 12
 

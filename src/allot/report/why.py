@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from allot.amounts import unit
+from allot.budget.units import unit
 from allot.report.charts import histogram
 
 Report = Mapping[str, Any]

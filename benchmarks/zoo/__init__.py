@@ -1,0 +1,1 @@
+"""How the nets and data of the zoo were made."""

@@ -1,0 +1,91 @@
+"""The terminal: what the command line says to people, on standard error, and to programs, on standard output."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from allot.processes import speaks
+from allot.run.driver import Progress as Step
+
+# a log has no width of its own: tables are not squeezed into 80 columns there
+people = Console(stderr=True, width=None if sys.stderr.isatty() or "COLUMNS" in os.environ else 120)
+EVERY = 30.0  # seconds between lines about progress where there is no terminal to draw a bar on
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[Step], None]]:
+    """A bar a stage with time left, on standard error, or in a log a line now and then; there too goes what models and
+    data print meanwhile.
+    """
+    columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    quiet = not people.is_terminal or people.quiet
+    bars = Progress(*columns, console=people, disable=quiet, redirect_stdout=False)
+    with redirect_stdout(sys.stderr), bars:
+        tasks: dict[str, TaskID] = {}
+        said = time.monotonic()
+
+        def on_step(step: Step) -> None:
+            nonlocal said
+            if step.stage not in tasks:
+                tasks[step.stage] = bars.add_task(step.stage, total=step.steps)
+            bars.update(tasks[step.stage], completed=step.step, total=step.steps)
+            if not people.is_terminal and time.monotonic() - said >= EVERY:
+                said = time.monotonic()
+                say(f"{step.stage}: {step.step:,} of {step.steps:,}")
+
+        yield on_step
+
+
+@contextmanager
+def notes() -> Iterator[None]:
+    """While open, warnings of the library are told to people, a line each."""
+    handler = _Notes(logging.WARNING)
+    log = logging.getLogger("allot")
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+
+
+class _Notes(logging.Handler):
+    """What is told twice, as of a file in two data sets, is said once."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = " ".join(record.getMessage().split())
+        if line not in self.said:
+            self.said.add(line)
+            say(f"note: {line}")
+
+
+def say(line: str) -> None:
+    """One line for people, whole even where the terminal is narrow."""
+    people.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def say_error(message: str) -> None:
+    """One line about what went wrong; of several processes, the first that has to say something does."""
+    people.quiet = not speaks()
+    people.print(f"error: {' '.join(message.split())}", style="red", highlight=False, markup=False, soft_wrap=True)
+
+
+def print_json(content: Any) -> None:
+    """One object on standard output."""
+    if people.quiet:
+        return
+    sys.stdout.write(json.dumps(content, indent=2) + "\n")
+    sys.stdout.flush()  # a reader that is gone shows here, not while Python shuts down

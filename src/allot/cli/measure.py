@@ -1,0 +1,203 @@
+"""Verbs of the command line that compare and measure: sweep, advise, evaluate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from allot.cli import options as option
+from allot.cli.console import people, print_json, progress, say
+from allot.cli.finished_run import recipe_of
+from allot.cli.recipe import RecipeFile
+from allot.errors import UsageError
+from allot.export.timing.latency import Runtime
+from allot.pruning.advise import advise
+from allot.pruning.sweep import budgets_of, cells_of, sweep
+from allot.report import table
+from allot.report.page import advice_page
+from allot.run.driver import Progress as Step
+from allot.run.driver import interruptible
+from allot.run.evaluate import evaluate
+from allot.run.store import write
+from allot.sources.load import DATA_FORMS, MODEL_FORMS, example_of, load_data, load_model
+from allot.sources.origins import ModelSource
+
+
+def sweep_command(
+    model: option.Model = None,
+    data: option.Data = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="a run for each cell, and the comparison")] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KIND=LIMITS", help="sparsity=0.5,0.8,0.9; one with several limits: macs=50% and bytes=3MB"
+        ),
+    ] = None,
+    method: Annotated[str | None, typer.Option(metavar="NAMES", help="recipes, joined with commas  [erk]")] = None,
+    seeds: Annotated[int, typer.Option(metavar="N", min=1, help="each cell with seeds 0 to N - 1")] = 3,
+    pattern: option.Pattern = None,
+    repair: option.Repair = None,
+    score: option.Score = None,
+    weights: option.Weights = None,
+    test: option.Test = None,
+    samples: option.Samples = None,
+    batch_size: option.BatchSize = None,
+    workers: option.Workers = None,
+    skip_corrupt: option.SkipCorrupt = None,
+    max_minutes: option.MaxMinutes = None,
+    stream: option.Stream = None,
+    device: option.Device = None,
+    max_memory: option.MaxMemory = None,
+    micro_batch: option.MicroBatch = None,
+    checkpoint: option.Checkpoint = None,
+    amp: option.Amp = None,
+    channels_last: option.ChannelsLast = None,
+    compile: option.Compile = None,  # noqa: A002 - what torch calls it
+    shape: option.Shape = None,
+    recipe: option.RecipePath = None,
+    settings: option.Settings = None,
+    *,
+    as_json: option.Json = False,
+) -> None:
+    """Prune MODEL by every method to every budget with several seeds; goes on where it was stopped."""
+    given = dict(locals())
+    budgets = budgets_of(given.pop("budget") or ())
+    methods = [name.strip() for name in (given.pop("method") or "erk").split(",")]
+    wanted = option.resolved(given)
+    if out is None or wanted.model is None or not budgets:
+        raise UsageError("a sweep needs MODEL, --budget KIND=LIMITS and --out DIR.")
+    source, calibration = loaded(wanted.model, wanted)
+    with interruptible() as should_stop, progress() as on_step:
+        table_of = sweep(
+            source.model,
+            calibration,
+            cells_of(methods, budgets, seeds),
+            out,
+            on_cell=lambda number, of, cell: on_step(Step("sweep", number - 1, of, {})),
+            recipe=wanted.model_dump(mode="json", exclude_none=True, exclude={"method", "budget", "seed"}),
+            should_stop=should_stop,
+            **settings_of(wanted, source),
+        )
+    if as_json:
+        print_json({**table_of, "out": str(out)})
+        return
+    people.print(table.sweep_table(table_of))
+    say(f"comparison: {out / 'report.html'}   as data: {out / 'results.json'}")
+
+
+def advise_command(
+    model: option.Model = None,
+    data: option.Data = None,
+    out: Annotated[Path, typer.Option(metavar="FILE.html", help="the page with the curves")] = Path("advice.html"),
+    pattern: Annotated[str, typer.Option(metavar="PATTERN", help="in what multiples channels go")] = "channels:8",
+    runtime: option.Runtime = None,
+    weights: option.Weights = None,
+    shape: option.Shape = None,
+    *,
+    as_json: option.Json = False,
+) -> None:
+    """Measure layers of MODEL here, and say which sparsity pays on this machine, if any."""
+    wanted = option.resolved({"model": model, "data": data, "weights": weights, "shape": shape})
+    if wanted.model is None:
+        raise UsageError(f"no MODEL: {MODEL_FORMS} is accepted.")
+    source = load_model(wanted.model, weights=wanted.weights, shape=wanted.input)
+    example = example_of(source, wanted.data, skip_corrupt=wanted.skip_corrupt)
+    if example is None:
+        raise UsageError("layers are timed on an input: give --input C,H,W or --data DATA.")
+    with progress() as on_step:
+        told = advise(
+            source.model,
+            example,
+            pattern=pattern,
+            runtime=Runtime.parse(runtime),
+            label=wanted.model,
+            data=wanted.data or "DATA",
+            on_step=lambda done, of: on_step(Step("measure", done, of, {})),
+        )
+    told = {"model": wanted.model, **told}
+    write(out, advice_page(told))
+    if as_json:
+        print_json(told)
+        return
+    people.print(table.advice_table(told))
+    say(f"page: {out}")
+
+
+def evaluate_command(
+    target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help=f"a run directory, or {MODEL_FORMS}")],
+    data: option.Data = None,
+    split: Annotated[str, typer.Option(help="of zoo data: test, validation or calibration")] = "test",
+    weights: option.Weights = None,
+    device: option.Device = None,
+    shape: option.Shape = None,
+    workers: option.Workers = None,
+    skip_corrupt: option.SkipCorrupt = None,
+    *,
+    as_json: option.Json = False,
+) -> None:
+    """Score a run or a model on labelled data, or a causal language model on text."""
+    asked_shape = option.resolved({"shape": shape}).input
+    if Path(target).is_dir():
+        if weights:
+            raise UsageError(f"{target} has its own weights: leave --weights out, or name a MODEL.")
+        wanted = recipe_of(Path(target))
+        own = str(Path(target) / "model.safetensors")
+        source = load_model(str(wanted.model), weights=own, shape=asked_shape or wanted.input, device=device)
+        workers, skip_corrupt = workers or wanted.workers, skip_corrupt or wanted.skip_corrupt
+        data = data or wanted.test or (wanted.data if (wanted.data or "").startswith("zoo:") else None)
+    else:
+        source = load_model(target, weights=weights, shape=asked_shape, device=device)
+    if data is None:
+        raise UsageError(f"no data to score on: give --data {DATA_FORMS}.")
+    with progress() as on_step:
+        score = evaluate(
+            source.model,
+            load_data(data, source, split=split, skip_corrupt=bool(skip_corrupt)),
+            workers=workers or 0,
+            on_batch=lambda done, total: on_step(Step("evaluate", done, total or done, {})),
+        )
+    if as_json:
+        print_json(score.to_json())
+    else:
+        more = "" if score.perplexity is None else f", perplexity {score.perplexity:.4g}"
+        say(f"{score.metric} {score.score:.4f} on {score.samples:,} samples{more}")
+
+
+def loaded(model: str, wanted: RecipeFile) -> tuple[ModelSource, Any]:
+    """The model on its device, and the calibration data; None where none was given."""
+    source = load_model(model, weights=wanted.weights, shape=wanted.input, device=wanted.device)
+    return source, load_data(wanted.data, source, skip_corrupt=wanted.skip_corrupt) if wanted.data else None
+
+
+def settings_of(wanted: RecipeFile, source: ModelSource) -> dict[str, Any]:
+    """What `prune` and `sweep` take of a recipe alike."""
+    return {
+        "allocate": wanted.allocate,
+        "score": wanted.score,
+        "pattern": wanted.pattern,
+        "repair": wanted.repair,
+        "options": wanted.options,
+        "rules": wanted.rules(),
+        "samples": wanted.samples,
+        "batch_size": wanted.batch_size,
+        "workers": wanted.workers,
+        "example": source.example,
+        "runtime": wanted.runtime,
+        "max_minutes": wanted.max_minutes,
+        "stream": wanted.stream,
+        "compute": wanted.compute,
+        "max_memory": wanted.max_memory,
+        "test": _test_data(wanted, source),
+        "label": wanted.model,
+    }
+
+
+def _test_data(wanted: RecipeFile, source: ModelSource) -> Any:
+    """Held-out data for the score: what --test says, or the test split of zoo data."""
+    if wanted.test:
+        return load_data(wanted.test, source, split="test", skip_corrupt=wanted.skip_corrupt)
+    if wanted.data and wanted.data.startswith("zoo:"):
+        return load_data(wanted.data, source, split="test")
+    return None

@@ -1,0 +1,1 @@
+"""Files, runtimes, certificates and times: what becomes of a sparse model outside of Python."""

@@ -1,0 +1,61 @@
+"""Where an export is written: beside its place until it was found right, and never over what a run is made of."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from allot.errors import UsageError
+from allot.export.files.formats import OWN, PROBE
+
+_RECORDS = ("run.json", "certificate.json")  # of which a run, or a result saved by hand, has one
+
+
+def is_run(directory: Path) -> bool:
+    """Whether a directory is that of a run."""
+    return any((directory / name).exists() for name in _RECORDS)
+
+
+def check_place(target: Path, *, directory: bool, run: Path | None = None) -> None:
+    """Hold a place to what may be written over.
+
+    Args:
+        run: what is exported.
+    Raises:
+        UsageError: a file that a run is made of, the directory of another run, or one that holds something else.
+    """
+    if run is not None and is_run(target.parent) and target.parent.resolve() != run.resolve():
+        raise UsageError(f"{target.parent} is another run, which knows nothing of this one: give another place.")
+    if directory and is_run(target):
+        raise UsageError(f"{target} is a run directory: give another place, or none to write beside the run's files.")
+    if not directory and is_run(target.parent) and (target.name in OWN or target.name.startswith("state-")):
+        raise UsageError(f"{target} is a file that the run itself is made of: give another name.")
+    if directory and target.suffix in (".safetensors", ".onnx", ".pt2", ".xml"):
+        raise UsageError(f"{target} is written as a directory: give it a name without the ending of a file.")
+    if directory and target.is_dir() and any(target.iterdir()) and not (target / PROBE).exists():
+        raise UsageError(f"{target} holds other files: give a directory of its own.")
+
+
+@contextmanager
+def placed(target: Path, *, directory: bool, run: Path | None = None) -> Iterator[Path]:
+    """A place to write to; what is there when the block ends well, a probe with it, goes to `target`.
+
+    Raises:
+        UsageError: that place cannot be written, or may not be (`check_place`).
+    """
+    check_place(target, directory=directory, run=run)
+    try:
+        if directory:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as folder:
+            yield Path(folder) / target.name
+            for file in sorted(Path(folder).rglob("*")):
+                place = target.parent / file.relative_to(folder)
+                if file.is_dir():
+                    place.mkdir(exist_ok=True)
+                else:
+                    file.replace(place)
+    except OSError as error:
+        raise UsageError(f"cannot write {target}: {error.strerror or error}.") from error

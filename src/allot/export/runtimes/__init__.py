@@ -1,0 +1,1 @@
+"""The models that a runtime opens: written, opened again, run."""

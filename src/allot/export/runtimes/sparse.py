@@ -1,0 +1,84 @@
+"""Linear layers multiplied as sparse matrices, each only where that was measured to be faster than the layer itself.
+
+csr   compressed sparse rows, on the CPU
+2:4   semi-structured, in half precision, on a GPU with sparse tensor cores
+
+The layers stay `nn.Linear`: their weight is a sparse tensor, which `torch.nn.functional.linear` takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from allot.errors import UsageError
+from allot.export.files.formats import csr, stored, unfolded
+from allot.network.call import write_into
+from allot.network.channels import copied
+
+Convert = Callable[[Tensor], Tensor]
+
+
+def semi_structured(weight: Tensor) -> Tensor:
+    """The matrix as sparse tensor cores take it: two of four, half precision, on a GPU."""
+    return torch.sparse.to_sparse_semi_structured(weight.detach())
+
+
+def has_sparse_tensor_cores() -> bool:
+    """Whether this machine's GPU multiplies 2:4 matrices in hardware: compute capability 8.0 and above."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+
+
+def linear_layers(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Linear]:
+    """Weight name -> layer, of the linear layers among `names`.
+
+    Raises:
+        UsageError: there is none.
+    """
+    wanted = set(names)
+    every = {
+        f"{name}.weight".lstrip("."): module for name, module in model.named_modules() if type(module) is nn.Linear
+    }
+    if not (found := {name: module for name, module in every.items() if name in wanted}):
+        raise UsageError("no linear layer was pruned: nothing else is multiplied as a sparse matrix.")
+    return found
+
+
+def converted(model: nn.Module, names: Iterable[str], convert: Convert) -> nn.Module:
+    """A copy of the model with the weights of these linear layers converted."""
+    model = copied(model)
+    for layer in linear_layers(model, names).values() if (names := list(names)) else ():
+        layer.weight = nn.Parameter(convert(layer.weight), requires_grad=False)
+    return model
+
+
+def load_csr(model: nn.Module, path: str | Path) -> nn.Module:
+    """`model` with the weights of a csr file: sparse where the file says so; eval mode, the model itself untouched.
+
+    Raises:
+        UsageError: no csr file, or one of another model.
+    """
+    path = Path(path)
+    tensors, about = stored(path)
+    if about.get("format") != "csr":
+        raise UsageError(f"{path} is no csr file: allot export RUN --to csr writes one.")
+    model = into(model, path, unfolded(path, tensors, about))
+    return converted(model, [name.removesuffix(".crow") for name in tensors if name.endswith(".crow")], csr)
+
+
+def into(model: nn.Module, path: Path, state: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the model in eval mode with the tensors of the file at `path`.
+
+    Raises:
+        UsageError: they are those of another model.
+    """
+    own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    same = own.keys() & state.keys()
+    if wrong := [*(own.keys() ^ state.keys()), *(name for name in same if own[name].shape != state[name].shape)]:
+        raise UsageError(f"{path} belongs to another model: {', '.join(sorted(wrong)[:5])} differ.")
+    model = copied(model).eval()
+    write_into(model, state)
+    return model

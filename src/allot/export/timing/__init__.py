@@ -1,0 +1,1 @@
+"""How long layers and whole nets take, measured side by side."""

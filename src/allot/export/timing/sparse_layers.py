@@ -1,0 +1,56 @@
+"""Linear layers timed as sparse matrices, each beside its dense self."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from allot.export.runtimes.forms import apply
+from allot.export.runtimes.sparse import Convert
+from allot.export.timing.clock import Beside, side_by_side
+from allot.network.hooks import hooked
+from allot.network.trees import cloned
+
+
+def converted_beside(
+    layers: Mapping[str, nn.Linear], model: nn.Module, example: Any, convert: Convert
+) -> dict[str, Beside]:
+    """Layer that is called, and can be converted -> times of both, on the inputs that it gets."""
+    found = {}
+    for name, x in inputs_of(layers, model, example).items():
+        layer = layers[name]
+        try:
+            dense, sparse = (_linear(x, weight, layer.bias) for weight in (layer.weight, convert(layer.weight)))
+            found[name] = side_by_side(dense, sparse, seconds=0.2)
+        except (RuntimeError, ValueError):  # sides or numbers that the kernel does not take
+            continue
+    return found
+
+
+def inputs_of(layers: Mapping[str, nn.Linear], model: nn.Module, example: Any) -> dict[str, Tensor]:
+    """Layer that is called -> what it gets on the example."""
+    inputs: dict[str, Tensor] = {}
+    with ExitStack() as stack, torch.no_grad():
+        for name, layer in layers.items():
+            stack.enter_context(hooked(layer, _keeping(inputs, name)))
+        apply(model, cloned(example))
+    return inputs
+
+
+def _keeping(inputs: dict[str, Tensor], name: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: Any, output: Any) -> None:
+        inputs.setdefault(name, (*args, *kwargs.values())[0])
+
+    return hook
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Callable[[], None]:
+    def run() -> None:
+        with torch.no_grad():
+            torch.nn.functional.linear(x, weight, bias)
+
+    return run

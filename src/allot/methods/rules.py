@@ -1,0 +1,98 @@
+"""Allocations by a rule: one function of the problem, with nothing to learn. The controls of every comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from allot.run.problem import Problem
+from allot.run.scores import lamp_score
+
+
+def uniform(problem: Problem) -> dict[str, float]:
+    """The same density everywhere: d_l = c. Uniform is the control of every comparison."""
+    return {term.name: 1.0 for term in problem.budget.terms}
+
+
+def erk(problem: Problem) -> dict[str, float]:
+    """Density in proportion to sum(shape) / prod(shape): Erdos-Renyi-Kernel.
+
+        d_l = c * sum(shape_l) / prod(shape_l)          shape_l = (C_out, C_in/groups, k_1, ..) as the weight is stored
+
+    Small and narrow layers keep more. c is the largest price that the budget allows, with d_l cut at 1
+    (`Budget.project`): the cut layers stay dense and the others share what is left, which is what RigL's loop over
+    dense layers arrives at. Mocanu et al. 2018; Evci et al., RigL, ICML 2020, appendix.
+    """
+    return {layer.name: sum(layer.shape) / layer.total for layer in problem.scope}
+
+
+@dataclass(frozen=True)
+class Given:
+    """Densities in the proportions of `wished`; where they use the budget up already, exactly these.
+
+    A table from an earlier run, edited by hand or not, is replayed this way.
+
+    Args:
+        wished: name -> density of all layers in scope, or of all groups of channels.
+    """
+
+    wished: Mapping[str, float]
+
+    def __call__(self, problem: Problem) -> Mapping[str, float]:
+        """The wish, for `Rule`."""
+        return self.wished
+
+
+def lamp(problem: Problem) -> dict[str, float]:
+    """Survivors of the global ranking by LAMP score (Lee et al., ICLR 2021).
+
+        s_i = w_i^2 / sum_{j in l: |w_j| >= |w_i|} w_j^2
+
+    The sum is the energy of the weights that are still there when w_i goes, in ascending order: these are the ones
+    not smaller than it.
+    """
+    return _survivors(problem, "lamp", lamp_score)
+
+
+def global_magnitude(problem: Problem) -> dict[str, float]:
+    """Survivors of the global ranking by s_i = |w_i| (Han et al. 2015)."""
+    return _survivors(problem, "global", lambda weight: weight.abs())
+
+
+def global_normalised(problem: Problem) -> dict[str, float]:
+    """Survivors of the global ranking by s_i = |w_i| / ||w_l||_2, POT's and FCPTS' L2-normalised allocation."""
+    return _survivors(problem, "global-normalised", lambda weight: weight.abs() / weight.norm().clamp_min(1e-300))
+
+
+def _survivors(problem: Problem, name: str, score: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    """How much of each layer survives when all weights of the net are ranked together.
+
+        k_l = #{i in layer l : s_i among the r highest scores of the net},   r as large as the budget allows
+
+    Equal scores go to the layer first by name, then to the lower index. Bounds of a layer cut its k_l; what that frees
+    or takes is made up by r, and the last rounding by `Budget.counts`.
+    """
+    layers = sorted(problem.scope, key=lambda layer: layer.name)
+
+    def sorted_owners() -> Tensor:
+        scores = [score(problem.dense[layer.name].flatten().cpu().double()) for layer in layers]
+        owner = torch.repeat_interleave(
+            torch.arange(len(layers), dtype=torch.int32), torch.tensor([layer.total for layer in layers])
+        )
+        return owner[torch.cat(scores).argsort(descending=True, stable=True)]
+
+    ranked = problem.once(name, sorted_owners, seeded=False)  # [N], the layer of each weight, best weight first
+
+    def counts(r: int) -> dict[str, int]:
+        kept = torch.bincount(ranked[:r], minlength=len(layers)).tolist()
+        return {layer.name: k for layer, k in zip(layers, kept, strict=True)}
+
+    low, high = 0, len(ranked)
+    while low < high:
+        r = (low + high + 1) // 2
+        low, high = (r, high) if problem.budget.fits(problem.budget.clip(counts(r))) else (low, r - 1)
+    kept = problem.budget.clip(counts(low))
+    return {layer.name: kept[layer.name] / layer.total for layer in layers}

@@ -1,0 +1,197 @@
+"""Network-wise distillation: on calibration inputs the dense net teaches the sparse one by its outputs.
+
+Shared by every method that trains weights. One step, with w the weights as stored (none is zero) and m their masks:
+
+    z = net(w * m)                    batch norms normalise by the batch, everything else is in eval mode
+    L = T^2 KL( softmax(z_dense / T) || softmax(z / T) )                 or the squared error, see `Distance.loss`
+    G = dL / d(w * m)                 at every entry: pruned weights learn too, and can come back
+    w <- w - lr_t rms(w_0) Adam(G)    lr_t: ten steps of warm-up, then a cosine to zero
+
+Steps are a share of each tensor's root mean square at the start (as in Adafactor, Shazeer and Stern 2018), so that the
+same learning rate does for tensors, and models, of any scale.
+
+All floating-point parameters are trained. The teacher is the same module with its own tensors, in eval mode; its
+outputs are kept where the calibration data gives the same inputs again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+
+from allot.errors import check_number, unknown
+from allot.methods.training.batch_loss import Distance, Unseen, statistics
+from allot.methods.training.losses import wide
+from allot.methods.training.schedule import Schedule, warm_cosine
+from allot.methods.training.selection import Evidence, scored
+from allot.network.masking import masked
+from allot.run.problem import Candidate, Problem
+from allot.run.store import State
+
+Select = Callable[[Evidence, Mapping[str, int]], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Training(Distance):
+    """How weights are trained, beside what `Distance` says; frozen hyperparameters and functions of a state.
+
+    Args:
+        steps: batches, 1 or more.
+        learning_rate: peak step of Adam, as a share of each tensor's root mean square; of SGD, in absolute units.
+        optimizer: "adam"; or "sgd" with momentum 0.9, as papers train.
+    Raises:
+        UsageError: a value out of its range.
+    """
+
+    steps: int = 250
+    learning_rate: float = 0.05
+    optimizer: str = "adam"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("steps", self.steps, 1, whole=True)
+        check_number("learning_rate", self.learning_rate, 0)
+        if self.optimizer not in ("adam", "sgd"):
+            raise unknown("optimizer", str(self.optimizer), ("adam", "sgd"))
+
+    def begin(self, problem: Problem, candidate: Candidate) -> State:
+        """The state before the first step: copies of what will change, in float32 where the model has less."""
+        tensors: dict[str, Tensor] = {}
+        for name in trained(problem):
+            value = candidate.tensors.get(name, problem.dense[name])
+            tensors[name] = wide(value).clone()
+        for name in statistics(problem.model):
+            tensors[name] = candidate.tensors.get(name, problem.dense[name]).clone()
+        return {
+            **self.reading(problem),
+            "steps": self.steps,
+            "tensors": tensors,
+            "mean": {name: torch.zeros_like(tensors[name]) for name in trained(problem)},
+            "square": {name: torch.zeros_like(tensors[name]) for name in trained(problem)},
+            "scale": {name: _scale(tensors[name]) for name in trained(problem)},
+        }
+
+    def select(self, problem: Problem, state: State, evidence: Evidence, kept: Mapping[str, int]) -> dict[str, Tensor]:
+        """Layer -> mask of the `kept` best-scored of its current weights."""
+        return {
+            layer.name: problem.pattern.mask(
+                layer, scored(problem, layer, state["tensors"][layer.name], evidence), kept[layer.name]
+            )
+            for layer in problem.scope
+        }
+
+    def gradients(
+        self, problem: Problem, state: State, masks: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, float | int]]:
+        """(G of every trained tensor at the masked weights, metrics of the step): see the top of this file.
+
+        Raises:
+            AllotError: the loss is not finite.
+            UsageError: as `loss_of`.
+        """
+        dense, tensors = problem.dense, state["tensors"]
+        buffers = {name: value for name, value in tensors.items() if name not in state["mean"]}
+
+        def learned(late: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor], int]:
+            leaves = {}
+            for name in state["mean"]:
+                value = masked(tensors[name], masks[name]) if name in masks and name not in late else tensors[name]
+                leaves[name] = value.to(dense[name].dtype).detach().requires_grad_()
+            return self.loss_of(problem, state, leaves | buffers, late)
+
+        before = {} if "late" in state else {name: value.clone() for name, value in buffers.items()}
+        try:
+            loss, found, forward = learned(masks if state.setdefault("late", problem.compute.lean) else {})
+        except Unseen:
+            state["late"] = False  # from now on by copies
+            for name, value in before.items():
+                buffers[name].copy_(value)
+            loss, found, forward = learned({})
+        gradients = {name: gradient.to(tensors[name].dtype) for name, gradient in found.items()}
+        samples = len(problem.inputs().positions(state["step"]))
+        return gradients, {"loss": loss, "forward": forward, "backward": samples}
+
+    def update(self, state: State, gradients: Mapping[str, Tensor], *, scale: float = 1.0) -> None:
+        """One step on the state's tensors, in place.
+
+        Args:
+            scale: factor on the loss. Adam does not see it in a gradient, so it is a factor on the step.
+        """
+        t = state["step"]
+        lr = scale * self.learning_rate * warm_cosine(t, self.steps)
+        for name, gradient in gradients.items():
+            value, mean = state["tensors"][name], state["mean"][name]
+            if self.optimizer == "sgd":
+                mean.mul_(0.9).add_(gradient)
+                value.sub_(lr * mean)
+                continue
+            adam(
+                [value],
+                [gradient],
+                [mean],
+                [state["square"][name]],
+                [],
+                [torch.tensor(float(t))],
+                amsgrad=False,
+                beta1=0.9,
+                beta2=0.99,
+                lr=lr * state["scale"][name],
+                weight_decay=0.0,
+                eps=1e-8,
+                maximize=False,
+            )
+        state["step"] = t + 1
+
+    def tensors(self, problem: Problem, candidate: Candidate, state: State) -> dict[str, Tensor]:
+        """The candidate's tensors after training, in the dtypes of the model; only what differs from it."""
+        found = dict(candidate.tensors)
+        for name, value in state["tensors"].items():
+            value = value.to(problem.dense[name].dtype)
+            if name in found or not torch.equal(value, problem.dense[name]):
+                found[name] = value
+        return found
+
+
+def distil(
+    training: Training,
+    schedule: Schedule,
+    problem: Problem,
+    candidate: Candidate,
+    state: State,
+    *,
+    select: Select | None = None,
+    scale: float = 1.0,
+) -> dict[str, float | int]:
+    """Metrics of one step that keeps what `candidate` allocates, in place: masks where they are due, then weights.
+
+    Args:
+        state: {"training": of `Training.begin`, "masks": layer -> mask, "squares": of `Evidence`}.
+        select: (evidence, kept by layer) -> masks; None: the best-scored of the current weights.
+        scale: as in `Training.update`.
+    """
+    own = state["training"]
+    t, T = own["step"], training.steps
+    evidence = Evidence(problem, candidate, state["squares"])
+    if problem.scope.groups:
+        state["masks"] = dict(candidate.masks)  # channels are selected once: a wider budget would move them all
+    elif schedule.due(t, T):
+        kept = problem.budget.widened(schedule.factor(t, T)).counts(candidate.allocation)
+        state["masks"] = select(evidence, kept) if select else training.select(problem, own, evidence, kept)
+    gradients, metrics = training.gradients(problem, own, state["masks"])
+    training.update(own, gradients, scale=scale)
+    return metrics | {"forward": metrics["forward"] + evidence.forward}
+
+
+def trained(problem: Problem) -> list[str]:
+    """Names of what is trained: every floating-point parameter, frozen ones included."""
+    return [name for name, parameter in problem.model.named_parameters() if parameter.is_floating_point()]
+
+
+def _scale(tensor: Tensor) -> float:
+    """Root mean square, what steps are a share of; biases and the like may start at zero and have to move."""
+    scale = float(tensor.square().mean().sqrt())
+    return max(scale, 1e-3) if tensor.dim() < 2 or not scale else scale

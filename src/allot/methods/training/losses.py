@@ -1,0 +1,164 @@
+"""How far the sparse net's outputs are from the dense net's.
+
+    kl    T^2 KL( softmax(z_dense / T) || softmax(z / T_s) ),  mean over everything but the classes
+    mse   mean (z - z_dense)^2 / mean z_dense^2
+
+T_s is T unless it is given: with T_s below T the optimum is z = z_dense T_s / T, the same answers with less confidence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from allot.errors import UsageError
+from allot.processes import processes, total_number
+from allot.run.named import function_at
+
+Outputs = Callable[[Any], Any]
+
+
+def compared(
+    student: list[Tensor],
+    teacher: list[Tensor],
+    loss: str,
+    temperature: float,
+    student_temperature: float,
+    wholes: list[float] | None = None,
+) -> Float[Tensor, ""]:
+    """Sum of the losses of pairs of tensors, in float32 or better.
+
+    Args:
+        loss: a key of `LOSSES`.
+        wholes: of a part of a batch, the sum of the sizes (`size`) of all parts, tensor by tensor: the losses of all
+            parts then add up to that of the whole batch.
+    Raises:
+        UsageError: the tensors of one net have no counterpart of their shape in those of the other.
+    """
+    ours, theirs = ([list(tensor.shape) for tensor in tensors] for tensors in (student, teacher))
+    if ours != theirs:
+        raise UsageError(
+            f"the sparse net gives outputs of shapes {ours}, the dense one {theirs}: shapes that do not depend on what "
+            "is found are compared, like scores and boxes before the best of them are picked (outputs=)."
+        )
+    each: list[float | None] = [*wholes] if wholes else [None] * len(teacher)
+    found = [
+        LOSSES[loss](ours, theirs, temperature, student_temperature, whole)
+        for ours, theirs, whole in zip(student, teacher, each, strict=True)
+    ]
+    return torch.stack(found).sum()
+
+
+def size(teacher: Tensor, loss: str) -> float:
+    """What the loss of a part of a batch is divided by: the number of its rows, or its summed squares."""
+    if loss == "kl":
+        return teacher.numel() / teacher.shape[_classes(teacher)]
+    theirs = wide(teacher)
+    scale = float(theirs.abs().amax().clamp_min(1e-30))
+    return float((theirs / scale).square().mean().double() * scale**2 * teacher.numel())
+
+
+def compared_tensors(output: Any, outputs: str | Outputs | None, loss: str) -> list[Tensor]:
+    """What of a model's output is compared.
+
+    Args:
+        outputs: function `output -> tensors`, or its place as "package.module:function" or "file.py:function"; None:
+            the output itself, or its `.logits`.
+    Raises:
+        UsageError: no such function, or outputs that the loss cannot compare.
+    """
+    if isinstance(outputs, str):
+        try:
+            outputs = function_at(outputs)
+        except UsageError as error:
+            raise UsageError(f"outputs={outputs!r}: {error}") from error
+    if callable(outputs):
+        try:
+            output = outputs(output)
+        except Exception as error:
+            raise UsageError(f"outputs failed on a model output of type {type(output).__name__}: {error!r}") from error
+    tensors = _flat(getattr(output, "logits", output), given=outputs)
+    if loss == "kl" and any(tensor.dim() < 2 or tensor.shape[_classes(tensor)] < 2 for tensor in tensors):
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors)
+        raise UsageError(f"the kl loss needs logits [B, classes] of two or more classes, not {shapes}: use mse.")
+    return tensors
+
+
+def whole_of(teacher: Tensor) -> float | None:
+    """The `size` of the batch that `teacher` is this process's share of; None where it is the batch."""
+    return None if processes() == 1 else total_number(size(teacher, "mse"))
+
+
+def relative_error(
+    student: Float[Tensor, "*shape"], teacher: Float[Tensor, "*shape"], whole: float | None = None
+) -> Float[Tensor, ""]:
+    """Mean squared difference over the mean square of `teacher`, which counts as at least 1e-12.
+
+    Args:
+        whole: of a part of a batch, the summed squares of all parts.
+    """
+    theirs = wide(teacher)
+    scale = theirs.abs().amax().clamp_min(1e-6)  # squares of large outputs are beyond float32
+    if whole is not None:
+        over = max(whole, 1e-12 * theirs.numel()) / float(scale.double().square())
+        return ((wide(student) - theirs) / scale).square().sum() / over
+    least = float(1e-12 / scale.double().square())
+    return ((wide(student) - theirs) / scale).square().mean() / (theirs / scale).square().mean().clamp_min(least)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32, or float64 where it is that."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _kl(
+    student: Tensor, teacher: Tensor, temperature: float, student_temperature: float, whole: float | None = None
+) -> Tensor:
+    dim = _classes(student)
+    theirs = (wide(teacher) / temperature).log_softmax(dim)
+    ours = (wide(student) / student_temperature).log_softmax(dim)
+    rows = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(dim)
+    return temperature**2 * (rows.mean() if whole is None else rows.sum() / whole)
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "kl": _kl,
+    "mse": lambda student, teacher, T, T_s, whole=None: relative_error(student, teacher, whole),
+}
+
+
+def _classes(logits: Tensor) -> int:
+    return 1 if logits.dim() > 3 else -1
+
+
+def _flat(output: Any, given: Any) -> list[Tensor]:
+    if isinstance(output, Tensor) and output.is_floating_point():
+        return [output]
+    if given is not None and isinstance(output, tuple | list | Mapping) and output:
+        parts = output.values() if isinstance(output, Mapping) else output
+        return [tensor for part in parts for tensor in _flat(part, given)]
+    if given is not None:
+        what = f"{str(output.dtype)[6:]} values" if isinstance(output, Tensor) else type(output).__name__
+        raise UsageError(
+            f"outputs gave {what}: floating-point tensors, or a tuple, list or dict of them, are accepted."
+        )
+    raise UsageError(
+        f"a model output, {_told(output)}, cannot be compared: give outputs, a function from it to floating-point "
+        "tensors (--set options.METHOD.outputs=package.module:function, or file.py:function)."
+    )
+
+
+def _told(output: Any) -> str:
+    """An output in words, as far as its first parts tell."""
+    if isinstance(output, Tensor):
+        return f"{str(output.dtype)[6:]} {list(output.shape)}"
+    if isinstance(output, Mapping):
+        return f"a {type(output).__name__} of {', '.join(f'{key}: {_told(output[key])}' for key in list(output)[:4])}"
+    if isinstance(output, tuple | list) and output:
+        return f"a {type(output).__name__} of {len(output)}, the first {_told(output[0])}"
+    return f"a {type(output).__name__}"

@@ -1,0 +1,168 @@
+"""Which weights, or channels, stay: the step between allocating and repairing, and what scores may ask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from allot.errors import UsageError
+from allot.methods.training.channel_gates import fisher
+from allot.network.call import call
+from allot.network.channels import ChannelPlan, Group
+from allot.network.hooks import watched_inputs
+from allot.network.layers import Layer
+from allot.processes import total
+from allot.run.patterns import select
+from allot.run.problem import Candidate, Metrics, Problem
+from allot.run.scores import ChannelScore, Score
+from allot.run.store import State
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The method between allocating and repairing: layer by layer, or group by group, where no masks are there yet."""
+
+    role = "select"
+    needs_data = False
+    parallel = True
+
+    def init(self, problem: Problem, candidate: Candidate) -> State:
+        """No layer done; an allocator that trains weights brings its masks."""
+        steps = 0 if candidate.masks else len(problem.scope.groups or problem.scope.layers)
+        return {"step": 0, "steps": steps, "masks": dict(candidate.masks), "channels": {}, "squares": {}}
+
+    def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
+        """Select in one layer, or in one group of channels."""
+        if problem.scope.groups:
+            return self._channels(problem, candidate, state)
+        layer = problem.scope.layers[state["step"]]
+        evidence = Evidence(problem, candidate, state["squares"])
+        weight = candidate.tensors.get(layer.name, problem.dense[layer.name])
+        kept = candidate.allocation.kept[layer.name]
+        score = scored(problem, layer, weight, evidence)
+        state["masks"][layer.name] = problem.pattern.mask(layer, score, kept)
+        state["step"] += 1
+        return {"forward": evidence.forward, "backward": 0, "kept": kept}
+
+    def done(self, state: State) -> bool:
+        """After the last layer."""
+        return bool(state["step"] >= state["steps"])
+
+    def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
+        """The candidate with masks."""
+        if not state["channels"]:
+            return replace(candidate, masks=dict(state["masks"]))
+        channels = {name: tuple(kept) for name, kept in state["channels"].items()}
+        return replace(candidate, masks=channel_masks(problem, channels), channels=channels)
+
+    def _channels(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
+        group = problem.scope.groups[state["step"]]
+        evidence = Evidence(problem, candidate, state["squares"])
+        kept = candidate.allocation.kept[group.name]
+        mask = select(importance(problem, group, evidence), kept)
+        state["channels"][group.name] = mask.nonzero().flatten().tolist()
+        state["step"] += 1
+        return {"forward": evidence.forward, "backward": evidence.backward, "kept": kept}
+
+
+def scored(problem: Problem, layer: Layer, weight: Tensor, evidence: Evidence) -> Tensor:
+    """The problem's score of one weight, checked; shape of `weight`.
+
+    Raises:
+        UsageError: another shape, or values that are not finite.
+    """
+    score = cast(Score, problem.score)(layer, weight, evidence)
+    if score.shape != weight.shape or not bool(torch.isfinite(score).all()):
+        raise UsageError(f"{layer.name}: the score has shape {list(score.shape)} or values that are not finite.")
+    return score
+
+
+def importance(problem: Problem, group: Group, evidence: Evidence) -> Tensor:
+    """The problem's score of every channel of a group, checked; `[channels]`, float64.
+
+    Raises:
+        UsageError: another shape, or values that are not finite.
+    """
+    score = cast(ChannelScore, problem.score)(group, evidence)
+    if score.shape != (group.total,) or not bool(torch.isfinite(score).all()):
+        raise UsageError(f"{group.name}: the score has shape {list(score.shape)} or values that are not finite.")
+    return score.detach().double().cpu()
+
+
+def channel_masks(problem: Problem, channels: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Masks of every layer, and of every other parameter that holds channels that go."""
+    plan = ChannelPlan.of(problem.model, problem.scope.groups, channels)
+    parameters = dict(problem.model.named_parameters())
+    names = {layer.name for layer in problem.scope} | (plan.tensors.keys() & parameters.keys())
+    return {name: plan.mask(name, parameters[name].shape).to(parameters[name].device) for name in sorted(names)}
+
+
+class Evidence:
+    """Answers scores; runs the calibration inputs through the candidate's net once, when first asked.
+
+    Args:
+        squares: "inputs": layer name -> sum of squared inputs, "gates": group -> of squared gradients; filled here:
+            part of a method's state.
+    """
+
+    def __init__(self, problem: Problem, candidate: Candidate, squares: dict[str, dict[str, Tensor]]) -> None:
+        self.problem, self.candidate, self.squares = problem, candidate, squares
+        self.seed = problem.seed
+        self.forward = self.backward = 0
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the candidate's net."""
+        return self.candidate.tensors.get(name, self.problem.dense[name])
+
+    def module(self, name: str) -> nn.Module:
+        """The module that holds a tensor of this name."""
+        return self.problem.model.get_submodule(name.rpartition(".")[0])
+
+    def gate_squares(self, group: Group) -> Tensor:
+        """Expected squared gradient of the log-likelihood by a factor on each channel; `[channels]`.
+
+        See `allot.methods.training.channel_gates.fisher`.
+        """
+        if "gates" not in self.squares:
+            self.squares["gates"], forward, backward = fisher(self.problem, self.candidate)
+            self.forward += forward
+            self.backward += backward
+        return self.squares["gates"][group.name]
+
+    def input_norm(self, layer: Layer) -> Tensor:
+        """Root of the summed squares of the inputs of each weight; shape of the weight.
+
+        Raises:
+            UsageError: the layer is never reached.
+        """
+        if "inputs" not in self.squares:
+            dense = not self.candidate.masks and not self.candidate.tensors
+            found, forward = self.problem.once("inputs", self._collected) if dense else self._collected()
+            self.squares["inputs"] = dict(found)
+            self.forward += forward
+        if layer.name not in self.squares["inputs"]:
+            raise UsageError(
+                f"{layer.name} is never reached by the calibration inputs, so it has no input norms. Exclude it, or "
+                "use the score 'magnitude'."
+            )
+        return self.squares["inputs"][layer.name].sqrt()
+
+    def _collected(self) -> tuple[dict[str, Tensor], int]:
+        """(layer -> sum of squared inputs, samples pushed)."""
+        problem, calibration = self.problem, self.problem.inputs()
+        found: dict[str, Tensor] = {}
+        forward = 0
+
+        def visit(layer: Layer, squares: Tensor) -> None:
+            found[layer.name] = found.get(layer.name, 0) + squares.double()
+
+        with watched_inputs(problem.model, problem.scope, visit), torch.no_grad():
+            for k in range(calibration.batches):
+                inputs, samples = calibration.batch(k)
+                call(problem.model, self.candidate.effective(problem), inputs)
+                forward += samples
+        return dict(zip(sorted(found), total([found[name] for name in sorted(found)]), strict=True)), forward

@@ -1,0 +1,136 @@
+"""How a model is pushed through: choices about memory and speed that leave what is learned as it is, or near it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from allot.budget.units import memory
+from allot.errors import UsageError, check_flag, check_number, unknown
+from allot.network.batch_norms import check_divisible
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+CACHED = 64 * 2**20  # bytes of the dense net's outputs
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Choices about memory and speed, for training against the dense model; scores and evaluation never see them.
+
+    Args:
+        micro_batch: most samples at a time whose activations are kept for gradients; 0: the whole batch. Gradients
+            add up to those of the whole batch; of nets with batch norm see `allot.network.batch_norms`.
+        amp: "bf16" or "fp16": the model computes in this precision where autocast says so; weights, gradients of
+            weights, optimiser and statistics stay as they are. "": none. The loss of fp16 is scaled, see
+            `Distance.loss_of`.
+        channels_last: whether calibration inputs `[B, C, H, W]` are laid out with channels last, which convolutions
+            then pass on.
+        compile: whether the model is compiled by `torch.compile` as it runs; it is left as it was.
+        checkpoint: whether activations inside the model's repeated blocks are computed again for the gradients instead
+            of being kept: the same numbers, about a third more time.
+        cached: most bytes of the dense model's outputs that are kept, as a number or like "256MB": on the CPU, and in
+            the saved state of a run. Outputs that need more are computed again in every pass over the samples.
+    Raises:
+        UsageError: a value out of its range.
+    """
+
+    micro_batch: int = 0
+    amp: str = ""
+    channels_last: bool = False
+    compile: bool = False
+    checkpoint: bool = False
+    cached: int = CACHED
+
+    def __post_init__(self) -> None:
+        check_number("micro_batch", self.micro_batch, 0, whole=True)
+        amp: object = self.amp
+        if amp is None or amp is False:  # what YAML makes of `amp:` and of `amp: no`
+            object.__setattr__(self, "amp", "")
+        elif amp != "" and (not isinstance(amp, str) or amp not in PRECISIONS):
+            raise unknown("amp", str(amp), PRECISIONS)
+        for name in ("channels_last", "compile", "checkpoint"):
+            check_flag(name, getattr(self, name))
+        if self.compile and self.checkpoint:
+            raise UsageError("compile and checkpoint: one of them is accepted; a compiled model decides by itself.")
+        if isinstance(self.cached, str):
+            object.__setattr__(self, "cached", memory("cached", self.cached))
+        check_number("cached", self.cached, 0, whole=True)
+
+    @classmethod
+    def of(cls, given: Compute | Mapping[str, Any] | None) -> Compute:
+        """The choices, from a mapping of those that differ from the defaults.
+
+        Raises:
+            UsageError: an unknown choice, or a value out of its range.
+        """
+        if isinstance(given, Compute):
+            return given
+        if given is not None and not isinstance(given, Mapping):
+            raise UsageError(f"compute={given!r}: a Compute or a mapping like {{micro_batch: 8}} is accepted.")
+        known = [field.name for field in fields(cls)]
+        for name in given or {}:
+            if name not in known:
+                raise unknown("choice in compute", str(name), known)
+        return cls(**(given or {}))
+
+    def to_json(self) -> dict[str, Any]:
+        """The choices that differ from the defaults."""
+        usual = Compute()
+        return {name: value for name, value in asdict(self).items() if value != getattr(usual, name)}
+
+    def identity(self) -> dict[str, Any]:
+        """The choices that change what comes out by more than rounding: a run that goes on has to keep them."""
+        return {name: value for name, value in self.to_json().items() if name in ("micro_batch", "amp")}
+
+    @property
+    def lean(self) -> bool:
+        """Whether memory is saved where that costs time in every step (`allot.network.masking`)."""
+        return (self.checkpoint or bool(self.micro_batch)) and not self.compile
+
+    def pieces(self, samples: int) -> list[tuple[int, int]]:
+        """(first, last + 1) of each micro-batch of so many samples; their sizes differ by one at most."""
+        count = -(-samples // self.micro_batch) if self.micro_batch else 1
+        return [(samples * i // count, samples * (i + 1) // count) for i in range(count)]
+
+    @contextmanager
+    def precision(self, device: torch.device) -> Iterator[None]:
+        """While open, the model computes as `amp` says."""
+        if not self.amp:
+            yield
+            return
+        with torch.autocast(device.type, PRECISIONS[self.amp]):
+            yield
+
+    def check(self, model: nn.Module) -> None:
+        """Raises:
+        UsageError: batches cannot be parted (`allot.network.batch_norms.check_divisible`); the model's device cannot
+            compute as `amp` says, or the model has no weights in float32; or it has
+            batch norms, whose statistics in pieces are not compiled.
+        """
+        if self.compile and self.micro_batch and any(isinstance(m, _BatchNorm) for m in model.modules()):
+            raise UsageError("compile and micro_batch: one of them is accepted for a model with batch norm.")
+        if self.micro_batch:
+            check_divisible(model)
+        if not self.amp:
+            return
+        reference = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+        if reference.dtype != torch.float32:
+            raise UsageError(f"amp={self.amp}: the model computes in {str(reference.dtype)[6:]}; of float32 only.")
+        device = reference.device
+        what = None
+        if device.type == "cuda" and self.amp == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            what = "it has no bfloat16"
+        try:
+            with torch.random.fork_rng(devices=[]), torch.enable_grad(), self.precision(device):
+                weight = torch.ones(4, 4, device=device, requires_grad=True)
+                nn.functional.linear(torch.ones(4, 4, device=device), weight).float().sum().backward()
+        except (RuntimeError, TypeError) as error:
+            what = str(error).splitlines()[0]
+        if what:
+            raise UsageError(f"amp={self.amp} cannot be computed on {device} here ({what}): leave it out.")

@@ -1,0 +1,1 @@
+"""Which channels of a model have to go together: found, then proven on numbers."""

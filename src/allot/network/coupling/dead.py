@@ -1,0 +1,90 @@
+"""Channels that single-weight masks have left without use: a sparse net made smaller, its answers unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from allot.errors import UsageError
+from allot.network.call import call
+from allot.network.channels import ChannelPlan, Group, slimmed
+from allot.network.coupling.find import coupled
+from allot.network.trees import floats_in
+
+TOLERANCE = 1e-5  # of the largest output
+
+
+def without_dead_channels(model: nn.Module, example: Any) -> tuple[nn.Module, ChannelPlan]:
+    """(a copy of `model` without the channels that nothing depends on, the plan by which it was cut).
+
+    A channel goes where every weight that reads it is zero, or where it is zero itself: no weight or bias writes it.
+    What goes may leave others without readers, so that this is repeated until nothing changes. Each group keeps one.
+
+    Raises:
+        UsageError: the model's channels cannot be followed.
+    """
+    groups, _ = coupled(model, example)
+    if not groups:
+        raise UsageError("no channels can be removed from this model.")
+    state = {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}
+    for zeros in (True, False):  # an activation that does not keep zero at zero allows only the first kind
+        plan = ChannelPlan.of(model, groups, _alive(model, state, groups, zeros=zeros))
+        slim = slimmed(model, plan)
+        with torch.no_grad():
+            ours, theirs = (floats_in(call(net, {}, example)) for net in (slim, model))
+        pairs = list(zip(ours, theirs, strict=True))
+        if all(float((a - b).abs().max()) <= TOLERANCE * float(b.abs().max()) for a, b in pairs if b.numel()):
+            return slim, plan
+    raise UsageError("the model without its dead channels answers otherwise: it uses them in a way unknown to allot.")
+
+
+def _alive(
+    model: nn.Module, state: Mapping[str, Tensor], groups: Sequence[Group], *, zeros: bool
+) -> dict[str, list[int]]:
+    tensors = dict(state)
+    alive = {group.name: set(range(group.total)) for group in groups}
+    while True:
+        before = sum(map(len, alive.values()))
+        for group in groups:
+            read = _uses(tensors, group, reads=True)
+            used = read & _values(model, tensors, group) if zeros else read
+            alive[group.name] &= set(used.nonzero().flatten().tolist())
+            alive[group.name] = alive[group.name] or {0}
+        if sum(map(len, alive.values())) == before:
+            return {name: sorted(some) for name, some in alive.items()}
+        plan = ChannelPlan.of(model, groups, alive)
+        for name in plan.tensors:
+            tensors[name] = state[name] * plan.mask(name, state[name].shape).to(state[name].device)
+
+
+def _uses(tensors: Mapping[str, Tensor], group: Group, *, reads: bool) -> Tensor:
+    """Whether any weight that reads, or writes, each channel is not zero."""
+    used = torch.zeros(group.total, dtype=torch.bool)
+    for member in group.members:
+        tensor = tensors[member.tensor]
+        if member.reads == reads and tensor.dim() > (0 if reads else 1):
+            line = (tensor != 0).movedim(member.dim, 0).reshape(tensor.shape[member.dim], -1).any(1).cpu()
+            used |= line[torch.tensor(member.places)].any(1)
+    return used
+
+
+def _values(model: nn.Module, tensors: Mapping[str, Tensor], group: Group) -> Tensor:
+    """Whether each channel can be anything but zero: some weight writes it, or a bias, or a norm shifts it."""
+    alive = _uses(tensors, group, reads=False)
+    for member in group.members:
+        owner, _, attribute = member.tensor.rpartition(".")
+        if (
+            tensors[member.tensor].dim() != 1
+            or member.reads
+            or attribute not in ("bias", "running_mean", "in_proj_bias")
+        ):
+            continue
+        value = tensors[member.tensor]
+        if attribute == "running_mean":  # scaled by gamma
+            scale = tensors.get(f"{owner}.weight")
+            value = value if scale is None else value * scale
+        alive |= (value != 0).cpu()[torch.tensor(member.places)].any(1)
+    return alive

@@ -1,0 +1,127 @@
+"""Whether groups of channels can really go: on random weights, cutting has to give what zeroing gives."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from allot.network.call import as_arguments, modes
+from allot.network.channels import ChannelPlan, Group, slimmed
+from allot.network.masking import masked
+from allot.network.trees import floats_in
+
+TOLERANCE = 1e-5  # of the largest output; a wrong coupling is off by a percent or more
+
+
+def proven(probe: nn.Module, example: Any, groups: Sequence[Group]) -> tuple[list[Group], list[str]]:
+    """(groups that hold, names of those that do not), told apart by halving."""
+    if not groups:
+        return [], []
+    _randomise(probe)
+    probe = probe.double()
+    double = _doubled(example)
+    try:
+        whole = _answers(probe, double)
+    except Exception:  # noqa: BLE001 - a model may insist on its own precision
+        probe, double = probe.float(), example
+        whole = _answers(probe, double)
+
+    def holds(some: Sequence[Group]) -> bool:
+        return _same(probe, double, groups, some, whole)
+
+    def sift(some: Sequence[Group]) -> Iterator[Group]:
+        if not some or holds(some):
+            yield from some
+        elif len(some) > 1 and not (len({_kind(group) for group in some}) == 1 and not holds(some[:1])):
+            middle = len(some) // 2
+            yield from sift(some[:middle])
+            yield from sift(some[middle:])
+
+    kept: list[Group] = list(sift(sorted(groups, key=_kind)))
+    while len(kept) > 1 and not holds(kept):  # each alone, not all together
+        kept.pop()
+    names = {group.name for group in kept}
+    return [group for group in groups if group.name in names], [g.name for g in groups if g.name not in names]
+
+
+def _kind(group: Group) -> str:
+    """Blocks that repeat share what holds for the first of them, if it does not hold."""
+    return re.sub(r"\.\d+(?=\.)", ".#", group.name)
+
+
+def _same(
+    probe: nn.Module, example: Any, groups: Sequence[Group], some: Iterable[Group], whole: Sequence[Tensor]
+) -> bool:
+    """Whether cutting half of the channels of `some` gives the outputs that zeroing them gives.
+
+    Three halves: one drawn, the first and the last, which a net that slices or flips its channels cannot pass.
+    """
+    cut = {group.name for group in some}
+    every = [list(range(group.total)) for group in groups]
+    drawn = [
+        torch.randperm(group.total, generator=torch.Generator().manual_seed(i)).tolist()
+        for i, group in enumerate(groups)
+    ]
+    for orders in (drawn, every, [order[::-1] for order in every]):
+        kept = {
+            group.name: order[: max(group.total // 2, 1)] if group.name in cut else order
+            for group, order in zip(groups, orders, strict=True)
+        }
+        if not _cut_is_zeroed(probe, example, ChannelPlan.of(probe, groups, kept), whole):
+            return False
+    return True
+
+
+def _cut_is_zeroed(probe: nn.Module, example: Any, plan: ChannelPlan, whole: Sequence[Tensor]) -> bool:
+    zeroed = {}
+    for name, parameter in probe.named_parameters():
+        if name in plan.tensors:
+            zeroed[name] = masked(parameter.detach(), plan.mask(name, parameter.shape).to(parameter.device))
+    try:
+        ours = _answers(slimmed(probe, plan), example)
+        theirs = _answers(probe, example, zeroed)
+    except Exception:  # noqa: BLE001 - sizes that the model's own code insists on
+        return False
+    return all(
+        a.shape == b.shape == c.shape
+        and bool(((a - b).abs().max() <= TOLERANCE * c.abs().max().clamp_min(1e-30)).item())
+        for a, b, c in zip(ours, theirs, whole, strict=True)
+        if a.numel()
+    )
+
+
+def _answers(model: nn.Module, example: Any, tensors: Mapping[str, Tensor] | None = None) -> list[Tensor]:
+    args, kwargs = as_arguments(example)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), modes(model, lambda module: False):
+        torch.manual_seed(0)
+        return floats_in(torch.func.functional_call(model, dict(tensors or {}), args, kwargs))
+
+
+def _randomise(model: nn.Module) -> None:
+    """Fill with values that hide nothing: no zero scales, no equal channels, no tiny branches."""
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if not tensor.is_floating_point():
+                continue
+            random = torch.randn(tensor.shape, generator=draw, dtype=torch.float64)
+            if name.endswith("running_var") or (tensor.dim() == 1 and name.endswith("weight")):
+                random = 0.5 + random.abs()
+            elif isinstance(tensor, nn.Parameter) and tensor.dim() > 1:
+                random = random * (tensor.numel() / tensor.shape[0]) ** -0.5
+            elif not (isinstance(tensor, nn.Parameter) or name.endswith("running_mean")):
+                continue  # a table of the model's own
+            tensor.copy_(random)
+
+
+def _doubled(inputs: Any) -> Any:
+    """In float64; unlike `calibration.moved`, lists stay lists: one that is passed as it is, is one argument."""
+    if isinstance(inputs, Tensor):
+        return inputs.double() if inputs.is_floating_point() else inputs
+    if isinstance(inputs, Mapping):
+        return {key: _doubled(value) for key, value in inputs.items()}
+    return type(inputs)(map(_doubled, inputs)) if isinstance(inputs, list | tuple) else inputs

@@ -1,0 +1,380 @@
+"""What happens at each layer while a model runs: second moments of inputs, moments of outputs.
+
+Everything here watches ordinary forward passes of the user's own modules; nothing is traced or replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from allot.errors import UsageError
+from allot.network.layers import ATTENTION_INPUTS, Layer, Place, Scope, places_of
+from allot.processes import stacked
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean and summed squared deviation per channel, each `[C]` in float64; `+` pools two sets exactly."""
+
+    count: Float[Tensor, " C"]
+    mean: Float[Tensor, " C"]
+    deviation: Float[Tensor, " C"]
+
+    @classmethod
+    def of(cls, values: Float[Tensor, "*positions C"]) -> Moments:
+        """Moments over all but the last dimension of `values` `[..., C]`; no values at all give zeros.
+
+        Of a batch that is shared out over processes, those of the whole batch.
+        """
+        flat = values.detach().reshape(-1, values.shape[-1]).double()
+        mean = flat.mean(0) if len(flat) else flat.new_zeros(flat.shape[-1])
+        own = torch.stack([torch.full_like(mean, float(len(flat))), mean, (flat - mean).square().sum(0)])
+        first, *others = (cls(*part) for part in stacked(own))
+        return sum(others, first)
+
+    def __add__(self, other: Moments) -> Moments:
+        count = self.count + other.count
+        step = other.mean - self.mean
+        share = other.count / count.clamp_min(1)
+        deviation = self.deviation + other.deviation + step.square() * self.count * share
+        return Moments(count, self.mean + step * share, deviation)
+
+    def to_state(self) -> dict[str, Tensor]:
+        """As a dict of tensors: `Moments(**state)` is the inverse."""
+        return {"count": self.count, "mean": self.mean, "deviation": self.deviation}
+
+    @property
+    def variance(self) -> Tensor:
+        """Biased variance `[C]`; 0 where nothing was counted."""
+        return self.deviation / self.count.clamp_min(1)
+
+
+@contextmanager
+def watched_inputs(model: nn.Module, scope: Scope, visit: Callable[[Layer, Tensor], None]) -> Iterator[None]:
+    """While open, each forward pass calls `visit(layer, squares)`: for every weight the sum of its squared inputs.
+
+    `squares` has the weight's shape. For a layer that is linear in its weight it is d/dw sum(forward(x^2; w)), which
+    holds for every kernel, stride, padding and group; the module's own forward is used.
+    """
+    busy: set[int] = set()
+
+    def plain(layer: Layer, place: Place) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            with _alone(module, busy) as first:
+                if first:
+                    visit(layer, _squares(place, args, kwargs))
+
+        return hook
+
+    def attention(layers: Mapping[str, Layer]) -> Callable[..., None]:
+        def hook(module: nn.MultiheadAttention, args: Any, kwargs: Any, output: Any) -> None:
+            with _alone(module, busy) as first:
+                for attribute, layer in layers.items() if first else ():
+                    if attribute == "out_proj.weight":
+                        visit(layer, _column_squares(_attended(module, args, kwargs)).expand(layer.shape))
+                    else:
+                        parts = _projected(module, attribute, args, kwargs)
+                        rows = [_column_squares(x).expand(stop - start, -1) for start, stop, x in parts]
+                        visit(layer, torch.cat(rows))
+
+        return hook
+
+    with _hooked_layers(model, scope, plain, attention):
+        yield
+
+
+Affine = tuple[Tensor, Tensor]
+
+
+@contextmanager
+def watched_outputs(model: nn.Module, scope: Scope, visit: Callable[[Layer, Moments], Affine | None]) -> Iterator[None]:
+    """While open, each forward pass calls `visit(layer, moments of its output rows)`.
+
+    Where `visit` returns `(scale, shift)`, both `[rows]`, the pass goes on as if the layer had given
+    scale * output + shift (the input projections of an attention without biases take no shift). Tied layers are not
+    visited: what is right for one use may be wrong for the other.
+    """
+    places = places_of(model)
+    busy: set[int] = set()
+
+    def plain(layer: Layer) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            rows = output.movedim(layer.output_dim, -1)
+            affine = visit(layer, Moments.of(rows))
+            if affine is None:
+                return None
+            scale, shift = (value.to(output) for value in affine)
+            return (rows * scale + shift).movedim(-1, layer.output_dim)
+
+        return hook
+
+    def attention(layers: Mapping[str, Layer]) -> Callable[..., Any]:
+        def hook(module: nn.MultiheadAttention, args: Any, kwargs: Any, output: Any) -> Any:
+            if id(module) in busy:
+                return None
+            changed = _corrected_projections(module, layers, args, kwargs, visit)
+            if changed:
+                busy.add(id(module))
+                try:
+                    output = torch.func.functional_call(module, changed, args, kwargs)
+                finally:
+                    busy.discard(id(module))
+            attended, weights = output
+            layer = layers.get("out_proj.weight")
+            affine = visit(layer, Moments.of(attended)) if layer else None
+            if affine is not None:
+                scale, shift = (value.to(attended) for value in affine)
+                attended = attended * scale + shift
+            return attended, weights
+
+        return hook
+
+    with ExitStack() as stack:
+        for layer, place in plain_places(scope, places):
+            if not layer.aliases:
+                stack.enter_context(hooked(place.module, plain(layer)))
+        for module, layers in _attentions(model, scope, places):
+            stack.enter_context(hooked(module, attention({a: v for a, v in layers.items() if not v.aliases})))
+        yield
+
+
+Apply = Callable[[Tensor, Tensor | None], Tensor]
+
+
+@contextmanager
+def watched_layers(model: nn.Module, scope: Scope, visit: Callable[[Layer, Apply, Tensor], None]) -> Iterator[None]:
+    """While open, each forward pass calls `visit(layer, apply, output)` where a layer has been applied.
+
+    `apply(weight, bias)` is what the layer gives for the same inputs with another weight and bias `[rows]` (None: its
+    own), shaped like `output`; for the input projections of an attention both are flat.
+    """
+    busy: set[int] = set()
+
+    def plain(layer: Layer, place: Place) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            def apply(weight: Tensor, bias: Tensor | None) -> Tensor:
+                tensors = {place.attribute: weight} | ({} if bias is None else {"bias": bias})
+                return torch.func.functional_call(module, tensors, args, kwargs)
+
+            with _alone(module, busy) as first:
+                if first:
+                    visit(layer, apply, output)
+
+        return hook
+
+    def attention(layers: Mapping[str, Layer]) -> Callable[..., None]:
+        def hook(module: nn.MultiheadAttention, args: Any, kwargs: Any, output: Any) -> None:
+            with _alone(module, busy) as first:
+                if not first:
+                    return
+                for attribute, layer in layers.items():
+                    if attribute == "out_proj.weight":
+                        parts = [(0, layer.rows, _attended(module, args, kwargs))]
+                        visit(layer, _projecting(parts, module.out_proj.bias, flat=False), output[0])
+                        continue
+                    rows = _attention_rows(module, attribute, layer)
+                    own = None if module.in_proj_bias is None else module.in_proj_bias[rows]
+                    apply = _projecting(_projected(module, attribute, args, kwargs), own)
+                    visit(layer, apply, apply(getattr(module, attribute), None))
+
+        return hook
+
+    with _hooked_layers(model, scope, plain, attention):
+        yield
+
+
+@contextmanager
+def _alone(module: nn.Module, busy: set[int]) -> Iterator[bool]:
+    """False where this very hook made the module run again."""
+    if id(module) in busy:
+        yield False
+        return
+    busy.add(id(module))
+    try:
+        yield True
+    finally:
+        busy.discard(id(module))
+
+
+@contextmanager
+def _hooked_layers(
+    model: nn.Module,
+    scope: Scope,
+    plain: Callable[[Layer, Place], Callable[..., None]],
+    attention: Callable[[Mapping[str, Layer]], Callable[..., None]],
+) -> Iterator[None]:
+    """While open, hooks that `plain` and `attention` make run wherever a layer is applied."""
+    places = places_of(model)
+    with ExitStack() as stack:
+        for layer, place in plain_places(scope, places):
+            stack.enter_context(hooked(place.module, plain(layer, place)))
+        for module, layers in _attentions(model, scope, places):
+            stack.enter_context(hooked(module, attention(layers)))
+        yield
+
+
+def _projecting(parts: list[tuple[int, int, Tensor]], own: Tensor | None, *, flat: bool = True) -> Apply:
+    """What projections of several inputs give, each with its rows of a weight; `own` is the bias without another."""
+
+    def apply(weight: Tensor, bias: Tensor | None) -> Tensor:
+        bias = own if bias is None else bias
+        outputs = [
+            nn.functional.linear(x, weight[start:stop], None if bias is None else bias[start:stop])
+            for start, stop, x in parts
+        ]
+        return torch.cat([output.flatten() for output in outputs]) if flat else outputs[0]
+
+    return apply
+
+
+def _attention_rows(module: nn.MultiheadAttention, attribute: str, layer: Layer) -> slice:
+    """The part of in_proj_bias that belongs to an input projection."""
+    start = max(ATTENTION_INPUTS.index(attribute) - 1, 0) * module.embed_dim
+    return slice(start, start + layer.rows)
+
+
+def biases_of(model: nn.Module, scope: Iterable[Layer]) -> dict[str, tuple[str, slice]]:
+    """Layer name -> name of the bias that is added to its output, and the part of it; without those that have none."""
+    places = places_of(model)
+    found = {layer.name: _bias_of(places[layer.name][0], layer) for layer in scope}
+    return {name: bias for name, bias in found.items() if bias}
+
+
+def _bias_of(place: Place, layer: Layer) -> tuple[str, slice] | None:
+    start = 0
+    attribute = "bias"
+    if layer.kind == "attention_in":
+        attribute = "in_proj_bias"
+        start = {"k_proj_weight": 1, "v_proj_weight": 2}.get(place.attribute, 0) * getattr(place.module, "embed_dim", 0)
+    if place.module._parameters.get(attribute) is None:
+        return None
+    name = f"{place.module_name}.{attribute}" if place.module_name else attribute
+    return name, slice(start, start + layer.rows)
+
+
+@contextmanager
+def hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
+    """While open, `hook(module, args, kwargs, output)` runs after each forward pass of `module`."""
+    handle = module.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def plain_places(scope: Iterable[Layer], places: Mapping[str, list[Place]]) -> list[tuple[Layer, Place]]:
+    """Each module that multiplies its input with a layer's weight, once; not those inside an attention."""
+    found = {
+        (layer.name, id(place.module)): (layer, place)
+        for layer in scope
+        for place in places[layer.name]
+        if place.kind.startswith(("linear", "conv"))
+    }
+    return list(found.values())
+
+
+def _attentions(
+    model: nn.Module, scope: Iterable[Layer], places: Mapping[str, list[Place]]
+) -> list[tuple[nn.MultiheadAttention, dict[str, Layer]]]:
+    """Each attention module with its layers in scope, by attribute ("out_proj.weight" for the output)."""
+    by_place = {place.name: layer for layer in scope for place in places[layer.name]}
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            prefix = f"{name}." if name else ""
+            names = {attribute: prefix + attribute for attribute in (*ATTENTION_INPUTS, "out_proj.weight")}
+            layers = {a: by_place[n] for a, n in names.items() if n in by_place}
+            if layers:
+                found.append((module, layers))
+    return found
+
+
+def _projected(module: nn.MultiheadAttention, attribute: str, args: Any, kwargs: Any) -> list[tuple[int, int, Tensor]]:
+    """(first row, last row + 1, input) of each projection that an attention weight holds."""
+    given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+    width = module.embed_dim
+    inputs = [given["query"], given["key"], given["value"]]
+    if attribute == "in_proj_weight":
+        return [(i * width, (i + 1) * width, x) for i, x in enumerate(inputs)]
+    return [(0, width, inputs[ATTENTION_INPUTS.index(attribute) - 1])]
+
+
+def _attended(module: nn.MultiheadAttention, args: Any, kwargs: Any) -> Tensor:
+    """What the output projection multiplies: the module run with an identity in its place."""
+    weight = module.out_proj.weight
+    identity = {"out_proj.weight": torch.eye(len(weight), dtype=weight.dtype, device=weight.device)}
+    if module.out_proj.bias is not None:
+        identity["out_proj.bias"] = torch.zeros_like(module.out_proj.bias)
+    return torch.func.functional_call(module, identity, args, kwargs)[0]
+
+
+def _corrected_projections(
+    module: nn.MultiheadAttention,
+    layers: Mapping[str, Layer],
+    args: Any,
+    kwargs: Any,
+    visit: Callable[[Layer, Moments], Affine | None],
+) -> dict[str, Tensor]:
+    """The attention's input projections after `visit` had its say; empty where nothing changes."""
+    changed: dict[str, Tensor] = {}
+    bias = module.in_proj_bias
+    for attribute, layer in layers.items():
+        if attribute == "out_proj.weight":
+            continue
+        weight = getattr(module, attribute)
+        first = _attention_rows(module, attribute, layer).start
+        parts = []
+        for start, stop, x in _projected(module, attribute, args, kwargs):
+            added = None if bias is None else bias[first + start : first + stop]
+            parts.append(Moments.of(nn.functional.linear(x, weight[start:stop], added)))
+        moments = Moments(
+            *(torch.cat([getattr(part, name) for part in parts]) for name in ("count", "mean", "deviation"))
+        )
+        affine = visit(layer, moments)
+        if affine is not None:
+            scale, shift = (value.to(weight) for value in affine)
+            changed[attribute] = weight * scale[:, None]
+            if bias is not None:
+                new = changed.get("in_proj_bias", bias).clone()
+                rows = slice(first, first + layer.rows)
+                new[rows] = new[rows] * scale + shift
+                changed["in_proj_bias"] = new
+    return changed
+
+
+def _column_squares(x: Tensor) -> Tensor:
+    return x.detach().reshape(-1, x.shape[-1]).float().square().sum(0)
+
+
+@torch.inference_mode(mode=False)
+@torch.enable_grad()
+def _squares(place: Place, args: Any, kwargs: Any) -> Tensor:
+    weight = getattr(place.module, place.attribute)
+    generator = torch.Generator().manual_seed(0)
+    probe = (torch.rand(weight.shape, generator=generator) + 0.5).to(weight.device).requires_grad_()
+    tensors = {place.attribute: probe}
+    bias = getattr(place.module, "bias", None)
+    if isinstance(bias, Tensor):
+        tensors["bias"] = torch.zeros_like(bias, dtype=probe.dtype)
+    args, kwargs = _squared(args), {key: _squared((value,))[0] for key, value in kwargs.items()}
+    total = torch.func.functional_call(place.module, tensors, args, kwargs).sum()
+    (squares,) = torch.autograd.grad(total, probe)
+    total, probe = total.detach(), probe.detach()
+    # Euler: <d out/dw, w> = out exactly where the layer is linear in w; a standardised weight is not
+    if not torch.isclose((squares * probe).sum(), total, rtol=1e-2, atol=1e-6 * float(total.abs() + 1)):
+        raise UsageError(
+            f"{place.name}: {type(place.module).__name__} is not linear in its weight, so its inputs' norms mean "
+            "nothing for single weights. Exclude the layer or use the score 'magnitude'."
+        )
+    return squares
+
+
+def _squared(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(a.detach().float().square() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)

@@ -1,0 +1,336 @@
+"""Which tensors of a model may be pruned: the only file that knows a conv from a linear.
+
+Weights keep the shapes of their modules. `Layer.matrix` shows any of them as `[rows, cols]`: one row an output
+channel; along a row kernel positions run slowest and input channels fastest, so that N:M groups lie along inputs.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from numbers import Real
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from allot.errors import BudgetError, UsageError, unknown
+from allot.network.channels import Group
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+ATTENTION_INPUTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One prunable tensor.
+
+    Attributes:
+        name: name of the parameter in `model.named_parameters()`, the first one where weights are tied.
+        shape: of the parameter, as its module stores it.
+        kind: "linear" `[out, in]`, "linear_transposed" `[in, out]`, "conv" `[out, in/groups, *kernel]`,
+            "conv_transposed" `[in, out/groups, *kernel]`, "attention_in" `[out, in]`, "attention_out" `[out, in]`.
+        groups: of the convolution.
+        macs: dense multiply-accumulates in one forward pass of the example; None until measured.
+        normalised: whether its output goes straight into a batch norm; False until measured.
+        aliases: other names of the same tensor.
+        min_kept, max_kept: fewest and most weights that rules and floor allow.
+        min_per_row: how many weights every row keeps at least.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    groups: int = 1
+    macs: int | None = None
+    normalised: bool = False
+    aliases: tuple[str, ...] = ()
+    min_kept: int = 1
+    max_kept: int = -1
+    min_per_row: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_kept < 0:
+            object.__setattr__(self, "max_kept", self.total)
+
+    @property
+    def total(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def rows(self) -> int:
+        """Output channels."""
+        if self.kind == "conv_transposed":
+            return self.shape[1] * self.groups
+        return self.shape[1] if self.kind == "linear_transposed" else self.shape[0]
+
+    @property
+    def output_dim(self) -> int:
+        """Which dimension of the module's output holds the rows, counted from the end."""
+        return 1 - len(self.shape)
+
+    @property
+    def inputs(self) -> int:
+        """Input channels that one output channel sees."""
+        if self.kind == "conv_transposed":
+            return self.shape[0] // self.groups
+        return self.shape[0] if self.kind == "linear_transposed" else self.shape[1]
+
+    def matrix(self, tensor: Shaped[Tensor, ...]) -> Shaped[Tensor, "rows cols"]:
+        """`tensor`, shaped like the weight, as `[rows, cols]`; input channels run fastest along a row."""
+        if self.kind == "linear_transposed":
+            return tensor.t()
+        if self.kind == "conv":
+            return tensor.movedim(1, -1).reshape(self.rows, -1)
+        if self.kind == "conv_transposed":
+            split = tensor.unflatten(0, (self.groups, self.inputs))  # [g, in/g, out/g, *kernel]
+            return split.movedim(1, -1).reshape(self.rows, -1)
+        return tensor
+
+    def unmatrix(self, matrix: Shaped[Tensor, "rows cols"]) -> Shaped[Tensor, ...]:
+        """The inverse of `matrix`: `[rows, cols]` to the shape of the weight."""
+        if self.kind == "linear_transposed":
+            return matrix.t().contiguous()
+        if self.kind == "conv":
+            return matrix.reshape(self.rows, *self.shape[2:], self.inputs).movedim(-1, 1).contiguous()
+        if self.kind == "conv_transposed":
+            split = matrix.reshape(self.groups, self.shape[1], *self.shape[2:], self.inputs)
+            return split.movedim(-1, 1).reshape(self.shape).contiguous()
+        return matrix
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What the user says about single layers.
+
+    A pattern is a glob over the name of a parameter or of its module (`layer1.*`, `fc`), or a regular expression
+    after `re:` that has to match one of these names whole.
+
+    Attributes:
+        include: only layers that match one of these are in scope; empty means all.
+        exclude: layers that match one of these are left dense.
+        min_density, max_density: pattern -> bound in [0, 1]; where several match, the last one counts.
+        floor: what no layer falls below: weights per layer (`1`), weights per output row (`"2/row"`) or a share
+            of the layer (`"5%"`).
+    """
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    min_density: Mapping[str, float] = field(default_factory=dict)
+    max_density: Mapping[str, float] = field(default_factory=dict)
+    floor: int | str = 1
+
+    def __post_init__(self) -> None:
+        for given in (self.include, self.exclude):
+            if isinstance(given, str):
+                raise UsageError(
+                    f"the rule {given!r} stands alone: a tuple of patterns is accepted, like ({given!r},)."
+                )
+        for bounds in (self.min_density, self.max_density):
+            for pattern, value in bounds.items():
+                if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
+                    raise BudgetError(f"density bound {pattern}={value!r}: a number from 0 to 1 is accepted.")
+        for pattern in self.patterns:
+            if pattern.startswith("re:"):
+                try:
+                    re.compile(pattern[3:])
+                except re.error as error:
+                    raise UsageError(f"{pattern!r} is not a regular expression: {error}.") from error
+        floor = str(self.floor)
+        if not re.fullmatch(r"\d+(/row)?|\d+(\.\d+)?%", floor) or (floor.endswith("%") and float(floor[:-1]) > 100):
+            raise BudgetError(
+                f'floor={self.floor!r}: weights per layer (1), per row ("1/row") or a share ("5%") is accepted.'
+            )
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """Every pattern that some layer has to match."""
+        return (*self.include, *self.exclude, *self.min_density, *self.max_density)
+
+    def bounded(self, layer: Layer, names: Iterable[str]) -> Layer:
+        """`layer` with the bounds that these rules give it."""
+        per_row = 0
+        if str(self.floor).endswith("/row"):
+            per_row = min(int(str(self.floor)[:-4]), layer.total // layer.rows)
+        least, most = self.bounds(layer.total, names)
+        return replace(layer, min_kept=max(least, per_row * layer.rows), max_kept=most, min_per_row=per_row)
+
+    def bounds(self, total: int, names: Iterable[str]) -> tuple[int, int]:
+        """Fewest and most of `total` that a layer, or a group of channels, of these names may keep."""
+        low = [value for pattern, value in self.min_density.items() if matches(pattern, names)] or [0.0]
+        high = [value for pattern, value in self.max_density.items() if matches(pattern, names)] or [1.0]
+        floor = str(self.floor)
+        kept = 0
+        if floor.endswith("%"):
+            kept = math.ceil(float(floor[:-1]) / 100 * total - 1e-9)
+        elif not floor.endswith("/row"):
+            kept = min(int(floor), total)
+        return max(kept, math.ceil(low[-1] * total - 1e-9)), math.floor(high[-1] * total + 1e-9)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which tensors may be pruned, and why the others may not.
+
+    Attributes:
+        layers: every prunable tensor once, in the model's order.
+        skipped: parameter name -> the reason it stays dense; for channels, group -> the reason it stays whole.
+        groups: coupled channels, where these are pruned and not single weights.
+    """
+
+    layers: tuple[Layer, ...]
+    skipped: Mapping[str, str]
+    groups: tuple[Group, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self.layers)
+
+    def __getitem__(self, name: str) -> Layer:
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise unknown("layer", name, [layer.name for layer in self.layers])
+
+    @classmethod
+    def of(cls, model: nn.Module, rules: Rules | None = None) -> Scope:
+        """Every parameter of `model`, as a `Layer` or with the reason why not.
+
+        Raises:
+            UsageError: a pattern that no layer matches, or parameters that hold no values yet.
+        """
+        rules = rules or Rules()
+        places = places_of(model)
+        layers: list[Layer] = []
+        skipped: dict[str, str] = {}
+        used: set[str] = set()
+        prunable: list[str] = []
+        for name, where in places.items():
+            parameter = where[0].parameter
+            if isinstance(parameter, nn.parameter.UninitializedParameter) or parameter.is_meta:
+                raise UsageError(f"{name} holds no values yet: load weights or run one batch through the model first.")
+            place = next((place for place in where if place.kind), None)
+            if place is None:
+                skipped[name] = _reason(where[0])
+                continue
+            prunable.append(name)
+            names = [n for p in where for n in (p.name, p.module_name)]
+            used.update(pattern for pattern in rules.patterns if matches(pattern, names))
+            if rules.include and not any(matches(pattern, names) for pattern in rules.include):
+                skipped[name] = "no include rule matches it"
+            elif excluding := [pattern for pattern in rules.exclude if matches(pattern, names)]:
+                skipped[name] = f"excluded by rule {excluding[0]!r}"
+            else:
+                groups = getattr(place.module, "groups", 1) if place.kind.startswith("conv") else 1
+                aliases = tuple(p.name for p in where[1:])
+                layer = Layer(name, tuple(parameter.shape), place.kind, groups, aliases=aliases)
+                layers.append(rules.bounded(layer, names))
+        if unused := [pattern for pattern in rules.patterns if pattern not in used]:
+            raise UsageError(f"rule {unused[0]!r} matches no prunable layer; there are {_some(prunable)}.")
+        return cls(tuple(layers), skipped)
+
+
+@dataclass(frozen=True)
+class Place:
+    """One module that holds a parameter under one name; `kind` as in `Layer`, "" where it cannot be pruned."""
+
+    name: str
+    module_name: str
+    module: nn.Module
+    attribute: str
+    parameter: nn.Parameter
+    kind: str
+
+
+def places_of(model: nn.Module) -> dict[str, list[Place]]:
+    """First parameter name -> every place that holds the same tensor, in the model's order."""
+    by_tensor: dict[int, list[Place]] = {}
+    outputs = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                name = f"{module_name}.{attribute}" if module_name else attribute
+                kind = _kind(module, attribute, parameter)
+                kind = "attention_out" if kind == "linear" and id(module) in outputs else kind
+                place = Place(name, module_name, module, attribute, parameter, kind)
+                by_tensor.setdefault(id(parameter), []).append(place)
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {first[key]: sorted(where, key=lambda place: place.name != first[key]) for key, where in by_tensor.items()}
+
+
+def _kind(module: nn.Module, attribute: str, parameter: Tensor) -> str:
+    """Kind of layer, or "" where the parameter cannot be pruned."""
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        return ""
+    if parameter.dtype not in FLOATS or parameter.numel() == 0:
+        return ""
+    if isinstance(module, nn.MultiheadAttention):
+        return "attention_in" if attribute in ATTENTION_INPUTS else ""
+    if attribute != "weight":
+        return ""
+    if isinstance(module, nn.modules.conv._ConvNd) and parameter.dim() > 2:
+        return "conv_transposed" if isinstance(module, nn.modules.conv._ConvTransposeNd) else "conv"
+    if parameter.dim() != 2:
+        return ""
+    if isinstance(module, nn.Linear):
+        return "linear"
+    # by name: transformers is optional, and its Conv1D is a linear layer stored [in, out]
+    if any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(module).__mro__):
+        return "linear_transposed"
+    return ""
+
+
+def _reason(place: Place) -> str:
+    module, attribute, owner = place.module, place.attribute, type(place.module).__name__
+    if place.parameter.dtype not in FLOATS:
+        return f"{str(place.parameter.dtype).removeprefix('torch.')} values; only 16 to 64 bit floating point is pruned"
+    if place.parameter.numel() == 0:
+        return "empty"
+    if isinstance(module, parametrize.ParametrizationList) or attribute in ("weight_g", "weight_v", "weight_orig"):
+        return "parametrized: remove the parametrization first"
+    if "bias" in attribute and (place.parameter.dim() < 2 or isinstance(module, nn.MultiheadAttention)):
+        return "bias"
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return f"recurrent weight of {owner}: not supported yet"
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return "lookup table, not a matrix product"
+    if "norm" in owner.lower():
+        return f"normalisation ({owner})"
+    return f"{attribute} of {owner}: not the weight of a layer that allot knows"
+
+
+def matches(pattern: str, names: Iterable[str]) -> bool:
+    """Whether a rule's pattern means one of these names."""
+    if pattern.startswith("re:"):
+        return any(re.fullmatch(pattern[3:], name) for name in names)
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names)
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    return ", ".join(listed[:6]) + (f" and {len(listed) - 6} more" if len(listed) > 6 else "")
+
+
+def plain_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The model's state dict with each tensor once, and {tied name: the name that is kept}.
+
+    Tied is what is one tensor object, as for `named_parameters`: views of one memory are tensors of their own.
+    """
+    state: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if isinstance(value, Tensor):
+            stored = first.setdefault(id(value), name)
+            if stored == name:
+                state[name] = value.detach()
+            else:
+                aliases[name] = stored
+    return state, aliases

@@ -1,0 +1,1 @@
+"""The chain: from what a user asks to a `Result`."""

@@ -1,0 +1,248 @@
+"""`Result`: a sparse model that meets its budget, recounted on construction, certified on saving."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from allot.budget.allocation import Allocation
+from allot.errors import AllotError, BudgetError, UsageError, VerificationError
+from allot.export.certificate import certificate
+from allot.export.certificate.rows import sealed
+from allot.export.export import exported, form_of
+from allot.export.files import formats as files
+from allot.network.call import write_into
+from allot.network.channels import ChannelPlan, slimmed
+from allot.network.coupling.dead import without_dead_channels
+from allot.network.layers import plain_state
+from allot.report.data import report
+from allot.report.exports import add_export, exports_of
+from allot.report.page import write_run
+from allot.run.problem import Candidate, Problem, Recipe
+from allot.run.store import Log, write
+
+log = logging.getLogger("allot")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A sparse model that meets its budget: one that does not cannot be constructed.
+
+    Attributes:
+        problem: what was asked.
+        candidate: allocation, masks, and the tensors that differ from the dense model.
+        log: seconds per stage; samples pushed forward and backward through any network (scoring not counted).
+        names: the parts of the chain by name.
+        method: the recipe's name, or the allocator's.
+        label: what the model is called in reports.
+        scores: `{"metric", "dense", "sparse"}` on held-out data, or None.
+        latency: milliseconds allowed, foretold and measured, where time was limited.
+        directory: the run directory, if the run was saved.
+    Raises:
+        BudgetError: the recounted masks or weights break the budget or their allocation.
+    """
+
+    problem: Problem
+    candidate: Candidate
+    log: Log
+    names: Recipe
+    method: str
+    label: str
+    scores: Mapping[str, Any] | None = None
+    latency: Mapping[str, Any] | None = None
+    directory: Path | None = field(default=None)
+
+    def __repr__(self) -> str:
+        return f"Result({self.label}: {self.method}, {self.problem.budget.to_json()}, {self.allocation})"
+
+    def __post_init__(self) -> None:
+        state = {**self.problem.dense, **self.candidate.effective(self.problem)}
+        held = {layer.name: int(torch.count_nonzero(state[layer.name])) for layer in self.problem.scope}
+        masks = self.candidate.masks
+        masked = {layer.name: int(masks[layer.name].sum()) for layer in self.problem.scope if layer.name in masks}
+        kept = self.candidate.allocation.kept
+        sizes = self.problem.budget.sizes(kept)
+        if masked != sizes or any(held[name] > sizes[name] for name in sizes):
+            wrong = [name for name in sizes if masked.get(name) != sizes[name] or held[name] > sizes[name]]
+            raise BudgetError(f"masks do not keep what the allocation says: {', '.join(wrong[:5])}.")
+        if not self.problem.budget.meets(kept):
+            cost = f"{sum(masked.values()):,} of {self.problem.budget.total:,} weights kept"
+            raise BudgetError(f"the budget {self.problem.budget.to_json()} or a layer's bounds are broken: {cost}.")
+        for name, value in self.candidate.tensors.items():
+            if not bool(torch.isfinite(value).all()):
+                raise AllotError(f"{name} holds values that are not finite after repair.")
+
+    @property
+    def allocation(self) -> Allocation:
+        """How much each layer keeps."""
+        return self.candidate.allocation
+
+    @property
+    def masks(self) -> Mapping[str, Tensor]:
+        """Layer name -> bool mask."""
+        return self.candidate.masks
+
+    def model(self) -> nn.Module:
+        """A copy of the model that was passed in, with zeros folded in: plain classes, plain keys.
+
+        Raises:
+            UsageError: the model holds something that Python cannot copy.
+        """
+        try:
+            model = copy.deepcopy(self.problem.model)
+        except Exception as error:
+            raise UsageError(
+                f"{self.label} cannot be copied ({error}): load result.state_dict() into a model of your own."
+            ) from error
+        write_into(model, self.candidate.effective(self.problem))
+        return model
+
+    def plan(self) -> ChannelPlan | None:
+        """Which channels stay, where channels were pruned: what `slim` and a slim file are cut by."""
+        groups = self.problem.scope.groups
+        return ChannelPlan.of(self.problem.model, groups, self.candidate.channels) if groups else None
+
+    def slim(self) -> nn.Module:
+        """A copy of the model that physically holds only the channels kept; its outputs are those of `model()`.
+
+        Where single weights were pruned, channels that nothing depends on any more go; often there are none.
+
+        Raises:
+            UsageError: channels cannot be followed, or need calibration inputs for that.
+        """
+        plan = self.plan()
+        if plan is None:
+            return without_dead_channels(self.model(), self.problem.inputs().example())[0]
+        return slimmed(self.model(), plan)
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of the sparse model's state dict: the model's own keys, zeros folded in."""
+        tensors = self.candidate.effective(self.problem)
+        aliases = plain_state(self.problem.model)[1]
+        state = self.problem.model.state_dict()  # may hold more than tensors
+        found = {name: tensors.get(aliases.get(name, name), value) for name, value in state.items()}
+        return {name: value.clone() if isinstance(value, Tensor) else value for name, value in found.items()}
+
+    def export(self, path: str | Path | None = None, *, to: str | None = None) -> dict[str, Any]:
+        """Write what a runtime reads, open it again, compare it with this result and time it beside the dense model.
+
+        Args:
+            path: the file (of slim, openvino and hf, a directory); None: in the run directory, whose report gets the
+                row in any case.
+            to: a form, one of those of `allot export`; None: what the ending of `path` says.
+        Returns:
+            Sizes, times and what more is known of it, see `allot.export.export.exported`.
+        Raises:
+            UsageError: an unknown form, or one that this model or installation does not allow; no input to run it on.
+            VerificationError: what was written answers otherwise.
+        """
+        form = form_of(path) if to is None else to
+        if form is None and path is None:
+            raise UsageError("nothing says what to export to: give a path like model.onnx, or to='bitmask'.")
+        if form is None:
+            raise UsageError(
+                f"{path}: its ending says no form (.onnx, .pt2 and .safetensors do): give to=, like to='openvino'."
+            )
+        example = self.problem.example
+        if example is None:
+            example = self.problem.inputs().example()
+        out = None if path is None else Path(path)
+        if self.directory is None:
+            if out is None:
+                raise UsageError("no place to write to: give a path, or save the result first.")
+            with tempfile.TemporaryDirectory() as folder:
+                saved = replace(self)
+                saved.save(folder)
+                return exported(self.problem.model, Path(folder), saved.report(), example, form, out)
+        row = exported(self.problem.model, self.directory, self.report(), example, form, out)
+        add_export(self.directory, row)
+        return row
+
+    def timed(self) -> dict[str, Any]:
+        """The report of a saved result, with its own small file opened again and timed where nothing was timed yet.
+
+        Where the model cannot be timed, a warning says why.
+        """
+        report = self.report()
+        if report["exports"] or report["latency"]:
+            return report
+        try:
+            self.export(to="slim" if report["groups"] else "bitmask")
+        except Exception as error:  # noqa: BLE001 - a model may raise whatever it likes; the run itself is done
+            log.warning("%s is not timed: %s", self.label, (str(error).strip() or type(error).__name__).splitlines()[0])
+        return self.report()
+
+    def report(self) -> dict[str, Any]:
+        """Everything a report shows, as data."""
+        told = self._report()
+        return {**told, "exports": exports_of(self.directory)}
+
+    def _report(self) -> dict[str, Any]:
+        return report(
+            self.problem,
+            self.candidate,
+            self.log,
+            self.names,
+            self.label,
+            self.method,
+            self.scores,
+            self.latency,
+            self.directory,
+        )
+
+    def save(self, directory: str | Path) -> dict[str, Any]:
+        """Write model files, allocation.json, certificate.json, report.json and report.html; returns the certificate.
+
+        Raises:
+            VerificationError: what was written, re-opened, does not hold what was promised.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        budget, kept = self.problem.budget, self.allocation.kept
+        about = files.about(self.problem.model, self.problem.scope, budget)
+        tensors = self.candidate.effective(self.problem)
+        state = {name: tensors.get(name, value) for name, value in plain_state(self.problem.model)[0].items()}
+        files.save_plain(directory / files.PLAIN, state, about)
+        plan = self.plan()
+        if plan:
+            write_json(directory / files.PLAN, plan.to_json())
+            files.save_slim(directory / files.SLIM, state, about, plan, self.problem.scope.groups)
+        else:
+            files.save_bitmask(directory / files.BITMASK, state, about)
+        write_json(directory / "allocation.json", {**self.allocation.to_json(), "budget": budget.to_json()})
+        certified = certificate.certify(directory, budget.sizes(kept), kept)
+        write_json(directory / "certificate.json", certified)
+        object.__setattr__(self, "directory", directory)
+        told = self._report()
+        write_json(directory / "report.json", sealed(told))
+        if not certified["passed"]:
+            failed = next(row for row in certified["rows"] if not row["passed"])
+            raise VerificationError(
+                f"{failed['file']}: {failed['check']}: promised {failed['promised']}, found {failed['found']}."
+            )
+        write_run(directory, told)
+        return certified
+
+    def verify(self) -> dict[str, Any]:
+        """Re-open and recount what was saved: `{passed, rows}`.
+
+        Raises:
+            UsageError: the result was not saved.
+        """
+        if self.directory is None:
+            raise UsageError("nothing to verify: save the result first, or prune with save_to=.")
+        return certificate.verify(self.directory)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON, whole or not at all."""
+    write(path, json.dumps(content, indent=2) + "\n")

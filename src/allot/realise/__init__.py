@@ -1,1 +1,0 @@
-"""Masks turned into files: written whole, re-opened, recounted."""

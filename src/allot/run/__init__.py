@@ -1,0 +1,24 @@
+"""One problem, one driver, one run directory."""
+
+from allot.run.calibration import Calibration
+from allot.run.driver import Progress, drive
+from allot.run.patterns import NM, Channels, Pattern, Unstructured
+from allot.run.problem import Candidate, Method, Metrics, Problem, Recipe, Rule
+from allot.run.store import State
+
+__all__ = [
+    "NM",
+    "Calibration",
+    "Candidate",
+    "Channels",
+    "Method",
+    "Metrics",
+    "Pattern",
+    "Problem",
+    "Progress",
+    "Recipe",
+    "Rule",
+    "State",
+    "Unstructured",
+    "drive",
+]

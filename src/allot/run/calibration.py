@@ -1,0 +1,321 @@
+"""Calibration: the small set of inputs, labels not needed, as batches that are a function of (seed, k)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, default_collate
+
+from allot.errors import UsageError, check_number
+from allot.processes import place, processes
+from allot.run.reading import Readable, read, read_readable
+
+LABEL_KEYS = frozenset({"label", "labels", "target", "targets"})
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Inputs to look at while pruning.
+
+    Attributes:
+        source: one sample an index, labels included or not; `source[i]` must give the same sample every time.
+        indices: which samples are used, in this order.
+        batch_size: most samples per batch.
+        seed: decides the order of batches.
+        device, dtype: where batches are put, and what their floating-point tensors are cast to.
+        workers: threads that read samples; 0: none. Batches are the same whatever their number.
+        channels_last: whether tensors of four dimensions are laid out with channels last.
+    """
+
+    source: Any = field(repr=False)
+    indices: tuple[int, ...] = field(repr=False)
+    batch_size: int = 64
+    seed: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype | None = None
+    workers: int = 0
+    channels_last: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.indices:
+            raise UsageError("the calibration data is empty: at least one sample is needed.")
+        if self.batch_size < 1:
+            raise UsageError(f"batch_size={self.batch_size}: a whole number above 0 is accepted.")
+        check_number("workers", self.workers, 0, whole=True)
+
+    @classmethod
+    def of(
+        cls,
+        data: Any,
+        *,
+        samples: int = 512,
+        batch_size: int = 64,
+        seed: int = 0,
+        batched: bool = False,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        workers: int = 0,
+        channels_last: bool = False,
+    ) -> Calibration:
+        """Calibration from a tensor `[N, ...]`, a Dataset, a DataLoader or any iterable.
+
+        Samples are inputs, `(inputs, label, ...)` or dicts; labels are ignored. A model of several inputs takes a
+        dict, or a tuple of inputs in a sample's first place: `((a, b), label)`.
+
+        Args:
+            samples: how many are used: a draw by `seed` where the data has a length, else the first ones.
+            batched: the iterable gives batches, not samples. A DataLoader always does.
+            workers: threads that read samples, for data whose samples may be read from several at once.
+            channels_last: whether tensors of four dimensions are laid out with channels last.
+        Raises:
+            UsageError: no data, samples that do not batch, or `Readable` ones of which not one can be read.
+        """
+        check_number("workers", workers, 0, whole=True)
+        if samples < 1:
+            raise UsageError(f"samples={samples}: a whole number above 0 is accepted.")
+        with torch.random.fork_rng(devices=[]):  # a shuffling DataLoader draws from torch's generator
+            torch.default_generator.manual_seed(seed % 2**63)
+            source = _indexable(data, samples, batched=batched)
+        if len(source) > samples:
+            generator = torch.Generator().manual_seed(seed % 2**63)
+            order = torch.randperm(len(source), generator=generator).tolist()
+        else:
+            order = list(range(len(source)))
+        if isinstance(source, Readable):  # the next in the draw takes the place of one that cannot be read
+            order = [i for i, _ in itertools.islice(read_readable(source, order, workers), samples)]
+        indices, device = tuple(order[:samples]), device or torch.device("cpu")
+        return cls(source, indices, batch_size, seed, device, dtype, workers, channels_last)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def order(self) -> tuple[Any, ...]:
+        """What decides which samples each batch holds, and how: equal for equal batches of one source."""
+        how = self.batch_size, self.seed, str(self.device), str(self.dtype), self.channels_last
+        return self.indices, *how
+
+    @property
+    def batches(self) -> int:
+        """How many batches one pass over the samples takes; their sizes differ by one at most."""
+        return -(-len(self.indices) // self.batch_size)
+
+    def batch(self, k: int) -> tuple[Any, int]:
+        """Batch k of an endless row of passes, each in its own order: a function of (seed, k).
+
+        Returns:
+            (inputs as the model takes them, number of samples in the batch). Where processes share the work, inputs
+            are this one's share of the batch, see `allot.processes`.
+        """
+        positions = self.positions(k)
+        return self.pick(self.share(positions)), len(positions)
+
+    def positions(self, k: int) -> list[int]:
+        """Which samples batch k holds, as places in `indices`."""
+        epoch, place = divmod(k, self.batches)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+        return torch.randperm(len(self.indices), generator=generator).tensor_split(self.batches)[place].tolist()
+
+    def share(self, positions: Sequence[int]) -> list[int]:
+        """The part of a batch's places that this process looks at, one after the other; their sizes differ by one.
+
+        Raises:
+            UsageError: fewer places than processes.
+        """
+        if len(positions) < processes():
+            raise UsageError(
+                f"a batch of {len(positions)} samples cannot be shared out over {processes()} processes: use a larger "
+                "--batch-size or more --samples, or fewer processes."
+            )
+        low, high = (len(positions) * (place() + i) // processes() for i in (0, 1))
+        return list(positions[low:high])
+
+    def pick(self, positions: Sequence[int]) -> Any:
+        """The samples at these places of `indices`, as one batch of inputs."""
+        return self.take([self.indices[i] for i in positions])
+
+    def example(self) -> Any:
+        """A batch of the first sample."""
+        return self.take([self.indices[0]])
+
+    def repeats(self) -> bool:
+        """Whether samples come the same again, as far as two more looks at up to 64 of them tell.
+
+        Samples that are drawn anew, as augmentation does, do not.
+        """
+
+        def looked() -> list[Any]:
+            return [self._batched([sample]) for sample in read(self.source, self.indices[:64], self.workers)]
+
+        with torch.random.fork_rng(devices=[]):  # what follows draws the same, looked or not
+            first = looked()
+            return all(_same(seen, again) for _ in range(2) for seen, again in zip(first, looked(), strict=True))
+
+    def take(self, indices: Sequence[int]) -> Any:
+        """These samples of the source as one batch of inputs, on the device.
+
+        Raises:
+            UsageError: the samples are no tensors, arrays or numbers, or differ in shape.
+        """
+        return self._batched(list(read(self.source, indices, self.workers if len(indices) > 1 else 0)))
+
+    def _batched(self, samples: Sequence[Any]) -> Any:
+        inputs = [inputs_of(sample) for sample in samples]
+        try:
+            batch = default_collate(inputs)
+            _refuse_texts(batch)
+        except (TypeError, RuntimeError, ValueError, KeyError) as error:
+            raise UsageError(
+                f"calibration samples do not form a batch: {_first_line(error)}. "
+                "Tensors or arrays of one shape are accepted."
+            ) from error
+        _refuse_not_finite(batch)
+        batch = moved(batch, self.device, self.dtype)
+        return _channels_last(batch) if self.channels_last else batch
+
+
+def inputs_of(sample: Any) -> Any:
+    """The inputs in a sample: its first place in a tuple or list, a dict without its labels, or the sample itself."""
+    if isinstance(sample, tuple | list):
+        if not sample:
+            raise UsageError("a calibration sample is an empty tuple.")
+        sample = sample[0]
+    if isinstance(sample, Mapping):
+        return {key: value for key, value in sample.items() if key not in LABEL_KEYS and value is not None}
+    return tuple(sample) if isinstance(sample, list) else sample
+
+
+def moved(batch: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """`batch` with every tensor on `device` and every floating-point one in `dtype`; lists become tuples."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, dtype if dtype and batch.is_floating_point() else None)
+    if isinstance(batch, Mapping):
+        return {key: moved(value, device, dtype) for key, value in batch.items()}
+    return tuple(moved(value, device, dtype) for value in batch) if isinstance(batch, tuple | list) else batch
+
+
+def _channels_last(batch: Any) -> Any:
+    """`batch` with channels last in every tensor of four dimensions."""
+    if isinstance(batch, Tensor):
+        if batch.dim() != 4:
+            return batch
+        # of one channel both layouts are the same memory; only its strides tell a convolution which is meant
+        return torch.empty_like(batch, memory_format=torch.channels_last).copy_(batch)
+    if isinstance(batch, Mapping):
+        return {key: _channels_last(value) for key, value in batch.items()}
+    return tuple(map(_channels_last, batch)) if isinstance(batch, tuple) else batch
+
+
+def cut(batch: Any, start: int, stop: int) -> Any:
+    """Samples `start` to `stop` of a batch of inputs."""
+    if isinstance(batch, Tensor):
+        return batch[start:stop]
+    if isinstance(batch, Mapping):
+        return {key: cut(value, start, stop) for key, value in batch.items()}
+    return tuple(cut(value, start, stop) for value in batch) if isinstance(batch, tuple) else batch
+
+
+def _indexable(data: Any, samples: int, *, batched: bool) -> Any:
+    if isinstance(data, str | bytes | Mapping):
+        raise UsageError(
+            f"calibration data of type {type(data).__name__}: a tensor, Dataset, DataLoader or iterable is accepted."
+        )
+    if isinstance(data, DataLoader) and data.batch_size is None and data.batch_sampler is None:
+        data = data.dataset if not isinstance(data.dataset, IterableDataset) else iter(data)
+    elif isinstance(data, DataLoader):
+        batched = True
+    if batched:
+        return list(itertools.islice(_unbatched(data), samples))
+    # an IterableDataset inherits __getitem__, and may have a length
+    if not isinstance(data, IterableDataset) and hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        return data
+    if isinstance(data, Iterable):
+        return list(itertools.islice(data, samples))
+    raise UsageError(
+        f"calibration data of type {type(data).__name__}: a tensor, Dataset with a length, DataLoader or iterable is "
+        "accepted."
+    )
+
+
+def _unbatched(batches: Iterable[Any]) -> Iterator[Any]:
+    for batch in batches:
+        inputs = inputs_of(batch)
+        yield from (_at(inputs, i) for i in range(_size(inputs)))
+
+
+def _size(inputs: Any) -> int:
+    if isinstance(inputs, Mapping):
+        return _size(next(iter(inputs.values())))
+    return _size(inputs[0]) if isinstance(inputs, tuple) else len(inputs)
+
+
+def _at(inputs: Any, i: int) -> Any:
+    if isinstance(inputs, Mapping):
+        return {key: value[i] for key, value in inputs.items()}
+    # one more tuple around several inputs: what is first in a sample is its inputs
+    return (tuple(value[i] for value in inputs),) if isinstance(inputs, tuple) else inputs[i]
+
+
+def _refuse_not_finite(batch: Any) -> None:
+    if isinstance(batch, Tensor) and batch.is_floating_point() and not bool(torch.isfinite(batch).all()):
+        raise UsageError("the calibration inputs hold nan or infinite values: leave these samples out.")
+    if isinstance(batch, Mapping | tuple | list):
+        for part in batch.values() if isinstance(batch, Mapping) else batch:
+            _refuse_not_finite(part)
+
+
+def _refuse_texts(batch: Any) -> None:
+    """Texts pass through the collation as they are, and no model computes with them."""
+    if isinstance(batch, str | bytes):
+        raise TypeError(f"a sample holds the text {batch!r}")
+    if isinstance(batch, Mapping | tuple | list):
+        for part in batch.values() if isinstance(batch, Mapping) else batch:
+            _refuse_texts(part)
+
+
+def _same(left: Any, right: Any) -> bool:
+    if isinstance(left, Tensor):
+        return torch.equal(left, right)
+    if isinstance(left, Mapping):
+        return all(_same(left[key], right[key]) for key in left)
+    return all(map(_same, left, right)) if isinstance(left, tuple) else bool(left == right)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+class Noisy:
+    """Samples of `source` with Gaussian noise on their inputs, the same every time: a function of (seed, index).
+
+    Args:
+        share: standard deviation of the noise over that of the tensor that it is added to.
+    """
+
+    def __init__(self, source: Any, share: float, seed: int) -> None:
+        self.source, self.share, self.seed = source, share, seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Any:
+        draw = torch.Generator().manual_seed((self.seed * 1_000_003 + index) % 2**63)
+
+        def noised(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {key: noised(part) for key, part in value.items()}
+            if isinstance(value, tuple):
+                return tuple(map(noised, value))
+            value = torch.as_tensor(value) if hasattr(value, "dtype") else value
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                return value
+            noise = torch.randn(value.shape, generator=draw).to(value)
+            return value + self.share * value.std(correction=0) * noise
+
+        inputs = noised(inputs_of(self.source[index]))
+        return (inputs,)

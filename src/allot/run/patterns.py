@@ -1,0 +1,254 @@
+"""The structure that a mask has inside one tensor: inert values that say what is feasible and pick the mask."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Shaped
+from torch import Tensor
+
+from allot.errors import PatternError, UsageError
+from allot.network.layers import Layer
+
+
+class Pattern(Protocol):
+    """A structure: which counts are feasible in a layer, and the best mask for one of them."""
+
+    def feasible(self, layer: Layer) -> tuple[int, int, int]:
+        """(step, fewest, most): a layer keeps whole multiples of `step` weights between the two others."""
+        ...
+
+    def mask(self, layer: Layer, score: Tensor, kept: int) -> Tensor:
+        """Mask of exactly `kept` weights with the highest score; `score` has the weight's shape."""
+        ...
+
+    def order(self, layer: Layer, score: Tensor) -> Tensor:
+        """Flat indices of all weights; the first `kept` of them are those of `mask`, for every feasible `kept`.
+
+        One sort, where many masks of one score are needed.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Any weight may go."""
+
+    def feasible(self, layer: Layer) -> tuple[int, int, int]:
+        """Every count within the layer's own bounds."""
+        return 1, layer.min_kept, layer.max_kept
+
+    def mask(self, layer: Layer, score: Tensor, kept: int) -> Tensor:
+        """The `kept` highest scores, after each row's `layer.min_per_row` best; ties as in `select`.
+
+        Raises:
+            PatternError: `kept` is more than the layer has or less than its rows need, or `score` holds nan.
+        """
+        if kept < layer.min_per_row * layer.rows:
+            raise PatternError(
+                f"{layer.name}: {kept:,} weights cannot give {layer.min_per_row} to each of {layer.rows:,} rows."
+            )
+        try:
+            mask = select(score, kept)  # checks the score, and is the answer where rows ask for nothing
+            if layer.min_per_row:
+                mask = _best_per_group(layer.matrix(score), layer.min_per_row)
+                mask = layer.unmatrix(mask).flatten()
+                free = (~mask).nonzero().flatten()
+                mask[free] = select(score.flatten()[free], kept - layer.min_per_row * layer.rows)
+        except PatternError as error:
+            raise PatternError(f"{layer.name}: {error}") from error
+        return mask.view(score.shape)
+
+    def order(self, layer: Layer, score: Tensor) -> Tensor:
+        """By score, each row's `layer.min_per_row` best first."""
+        order = score.flatten().argsort(descending=True, stable=True)
+        if not layer.min_per_row:
+            return order
+        first = layer.unmatrix(_best_per_group(layer.matrix(score), layer.min_per_row)).flatten()[order]
+        return torch.cat([order[first], order[~first]])
+
+    def __str__(self) -> str:
+        return "unstructured"
+
+
+@dataclass(frozen=True)
+class NM:
+    """n of every m weights that follow each other along the input channels.
+
+    Args:
+        n: 0 < n < m; None: each layer has an n of its own from 1 to m, and the budget decides.
+        m: 2 or more. 2:4 is what sparse tensor cores read.
+    Raises:
+        PatternError: n and m are not such numbers.
+    """
+
+    n: int | None
+    m: int
+
+    def __post_init__(self) -> None:
+        whole = type(self.n) in (int, type(None)) and type(self.m) is int
+        if not (whole and 0 < (self.n or 1) < self.m) or self.n == 0:
+            raise PatternError(
+                f"pattern {self.n}:{self.m}: whole numbers, n above 0 and below m, are accepted, like 2:4 (or n:4, "
+                "where each layer may have an n of its own)."
+            )
+
+    def feasible(self, layer: Layer) -> tuple[int, int, int]:
+        """The one count n/m of the layer, or whole n from 1 to m within its bounds.
+
+        Raises:
+            PatternError: the input channels do not divide by m, or the layer's own bounds exclude every n/m.
+        """
+        if layer.inputs % self.m:
+            raise PatternError(
+                f"{layer.name}: {layer.inputs} input channels do not divide by {self.m}, as {self} needs. "
+                f"Exclude the layer (--exclude {layer.name})."
+            )
+        step = layer.total // self.m
+        per_row = -(-layer.min_per_row * self.m // (layer.total // layer.rows))
+        fewest = max(-(-layer.min_kept // step), per_row, self.n or 1)
+        most = min(layer.max_kept // step, self.n or self.m)
+        if fewest > most:
+            kept = f"{step * self.n:,}" if self.n else f"multiples of {step:,}"
+            raise PatternError(
+                f"{layer.name}: {self} keeps {kept} of {layer.total:,} weights, outside the {layer.min_kept:,} "
+                f"to {layer.max_kept:,} that its rules and floor allow."
+            )
+        return step, step * fewest, step * most
+
+    def mask(self, layer: Layer, score: Tensor, kept: int) -> Tensor:
+        """The best `kept * m / total` of every m weights; equal scores go to the lower input channel.
+
+        Raises:
+            PatternError: `kept` is not a whole number of weights per group, or `score` holds nan.
+        """
+        per_group, odd = divmod(kept * self.m, layer.total)
+        if layer.inputs % self.m or odd or not 0 <= per_group <= self.m:
+            raise PatternError(f"{layer.name}: {self} cannot keep {kept:,} of {layer.total:,} weights.")
+        if bool(score.isnan().any()):
+            raise PatternError(f"{layer.name}: {_NAN}")
+        groups = layer.matrix(score).unflatten(1, (-1, self.m))  # [rows, cols/m, m]
+        return layer.unmatrix(_best_per_group(groups, per_group).flatten(1))
+
+    def order(self, layer: Layer, score: Tensor) -> Tensor:
+        """The best of every group, then the second best of every group, and so on."""
+        groups = layer.matrix(score).unflatten(1, (-1, self.m))  # [rows, cols/m, m]
+        places = groups.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        return layer.unmatrix(places.flatten(1)).flatten().argsort(stable=True)
+
+    def __str__(self) -> str:
+        return f"{self.n or 'n'}:{self.m}"
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Whole channels, each removed from every tensor that holds it (`allot.network.channels`).
+
+    Args:
+        step: groups keep a multiple of this many channels, or all they have; 1 or more. A group of no more than that,
+            as of attention heads, keeps any number.
+    Raises:
+        PatternError: no such number.
+    """
+
+    step: int = 1
+
+    def __post_init__(self) -> None:
+        if type(self.step) is not int or self.step < 1:
+            raise PatternError(f"channels:{self.step}: a whole number, 1 or more, is accepted, like channels:8.")
+
+    def feasible(self, layer: Layer) -> tuple[int, int, int]:
+        """What weights a layer keeps follows from its channels."""
+        return 1, 0, layer.total
+
+    def mask(self, layer: Layer, score: Tensor, kept: int) -> Tensor:
+        """Raises:
+        PatternError: channels are selected by group, not by layer.
+        """
+        raise PatternError(f"{layer.name}: this selects single weights, which the pattern channels does not have.")
+
+    def order(self, layer: Layer, score: Tensor) -> Tensor:
+        """As `mask`."""
+        return self.mask(layer, score, 0)
+
+    def __str__(self) -> str:
+        return "channels" if self.step == 1 else f"channels:{self.step}"
+
+
+def select(score: Shaped[Tensor, "*shape"], kept: int) -> Bool[Tensor, "*shape"]:
+    """Mask of exactly `kept` entries with the highest score; equal scores go to the lower flat index.
+
+    Args:
+        score: any shape; larger is more important.
+        kept: how many entries survive, 0 <= kept <= score.numel().
+    Returns:
+        bool mask, shape of `score`, on its device.
+    Raises:
+        PatternError: `kept` out of range, or `score` holds nan.
+    """
+    if not 0 <= kept <= score.numel():
+        raise PatternError(f"cannot keep {kept:,} of {score.numel():,} weights.")
+    if bool(score.isnan().any()):
+        raise PatternError(_NAN)
+    flat = score.flatten()
+    mask = torch.zeros_like(flat, dtype=torch.bool)
+    if kept:
+        # the kept-th highest value splits the entries; only those equal to it need the index rule
+        cut = _highest(flat, kept)
+        above = flat > cut
+        ties = (flat == cut).nonzero().flatten()[: kept - int(above.sum())]
+        mask = above.index_fill(0, ties, True)
+    return mask.view_as(score)
+
+
+LARGE = 2**20  # entries of a tensor above which they are not all ranked at once
+
+
+def _highest(flat: Shaped[Tensor, " N"], k: int) -> Tensor:
+    """The k-th highest of the entries.
+
+    Of many, a sample says between which two values it lies, and only the entries there are ranked: what this takes
+    beside the entries is a twentieth of what ranking all of them does.
+    """
+    if flat.numel() > LARGE and flat.is_floating_point():
+        sample = flat[:: -(-flat.numel() // 65_536)].sort(descending=True).values
+        place, off = k * len(sample) // flat.numel(), len(sample) // 64  # eight standard deviations of a draw
+        high = sample[place - off] if place >= off else flat.new_tensor(float("inf"))
+        low = sample[place + off] if place + off < len(sample) else flat.new_tensor(float("-inf"))
+        rank, near = k, []
+        for part in flat.split(LARGE // 4):
+            rank -= int((part > high).sum())
+            near.append(part[(part <= high) & (part >= low)])
+        between = torch.cat(near)
+        if 1 <= rank <= len(between):  # entries in an order of their own may mislead a sample
+            return between.kthvalue(len(between) - rank + 1).values
+    return flat.kthvalue(flat.numel() - k + 1).values
+
+
+_NAN = "the score holds nan: weights cannot be ranked."
+
+
+def _best_per_group(score: Shaped[Tensor, "*groups m"], kept: int) -> Bool[Tensor, "*groups m"]:
+    """Mask of the `kept` highest scores along the last dimension; equal scores go to the lower index."""
+    best = score.argsort(dim=-1, descending=True, stable=True)[..., :kept]
+    return torch.zeros_like(score, dtype=torch.bool).scatter(-1, best, True)
+
+
+def parse(text: str) -> Pattern:
+    """`unstructured`, `N:M`, `n:M` where each layer may have an n of its own, `channels`, or `channels:STEP`.
+
+    Raises:
+        UsageError: anything else.
+    """
+    if text == "unstructured":
+        return Unstructured()
+    if match := re.fullmatch(r"channels(?::(\d+))?", text):
+        return Channels(int(match[1] or 1))
+    if match := re.fullmatch(r"(\d+|n):(\d+)", text):
+        return NM(None if match[1] == "n" else int(match[1]), int(match[2]))
+    raise UsageError(
+        f"unknown pattern {text!r}: 'unstructured', N:M like 2:4, n:4, channels, or channels:8 is accepted."
+    )

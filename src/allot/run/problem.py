@@ -1,0 +1,231 @@
+"""What is asked, what flows, and what a method is: Problem, Candidate, Method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor, nn
+
+from allot.budget.allocation import Allocation
+from allot.budget.budget import Budget
+from allot.budget.channels import ChannelBudget
+from allot.errors import UsageError
+from allot.network.compute import Compute
+from allot.network.layers import Scope
+from allot.network.masking import masked
+from allot.run.calibration import Calibration
+from allot.run.patterns import Pattern
+from allot.run.scores import ChannelScore, Score
+from allot.run.store import State
+from allot.run.sweep_memory import Known
+
+Metrics = dict[str, float | int]
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is asked: nothing in here changes during a run, the user's model included."""
+
+    model: nn.Module
+    scope: Scope
+    budget: Budget  # of channels, a `ChannelBudget`, which has its surface but for ways down
+    pattern: Pattern
+    score: Score | ChannelScore
+    calibration: Calibration | None = None
+    seed: int = 0
+    example: Any = None  # a batch of one input, where there is one
+    compute: Compute = field(default_factory=Compute)
+    known: Known | None = field(default=None, repr=False, compare=False)  # where it is one of a sweep's
+
+    @cached_property
+    def dense(self) -> dict[str, Tensor]:
+        """Every parameter and buffer of the model as it came, by name, detached."""
+        tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        # a tensor made in inference mode cannot take part in training
+        return {n: (t.clone() if t.is_inference() else t).detach() for n, t in tensors.items()}
+
+    @property
+    def channels(self) -> ChannelBudget:
+        """The budget of a problem of channels.
+
+        Raises:
+            UsageError: single weights are pruned.
+        """
+        if not isinstance(self.budget, ChannelBudget):
+            raise UsageError("this shares out channels: give --pattern channels.")
+        return self.budget
+
+    def inputs(self) -> Calibration:
+        """The calibration data.
+
+        Raises:
+            UsageError: the problem has none.
+        """
+        if self.calibration is None:
+            raise UsageError("this needs calibration data: give --data (calibration in Python).")
+        return self.calibration
+
+    def repeats(self) -> bool:
+        """Whether the calibration samples come the same again: see `Calibration.repeats`."""
+        look = self.inputs().repeats
+        return self.known.once(self.about("repeats"), look) if self.known else look()
+
+    def once(self, what: Hashable, make: Callable[[], T], *, seeded: bool = True) -> T:
+        """`make()`; in a sweep, what an earlier run got from it, not to be changed in place.
+
+        Args:
+            what: all that it depends on beside the dense model, the layers, the seed and the calibration batches.
+            seeded: whether it depends on the latter two at all.
+        """
+        if self.known is None or (seeded and self.calibration and not self.repeats()):
+            return make()
+        return self.known.once(self.about(what, seeded=seeded), make, seeded=seeded)
+
+    def about(self, what: Hashable, *, seeded: bool = True) -> Hashable:
+        """`what`, of these layers, this seed and these calibration batches."""
+        layers = tuple((layer.name, layer.min_kept, layer.max_kept) for layer in self.scope)
+        return what, layers, (self.seed, self.calibration.order if self.calibration else None) if seeded else None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What flows through the chain.
+
+    Attributes:
+        allocation: how much each layer keeps.
+        masks: tensor name -> bool mask, every layer among them; empty until weights or channels were selected.
+        channels: group -> channels kept, ascending; empty where single weights are pruned.
+        tensors: only the tensors that differ from the dense model, before masking.
+        diagnostics: method -> what it has to tell about how it came to this, JSON-ready, for the report.
+    """
+
+    allocation: Allocation
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    channels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    diagnostics: Mapping[str, Any] = field(default_factory=dict)
+    _effective: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @classmethod
+    def dense(cls, problem: Problem) -> Candidate:
+        """Everything kept."""
+        total = {term.name: term.total for term in problem.budget.terms}
+        return cls(Allocation(dict.fromkeys(total, 1.0), total))
+
+    def effective(self, problem: Problem) -> dict[str, Tensor]:
+        """The tensors to put in place of the model's own: what differs from it, masks applied.
+
+        The dict is the caller's; the tensors are made once and not to be changed in place.
+        """
+        if self._effective.get("problem") is not problem:
+            tensors = dict(self.tensors)
+            for name, mask in self.masks.items():
+                tensors[name] = masked(tensors.get(name, problem.dense[name]), mask)
+            self._effective.update(problem=problem, tensors=tensors)
+        return dict(self._effective["tensors"])
+
+    def to_state(self) -> State:
+        """As dicts of tensors and numbers, for a file."""
+        allocation = {"density": dict(self.allocation), "total": self.allocation.total}
+        tensors = {"masks": dict(self.masks), "tensors": dict(self.tensors)}
+        channels = {name: list(kept) for name, kept in self.channels.items()}
+        return {**allocation, **tensors, "channels": channels, "diagnostics": dict(self.diagnostics)}
+
+    @classmethod
+    def from_state(cls, state: State, problem: Problem) -> Candidate:
+        """The inverse of `to_state`, on the devices of the problem's model."""
+
+        def placed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor.to(problem.dense[name].device) for name, tensor in tensors.items()}
+
+        allocation = Allocation(state["density"], state["total"])
+        channels = {name: tuple(kept) for name, kept in state["channels"].items()}
+        return cls(allocation, placed(state["masks"]), placed(state["tensors"]), channels, state["diagnostics"])
+
+
+class Method(Protocol):
+    """One paper or baseline: a frozen value of hyperparameters and four functions.
+
+    A state is a dict of tensors, numbers and strings (nested dicts and lists allowed) that holds `step` and `steps`;
+    `step` works on it in place. Methods see no path, clock, progress bar or signal.
+
+    Attributes:
+        role: "allocate" or "repair".
+        shares: of an allocator, what it can share out: "weights", "channels" or both; a repair does without.
+        needs_data: whether `problem.calibration` has to be there.
+        parallel: may be left out. True: where processes share the work, all of them run this method, on shares of
+            batches, and it adds up over them what it finds (`allot.processes.total`, or what it uses does: `Training`,
+            `Moments`, `Evidence`). Else one process runs it, on whole batches.
+        streams: of a repair that looks at each layer for itself, how it goes block by block: see
+            `allot.methods.layerwise.streamed`. Others do without.
+    """
+
+    @property
+    def role(self) -> str: ...
+
+    @property
+    def needs_data(self) -> bool: ...
+
+    def init(self, problem: Problem, candidate: Candidate) -> State:
+        """The state before the first step."""
+        ...
+
+    def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
+        """One step, in place; what happened, with `forward` and `backward`: samples pushed through any network."""
+        ...
+
+    def done(self, state: State) -> bool:
+        """Whether no step is left."""
+        ...
+
+    def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
+        """The better candidate."""
+        ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A choice of parts by name."""
+
+    allocate: str
+    score: str = "magnitude"
+    pattern: str = "unstructured"
+    repair: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A method whose whole work is one function of the problem: `densities(problem)`, brought to the budget.
+
+    Only proportions matter in what the function returns: `Budget.counts` makes whole numbers that meet the budget.
+    """
+
+    densities: Callable[[Problem], Mapping[str, float]]
+    shares: tuple[str, ...] = field(default=("weights",), metadata={"option": False})
+
+    role = "allocate"
+    needs_data = False
+
+    def init(self, problem: Problem, candidate: Candidate) -> State:
+        """Nothing decided yet."""
+        return {"step": 0, "steps": 1, "kept": {}}
+
+    def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
+        """Decide."""
+        state["kept"] = problem.budget.counts(self.densities(problem))
+        state["step"] = 1
+        return {"forward": 0, "backward": 0, "kept": sum(state["kept"].values())}
+
+    def done(self, state: State) -> bool:
+        """After one step."""
+        return bool(state["step"] == 1)
+
+    def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
+        """The candidate with the allocation."""
+        return replace(candidate, allocation=Allocation.of(state["kept"], candidate.allocation.total))

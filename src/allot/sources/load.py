@@ -1,0 +1,195 @@
+"""MODEL and DATA of the command line: where a model and its data come from, by a prefix.
+
+MODEL: `zoo:NAME`, `torchvision:NAME`, `timm:NAME`, `hf:NAME_OR_DIR`, `package.module:factory`, `file.py:factory`.
+DATA:  `zoo:NAME`, `folder:DIR` (one sub-folder a class), `npz:FILE`, `text:FILE`, `synthetic`, `synthetic:C,H,W`,
+       `package.module:factory`, `file.py:factory`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from allot.errors import UsageError
+from allot.processes import launched
+from allot.run.calibration import Calibration, moved
+from allot.run.named import called, import_from
+from allot.run.reading import Readable
+from allot.sources.arrays import Arrays
+from allot.sources.origins import ModelSource, hf_model, of_tokens, timm_model, torchvision_model
+from allot.sources.pictures import folder
+from allot.sources.synthetic import Fractals
+from allot.sources.texts import Texts
+from allot.sources.weights import fill
+
+MODEL_FORMS = "zoo:NAME, torchvision:NAME, timm:NAME, hf:NAME_OR_DIR, package.module:factory or file.py:factory"
+DATA_FORMS = "zoo:NAME, folder:DIR, npz:FILE, text:FILE, synthetic[:C,H,W], package.module:factory or file.py:factory"
+REMOTE = ("torchvision", "timm", "hf")  # origins that fetch trained weights
+
+
+def load_model(
+    spec: str, *, weights: str | None = None, shape: tuple[int, ...] | None = None, device: str | None = None
+) -> ModelSource:
+    """The model that `spec` names.
+
+    Args:
+        weights: a safetensors file or a .pt that holds tensors only; "default" for the origin's trained weights (what
+            torchvision, timm and hf do without this), "random" for none.
+        shape: of one input, without the batch dimension.
+        device: where it is put, as `device_of` takes it.
+    Raises:
+        UsageError: unknown name, missing package, weights that do not fit, or no such device.
+    """
+    place = device_of(device)
+    origin, _, name = spec.partition(":")
+    if not name:
+        raise UsageError(f"MODEL {spec!r}: {MODEL_FORMS} is accepted.")
+    path = weights if weights not in (None, "default", "random") else None
+    trained = weights in (None, "default")
+    if weights == "random" and origin not in REMOTE:
+        raise UsageError(f"--weights random is for {', '.join(f'{o}:' for o in REMOTE)} models; {spec} has its own.")
+    loader = {"zoo": _zoo_model, "torchvision": torchvision_model, "timm": timm_model, "hf": hf_model}.get(origin)
+    # standard output belongs to what allot answers; weights at random are the same every time, and in every process
+    with redirect_stdout(sys.stderr), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        source = loader(name, trained) if loader else ModelSource(called(spec, nn.Module, "an nn.Module"))
+    if path:
+        fill(source.model, Path(path))
+    source.model.eval()
+    import_from(Path.cwd())  # functions that options name are looked for where factories are
+    source = replace(source, example=_shaped(source, shape)) if shape else source
+    if place.type == "cpu":
+        return source
+    return replace(source, model=source.model.to(place), example=moved(source.example, place))
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device of this name: cpu (None as well), cuda, cuda:1, mps.
+
+    Where torchrun started several processes, each takes a CUDA device of its own for "cuda".
+
+    Raises:
+        UsageError: there is none here.
+    """
+    if name == "cuda" and launched():
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    try:
+        device = torch.device(name or "cpu")
+    except RuntimeError:
+        raise UsageError(f"--device {name}: cpu, cuda, cuda:1 or mps is accepted.") from None
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= there.get(device.type, 0):
+        some = [f"cuda:{i}" for i in range(there["cuda"])] + ["mps"] * there["mps"]
+        raise UsageError(f"--device {name}: there is no such device here; {', '.join(['cpu', *some])} can be had.")
+    return device
+
+
+def example_of(source: ModelSource, data: str | None, *, skip_corrupt: bool = False) -> Any:
+    """A batch of one input: what the origin or a given shape says, else the first of the data; None without either."""
+    if source.example is None and data:
+        samples = load_data(data, source, skip_corrupt=skip_corrupt)
+        return Calibration.of(samples, samples=1, dtype=source.dtype).example()
+    return source.example
+
+
+def load_data(
+    spec: str, source: ModelSource | None = None, *, split: str = "calibration", skip_corrupt: bool = False
+) -> Any:
+    """The data that `spec` names: a Dataset or iterable of inputs or (input, label).
+
+    Args:
+        source: the model's origin: size and preprocessing of pictures for `folder:`, the tokenizer for `text:`.
+        split: which part of zoo data: "calibration", "validation" or "test".
+        skip_corrupt: whether samples that cannot be read are reported and left out, see `Readable`.
+    Raises:
+        UsageError: unknown name, missing package, unreadable or empty data.
+    """
+    data = _loaded(spec, source, split)
+    has_places = hasattr(data, "__getitem__") and hasattr(data, "__len__")  # an iterator raises what it likes
+    return Readable(data) if skip_corrupt and has_places else data
+
+
+def _loaded(spec: str, source: ModelSource | None, split: str) -> Any:
+    origin, _, name = spec.partition(":")
+    if origin == "synthetic":
+        return Fractals(_image_shape(spec, name, source))
+    if not name:
+        raise UsageError(f"DATA {spec!r}: {DATA_FORMS} is accepted.")
+    if origin == "zoo":
+        from allot.sources import zoo
+
+        return zoo.data(name, split)
+    if origin == "npz":
+        return Arrays.load(Path(name))
+    if origin == "folder":
+        return _pictures(Path(name), source)
+    if origin == "text":
+        return _text(Path(name), source)
+    with redirect_stdout(sys.stderr):
+        data = called(spec, (Dataset, Iterable), "a Dataset or an iterable")
+    return _drawn(spec, data) if isinstance(data, Iterator) else data
+
+
+def _zoo_model(name: str, trained: bool) -> ModelSource:  # noqa: FBT001 - one of four loaders of one shape
+    from allot.sources import zoo
+
+    return ModelSource(zoo.model(name), torch.zeros(1, 1, 16, 16))
+
+
+def _drawn(spec: str, samples: Iterator[Any]) -> Iterator[Any]:
+    try:
+        yield from samples
+    except Exception as error:
+        raise UsageError(f"{spec} failed: {type(error).__name__}: {error}") from error
+
+
+def _image_shape(spec: str, text: str, source: ModelSource | None) -> tuple[int, ...]:
+    """C,H,W as said, or as the model takes them."""
+    if not text:
+        shape = getattr(source.example if source else None, "shape", None)
+        if shape is None:
+            raise UsageError(
+                "synthetic: needs the size of an image: give --input CHANNELS,HEIGHT,WIDTH, or synthetic:C,H,W."
+            )
+        return tuple(shape[1:])
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"DATA {spec!r}: synthetic:CHANNELS,HEIGHT,WIDTH, like synthetic:3,224,224.") from None
+
+
+def _pictures(path: Path, source: ModelSource | None) -> Any:
+    shape = getattr(source.example if source else None, "shape", None)
+    if source is None or shape is None or len(shape) != 4:
+        raise UsageError("folder: needs the size of an image: give --input CHANNELS,HEIGHT,WIDTH.")
+    own = source.preprocess(tuple(shape[1:])) if source.preprocess else None
+    return folder(path, tuple(shape[1:]), own, source.normalise)
+
+
+def _text(path: Path, source: ModelSource | None) -> Texts:
+    if source is None or source.tokenizer is None:
+        raise UsageError(
+            "text: is for hf: models of text, which have a tokenizer of their own: for others, npz:FILE with an array "
+            "input_ids or a factory is accepted."
+        )
+    model: Any = source.model
+    length = source.example["input_ids"].shape[1]
+    return Texts.load(path, source.tokenizer(), length, model.get_input_embeddings().num_embeddings)
+
+
+def _shaped(source: ModelSource, shape: tuple[int, ...]) -> Any:
+    """A batch of one input of this shape: a number of tokens where the model takes tokens."""
+    if not isinstance(source.example, Mapping):
+        return torch.zeros(1, *shape, dtype=source.dtype)
+    if len(shape) != 1:
+        raise UsageError(f"--input {','.join(map(str, shape))}: this model takes tokens: --input LENGTH is accepted.")
+    return of_tokens(source.example, shape[0])

@@ -1,0 +1,260 @@
+"""A sweep is its cells: stopped anywhere and started again it ends in the table of one that was not stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+import allot
+from allot.errors import BudgetError, Stopped, UsageError
+from allot.methods import rules
+from allot.methods.knapsack import Knapsack
+from allot.methods.training.distillation import Training
+from allot.methods.training.selection import Evidence
+from allot.pruning.assemble import RECIPES
+from allot.pruning.sweep import Cell, budgets_of, cells_of, own_options, sweep
+from allot.sources import zoo
+from contract.cases import CASES
+
+pruning, sweeping = (sys.modules[f"allot.pruning.{name}"] for name in ("prune", "sweep"))  # functions hide the modules
+
+CASE = CASES["with batch norm"]
+CELLS = cells_of(("erk", "fcpts"), ("sparsity=0.5", "sparsity=0.7"), 2)
+SHORT = {"fcpts": {"steps": 6}}
+
+
+def labelled() -> list[tuple[torch.Tensor, int]]:
+    x = CASE.inputs(12)
+    return [(x[i], i % 3) for i in range(len(x))]
+
+
+def swept(out: Path, **settings: Any) -> dict[str, Any]:
+    known = {"batch_size": 8, "test": labelled(), "options": SHORT, **settings}
+    return sweep(CASE.make(), CASE.inputs(16), CELLS, out, **known)
+
+
+def steady(table: dict[str, Any]) -> Any:
+    """Without what a clock says."""
+    clocks = ("seconds", "faster")
+    return [{key: value for key, value in row.items() if key not in clocks} for row in table["cells"]], table["means"]
+
+
+def test_a_sweep_killed_twice_equals_one_that_was_not(tmp_path: Path):
+    whole = swept(tmp_path / "whole")
+    assert len(whole["cells"]) == 8 and len(whole["means"]) == 4
+    asked = 0
+    for stop in (9, 40):  # in the second cell; some cells later
+        calls = iter(range(10**6))
+        with pytest.raises(Stopped):
+            swept(tmp_path / "part", should_stop=lambda calls=calls, stop=stop: next(calls) >= stop)
+        asked += len(list((tmp_path / "part").glob("*/*/*/certificate.json")))
+    assert 0 < asked < 16
+    again = swept(tmp_path / "part")
+    assert steady(again) == steady(whole)
+    for cell in CELLS:
+        for name in ("model.safetensors", "model.bitmask.safetensors", "allocation.json"):
+            left, right = (cell.directory(tmp_path / which) / name for which in ("whole", "part"))
+            assert left.read_bytes() == right.read_bytes()
+    assert (tmp_path / "part/report.html").exists()
+    assert json.loads((tmp_path / "part/results.json").read_text()) == again
+
+
+def test_data_that_can_be_read_once_serves_every_cell(tmp_path: Path):
+    once = {"batch_size": 8, "options": SHORT, "test": iter(labelled())}
+    table = sweep(CASE.make(), iter(CASE.inputs(16)), CELLS, tmp_path / "once", **once)
+    assert steady(table) == steady(swept(tmp_path / "many"))
+
+
+def test_the_dense_model_is_scored_once_for_all_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: list[Any] = []
+    evaluate = sweeping.evaluate
+    for module in (sweeping, pruning):
+        monkeypatch.setattr(module, "evaluate", lambda *a, **k: (seen.append(k.get("tensors")), evaluate(*a, **k))[1])
+    swept(tmp_path)
+    assert sum(tensors is None for tensors in seen) == 1 and len(seen) == 1 + len(CELLS)
+    first = swept(tmp_path)
+    assert len(seen) == 2 + len(CELLS)  # cells that are done keep their score, where the dense one is the same
+    other = swept(tmp_path, test=labelled()[:7])
+    assert other["cells"][0]["score"] != first["cells"][0]["score"] and len(seen) == 3 + 2 * len(CELLS)
+
+
+class Drawing(nn.Module):
+    """Draws whenever it answers, as a model with dropout in eval mode does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = CASE.make()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) + 0.1 * torch.rand(())
+
+
+class Augmented(Dataset):
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return CASE.inputs(16)[index] + 0.1 * torch.rand(())
+
+
+SHARING = [("fcpts", {}), ("knapsack", {"allocate": "knapsack"}), ("lamp", {"score": "wanda"})]
+
+
+@pytest.mark.parametrize(("method", "parts"), SHARING)
+@pytest.mark.parametrize("make", [CASE.make, Drawing])
+@pytest.mark.parametrize("data", [CASE.inputs(16), Augmented()], ids=["same again", "drawn anew"])
+def test_what_cells_share_changes_nothing(method: str, parts: Any, make: Any, data: Any, tmp_path: Path):
+    cells = cells_of((method if method in RECIPES else "erk",), ("sparsity=0.5", "sparsity=0.7"), 1)
+    torch.manual_seed(0)
+    model = make()
+    options = {name: some for name, some in SHORT.items() if name == method}
+    settings = {**parts, "batch_size": 8, "options": options}
+    sweep(model, data, cells, tmp_path / "together", **settings)
+    for cell in cells:
+        alone = allot.prune(model, data, cell.budget, method=cell.method, save_to=tmp_path / "alone", **settings)
+        there, here = cell.directory(tmp_path / "together"), tmp_path / "alone"
+        assert (there / "model.safetensors").read_bytes() == (here / "model.safetensors").read_bytes()
+        report = json.loads((there / "report.json").read_text())
+        assert report["images"] == alone.report()["images"]
+        shutil.rmtree(here)
+
+
+def test_a_score_that_draws_by_the_seed_is_shared_by_cells_of_that_seed_alone(tmp_path: Path):
+    mine = allot.Calibration.of(CASE.inputs(16), samples=16, batch_size=8)  # whose order no seed of a cell decides
+    parts = {"allocate": "knapsack", "score": "random", "repair": "none"}
+    cells = cells_of(("erk",), ("sparsity=0.7",), 2)
+    sweep(CASE.make(), mine, cells, tmp_path / "together", **parts)
+    for cell in cells:
+        alone = allot.prune(CASE.make(), mine, cell.budget, seed=cell.seed, **parts)
+        there = json.loads((cell.directory(tmp_path / "together") / "report.json").read_text())
+        assert {row["name"]: row["kept"] for row in there["layers"]} == dict(alone.allocation.kept)
+
+
+def test_cells_share_answers_sensitivities_and_sorted_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    called: list[str] = []
+
+    def counted(owner: Any, name: str) -> None:
+        inner = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, **k: (called.append(name), inner(*a, **k))[1])
+
+    counted(Training, "_answers")  # of the dense net
+    counted(Training, "judge")
+    counted(rules, "lamp_score")
+    counted(Evidence, "_collected")
+    layers = len(list(allot.Scope.of(CASE.make())))
+    chains = {
+        "_answers": ("fcpts", {"options": SHORT}, 2),  # two batches
+        "judge": ("erk", {"allocate": "knapsack"}, layers * len(Knapsack().densities)),
+        "lamp_score": ("lamp", {}, layers),
+        "_collected": ("erk", {"score": "wanda"}, 1),
+    }
+    for name, (method, parts, once) in chains.items():
+        called.clear()
+        cells = cells_of((method,), ("sparsity=0.5", "sparsity=0.7", "sparsity=0.8"), 1)
+        sweep(CASE.make(), CASE.inputs(16), cells, tmp_path / name, batch_size=8, **parts)
+        assert called.count(name) == once
+
+
+def test_means_and_spreads_are_those_of_the_cells(tmp_path: Path):
+    table = swept(tmp_path)
+    for mean in table["means"]:
+        own = [c["score"] for c in table["cells"] if (c["budget"], c["method"]) == (mean["budget"], mean["method"])]
+        assert mean["seeds"] == len(own) == 2 and mean["failed"] == 0
+        assert mean["score"] == pytest.approx(sum(own) / 2)
+        assert mean["spread"] == pytest.approx(abs(own[0] - own[1]) / 2**0.5)
+
+
+def test_options_go_to_the_methods_that_have_them():
+    assert own_options("fcpts", SHORT, {}) == SHORT and own_options("erk", SHORT, {}) == {}
+    with pytest.raises(UsageError, match="nobody is no method of any cell"):
+        sweep(CASE.make(), CASE.inputs(4), CELLS, "nowhere", options={"nobody": {}})
+    with pytest.raises(UsageError, match="stepz"):
+        sweep(CASE.make(), CASE.inputs(4), CELLS[1:2], "nowhere", options={"fcpts": {"stepz": 1}})
+
+
+def test_a_cell_that_cannot_be_met_is_a_row_and_not_the_end(tmp_path: Path):
+    cells = cells_of(("erk",), ("sparsity=0.5", "bytes=10"), 1)
+    table = sweep(CASE.make(), CASE.inputs(16), cells, tmp_path, batch_size=8)
+    assert "bytes=10 allows 10 bytes" in table["cells"][1]["error"] and table["means"][1]["failed"] == 1
+    assert "erk, bytes=10, seed 0: bytes=10 allows 10 bytes" in (tmp_path / "report.html").read_text()
+    with pytest.raises(UsageError, match="no cell met its budget"):
+        sweep(CASE.make(), CASE.inputs(16), cells[1:], tmp_path / "none", batch_size=8)
+
+
+def test_a_finished_sweep_asked_otherwise_is_refused(tmp_path: Path):
+    sweep(CASE.make(), CASE.inputs(16), CELLS[:1], tmp_path, batch_size=8)
+    with pytest.raises(UsageError, match="belongs to another configuration"):
+        sweep(CASE.make(), CASE.inputs(16), CELLS[:1], tmp_path, batch_size=4)
+
+
+@pytest.mark.parametrize(
+    ("texts", "wanted"),
+    [
+        (["sparsity=0.5,0.8"], ["sparsity=0.5", "sparsity=0.8"]),
+        (["macs=50%", "sparsity=0.9,0.9"], ["macs=50%", "sparsity=0.9"]),
+        (["sparsity=0.9,0.90,90%", "sparsity=0.5"], ["sparsity=0.9", "sparsity=0.5"]),
+        (["macs=50% and bytes=3MB", "bytes=3000kB and macs=0.5e2%"], ["macs=50% and bytes=3MB"]),
+        (["macs=50% and bytes=3MB,bytes=1MB"], ["macs=50% and bytes=3MB", "bytes=1MB"]),
+    ],
+)
+def test_limits_are_read_as_several_budgets(texts: list[str], wanted: list[str]):
+    assert budgets_of(texts) == wanted
+
+
+def test_a_limit_that_is_none_is_refused_before_anything_runs():
+    with pytest.raises(BudgetError):
+        budgets_of(["sparsity=0.5,1.5"])
+
+
+def test_a_cell_that_is_asked_for_twice_is_one_cell(tmp_path: Path):
+    cells = cells_of(("erk", "erk"), ("sparsity=0.9", "sparsity=90%"), 2)
+    assert cells == [Cell("erk", "sparsity=0.9", 0), Cell("erk", "sparsity=0.9", 1)]
+    table = sweep(CASE.make(), None, [*cells, Cell("erk", "sparsity=0.90", 0)], tmp_path, repair="none")
+    assert [mean["seeds"] for mean in table["means"]] == [2] and len(table["cells"]) == 2
+
+
+def test_a_score_that_is_no_number_is_in_no_mean():
+    rows = [{"budget": "b", "method": "m", "score": score} for score in (0.5, float("nan"), 0.7)]
+    (mean,) = sweeping._means(rows)
+    assert mean["score"] == pytest.approx(0.6) and mean["spread"] == pytest.approx(0.02**0.5)
+
+
+def test_every_cell_has_a_directory_of_its_own():
+    cells = cells_of(("erk", "pot"), ("macs=50% and bytes=3MB", "macs=50%"), 3)
+    assert len({cell.directory(Path("x")) for cell in cells}) == len(cells) == 12
+    assert Cell("erk", "macs=50%", 0).directory(Path("x")) == Path("x/erk/macs=50%/seed-0")
+
+
+def test_the_package_names_it():
+    assert allot.sweep is sweep
+
+
+@pytest.mark.slow
+def test_a_sweep_of_a_zoo_net_killed_twice_equals_one_that_was_not(tmp_path: Path):
+    cells = cells_of(("erk", "fcpts", "pot"), ("sparsity=0.5", "sparsity=0.8", "sparsity=0.9", "sparsity=0.95"), 2)
+    assert len(cells) == 24
+    name = "digits-resnet20"
+    data, test = zoo.data(name, "calibration"), zoo.data(name, "test")
+    short = {"fcpts": {"steps": 4}, "layerwise": {"steps": 2}}
+
+    def swept(out: Path, **more: Any) -> dict[str, Any]:
+        known = {"samples": 64, "batch_size": 32, "options": short, "test": test}
+        return sweep(zoo.model(name), data, cells, out, **known, **more)
+
+    for stop in (70, 300):
+        calls = iter(range(10**6))
+        with pytest.raises(Stopped):
+            swept(tmp_path / "part", should_stop=lambda calls=calls, stop=stop: next(calls) >= stop)
+    again, whole = swept(tmp_path / "part"), swept(tmp_path / "whole")
+    assert steady(again) == steady(whole)
+    for cell in cells:
+        left, right = (cell.directory(tmp_path / which) / "model.safetensors" for which in ("whole", "part"))
+        assert left.read_bytes() == right.read_bytes()
