@@ -78,6 +78,15 @@ def unknown(what: str, name: str, accepted: Iterable[str]) -> UsageError:
     return UsageError(f"unknown {what} {name!r}{hint} Accepted: {', '.join(names) or 'none'}.")
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its type where it says nothing.
+
+    >>> first_line(ValueError("no such layer")), first_line(KeyError())
+    ('no such layer', 'KeyError')
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def check_flag(name: str, value: object) -> None:
     """Raises:
     UsageError: `value` is neither True nor False.

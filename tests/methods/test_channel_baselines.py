@@ -12,9 +12,9 @@ from torch import Tensor
 
 from allot.errors import UsageError
 from allot.methods.channel_baselines import GlobalChannels, Sensitivity
-from allot.methods.training.batch_loss import is_norm
 from allot.methods.training.distillation import Training
 from allot.methods.training.selection import Evidence, channel_masks, importance
+from allot.network.batch_norms import is_batch_norm
 from allot.network.call import call
 from allot.run.driver import Progress, drive
 from allot.run.problem import Candidate, Problem
@@ -58,7 +58,7 @@ def loss_without(problem: Problem, kept: dict[str, int], k: int) -> float:
     inputs, _ = problem.inputs().batch(k)
     with torch.no_grad():
         theirs = (call(problem.model, {}, inputs) / 2).softmax(-1)
-        ours = (call(problem.model, tensors, inputs, training=is_norm) / 2).softmax(-1)
+        ours = (call(problem.model, tensors, inputs, training=is_batch_norm) / 2).softmax(-1)
     return float(4 * (theirs * (theirs.log() - ours.log())).sum(-1).mean())
 
 

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
 from allot.budget.allocation import Allocation
+from allot.budget.bisection import largest
 from allot.budget.budget import Budget, Limit, nearest, rows_of
 from allot.budget.costs import Term, shares
 from allot.budget.latency import Latency
@@ -273,19 +274,6 @@ def channel_terms(named: Iterable[tuple[str, int, int, int]], step: int = 1) -> 
             )
         terms.append(Term(name, total, low, high, own))
     return tuple(sorted(terms, key=lambda term: term.name))
-
-
-def largest(fits: Callable[[float], bool], most: float) -> float:
-    """The largest number from 0 to `most` that fits, to float precision; 0 where none does."""
-    if fits(most):
-        return most
-    low, high = 0.0, most
-    for _ in range(200):
-        middle = (low + high) / 2
-        if not low < middle < high:
-            break
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
 
 
 def _scaled(size: Any, uses: Fraction) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from allot.errors import AllotError, UsageError, VerificationError, unknown
+from allot.errors import AllotError, UsageError, VerificationError, first_line, unknown
 from allot.export.certificate.probe import check_inputs, drawn, not_tensors, save_probe
 from allot.export.files.destination import placed
 from allot.export.files.formats import BITMASK, CSR, PLAIN, PLAN, SLIM, csr, load, read, save_csr
@@ -120,7 +120,7 @@ def exported(
     except (AllotError, OSError):
         raise
     except Exception as error:  # a model may raise whatever it likes
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        said = first_line(error)
         raise UsageError(f"{type(dense).__name__} cannot be exported to {to}: {said}") from error
 
 
@@ -251,7 +251,7 @@ def _csr(dense: nn.Module, masked: nn.Module, run: Path, names: list[str], examp
     try:
         attempt(sparse, cloned(example), {})
     except Exception as error:  # fused kernels, like those of a transformer's encoder, take no sparse weights
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        said = first_line(error)
         raise UsageError(f"{type(dense).__name__} does not run with sparse rows: {said}") from error
     nonzero = {name: int(torch.count_nonzero(layers[name].weight)) / layers[name].weight.numel() for name in chosen}
     macs = sum(round(nonzero.get(name, 1) * count) for name, count in _layer_macs(masked, example, names).items())

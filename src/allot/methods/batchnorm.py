@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from allot.errors import UsageError
+from allot.network.batch_norms import is_batch_norm
 from allot.network.call import call
 from allot.network.hooks import Moments
 from allot.run.problem import Candidate, Metrics, Problem
@@ -60,7 +60,7 @@ class BatchNorm:
                 for buffer, value in module.named_buffers(prefix=name, recurse=False):
                     tensors[buffer] = value.clone()  # the pass writes to these
             try:
-                call(problem.model, tensors, inputs, training=lambda module: isinstance(module, _BatchNorm))
+                call(problem.model, tensors, inputs, training=is_batch_norm)
             except ValueError as error:
                 raise UsageError(
                     f"no batch statistics from {samples} samples: {error}. Use a larger batch_size, or leave bn out."
@@ -87,5 +87,5 @@ class BatchNorm:
 
 def _norms(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and module.running_mean is not None:
+        if is_batch_norm(module) and module.running_mean is not None:
             yield name, module

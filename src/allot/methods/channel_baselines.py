@@ -9,7 +9,7 @@ sensitivity   from the dense net, in rounds of equal cost: each group gives up j
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -64,12 +64,9 @@ class GlobalChannels:
             found = torch.bincount(ranked[:r], minlength=len(names)).tolist()
             return budget.clip(dict(zip(names, found, strict=True)))
 
-        low, high = 0, len(ranked)
-        while low < high:
-            r = (low + high + 1) // 2
-            low, high = (r, high) if budget.fits(counts(r)) else (low, r - 1)
+        r = bisect_left(range(1, len(ranked) + 1), True, key=lambda r: not budget.fits(counts(r)))
         total = candidate.allocation.total
-        kept = budget.counts({name: k / total[name] for name, k in counts(low).items()})
+        kept = budget.counts({name: k / total[name] for name, k in counts(r).items()})
         return replace(candidate, allocation=Allocation.of(kept, total))
 
 

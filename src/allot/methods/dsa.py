@@ -48,7 +48,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from allot.budget.allocation import Allocation
-from allot.budget.channels import largest
+from allot.budget.bisection import bracket, largest
 from allot.errors import UsageError, check_flag, check_number, unknown
 from allot.methods.training.channel_costs import Costs
 from allot.methods.training.channel_gates import gated
@@ -333,10 +333,7 @@ def projected(costs: Costs, wished: Tensor, least: Tensor, top: Tensor) -> Tenso
             low, high = 0.0, max(2 * before[i], 1e-3)
             while over([*nu[:i], high, *nu[i + 1 :]], i) and high < 1e6:
                 low, high = high, 2 * high
-            for _ in range(30):
-                middle = (low + high) / 2
-                low, high = (middle, high) if over([*nu[:i], middle, *nu[i + 1 :]], i) else (low, middle)
-            nu[i] = high
+            nu[i] = bracket(lambda value: over([*nu[:i], value, *nu[i + 1 :]], i), low, high, rounds=30)[1]  # noqa: B023
         z = at(nu, z)
         if all(abs(new - old) <= 1e-6 * max(new, 1e-9) for new, old in zip(nu, before, strict=True)):
             break

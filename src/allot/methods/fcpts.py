@@ -54,6 +54,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from allot.budget.allocation import Allocation
+from allot.budget.bisection import bracket
 from allot.budget.budget import Budget
 from allot.errors import UsageError, check_number
 from allot.methods.training.distillation import Training
@@ -300,15 +301,13 @@ class FcptsPaper:
             t = thresholds(shift)
             return {l: total[l] - int(torch.searchsorted(ranked[l], t[l].to(ranked[l]), right=True)) for l in t}
 
-        low, high = -40.0, 40.0
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (low, middle) if problem.budget.fits(problem.budget.clip(above(middle))) else (middle, high)
-        state["kept"] = problem.budget.counts({l: k / total[l] for l, k in above(high).items()})
+        budget = problem.budget
+        _, shift = bracket(lambda shift: not budget.fits(budget.clip(above(shift))), -40.0, 40.0, rounds=60)
+        state["kept"] = budget.counts({l: k / total[l] for l, k in above(shift).items()})
         state["masks"] = self.training.select(
             problem, state["training"], Evidence(problem, candidate, {}), state["kept"]
         )
-        told = {"threshold": {l: float(t) for l, t in thresholds(high).items()}}
+        told = {"threshold": {l: float(t) for l, t in thresholds(shift).items()}}
         return _finished(self, "fcpts-paper", problem, candidate, state, told)
 
     def _begun(self, problem: Problem, candidate: Candidate, state: State) -> State:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -90,9 +91,7 @@ def _survivors(problem: Problem, name: str, score: Callable[[Tensor], Tensor]) -
         kept = torch.bincount(ranked[:r], minlength=len(layers)).tolist()
         return {layer.name: k for layer, k in zip(layers, kept, strict=True)}
 
-    low, high = 0, len(ranked)
-    while low < high:
-        r = (low + high + 1) // 2
-        low, high = (r, high) if problem.budget.fits(problem.budget.clip(counts(r))) else (low, r - 1)
-    kept = problem.budget.clip(counts(low))
+    budget = problem.budget
+    r = bisect_left(range(1, len(ranked) + 1), True, key=lambda r: not budget.fits(budget.clip(counts(r))))
+    kept = budget.clip(counts(r))
     return {layer.name: kept[layer.name] / layer.total for layer in layers}

@@ -48,10 +48,12 @@ import torch
 from torch import Tensor
 
 from allot.budget.allocation import Allocation
+from allot.budget.bisection import bracket
 from allot.budget.budget import Budget
 from allot.errors import UsageError, check_flag, check_number, unknown
 from allot.methods.training.selection import Evidence, scored
 from allot.methods.training.trial import Trial, halves
+from allot.network.draws import generator, numbered
 from allot.run.calibration import Noisy
 from allot.run.problem import Candidate, Method, Metrics, Problem
 from allot.run.store import State
@@ -208,7 +210,7 @@ class Search:
         for row in state["starts"]:
             x = encoded(problem.budget, base, row["kept"])
             self._add(state, row["name"], x, row["kept"])
-        draw = torch.Generator().manual_seed(problem.seed % 2**63)
+        draw = generator(problem.seed)
         for i in range(self.population - len(state["starts"])):
             x = torch.rand(len(base), generator=draw, dtype=torch.float64).tolist()
             self._add(state, f"random {i + 1}", x, decoded(problem.budget, base, x))
@@ -242,7 +244,7 @@ class Search:
     def _breed(self, problem: Problem, state: State) -> None:
         """The children of the best individuals, drawn by seed and generation."""
         base, g = self._base(problem.budget), state["generation"]
-        draw = torch.Generator().manual_seed((problem.seed * 1_000_003 + g) % 2**63)
+        draw = generator(numbered(problem.seed, g))
         parents = [torch.tensor(row["x"], dtype=torch.float64) for row in self._ranked(state)[: self.parents]]
 
         def parent() -> Tensor:
@@ -330,9 +332,7 @@ def decoded(budget: Budget, base: Mapping[str, float], x: list[float]) -> dict[s
     low, high = 0.0, 1.0
     while budget.fits_real(grown(high)) and any(grown(high)[t.name] < t.upper for t in budget.terms) and high < 1e300:
         low, high = high, 2 * high
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if budget.fits_real(grown(middle)) else (low, middle)
+    low, _ = bracket(lambda c: budget.fits_real(grown(c)), low, high, rounds=60)
     return budget.counts({t.name: grown(low)[t.name] / t.total for t in budget.terms})
 
 

@@ -71,6 +71,15 @@ class Norms(TorchFunctionMode):
         return _Whole.apply(x, mean, deviation / count, gamma, beta, eps, count)
 
 
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether a module normalises by the statistics of a batch.
+
+    >>> is_batch_norm(nn.BatchNorm2d(3)), is_batch_norm(nn.LayerNorm(3))
+    (True, False)
+    """
+    return isinstance(module, _BatchNorm)
+
+
 def check_divisible(model: nn.Module) -> None:
     """Raises:
     UsageError: the model's answers depend on which samples are together even in eval mode, or a SyncBatchNorm.
@@ -78,7 +87,7 @@ def check_divisible(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.SyncBatchNorm):
             raise UsageError(f"{name} is a SyncBatchNorm: use a BatchNorm, whose statistics are pooled here as well.")
-        if isinstance(module, _BatchNorm) and module.running_mean is None:
+        if is_batch_norm(module) and module.running_mean is None:
             raise UsageError(
                 f"{name} is a batch norm without running statistics: what the model answers depends on which samples "
                 "are together, and its batches cannot be parted (micro_batch, several processes)."

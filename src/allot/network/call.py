@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from allot.errors import AllotError, UsageError, unknown
+from allot.errors import AllotError, UsageError, first_line, unknown
 from allot.network.batch_norms import Norms
 from allot.network.checkpointing import checkpointed
 from allot.network.compute import Compute
@@ -109,9 +109,7 @@ def _compiled(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     try:
         return _compile()(model, *args, **kwargs)
     except TorchDynamoException as error:
-        raise UsageError(
-            f"compile: this model cannot be compiled here: {str(error).strip().splitlines()[0]}"
-        ) from error
+        raise UsageError(f"compile: this model cannot be compiled here: {first_line(error)}") from error
 
 
 @cache
@@ -166,7 +164,7 @@ def attempt(model: nn.Module, inputs: Any, tensors: Mapping[str, Tensor]) -> Any
     except AllotError:
         raise
     except Exception as error:
-        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        message = first_line(error)
         raise UsageError(f"the model does not run on inputs of shape {_shape(inputs)}: {message}") from error
 
 

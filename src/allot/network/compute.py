@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from allot.budget.units import memory
-from allot.errors import UsageError, check_flag, check_number, unknown
-from allot.network.batch_norms import check_divisible
+from allot.errors import UsageError, check_flag, check_number, first_line, unknown
+from allot.network.batch_norms import check_divisible, is_batch_norm
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CACHED = 64 * 2**20  # bytes of the dense net's outputs
@@ -113,7 +112,7 @@ class Compute:
             compute as `amp` says, or the model has no weights in float32; or it has
             batch norms, whose statistics in pieces are not compiled.
         """
-        if self.compile and self.micro_batch and any(isinstance(m, _BatchNorm) for m in model.modules()):
+        if self.compile and self.micro_batch and any(is_batch_norm(m) for m in model.modules()):
             raise UsageError("compile and micro_batch: one of them is accepted for a model with batch norm.")
         if self.micro_batch:
             check_divisible(model)
@@ -131,6 +130,6 @@ class Compute:
                 weight = torch.ones(4, 4, device=device, requires_grad=True)
                 nn.functional.linear(torch.ones(4, 4, device=device), weight).float().sum().backward()
         except (RuntimeError, TypeError) as error:
-            what = str(error).splitlines()[0]
+            what = first_line(error)
         if what:
             raise UsageError(f"amp={self.amp} cannot be computed on {device} here ({what}): leave it out.")

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from allot.errors import UsageError
+from allot.network.draws import generator
 from allot.network.layers import ATTENTION_INPUTS, Layer, Place, Scope, places_of
 from allot.processes import stacked
 
@@ -357,8 +358,7 @@ def _column_squares(x: Tensor) -> Tensor:
 @torch.enable_grad()
 def _squares(place: Place, args: Any, kwargs: Any) -> Tensor:
     weight = getattr(place.module, place.attribute)
-    generator = torch.Generator().manual_seed(0)
-    probe = (torch.rand(weight.shape, generator=generator) + 0.5).to(weight.device).requires_grad_()
+    probe = (torch.rand(weight.shape, generator=generator(0)) + 0.5).to(weight.device).requires_grad_()
     tensors = {place.attribute: probe}
     bias = getattr(place.module, "bias", None)
     if isinstance(bias, Tensor):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from allot.network.batch_norms import is_batch_norm
 from allot.network.hooks import hooked, plain_places
 from allot.network.layers import Layer, Place, Scope, places_of
 
@@ -37,7 +38,7 @@ def measured(scope: Scope, model: nn.Module, forward: Callable[[], Any]) -> Scop
         for layer, place in plain_places(scope, places):
             stack.enter_context(hooked(place.module, _noted(layer, place, unseen, outputs)))
         for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if is_batch_norm(module):
                 stack.enter_context(hooked(module, _follows(outputs, normalised)))
         # a torch-function mode keeps nn.MultiheadAttention off its fused path, which hides its matrix products
         stack.enter_context(BaseTorchFunctionMode())

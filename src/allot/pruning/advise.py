@@ -33,6 +33,7 @@ from allot.export.timing.latency import Runtime, latency_of, repeated
 from allot.export.timing.sparse_layers import converted_beside, inputs_of
 from allot.network.call import attempt
 from allot.network.channels import copied
+from allot.network.draws import generator
 from allot.network.layers import Scope
 from allot.network.macs import measured
 from allot.pruning.setup import pose
@@ -205,7 +206,7 @@ def _densities(layer: nn.Linear, x: Tensor) -> dict[Any, float]:
     Raises:
         RuntimeError: numbers, or inputs, that sparse matrices do not take.
     """
-    weight, draw = layer.weight.detach(), torch.Generator().manual_seed(0)
+    weight, draw = layer.weight.detach(), generator(0)
     matrices: dict[Any, Tensor] = {"dense": weight}
     for density in DENSITIES:
         matrices[density] = csr((torch.rand(weight.shape, generator=draw) < density).to(weight) * weight)

@@ -30,6 +30,7 @@ from allot.methods.training.channel_gates import gated
 from allot.methods.training.selection import Evidence, Selection
 from allot.network.call import as_arguments, call
 from allot.network.channels import ChannelPlan, copied, slimmed
+from allot.network.draws import generator, numbered
 from allot.pruning.setup import pose
 from allot.run.driver import Progress, drive, repeatable
 from allot.run.patterns import Channels, parse
@@ -184,7 +185,7 @@ def split(data: Any, *, batch_size: int = 64, held_out: float = 0.1, seed: int =
     from torch.utils.data import default_collate
 
     check_number("held_out", held_out, 0.0, 1.0)
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(len(data), generator=generator(seed)).tolist()
     cut = round(held_out * len(order))
     parts = {"densities": order[:cut], "weights": order[cut:], "all": order}
     if not parts["densities"] or not parts["weights"]:
@@ -193,8 +194,7 @@ def split(data: Any, *, batch_size: int = 64, held_out: float = 0.1, seed: int =
     def batch(part: str, k: int) -> tuple[Any, Tensor]:
         indices = parts[part]
         each = max(len(indices) // batch_size, 1)
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + k // each + 1)
-        shuffled = torch.randperm(len(indices), generator=generator).tolist()
+        shuffled = torch.randperm(len(indices), generator=generator(numbered(seed, k // each + 1))).tolist()
         chosen = shuffled[(k % each) * batch_size : (k % each + 1) * batch_size]
         inputs, labels = default_collate([data[indices[i]] for i in chosen])
         return inputs, labels

@@ -30,9 +30,9 @@ from torch.utils._pytree import tree_leaves
 from allot.budget.units import memory
 from allot.errors import UsageError
 from allot.methods.rules import uniform
-from allot.methods.training.batch_loss import is_norm
 from allot.methods.training.distillation import Training
 from allot.methods.training.selection import Selection
+from allot.network.batch_norms import is_batch_norm
 from allot.network.checkpointing import blocks_of
 from allot.network.compute import Compute
 from allot.processes import processes
@@ -108,7 +108,7 @@ def candidates(problem: Problem) -> Iterator[Compute]:
     whole = min(asked.micro_batch or batch, batch)
     halves = [whole >> k for k in range(1, whole.bit_length())]
     again = not asked.compile and bool(blocks_of(problem.model))
-    if asked.compile and any(map(is_norm, problem.model.modules())):
+    if asked.compile and any(map(is_batch_norm, problem.model.modules())):
         halves = []  # `Compute.check`
     yield asked
     if again and not asked.checkpoint:

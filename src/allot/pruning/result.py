@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from allot.budget.allocation import Allocation
-from allot.errors import AllotError, BudgetError, UsageError, VerificationError
+from allot.errors import AllotError, BudgetError, UsageError, VerificationError, first_line
 from allot.export.certificate import certificate
 from allot.export.certificate.rows import sealed
 from allot.export.export import exported, form_of
@@ -178,7 +178,7 @@ class Result:
         try:
             self.export(to="slim" if report["groups"] else "bitmask")
         except Exception as error:  # noqa: BLE001 - a model may raise whatever it likes; the run itself is done
-            log.warning("%s is not timed: %s", self.label, (str(error).strip() or type(error).__name__).splitlines()[0])
+            log.warning("%s is not timed: %s", self.label, first_line(error))
         return self.report()
 
     def report(self) -> dict[str, Any]:

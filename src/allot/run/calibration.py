@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
-from allot.errors import UsageError, check_number
+from allot.errors import UsageError, check_number, first_line
+from allot.network.draws import generator, numbered, seeded
 from allot.processes import place, processes
 from allot.run.reading import Readable, read, read_readable
 
@@ -78,12 +79,10 @@ class Calibration:
         check_number("workers", workers, 0, whole=True)
         if samples < 1:
             raise UsageError(f"samples={samples}: a whole number above 0 is accepted.")
-        with torch.random.fork_rng(devices=[]):  # a shuffling DataLoader draws from torch's generator
-            torch.default_generator.manual_seed(seed % 2**63)
+        with seeded(seed):  # a shuffling DataLoader draws from torch's generator
             source = _indexable(data, samples, batched=batched)
         if len(source) > samples:
-            generator = torch.Generator().manual_seed(seed % 2**63)
-            order = torch.randperm(len(source), generator=generator).tolist()
+            order = torch.randperm(len(source), generator=generator(seed)).tolist()
         else:
             order = list(range(len(source)))
         if isinstance(source, Readable):  # the next in the draw takes the place of one that cannot be read
@@ -118,8 +117,8 @@ class Calibration:
     def positions(self, k: int) -> list[int]:
         """Which samples batch k holds, as places in `indices`."""
         epoch, place = divmod(k, self.batches)
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
-        return torch.randperm(len(self.indices), generator=generator).tensor_split(self.batches)[place].tolist()
+        draw = generator(numbered(self.seed, epoch))
+        return torch.randperm(len(self.indices), generator=draw).tensor_split(self.batches)[place].tolist()
 
     def share(self, positions: Sequence[int]) -> list[int]:
         """The part of a batch's places that this process looks at, one after the other; their sizes differ by one.
@@ -287,7 +286,7 @@ def _same(left: Any, right: Any) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return first_line(error).rstrip(".")
 
 
 class Noisy:
@@ -304,7 +303,7 @@ class Noisy:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Any:
-        draw = torch.Generator().manual_seed((self.seed * 1_000_003 + index) % 2**63)
+        draw = generator(numbered(self.seed, index))
 
         def noised(value: Any) -> Any:
             if isinstance(value, Mapping):

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from allot.errors import Stopped
+from allot.network.draws import numbered, seeded
 from allot.processes import anyone, check_alike, led, processes
 from allot.run.problem import Candidate, Method, Metrics, Problem
 from allot.run.store import Log, Store
@@ -139,12 +140,7 @@ def repeatable(model: nn.Module, seed: int, stage: str, step: int = -1) -> Itera
     Draws from other generators, Python's and numpy's, are the user's to seed.
     """
     device = next(model.parameters(), torch.zeros(())).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        number = ((seed * 1_000_003 + zlib.crc32(stage.encode())) * 1_000_003 + step) % 2**63
-        if device.type == "cpu":  # torch.manual_seed notes a stack trace for every kind of device that is not there
-            torch.default_generator.manual_seed(number)
-        else:
-            torch.manual_seed(number)
+    with seeded(numbered(numbered(seed, zlib.crc32(stage.encode())), step), [device]):
         yield
 
 

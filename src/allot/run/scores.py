@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from allot.network.channels import Group, Member
+from allot.network.draws import generator, numbered
 from allot.network.layers import Layer
 
 
@@ -79,8 +80,8 @@ def wanda(layer: Layer, weight: Tensor, evidence: Evidence) -> Tensor:
 
 def random(layer: Layer, weight: Tensor, evidence: Evidence) -> Tensor:
     """A draw from [0, 1) by the run's seed and the layer's name: the floor that any score has to beat."""
-    generator = torch.Generator().manual_seed((evidence.seed * 1_000_003 + zlib.crc32(layer.name.encode())) % 2**63)
-    return torch.rand(layer.shape, generator=generator).to(weight.device)
+    draw = generator(numbered(evidence.seed, zlib.crc32(layer.name.encode())))
+    return torch.rand(layer.shape, generator=draw).to(weight.device)
 
 
 SCORES: dict[str, Score] = {"magnitude": magnitude, "lamp": lamp, "wanda": wanda, "random": random}
@@ -120,8 +121,8 @@ def channel_taylor(group: Group, evidence: ChannelEvidence) -> Tensor:
 
 def channel_random(group: Group, evidence: ChannelEvidence) -> Tensor:
     """A draw from [0, 1) by the run's seed and the group's name."""
-    generator = torch.Generator().manual_seed((evidence.seed * 1_000_003 + zlib.crc32(group.name.encode())) % 2**63)
-    return torch.rand(group.total, generator=generator)
+    draw = generator(numbered(evidence.seed, zlib.crc32(group.name.encode())))
+    return torch.rand(group.total, generator=draw)
 
 
 CHANNEL_SCORES: dict[str, ChannelScore] = {

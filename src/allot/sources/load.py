@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from allot.errors import UsageError
+from allot.network.draws import seeded
 from allot.processes import launched
 from allot.run.calibration import Calibration, moved
 from allot.run.named import called, import_from
@@ -59,8 +60,7 @@ def load_model(
         raise UsageError(f"--weights random is for {', '.join(f'{o}:' for o in REMOTE)} models; {spec} has its own.")
     loader = {"zoo": _zoo_model, "torchvision": torchvision_model, "timm": timm_model, "hf": hf_model}.get(origin)
     # standard output belongs to what allot answers; weights at random are the same every time, and in every process
-    with redirect_stdout(sys.stderr), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with redirect_stdout(sys.stderr), seeded(0):
         source = loader(name, trained) if loader else ModelSource(called(spec, nn.Module, "an nn.Module"))
     if path:
         fill(source.model, Path(path))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from allot.errors import UsageError
+from allot.errors import UsageError, first_line
 from allot.run.named import optional
 from allot.sources.pictures import IMAGENET, Normalise, Preprocess
 
@@ -170,7 +170,7 @@ def _image_processor(transformers: Any, name: str, shape: tuple[int, ...]) -> Pr
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(name)
     except Exception as error:  # noqa: BLE001 - the mean and standard deviation in its file can be used all the same
-        said = (str(error) or type(error).__name__).splitlines()[0]
+        said = first_line(error)
         log.warning("the preprocessor of hf:%s cannot be used here: %s", name, said)
         return None
     sizes = _processor_sizes(processor, *shape[1:])
@@ -205,7 +205,7 @@ def _fetched(spec: str, build: Any) -> nn.Module:
     try:
         return build()
     except Exception as error:
-        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        message = first_line(error)
         raise UsageError(
             f"cannot load {spec}: {message} (--weights FILE or --weights random need no download)"
         ) from error

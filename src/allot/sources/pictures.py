@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from allot.errors import CorruptSample, UsageError
+from allot.errors import CorruptSample, UsageError, first_line
 from allot.run.named import optional
 
 Preprocess = Callable[[Any], Tensor]  # a PIL image -> [C, H, W]
@@ -73,7 +73,7 @@ def _gives(own: Preprocess, mode: str, shape: tuple[int, ...]) -> bool:
     try:
         found = tuple(own(image.new(mode, (shape[2] + 9, shape[1] + 5))).shape)
     except Exception as error:  # noqa: BLE001 - another library's function, and there is another way
-        said = (str(error) or type(error).__name__).splitlines()[0]
+        said = first_line(error)
     else:
         if found == tuple(shape):
             return True

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from allot.errors import UsageError
+from allot.network.draws import generator, numbered
 
 POINTS, ROUNDS = 1_000, 40
 
@@ -39,7 +40,7 @@ class Fractals(Dataset[tuple[Tensor]]):
     def __getitem__(self, i: int) -> tuple[Tensor]:
         if not 0 <= i < self.count:
             raise IndexError(i)
-        draw = torch.Generator().manual_seed((self.seed * 1_000_003 + i) % 2**63)
+        draw = generator(numbered(self.seed, i))
         channels, height, width = self.shape
         attractor = _attractor(height, width, draw)
         strength = torch.rand(channels, generator=draw)[:, None, None] + 0.25

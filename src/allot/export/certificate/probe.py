@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from allot.errors import UsageError
+from allot.errors import UsageError, first_line
 from allot.export.certificate.rows import Row, checked, digest
 from allot.export.files.formats import PLAIN, PROBE, save_tensors, stored, untouched
 from allot.export.runtimes.answers import allowed, off
 from allot.export.runtimes.forms import FORMS, Opened, files_of
 from allot.export.runtimes.from_file import filled, opened_with, weights_of
 from allot.network.call import as_arguments
+from allot.network.draws import generator
 from allot.network.trees import tensors_in
 
 ANSWERS = "outputs on the probe"
@@ -56,13 +57,13 @@ def not_tensors(example: Any) -> list[str]:
 
 def drawn(example: Any) -> Any:
     """The inputs themselves, or normal draws where a tensor of real numbers says nothing because all are the same."""
-    generator = torch.Generator().manual_seed(0)
+    draw = generator(0)
 
     def one(value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() < 2:
             return value
         same = bool((value == value.flatten()[0]).all())
-        return torch.randn(value.shape, generator=generator).to(value) if same else value
+        return torch.randn(value.shape, generator=draw).to(value) if same else value
 
     if isinstance(example, dict):
         return {name: one(value) for name, value in example.items()}
@@ -140,9 +141,9 @@ def probe_rows(
     except UsageError:
         raise
     except ImportError as error:  # the file is what it was: what opens it is not
-        raise UsageError(f"{path} cannot be opened here: {str(error).splitlines()[0].rstrip('.')}.") from error
+        raise UsageError(f"{path} cannot be opened here: {first_line(error).rstrip('.')}.") from error
     except Exception as error:  # noqa: BLE001 - runtimes raise whatever a broken file makes them
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        said = first_line(error)
         return [*rows, checked(str(called), "opens and answers", "yes", said, passed=False)]
 
 

@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from allot.errors import UsageError
+from allot.errors import UsageError, first_line
 from allot.export.files.formats import PROBE
 from allot.export.runtimes.program import checked_program, stripped
 from allot.network.call import as_arguments
+from allot.network.draws import seeded
 from allot.network.trees import cloned, tensors_in
 
 log = logging.getLogger("allot")
@@ -54,11 +55,7 @@ class Opened:
 
     def ask(self, example: Any, *, draw: int = 0) -> list[Tensor]:
         """What it answers, the inputs untouched; what PyTorch draws at random on the way is numbered by `draw`."""
-        devices = {tensor.device for tensor in tensors_in(example) if tensor.is_cuda}
-        with torch.random.fork_rng(devices=list(devices)):
-            torch.default_generator.manual_seed(draw)  # torch.manual_seed notes a trace for every kind of device
-            if devices:
-                torch.cuda.manual_seed_all(draw)
+        with seeded(draw, {tensor.device for tensor in tensors_in(example)}):
             return self.run(cloned(example))
 
     @classmethod
@@ -213,6 +210,10 @@ def _write_openvino(model: nn.Module, example: Any, path: Path) -> None:
     path.mkdir(exist_ok=True)
     with quiet():
         written = openvino.convert_model(_captured(model, args, kwargs))
+        written.set_friendly_name(type(model).__name__)
+        for i, node in enumerate(written.get_ordered_ops()):  # names count up from process start, and so would bytes
+            if node.get_type_name() != "Parameter":
+                node.set_friendly_name(f"{node.get_type_name()}_{i}")
         openvino.save_model(written, str(path / "model.xml"), compress_to_fp16=False)
 
 
@@ -337,7 +338,7 @@ def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
             log.warning("%s is exported for inputs of these very shapes: it takes no open batch.", type(model).__name__)
             return program
         except Exception:  # noqa: BLE001 - and whatever it does not like at all is told in one line
-            said = (str(first).strip() or type(first).__name__).splitlines()[0]
+            said = first_line(first)
             raise UsageError(f"{type(model).__name__} cannot be captured by torch.export: {said}") from first
 
 

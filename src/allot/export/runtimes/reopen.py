@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from allot.errors import AllotError, UsageError
+from allot.errors import AllotError, UsageError, first_line
 from allot.export.runtimes.answers import allowed, check_answers
 from allot.export.runtimes.forms import FORMS, Opened
 from allot.network.channels import copied
@@ -38,7 +38,7 @@ def reopened(model: nn.Module, example: Any, path: Path, to: str) -> tuple[Opene
             first: BaseException = problem
             while first.__cause__ is not None:  # exporters wrap what went wrong in what to do about it
                 first = first.__cause__
-            said = (str(first).strip() or type(first).__name__).splitlines()[0]
+            said = first_line(first)
             raise UsageError(f"{type(model).__name__} cannot be written as {to} for such inputs: {said}") from problem
         check_answers(f"{path.name} answers otherwise than the model", found, wanted, lambda: ask(1), allowed(wanted))
     return opened, wanted

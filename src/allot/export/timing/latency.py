@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from allot.budget.channels import Extent, largest
+from allot.budget.bisection import largest
+from allot.budget.channels import Extent
 from allot.budget.costs import Term
 from allot.budget.latency import Latency, LayerTimes, Sides, monotone
 from allot.budget.units import Amount

@@ -33,11 +33,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from allot.errors import UsageError
+from allot.errors import UsageError, first_line
 from allot.methods.layerwise.blocks import chain_of, size_of
 from allot.methods.layerwise.streamed_block import FLAG, Block, Entry, Outside, Part
+from allot.network.batch_norms import is_batch_norm
 from allot.network.call import call
 from allot.network.layers import Layer, Scope, places_of
 from allot.network.trees import tensors_in
@@ -120,7 +120,7 @@ def usable(device: str | torch.device) -> torch.device:
         found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, TypeError) as error:
-        said = str(error).splitlines()[0]
+        said = first_line(error)
         raise UsageError(f"stream={str(device)!r}: this machine has no such device ({said}).") from error
     return found
 
@@ -271,7 +271,7 @@ class _Stream:
     def _norms(self, number: int) -> Iterator[str]:
         """Batch norms of a part."""
         for name, module in self.problem.model.named_modules():
-            if isinstance(module, _BatchNorm):
+            if is_batch_norm(module):
                 block = self.chain.block_of(name)
                 outside = 0 if name in self.chain.before else self.last
                 if number == (outside if block is None else block + 1):

@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from allot.errors import AllotError, UsageError, check_number, unknown
 from allot.methods.training.losses import LOSSES, Outputs, compared, compared_tensors, relative_error, size
 from allot.methods.training.teacher import keep, recalled
-from allot.network.batch_norms import Norms
+from allot.network.batch_norms import Norms, is_batch_norm
 from allot.network.call import call
 from allot.network.checkpointing import again
 from allot.network.hooks import hooked
@@ -118,7 +117,7 @@ class Distance:
                 f"no batch statistics from {len(positions)} samples: {error}. Use a larger batch_size."
             ) from error
         if len(pieces) > 1:
-            forward += len(positions) * (any(map(is_norm, problem.model.modules())) + bool(self.blocks))
+            forward += len(positions) * (any(map(is_batch_norm, problem.model.modules())) + bool(self.blocks))
         if masking and anyone(masking.missed):
             raise Unseen
         if processes() > 1:  # a weight that no sample of this process reaches may be reached elsewhere
@@ -131,10 +130,10 @@ class Distance:
         """What this process's pieces add to L; their gradients add up in the leaves."""
         model, parts, known, losses = problem.model, len(batch.pieces), None, 0.0
         how: dict[str, Any] = {"compute": problem.compute, "masking": batch.masking}
-        if parts > 1 and any(map(is_norm, model.modules())):
+        if parts > 1 and any(map(is_batch_norm, model.modules())):
             with torch.no_grad():
                 whole = Norms()
-                call(model, batch.placed, batch.inputs, training=is_norm, norms=whole, **how)
+                call(model, batch.placed, batch.inputs, training=is_batch_norm, norms=whole, **how)
             known = whole.seen
         counted = {n: v.clone() for n, v in batch.placed.items() if parts > 1 and n.endswith("num_batches_tracked")}
         for piece, (outputs, dense_blocks) in zip(batch.pieces, batch.teacher, strict=True):
@@ -145,7 +144,7 @@ class Distance:
             grad = partial(self._gradients, state, batch.learning, outputs, blocks, dense_blocks, batch.wholes)
             with torch.enable_grad(), _watched(model, self.blocks, blocks):
                 norms = None if known is None else Norms(known)
-                losses += call(model, batch.placed, part, training=is_norm, norms=norms, **how, then=grad)
+                losses += call(model, batch.placed, part, training=is_batch_norm, norms=norms, **how, then=grad)
         for name, count in counted.items():  # the whole batch counts, not its pieces
             batch.placed[name].copy_(count)
         return losses
@@ -231,7 +230,7 @@ class Distance:
             if teacher is None:
                 pushed += samples
                 teacher = self._read(call(problem.model, {}, inputs))
-            own = call(problem.model, tensors, inputs, training=is_norm if batch_statistics else None)
+            own = call(problem.model, tensors, inputs, training=is_batch_norm if batch_statistics else None)
             loss = self._compared(self._read(own), teacher)
         check_finite(loss, k)
         return float(loss), teacher, pushed
@@ -322,16 +321,11 @@ def check_finite(loss: Tensor, step: int) -> None:
         raise AllotError(f"the loss is {float(loss.detach())} in step {step}: lower learning_rate.")
 
 
-def is_norm(module: nn.Module) -> bool:
-    """Whether it is a batch norm."""
-    return isinstance(module, _BatchNorm)
-
-
 def statistics(model: nn.Module) -> Iterator[str]:
     """Names of the buffers of batch norms."""
     own = dict(model.named_buffers())
     for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm):
+        if is_batch_norm(module):
             yield from (buffer for buffer, _ in module.named_buffers(prefix=name, recurse=False) if buffer in own)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from allot.network.call import as_arguments, modes
 from allot.network.channels import ChannelPlan, Group, slimmed
+from allot.network.draws import generator, seeded
 from allot.network.masking import masked
 from allot.network.trees import floats_in
 
@@ -62,10 +63,7 @@ def _same(
     """
     cut = {group.name for group in some}
     every = [list(range(group.total)) for group in groups]
-    drawn = [
-        torch.randperm(group.total, generator=torch.Generator().manual_seed(i)).tolist()
-        for i, group in enumerate(groups)
-    ]
+    drawn = [torch.randperm(group.total, generator=generator(i)).tolist() for i, group in enumerate(groups)]
     for orders in (drawn, every, [order[::-1] for order in every]):
         kept = {
             group.name: order[: max(group.total // 2, 1)] if group.name in cut else order
@@ -96,14 +94,13 @@ def _cut_is_zeroed(probe: nn.Module, example: Any, plan: ChannelPlan, whole: Seq
 
 def _answers(model: nn.Module, example: Any, tensors: Mapping[str, Tensor] | None = None) -> list[Tensor]:
     args, kwargs = as_arguments(example)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), modes(model, lambda module: False):
-        torch.manual_seed(0)
+    with torch.no_grad(), seeded(0), modes(model, lambda module: False):
         return floats_in(torch.func.functional_call(model, dict(tensors or {}), args, kwargs))
 
 
 def _randomise(model: nn.Module) -> None:
     """Fill with values that hide nothing: no zero scales, no equal channels, no tiny branches."""
-    draw = torch.Generator().manual_seed(0)
+    draw = generator(0)
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if not tensor.is_floating_point():
