@@ -3,8 +3,6 @@
 Four sparsities, three methods, three seeds a net, and the control: uniform with what fcpts trains and repairs by. The
 last step counts, on the held-out test split. A cell is a run in runs/sweeps/NET, from which an interrupted command goes
 on; about 30 minutes a net on one core. The tables behind the page are kept in benchmarks/measured/sweep-NET.json.
-
-`--sharing` measures, in two minutes, what cells save by what they share: four sparsities of one seed, twice in turn.
 """
 
 from __future__ import annotations
@@ -13,16 +11,13 @@ import argparse
 import json
 import logging
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.logging import RichHandler
 
-import allot
 from allot.pruning.sweep import cells_of, sweep
-from allot.run.sweep_memory import Known
 from allot.sources import zoo
 from benchmarks.runs import cell, fill
 
@@ -30,46 +25,22 @@ BUDGETS = ("sparsity=0.5", "sparsity=0.8", "sparsity=0.9", "sparsity=0.95")
 METHODS = ("erk", "fcpts", "unipts")
 NETS = ("digits-resnet20", "glyph-vit")
 MEASURED = Path(__file__).parent / "measured"
-CHAINS: dict[str, dict[str, Any]] = {
-    "lamp": {"method": "lamp", "repair": "none"},
-    "erk, scored by wanda": {"method": "erk", "score": "wanda", "repair": "none"},
-    "knapsack, no repair": {"allocate": "knapsack", "repair": "none"},
-    "uniform, 40 steps of distill": {"allocate": "uniform", "repair": "distill", "options": {"distill": {"steps": 40}}},
-}
 log = logging.getLogger("allot")
 
 
 def swept(net: str, out: Path) -> None:
     """Run what is missing of a net, the control too, and keep the two tables."""
     given = (zoo.model(net), zoo.data(net, "calibration"))
-    known: dict[str, Any] = {"test": zoo.data(net, "test"), "label": f"zoo:{net}"}
+    given_to_all: dict[str, Any] = {"test": zoo.data(net, "test"), "label": f"zoo:{net}"}
 
     def tell(number: int, of: int, at: object) -> None:
         log.info("%s: %d of %d: %s", net, number, of, at)
 
-    sweep(*given, cells_of(METHODS, BUDGETS, 3), out / net, on_cell=tell, **known)
-    control = {**known, "allocate": "uniform", "repair": "distill,bn"}
+    sweep(*given, cells_of(METHODS, BUDGETS, 3), out / net, on_cell=tell, **given_to_all)
+    control = {**given_to_all, "allocate": "uniform", "repair": "distill,bn"}
     sweep(*given, cells_of(("erk",), BUDGETS, 3), out / f"{net}-control", on_cell=tell, **control)
     for name in (net, f"{net}-control"):
         shutil.copy(out / name / "results.json", MEASURED / f"sweep-{name}.json")
-
-
-def shared(net: str) -> list[str]:
-    """Seconds of four sparsities, each cell by itself and with what the ones before it worked out."""
-    model, data = zoo.model(net), zoo.data(net, "calibration")
-    lines = ["| chain | alone, s | sharing, s | saved |", "|---|--:|--:|--:|"]
-    for name, chain in CHAINS.items():
-        seconds, known = {"alone": 0.0, "sharing": 0.0}, Known()
-        allot.prune(model, data, BUDGETS[0], **chain)  # what is imported and allocated once is not counted
-        for budget in BUDGETS:
-            for way, kept in (("alone", None), ("sharing", known)):
-                started = time.perf_counter()
-                allot.prune(model, data, budget, known=kept, **chain)
-                seconds[way] += time.perf_counter() - started
-        saved = 1 - seconds["sharing"] / seconds["alone"]
-        lines.append(f"| {name} | {seconds['alone']:.1f} | {seconds['sharing']:.1f} | {100 * saved:.0f} % |")
-        log.info(lines[-1])
-    return lines
 
 
 def table(net: str) -> list[str]:
@@ -98,13 +69,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/sweeps"))
     parser.add_argument("--page", type=Path, default=Path("docs/results.md"))
     parser.add_argument("--net", action="append", choices=NETS, help="this net only")
-    parser.add_argument("--sharing", action="store_true", help="what cells save by what they share, nothing else")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False)])
     torch.set_num_threads(1)
-    if options.sharing:
-        fill(options.page, "sharing", shared((options.net or NETS)[0]))
-        return
     for net in options.net or NETS:
         swept(net, options.out)
     lines = [line for net in NETS if (MEASURED / f"sweep-{net}.json").exists() for line in table(net)]

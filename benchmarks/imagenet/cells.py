@@ -22,7 +22,6 @@ from allot.pruning.assemble import Parts
 from allot.run.evaluate import Score
 from allot.run.problem import Method
 from allot.run.store import flat, write
-from allot.run.sweep_memory import Known
 from allot.sources.load import ModelSource, load_data
 from benchmarks.imagenet import recipes
 from benchmarks.imagenet.epochs import TRAINING, Epochs, Judge
@@ -196,7 +195,7 @@ def _measure(
         workers=setting.workers,
         example=bench.source.example,
         test=bench.val,
-        known=Known(bench.dense),
+        dense_score=bench.dense,
         label=cell.net,
         save_to=directory,
         recipe={"model": said.model, "options": said.options, "augment": table.augment},

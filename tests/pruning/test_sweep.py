@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torch.utils.data import Dataset
 
 import allot
 from allot.errors import BudgetError, Stopped, UsageError
-from allot.methods import rules
-from allot.methods.knapsack import Knapsack
-from allot.methods.training.distillation import Training
-from allot.methods.training.selection import Evidence
-from allot.pruning.assemble import RECIPES
 from allot.pruning.sweep import Cell, budgets_of, cells_of, own_options, sweep
 from allot.sources import zoo
 from contract.cases import CASES
@@ -84,83 +76,6 @@ def test_the_dense_model_is_scored_once_for_all_cells(tmp_path: Path, monkeypatc
     assert len(seen) == 2 + len(CELLS)  # cells that are done keep their score, where the dense one is the same
     other = swept(tmp_path, test=labelled()[:7])
     assert other["cells"][0]["score"] != first["cells"][0]["score"] and len(seen) == 3 + 2 * len(CELLS)
-
-
-class Drawing(nn.Module):
-    """Draws whenever it answers, as a model with dropout in eval mode does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = CASE.make()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.inner(x) + 0.1 * torch.rand(())
-
-
-class Augmented(Dataset):
-    def __len__(self) -> int:
-        return 16
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return CASE.inputs(16)[index] + 0.1 * torch.rand(())
-
-
-SHARING = [("fcpts", {}), ("knapsack", {"allocate": "knapsack"}), ("lamp", {"score": "wanda"})]
-
-
-@pytest.mark.parametrize(("method", "parts"), SHARING)
-@pytest.mark.parametrize("make", [CASE.make, Drawing])
-@pytest.mark.parametrize("data", [CASE.inputs(16), Augmented()], ids=["same again", "drawn anew"])
-def test_what_cells_share_changes_nothing(method: str, parts: Any, make: Any, data: Any, tmp_path: Path):
-    cells = cells_of((method if method in RECIPES else "erk",), ("sparsity=0.5", "sparsity=0.7"), 1)
-    torch.manual_seed(0)
-    model = make()
-    options = {name: some for name, some in SHORT.items() if name == method}
-    settings = {**parts, "batch_size": 8, "options": options}
-    sweep(model, data, cells, tmp_path / "together", **settings)
-    for cell in cells:
-        alone = allot.prune(model, data, cell.budget, method=cell.method, save_to=tmp_path / "alone", **settings)
-        there, here = cell.directory(tmp_path / "together"), tmp_path / "alone"
-        assert (there / "model.safetensors").read_bytes() == (here / "model.safetensors").read_bytes()
-        report = json.loads((there / "report.json").read_text())
-        assert report["images"] == alone.report()["images"]
-        shutil.rmtree(here)
-
-
-def test_a_score_that_draws_by_the_seed_is_shared_by_cells_of_that_seed_alone(tmp_path: Path):
-    mine = allot.Calibration.of(CASE.inputs(16), samples=16, batch_size=8)  # whose order no seed of a cell decides
-    parts = {"allocate": "knapsack", "score": "random", "repair": "none"}
-    cells = cells_of(("erk",), ("sparsity=0.7",), 2)
-    sweep(CASE.make(), mine, cells, tmp_path / "together", **parts)
-    for cell in cells:
-        alone = allot.prune(CASE.make(), mine, cell.budget, seed=cell.seed, **parts)
-        there = json.loads((cell.directory(tmp_path / "together") / "report.json").read_text())
-        assert {row["name"]: row["kept"] for row in there["layers"]} == dict(alone.allocation.kept)
-
-
-def test_cells_share_answers_sensitivities_and_sorted_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    called: list[str] = []
-
-    def counted(owner: Any, name: str) -> None:
-        inner = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *a, **k: (called.append(name), inner(*a, **k))[1])
-
-    counted(Training, "_answers")  # of the dense net
-    counted(Training, "judge")
-    counted(rules, "lamp_score")
-    counted(Evidence, "_collected")
-    layers = len(list(allot.Scope.of(CASE.make())))
-    chains = {
-        "_answers": ("fcpts", {"options": SHORT}, 2),  # two batches
-        "judge": ("erk", {"allocate": "knapsack"}, layers * len(Knapsack().densities)),
-        "lamp_score": ("lamp", {}, layers),
-        "_collected": ("erk", {"score": "wanda"}, 1),
-    }
-    for name, (method, parts, once) in chains.items():
-        called.clear()
-        cells = cells_of((method,), ("sparsity=0.5", "sparsity=0.7", "sparsity=0.8"), 1)
-        sweep(CASE.make(), CASE.inputs(16), cells, tmp_path / name, batch_size=8, **parts)
-        assert called.count(name) == once
 
 
 def test_means_and_spreads_are_those_of_the_cells(tmp_path: Path):

@@ -36,7 +36,7 @@ class Auto:
     def init(self, problem: Problem, candidate: Candidate) -> State:
         """No allocation tried."""
         steps = len(self.among) * self.trial.steps(problem, candidate)
-        answers: dict[str, Any] | None = {} if problem.repeats() else None
+        answers: dict[str, Any] | None = {} if problem.inputs().repeats() else None
         return {"step": 0, "steps": steps, "tried": {}, "answers": answers}
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:

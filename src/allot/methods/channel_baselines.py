@@ -111,7 +111,7 @@ class Sensitivity:
             "order": {name: score.argsort(descending=True, stable=True) for name, score in scores.items()},
             "tried": {},
             "answers": {},
-            "repeats": problem.repeats(),
+            "repeats": problem.inputs().repeats(),
             "asked": [evidence.forward, evidence.backward],
         }
         return state | {"open": self._proposals(budget, state)}

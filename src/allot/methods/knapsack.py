@@ -67,7 +67,7 @@ class Knapsack:
             "steps": len(problem.scope) * len(self.densities),
             "error": {layer.name: [] for layer in problem.scope},
             "squares": {},
-            "repeats": problem.repeats(),
+            "repeats": problem.inputs().repeats(),
             "answers": None,
         }
 
@@ -81,15 +81,10 @@ class Knapsack:
             step, fewest, most = problem.pattern.feasible(layer)
             kept = min(max(round(self.densities[j] * layer.total / step) * step, fewest), most)
             weight = problem.dense[layer.name]
-
-            def judged() -> tuple[float, int]:
-                mask = problem.pattern.mask(layer, scored(problem, layer, weight, evidence), kept)
-                pruned = {layer.name: masked(weight, mask)}
-                loss, answers, forward = self.training.judge(problem, pruned, 0, state["answers"])
-                state["answers"] = answers if state["repeats"] else None
-                return loss, forward
-
-            loss, forward = problem.once((self, problem.score, problem.pattern, place), judged)
+            mask = problem.pattern.mask(layer, scored(problem, layer, weight, evidence), kept)
+            pruned = {layer.name: masked(weight, mask)}
+            loss, answers, forward = self.training.judge(problem, pruned, 0, state["answers"])
+            state["answers"] = answers if state["repeats"] else None
             return layer.name, kept / layer.total, loss, forward
 
         if not state["step"]:  # what the score asks of the inputs is found once

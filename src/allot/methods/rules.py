@@ -55,20 +55,20 @@ def lamp(problem: Problem) -> dict[str, float]:
     The sum is the energy of the weights that are still there when w_i goes, in ascending order: these are the ones
     not smaller than it.
     """
-    return _survivors(problem, "lamp", lamp_score)
+    return _survivors(problem, lamp_score)
 
 
 def global_magnitude(problem: Problem) -> dict[str, float]:
     """Survivors of the global ranking by s_i = |w_i| (Han et al. 2015)."""
-    return _survivors(problem, "global", lambda weight: weight.abs())
+    return _survivors(problem, lambda weight: weight.abs())
 
 
 def global_normalised(problem: Problem) -> dict[str, float]:
     """Survivors of the global ranking by s_i = |w_i| / ||w_l||_2, POT's and FCPTS' L2-normalised allocation."""
-    return _survivors(problem, "global-normalised", lambda weight: weight.abs() / weight.norm().clamp_min(1e-300))
+    return _survivors(problem, lambda weight: weight.abs() / weight.norm().clamp_min(1e-300))
 
 
-def _survivors(problem: Problem, name: str, score: Callable[[Tensor], Tensor]) -> dict[str, float]:
+def _survivors(problem: Problem, score: Callable[[Tensor], Tensor]) -> dict[str, float]:
     """How much of each layer survives when all weights of the net are ranked together.
 
         k_l = #{i in layer l : s_i among the r highest scores of the net},   r as large as the budget allows
@@ -77,15 +77,11 @@ def _survivors(problem: Problem, name: str, score: Callable[[Tensor], Tensor]) -
     or takes is made up by r, and the last rounding by `Budget.counts`.
     """
     layers = sorted(problem.scope, key=lambda layer: layer.name)
-
-    def sorted_owners() -> Tensor:
-        scores = [score(problem.dense[layer.name].flatten().cpu().double()) for layer in layers]
-        owner = torch.repeat_interleave(
-            torch.arange(len(layers), dtype=torch.int32), torch.tensor([layer.total for layer in layers])
-        )
-        return owner[torch.cat(scores).argsort(descending=True, stable=True)]
-
-    ranked = problem.once(name, sorted_owners, seeded=False)  # [N], the layer of each weight, best weight first
+    scores = [score(problem.dense[layer.name].flatten().cpu().double()) for layer in layers]
+    owner = torch.repeat_interleave(
+        torch.arange(len(layers), dtype=torch.int32), torch.tensor([layer.total for layer in layers])
+    )
+    ranked = owner[torch.cat(scores).argsort(descending=True, stable=True)]  # [N], the layer of each weight, best first
 
     def counts(r: int) -> dict[str, int]:
         kept = torch.bincount(ranked[:r], minlength=len(layers)).tolist()

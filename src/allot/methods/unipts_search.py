@@ -140,7 +140,7 @@ class Search:
             "rung": 0,
             "generation": 0,
             "best": [],
-            "answers": {} if problem.repeats() else None,
+            "answers": {} if problem.inputs().repeats() else None,
         }
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:

@@ -21,7 +21,7 @@ from allot.methods.training.selection import Selection
 from allot.run import patterns
 from allot.run.patterns import Pattern
 from allot.run.problem import Candidate, Method, Problem, Recipe, Rule
-from allot.run.scores import CHANNEL_SCORES, SCORES, ChannelScore, Score
+from allot.run.scores import CHANNEL_SCORES, SCORES, ChannelScore, WeightScore
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Parts:
     """The parts of a chain, found: what to allocate, score, structure and repair with, and their names."""
 
     allocate: Method
-    score: Score | ChannelScore
+    score: WeightScore | ChannelScore
     pattern: Pattern
     repair: tuple[Method, ...]
     names: Recipe
@@ -40,7 +40,7 @@ def assemble(
     method: str,
     *,
     allocate: str | Method | Mapping[str, float] | None = None,
-    score: str | Score | ChannelScore | None = None,
+    score: str | WeightScore | ChannelScore | None = None,
     pattern: str | Pattern | None = None,
     repair: str | Sequence[str | Method] | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,

@@ -38,12 +38,11 @@ from allot.pruning.stages import run_stages
 from allot.pruning.time_limit import kept_cut, shortened
 from allot.run.calibration import Calibration
 from allot.run.driver import Progress, repeatable
-from allot.run.evaluate import evaluate
+from allot.run.evaluate import Score, evaluate
 from allot.run.patterns import Channels, Pattern
 from allot.run.problem import Candidate, Method
-from allot.run.scores import ChannelScore, Score
+from allot.run.scores import ChannelScore, WeightScore
 from allot.run.store import Log, opened, read_run
-from allot.run.sweep_memory import Known
 
 
 @torch.inference_mode(mode=False)
@@ -54,7 +53,7 @@ def prune(
     *,
     method: str = "erk",
     allocate: str | Method | Mapping[str, float] | None = None,
-    score: str | Score | ChannelScore | None = None,
+    score: str | WeightScore | ChannelScore | None = None,
     pattern: str | Pattern | None = None,
     repair: str | Sequence[str | Method] | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
@@ -73,7 +72,7 @@ def prune(
     compute: Compute | Mapping[str, Any] | None = None,
     max_memory: int | str | None = None,
     recipe: Mapping[str, Any] | None = None,
-    known: Known | None = None,
+    dense_score: Score | None = None,
     on_step: Callable[[Progress], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Result:
@@ -111,10 +110,7 @@ def prune(
         max_memory: bytes, or text like "6GB": what one step of training may take at its peak; choices of `compute`
             are made so that it does (`allot.pruning.memory_limit`). A run that goes on keeps them.
         recipe: what to write as recipe.yaml beside what is known here, like where the model comes from.
-        known: what earlier runs on this model and these data worked out, as a sweep has it; `Known(score)` spares
-            the score before. The result is the same without.
-        on_step: called after every step.
-        should_stop: asked before every step.
+        dense_score: what `evaluate` gives for the dense model on `test`, where that is known already.
     Raises:
         UsageError, BudgetError, PatternError: what is wrong with the input, in one line.
         Stopped: `should_stop` said so; with `save_to` the same call goes on.
@@ -156,12 +152,11 @@ def prune(
         problem = replace(problem, compute=Compute.of(held["picked"]))
     cut = kept_cut(problem, chain, max_minutes, save_to)
     parts, chain = (shortened(some, cut) if cut else some for some in (parts, chain))
-    problem = replace(problem, known=known if processes() == 1 else None)  # processes work out alike what they share
     if isinstance(test, Iterable) and not hasattr(test, "__len__") and not hasattr(test, "dataset"):
         test = list(test)  # it is read twice
     done = bool(save_to) and led(partial(_is_done, Path(save_to or "")))
     judge = partial(evaluate, data=test, workers=workers) if test is not None else None
-    dense = known.dense if known else None
+    dense = dense_score
     if judge and not done:
         dense = dense or judge(model)  # unusable test data costs no run
     with alone(), repeatable(model, seed, "fingerprint"):

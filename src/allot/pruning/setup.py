@@ -26,7 +26,7 @@ from allot.network.macs import measured
 from allot.run.calibration import Calibration
 from allot.run.patterns import Channels, Pattern
 from allot.run.problem import Problem
-from allot.run.scores import CHANNEL_SCORES, SCORES, ChannelScore, Score
+from allot.run.scores import CHANNEL_SCORES, SCORES, ChannelScore, WeightScore
 
 # tables of a model: (model, scope, groups, extents, terms, example, limit) -> times
 Timing = Callable[[nn.Module, Scope, Sequence[Group], Sequence[Extent], Sequence[Term], Any, str], Latency]
@@ -40,7 +40,7 @@ def pose(
     calibration: Calibration | None = None,
     example: Any = None,
     rules: Rules | None = None,
-    score: Score | ChannelScore | None = None,
+    score: WeightScore | ChannelScore | None = None,
     seed: int = 0,
     latency: Timing | None = None,
 ) -> Problem:

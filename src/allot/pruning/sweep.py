@@ -2,9 +2,7 @@
 
 OUT/METHOD/BUDGET/seed-N are ordinary runs. A cell that is done is opened, one that was interrupted goes on, so that the
 same call ends in the same table however often it was stopped. Model, data and the dense model's score are there once
-for all cells, and so are, for a seed, the dense net's answers, the sensitivities of its layers and the order of its
-weights, as long as the process lives (`allot.run.sweep_memory`). Images are counted as if each cell had run by itself,
-so that what a cell costs does not depend on which cells ran before it; seconds are those that it took.
+for all cells; nothing else is shared, so that what a cell costs does not depend on which cells ran before it.
 """
 
 from __future__ import annotations
@@ -31,7 +29,6 @@ from allot.report.page import comparison_page
 from allot.report.table import speed
 from allot.run.evaluate import evaluate
 from allot.run.store import write
-from allot.run.sweep_memory import Known
 
 T = TypeVar("T")
 
@@ -108,12 +105,9 @@ def sweep(
     test = settings.pop("test", None)
     test = list(test) if isinstance(test, Iterator) else test
     dense = evaluate(model, test, workers=settings.get("workers") or 0) if test is not None else None
-    known = Known(dense)
     rows: list[dict[str, Any]] = []
     reports: list[tuple[str, dict[str, Any]]] = []
     for number, cell in enumerate(cells, 1):
-        if number > 1 and cell.seed != cells[number - 2].seed:
-            known.forget_seed()
         if on_cell:
             on_cell(number, len(cells), cell)
         directory = cell.directory(out)
@@ -126,7 +120,7 @@ def sweep(
                 "seed": cell.seed,
                 "save_to": directory,
                 "test": test,
-                "known": known,
+                "dense_score": dense,
             }
             report = led(prune(model, calibration, cell.budget, options=own[cell.method], **chosen).timed)
         except (BudgetError, PatternError) as error:

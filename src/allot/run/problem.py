@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol, TypeVar
@@ -18,9 +18,8 @@ from allot.network.layers import Scope
 from allot.network.masking import masked
 from allot.run.calibration import Calibration
 from allot.run.patterns import Pattern
-from allot.run.scores import ChannelScore, Score
+from allot.run.scores import ChannelScore, WeightScore
 from allot.run.store import State
-from allot.run.sweep_memory import Known
 
 Metrics = dict[str, float | int]
 
@@ -36,12 +35,11 @@ class Problem:
     scope: Scope
     budget: Budget  # of channels, a `ChannelBudget`, which has its surface but for ways down
     pattern: Pattern
-    score: Score | ChannelScore
+    score: WeightScore | ChannelScore
     calibration: Calibration | None = None
     seed: int = 0
     example: Any = None  # a batch of one input, where there is one
     compute: Compute = field(default_factory=Compute)
-    known: Known | None = field(default=None, repr=False, compare=False)  # where it is one of a sweep's
 
     @cached_property
     def dense(self) -> dict[str, Tensor]:
@@ -70,27 +68,6 @@ class Problem:
         if self.calibration is None:
             raise UsageError("this needs calibration data: give --data (calibration in Python).")
         return self.calibration
-
-    def repeats(self) -> bool:
-        """Whether the calibration samples come the same again: see `Calibration.repeats`."""
-        look = self.inputs().repeats
-        return self.known.once(self.about("repeats"), look) if self.known else look()
-
-    def once(self, what: Hashable, make: Callable[[], T], *, seeded: bool = True) -> T:
-        """`make()`; in a sweep, what an earlier run got from it, not to be changed in place.
-
-        Args:
-            what: all that it depends on beside the dense model, the layers, the seed and the calibration batches.
-            seeded: whether it depends on the latter two at all.
-        """
-        if self.known is None or (seeded and self.calibration and not self.repeats()):
-            return make()
-        return self.known.once(self.about(what, seeded=seeded), make, seeded=seeded)
-
-    def about(self, what: Hashable, *, seeded: bool = True) -> Hashable:
-        """`what`, of these layers, this seed and these calibration batches."""
-        layers = tuple((layer.name, layer.min_kept, layer.max_kept) for layer in self.scope)
-        return what, layers, (self.seed, self.calibration.order if self.calibration else None) if seeded else None
 
 
 @dataclass(frozen=True)

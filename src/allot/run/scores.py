@@ -48,7 +48,7 @@ class ChannelEvidence(Evidence, Protocol):
         ...
 
 
-Score = Callable[[Layer, Tensor, Evidence], Tensor]
+WeightScore = Callable[[Layer, Tensor, Evidence], Tensor]
 ChannelScore = Callable[[Group, ChannelEvidence], Tensor]
 
 
@@ -84,7 +84,7 @@ def random(layer: Layer, weight: Tensor, evidence: Evidence) -> Tensor:
     return torch.rand(layer.shape, generator=draw).to(weight.device)
 
 
-SCORES: dict[str, Score] = {"magnitude": magnitude, "lamp": lamp, "wanda": wanda, "random": random}
+SCORES: dict[str, WeightScore] = {"magnitude": magnitude, "lamp": lamp, "wanda": wanda, "random": random}
 
 
 # importance of whole channels: `(group, evidence) -> [channels]`

@@ -245,7 +245,7 @@ class _Stream:
         )
         every = tuple(range(part.count))
         numbers = replace(calibration, source=every, indices=every, device=torch.device("cpu"), dtype=None, workers=0)
-        posed = replace(problem, model=part, scope=Scope(layers, {}), calibration=numbers, example=None, known=None)
+        posed = replace(problem, model=part, scope=Scope(layers, {}), calibration=numbers, example=None)
         own = {**within({**candidate.tensors, **tensors}), FLAG: torch.ones((), device=device)}
         return part, posed, replace(candidate, masks=within(candidate.masks), tensors=own, channels={}, diagnostics={})
 

@@ -29,7 +29,6 @@ from allot.processes import alone, anyone, processes, total, total_number
 from allot.run.calibration import cut
 from allot.run.problem import Problem
 from allot.run.store import State
-from allot.run.sweep_memory import draws
 
 Answers = tuple[list[Tensor], list[Tensor]]  # what is compared of the outputs, and of blocks
 SCALES = 2.0**16, 200  # of the loss in fp16: the first one, and after how many finite steps it doubles
@@ -78,8 +77,8 @@ class Distance:
     def reading(self, problem: Problem) -> State:
         """The part of a state that `loss_of` goes by."""
         _check_blocks(problem.model, self.blocks)
-        repeat = not self.blocks and not anyone(not problem.repeats())
-        return {"step": 0, "repeat": repeat, "teacher": [], "probed": 0, "drew": False}
+        repeat = not self.blocks and not anyone(not problem.inputs().repeats())
+        return {"step": 0, "repeat": repeat, "teacher": []}
 
     def loss_of(
         self, problem: Problem, state: State, tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None
@@ -176,20 +175,17 @@ class Distance:
     ) -> tuple[list[Answers], list[float] | None, int]:
         """What the dense net answers to each piece, the whole batch's sizes by tensor (`compared`), samples pushed."""
         own = problem.inputs().share(positions)
-        what = self.outputs, self.loss, problem.compute
-        if kept := recalled(problem, state, what):
-            tables, pushed = kept
+        pushed = 0
+        if tables := recalled(problem, state):
             device = problem.inputs().device
             answers: list[Answers] = [
                 ([table[own[start:stop]].to(device) for table in tables], []) for start, stop in pieces
             ]
         else:
             parts = [cut(inputs, *piece) for piece in pieces] if len(pieces) > 1 else [inputs]
-            before = draws()
             answers = [self._answers(problem, part) for part in parts]
-            state["drew"] |= draws() != before
             probed = self._probe(problem, state, answers[0][0], own, pieces[0][1])
-            keep(problem, state, what, [said for said, _ in answers], pieces, positions)
+            keep(problem, state, [said for said, _ in answers], pieces, positions)
             pushed = len(positions) + probed
         forward = len(positions) + pushed
         if len(pieces) == processes() == 1:
@@ -249,8 +245,7 @@ class Distance:
         with torch.no_grad():
             outputs = self._read(call(problem.model, {}, problem.inputs().pick(few)))
         state["repeat"] = not anyone(any(tensor.shape[:1] != (len(few),) for tensor in outputs))
-        state["probed"] = len(few) * processes()
-        return state["probed"]
+        return len(few) * processes()
 
     def _compared(self, student: list[Tensor], teacher: list[Tensor], wholes: list[float] | None = None) -> Tensor:
         T = self.temperature

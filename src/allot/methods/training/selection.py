@@ -18,7 +18,7 @@ from allot.network.layers import Layer
 from allot.processes import total
 from allot.run.patterns import select
 from allot.run.problem import Candidate, Metrics, Problem
-from allot.run.scores import ChannelScore, Score
+from allot.run.scores import ChannelScore, WeightScore
 from allot.run.store import State
 
 
@@ -75,7 +75,7 @@ def scored(problem: Problem, layer: Layer, weight: Tensor, evidence: Evidence) -
     Raises:
         UsageError: another shape, or values that are not finite.
     """
-    score = cast(Score, problem.score)(layer, weight, evidence)
+    score = cast(WeightScore, problem.score)(layer, weight, evidence)
     if score.shape != weight.shape or not bool(torch.isfinite(score).all()):
         raise UsageError(f"{layer.name}: the score has shape {list(score.shape)} or values that are not finite.")
     return score
@@ -140,9 +140,7 @@ class Evidence:
             UsageError: the layer is never reached.
         """
         if "inputs" not in self.squares:
-            dense = not self.candidate.masks and not self.candidate.tensors
-            found, forward = self.problem.once("inputs", self._collected) if dense else self._collected()
-            self.squares["inputs"] = dict(found)
+            self.squares["inputs"], forward = self._collected()
             self.forward += forward
         if layer.name not in self.squares["inputs"]:
             raise UsageError(

@@ -1,13 +1,10 @@
-"""What the dense net answers to the calibration samples, remembered: from pass to pass, and by a sweep from run to run.
+"""What the dense net answers to the calibration samples, remembered from pass to pass.
 
 Part of a training's state: "teacher", tables `[samples, ...]` on the CPU, which the first pass fills; "repeat", whether
-they serve; "probed", samples that were pushed to find that out; "drew", whether the dense net draws when it answers;
-"known", where an earlier run of the sweep filled the tables.
+they serve.
 """
 
 from __future__ import annotations
-
-from collections.abc import Hashable
 
 import torch
 from torch import Tensor
@@ -17,30 +14,17 @@ from allot.run.problem import Problem
 from allot.run.store import State
 
 
-def recalled(problem: Problem, state: State, what: Hashable) -> tuple[list[Tensor], int] | None:
-    """The tables, where all samples are in them, and the samples that a run by itself would push to get to them now.
-
-    Args:
-        what: which answers, see `Problem.once`.
-    """
-    if not state["repeat"]:
-        return None
-    if problem.known and not state["step"] and (found := problem.known.get(problem.about(what))):
-        state |= {**found, "known": True}
-    first = state["step"] < problem.inputs().batches
-    if first and "known" not in state:
+def recalled(problem: Problem, state: State) -> list[Tensor] | None:
+    """The tables, where all samples are in them."""
+    if not state["repeat"] or state["step"] < problem.inputs().batches:
         return None
     state["teacher"] = [table.cpu() for table in state["teacher"]]  # a state that was read back is elsewhere
-    if not first:
-        return state["teacher"], 0
-    samples = len(problem.inputs().positions(state["step"]))
-    return state["teacher"], samples + (0 if state["step"] else state["probed"])
+    return list(state["teacher"])
 
 
 def keep(
     problem: Problem,
     state: State,
-    what: Hashable,
     answers: list[list[Tensor]],
     pieces: list[tuple[int, int]],
     positions: list[int],
@@ -72,5 +56,3 @@ def keep(
         return
     for table, parts in zip(state["teacher"], zip(*answers, strict=True), strict=True):
         table[positions] = torch.cat(parts)
-    if problem.known and state["step"] == calibration.batches - 1 and not state["drew"]:
-        problem.known.put(problem.about(what), {name: state[name] for name in ("teacher", "probed", "drew")})
