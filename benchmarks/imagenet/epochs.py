@@ -19,7 +19,7 @@ from allot.methods.distill import Distill
 from allot.methods.fcpts import Fcpts, FcptsPaper
 from allot.methods.unipts import Unipts
 from allot.run.evaluate import evaluate
-from allot.run.problem import Candidate, Method, Metrics, Problem
+from allot.run.problem import Candidate, Method, Metrics, Problem, finished
 from allot.run.store import State
 
 TRAINING = (Fcpts, FcptsPaper, Distill, Unipts)  # what trains all weights of a net on pictures
@@ -75,7 +75,7 @@ class Epochs:
         if "training" not in state:  # a step of its start
             return metrics
         step, batches = state["training"]["step"], own.inputs().batches
-        if step % (batches * self.every) and not self.inner.done(state):
+        if step % (batches * self.every) and not finished(state):
             return metrics
         started = time.monotonic()
         found = self.inner.finish(own, candidate, dict(state))
@@ -92,10 +92,6 @@ class Epochs:
         )
         logging.info("  epoch %g: top-1 %.2f %%", step / batches, 100 * top1)
         return metrics | {"top1": top1}
-
-    def done(self, state: State) -> bool:
-        """When `inner` is."""
-        return self.inner.done(state)
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         """What `inner` makes of it, and the scores among the diagnostics."""

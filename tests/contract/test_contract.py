@@ -22,7 +22,7 @@ from allot.pruning.assemble import assemble
 from allot.pruning.prune import prune
 from allot.pruning.result import Result
 from allot.run.driver import drive
-from allot.run.problem import Candidate, Problem
+from allot.run.problem import Candidate, Problem, finished
 from allot.run.store import Log, State
 from contract.cases import (
     CASES,
@@ -233,7 +233,7 @@ def test_a_state_is_tensors_numbers_and_words_at_every_step(name: str):
     while True:
         assert 0 <= state["step"] <= state["steps"]
         state = _through_a_file(state)
-        if method.done(state):
+        if finished(state):
             break
         method.step(problem, candidate, state)
     assert same(method.finish(problem, candidate, state), drive(method, problem, candidate))

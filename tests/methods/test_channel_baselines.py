@@ -17,7 +17,7 @@ from allot.methods.training.selection import Evidence, channel_masks, importance
 from allot.network.batch_norms import is_batch_norm
 from allot.network.call import call
 from allot.run.driver import Progress, drive
-from allot.run.problem import Candidate, Problem
+from allot.run.problem import Candidate, Problem, finished
 from allot.run.store import Log
 from contract.cases import ON_CHANNELS, nothing_more_fits, problem_of
 
@@ -89,7 +89,7 @@ def test_every_choice_of_sensitivity_is_that_of_trying_all_proposals(case: str, 
         best = min(tried, key=lambda name: tried[name])
         kept[best] = tried[best][1]
         assert state["kept"] == kept
-        if method.done(state):
+        if finished(state):
             break
 
 

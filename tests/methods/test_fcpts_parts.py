@@ -14,7 +14,7 @@ from allot.methods import METHODS
 from allot.methods.fcpts import FcptsPaper, _around, _reach, _watch, moved
 from allot.methods.training.distillation import Training
 from allot.methods.training.schedule import Schedule
-from allot.run.problem import Candidate
+from allot.run.problem import Candidate, finished
 from contract.cases import problem_of
 
 TERMS = (Term("a", 100, macs=100), Term("b", 2_000, macs=8_000), Term("c", 900, macs=900))
@@ -105,7 +105,7 @@ def ended(method: FcptsPaper, sparsity: float = 0.7):
     problem = problem_of("without batch norm", f"sparsity={sparsity}")
     candidate = Candidate.dense(problem)
     state = method.init(problem, candidate)
-    while not method.done(state):
+    while not finished(state):
         method.step(problem, candidate, state)
     return problem, state, method.finish(problem, candidate, state)
 

@@ -22,7 +22,7 @@ from allot.methods.training.selection import Selection
 from allot.methods.unipts import Unipts, exchanged, scale
 from allot.run.driver import drive
 from allot.run.patterns import NM, select
-from allot.run.problem import Candidate, Problem
+from allot.run.problem import Candidate, Problem, finished
 from contract.cases import CASES, bits, convolutions, problem_of, same
 
 PLAIN = Schedule(every=1, freeze_at=1.0)
@@ -36,7 +36,7 @@ def states(method: Unipts, problem: Problem) -> list[dict[str, Any]]:
     """The state after every step."""
     candidate = started(problem)
     state, found = method.init(problem, candidate), []
-    while not method.done(state):
+    while not finished(state):
         method.step(problem, candidate, state)
         masks = {name: mask.clone() for name, mask in state["masks"].items()}
         tensors = {name: value.clone() for name, value in state["training"]["tensors"].items()}

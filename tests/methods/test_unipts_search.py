@@ -28,7 +28,7 @@ from allot.network.call import call
 from allot.network.layers import Rules
 from allot.run.calibration import Calibration, Noisy
 from allot.run.driver import drive
-from allot.run.problem import Candidate, Problem
+from allot.run.problem import Candidate, Problem, finished
 from allot.run.store import Log
 from contract.cases import problem_of, run
 
@@ -233,7 +233,7 @@ def test_children_have_genes_of_both_parents_and_of_the_best_ones_only():
     problem = problem_of("without batch norm", "sparsity=0.8")
     method = evolving(generations=1, mutants=0, crossovers=6, parents=2, population=5)
     state = method.init(problem, Candidate.dense(problem))
-    while not method.done(state):
+    while not finished(state):
         method.step(problem, Candidate.dense(problem), state)
     first = [row for row in state["pool"] if row["generation"] == 0]
     assert len(first) == 5

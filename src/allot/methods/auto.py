@@ -48,10 +48,6 @@ class Auto:
             state["tried"][name] = {"kept": make().allocation.kept, "loss": loss}
         return metrics
 
-    def done(self, state: State) -> bool:
-        """After every allocation."""
-        return bool(state["step"] >= state["steps"])
-
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         """The candidate with the best allocation, not with its tensors: they saw half of the samples."""
         tried = state["tried"]

@@ -68,10 +68,6 @@ class BatchNorm:
         state["step"] += 1
         return {"forward": samples, "backward": 0}
 
-    def done(self, state: State) -> bool:
-        """After one pass over the calibration inputs."""
-        return bool(state["step"] >= state["steps"])
-
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         """The candidate with new running statistics."""
         tensors = dict(candidate.tensors)

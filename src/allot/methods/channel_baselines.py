@@ -48,10 +48,6 @@ class GlobalChannels:
         state["step"] += 1
         return {"forward": evidence.forward, "backward": evidence.backward}
 
-    def done(self, state: State) -> bool:
-        """After the last group."""
-        return bool(state["step"] >= state["steps"])
-
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         """The candidate with as many channels of each group as are among the highest."""
         names = sorted(state["score"])
@@ -104,7 +100,6 @@ class Sensitivity:
         scores = {group.name: importance(problem, group, evidence) for group in problem.scope.groups}
         state = {
             "step": 0,
-            "steps": self.rounds * len(kept),
             "kept": kept,
             "drop": max(budget.height(kept) - 1, 0.0) / self.rounds,
             "round": 0,
@@ -114,7 +109,8 @@ class Sensitivity:
             "repeats": problem.inputs().repeats(),
             "asked": [evidence.forward, evidence.backward],
         }
-        return state | {"open": self._proposals(budget, state)}
+        proposals = self._proposals(budget, state)
+        return state | {"open": proposals, "steps": self.rounds * len(proposals)}
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         """One group's proposal on one batch, or as many as there are processes; after a round the best is taken."""
@@ -149,10 +145,6 @@ class Sensitivity:
             state |= {"tried": {}, "open": self._proposals(problem.channels, state)}
             state["steps"] = state["step"] + len(state["open"]) * max(self.rounds - state["round"], 1)
         return {"forward": forward + asked[0], "backward": asked[1], "loss": found[-1][2]}
-
-    def done(self, state: State) -> bool:
-        """When the budget is met."""
-        return not state["open"]
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         """The candidate with what is left, and what rounding leaves of the budget handed out."""

@@ -39,10 +39,6 @@ class Distill:
         state["step"] += 1
         return metrics
 
-    def done(self, state: State) -> bool:
-        """After the last step."""
-        return bool(state["step"] >= state["steps"])
-
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         """The candidate with trained tensors, and the masks of the last step."""
         tensors = self.training.tensors(problem, candidate, state["training"])

@@ -176,10 +176,6 @@ class Dsa:
         self._dual(problem, state, drawn.costs, drawn.rho)
         return max(cost for cost, _ in spent)
 
-    def done(self, state: State) -> bool:
-        """After the last step."""
-        return bool(state["step"] >= state["steps"])
-
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         """The candidate with whole numbers of channels; how densities moved goes to the report."""
         names = [group.name for group in problem.scope.groups]

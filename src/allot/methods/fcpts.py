@@ -60,7 +60,7 @@ from allot.errors import UsageError, check_number
 from allot.methods.training.distillation import Training
 from allot.methods.training.schedule import Schedule, warm_cosine
 from allot.methods.training.selection import Evidence
-from allot.run.problem import Candidate, Method, Metrics, Problem
+from allot.run.problem import Candidate, Method, Metrics, Problem, finished
 from allot.run.scores import magnitude
 from allot.run.store import State
 
@@ -109,7 +109,7 @@ class Fcpts:
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         """One step of the start, or one calibration batch."""
         state["step"] += 1
-        if not self.start.done(state["start"]):
+        if not finished(state["start"]):
             return self.start.step(problem, candidate, state["start"])
         if "training" not in state:
             state |= self._begun(problem, candidate, state)
@@ -137,10 +137,6 @@ class Fcpts:
         self.training.update(training, gradients)
         moving |= {f"cost.{kind}": budget.cost(kind, state["kept"]) for kind in limits}
         return metrics | moving | {"forward": metrics["forward"] + evidence.forward}
-
-    def done(self, state: State) -> bool:
-        """After the last step."""
-        return bool(state["step"] >= state["steps"])
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         """The candidate with the learned allocation, its masks, and trained tensors."""
@@ -254,7 +250,7 @@ class FcptsPaper:
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         """One step of the start, or one calibration batch."""
         state["step"] += 1
-        if not self.start.done(state["start"]):
+        if not finished(state["start"]):
             return self.start.step(problem, candidate, state["start"])
         if "training" not in state:
             state |= self._begun(problem, candidate, state)
@@ -284,10 +280,6 @@ class FcptsPaper:
             state["trajectory"].append({"step": training["step"], "kept": _counts(S, problem.budget)})
         training["step"] += 1
         return told
-
-    def done(self, state: State) -> bool:
-        """After the last step."""
-        return bool(state["step"] >= state["steps"])
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         """The candidate after the exact projection: a common shift of all s_l, then whole numbers."""

@@ -96,10 +96,6 @@ class Knapsack:
         forward = evidence.forward + sum(pushed for *_, pushed in found)
         return {"forward": forward, "backward": 0, "loss": found[-1][2]}
 
-    def done(self, state: State) -> bool:
-        """After the last layer."""
-        return bool(state["step"] >= state["steps"])
-
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         """The candidate with the allocation; the measured curves go to the report."""
         kept = problem.budget.counts(shared_out(problem.budget, state["error"]))

@@ -89,10 +89,6 @@ class LeastSquares:
         state["step"] += 1
         return {"forward": forward, "backward": 0}
 
-    def done(self, state: State) -> bool:
-        """After the last layer."""
-        return bool(state["step"] >= state["steps"])
-
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         """The candidate with refitted weights and biases."""
         return replace(candidate, tensors={**candidate.tensors, **state["tensors"]})

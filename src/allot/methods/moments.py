@@ -80,10 +80,6 @@ class OutputMoments:
         state["step"] += 1
         return {"forward": samples, "backward": 0}
 
-    def done(self, state: State) -> bool:
-        """After both passes."""
-        return bool(state["step"] >= state["steps"])
-
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         """The candidate with scaled rows and shifted biases."""
         tensors = dict(candidate.tensors)

@@ -76,10 +76,6 @@ class WeightMoments:
         state["step"] += 1
         return {"forward": 0, "backward": 0}
 
-    def done(self, state: State) -> bool:
-        """After the last layer."""
-        return bool(state["step"] >= state["steps"])
-
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         """The candidate with new weights."""
         return replace(candidate, tensors={**candidate.tensors, **state["tensors"]})
@@ -164,10 +160,6 @@ class Layerwise:
         every = [loss for some in losses.values() for loss in some]
         loss = total_number(sum(every)) / max(len(every), 1)
         return {"loss": loss, "forward": samples * (1 if dense else 2), "backward": 0}
-
-    def done(self, state: State) -> bool:
-        """After the last step."""
-        return bool(state["step"] >= state["steps"])
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         """The candidate with trained weights and biases."""

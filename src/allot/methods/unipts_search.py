@@ -55,7 +55,7 @@ from allot.methods.training.selection import Evidence, scored
 from allot.methods.training.trial import Trial, halves
 from allot.network.draws import generator, numbered
 from allot.run.calibration import Noisy
-from allot.run.problem import Candidate, Method, Metrics, Problem
+from allot.run.problem import Candidate, Method, Metrics, Problem, finished
 from allot.run.store import State
 
 EXCESS = 0.05  # the paper's, of all weights
@@ -165,10 +165,6 @@ class Search:
             self._skip(problem, state)
         return metrics | {"forward": metrics["forward"] + forward, "generation": generation}
 
-    def done(self, state: State) -> bool:
-        """After the last generation."""
-        return bool(state["step"] >= state["steps"])
-
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         """The candidate with the best allocation ever tried, not with the tensors of its trial."""
         if not self.tries:
@@ -199,7 +195,7 @@ class Search:
             metrics = method.step(train, candidate, state["inner"])
         except UsageError as error:  # the options that are missing are those of the start
             raise UsageError(f"{name}: {error}") from error
-        if method.done(state["inner"]):
+        if finished(state["inner"]):
             kept = method.finish(train, candidate, state.pop("inner")).allocation.kept
             state["starts"].append({"name": name, "kept": kept})
         return {key: metrics[key] for key in ("forward", "backward")}

@@ -17,7 +17,7 @@ from allot.export.files.latency_tables import tables_of
 from allot.export.timing.latency import Runtime, beside
 from allot.network.channels import ChannelPlan, slimmed
 from allot.run.driver import repeatable
-from allot.run.problem import Candidate, Metrics, Problem
+from allot.run.problem import Candidate, Metrics, Problem, finished
 from allot.run.store import State
 
 
@@ -41,7 +41,7 @@ class Held:
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
         """The counts as they were allocated."""
-        return {"step": 0, "steps": self.attempts, "kept": candidate.allocation.kept, "open": True, "best": {}}
+        return {"step": 0, "steps": self.attempts, "kept": candidate.allocation.kept, "best": {}}
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         """Time one net, and make the counts of the next one.
@@ -60,21 +60,15 @@ class Held:
         state["step"] += 1
         if found <= ceiling and found > best.get("time", 0):
             state["best"] = best = {"time": found, "kept": kept, "slow": slow}
-        state["open"] = state["step"] < self.attempts and not (1 - self.near) * ceiling <= found <= ceiling
-        if state["open"]:
-            nearer = budget.slowed(slow / (1 - self.near / 2)).counts(dict(candidate.allocation))
-            state["open"] = nearer != kept
-            state["kept"] = nearer
-        if not state["open"] and not best:
+        state["kept"] = budget.slowed(slow / (1 - self.near / 2)).counts(dict(candidate.allocation))
+        if (1 - self.near) * ceiling <= found <= ceiling or state["kept"] == kept:
+            state["steps"] = state["step"]
+        if finished(state) and not best:
             raise BudgetError(
                 f"latency={budget.asked['latency']}: nets timed: {state['step']}; the last one took {found:,} ns, "
                 f"{ceiling:,} are allowed. Allow more, or ask for channels in multiples (--pattern channels:8)."
             )
         return {"forward": 0, "backward": 0, **taken, "sparse": found}
-
-    def done(self, state: State) -> bool:
-        """When a net is near enough, or none can be nearer."""
-        return not state["open"]
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         """The candidate with the counts of the best net; how slow it was goes to the diagnostics, for `paced`."""

@@ -23,7 +23,7 @@ from allot.methods.training.selection import Selection
 from allot.processes import gathered, led
 from allot.pruning.assemble import Parts
 from allot.run.driver import drive, repeatable
-from allot.run.problem import Candidate, Method, Problem, Rule
+from allot.run.problem import Candidate, Method, Problem, Rule, finished
 from allot.run.store import read_run
 
 SHARE = 0.85  # of the time allowed that steps may take
@@ -111,7 +111,7 @@ def _seconds(method: Method, problem: Problem, candidate: Candidate, stage: str)
     with repeatable(problem.model, problem.seed, stage):
         state = method.init(problem, candidate)
         times: list[float] = []
-        while len(times) < TRIED and not method.done(state):
+        while len(times) < TRIED and not finished(state):
             started = time.perf_counter()
             method.step(problem, candidate, state)
             times.append(time.perf_counter() - started)

@@ -19,7 +19,7 @@ from torch import nn
 from allot.errors import Stopped
 from allot.network.draws import numbered, seeded
 from allot.processes import anyone, check_alike, led, processes
-from allot.run.problem import Candidate, Method, Metrics, Problem
+from allot.run.problem import Candidate, Method, Metrics, Problem, finished
 from allot.run.store import Log, Store
 
 
@@ -113,7 +113,7 @@ def _driven(
 
     if not saved:
         save()
-    while not method.done(state):
+    while not finished(state):
         if anyone(bool(should_stop and should_stop())):
             save()
             raise Stopped(f"stopped in stage {stage} after step {state['step']} of {state['steps']}")
@@ -128,9 +128,9 @@ def _driven(
         if time.monotonic() - last_saved > save_seconds:
             save()
             last_saved = time.monotonic()
-    finished = method.finish(problem, candidate, state)
+    better = method.finish(problem, candidate, state)
     log.seconds[stage] = before + time.monotonic() - started
-    return finished
+    return better
 
 
 @contextmanager

@@ -126,11 +126,21 @@ class Candidate:
         return cls(allocation, placed(state["masks"]), placed(state["tensors"]), channels, state["diagnostics"])
 
 
+def finished(state: State) -> bool:
+    """Whether a method has no step left: it counts `step` up to `steps`, and lowers `steps` where it ends early.
+
+    >>> finished({"step": 2, "steps": 3}), finished({"step": 3, "steps": 3})
+    (False, True)
+    """
+    return bool(state["step"] >= state["steps"])
+
+
 class Method(Protocol):
-    """One paper or baseline: a frozen value of hyperparameters and four functions.
+    """One paper or baseline: a frozen value of hyperparameters and three functions.
 
     A state is a dict of tensors, numbers and strings (nested dicts and lists allowed) that holds `step` and `steps`;
-    `step` works on it in place. Methods see no path, clock, progress bar or signal.
+    the function `step` works on it in place and counts `step` up. The run of a method ends when they are equal; one
+    that ends early lowers `steps`. Methods see no path, clock, progress bar or signal.
 
     Attributes:
         role: "allocate" or "repair".
@@ -155,10 +165,6 @@ class Method(Protocol):
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         """One step, in place; what happened, with `forward` and `backward`: samples pushed through any network."""
-        ...
-
-    def done(self, state: State) -> bool:
-        """Whether no step is left."""
         ...
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
@@ -198,10 +204,6 @@ class Rule:
         state["kept"] = problem.budget.counts(self.densities(problem))
         state["step"] = 1
         return {"forward": 0, "backward": 0, "kept": sum(state["kept"].values())}
-
-    def done(self, state: State) -> bool:
-        """After one step."""
-        return bool(state["step"] == 1)
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         """The candidate with the allocation."""

@@ -21,7 +21,7 @@ from allot.methods.training.selection import Selection
 from allot.network.call import call
 from allot.pruning.setup import pose
 from allot.run.driver import Progress, drive
-from allot.run.problem import Candidate, Method, Problem
+from allot.run.problem import Candidate, Method, Problem, finished
 from cli.command import MLP, SAMPLES, run
 from contract.cases import same
 from methods.layerwise.nets import NETS, TRANSFORMERS, Case, Encoder, words
@@ -138,10 +138,10 @@ def test_a_state_that_is_loaded_goes_on_to_the_same_bits(repair: str):
     method = Streamed(REPAIRS[repair], CPU)
     state = method.init(problem, candidate)
     for stop in (1, 5, 8):
-        while state["step"] < stop and not method.done(state):
+        while state["step"] < stop and not finished(state):
             method.step(problem, candidate, state)
         method, state = Streamed(REPAIRS[repair], CPU), reloaded(state)
-    while not method.done(state):
+    while not finished(state):
         method.step(problem, candidate, state)
     whole = drive(Streamed(REPAIRS[repair], CPU), problem, candidate)
     assert same(method.finish(problem, candidate, state), whole)

@@ -41,7 +41,7 @@ from allot.network.batch_norms import is_batch_norm
 from allot.network.call import call
 from allot.network.layers import Layer, Scope, places_of
 from allot.network.trees import tensors_in
-from allot.run.problem import Candidate, Method, Metrics, Problem
+from allot.run.problem import Candidate, Method, Metrics, Problem, finished
 from allot.run.store import State
 
 WAYS = ("passes", "result")
@@ -90,10 +90,6 @@ class Streamed:
             return {"forward": state["pushed"] // stream.size - before, "backward": 0, "again": again}
         metrics = stream.step(state)
         return {**metrics, "forward": state["pushed"] // stream.size - before, "backward": 0}
-
-    def done(self, state: State) -> bool:
-        """After the last step of the last block."""
-        return bool(state["step"] >= state["steps"])
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         """The candidate with the tensors of all blocks."""
@@ -175,15 +171,15 @@ class _Stream:
         state["step"] += 1
         state["lengths"][self.part] = state["inner"]["steps"]  # some learn in their first step what there is to do
         state["steps"] = sum(state["lengths"])
-        if self.method.done(state["inner"]):
+        if finished(state["inner"]):
             part, problem, candidate = self.posed
             candidate, self.posed = replace(candidate), None  # its masked weights make room
-            finished = self.method.finish(problem, candidate, state["inner"])
-            for name, value in finished.tensors.items():
+            better = self.method.finish(problem, candidate, state["inner"])
+            for name, value in better.tensors.items():
                 if name != FLAG and value is not candidate.tensors.get(name):
                     state["tensors"][part.outer(name)] = value.to(self.host)
             state["inner"] = {}
-            self._go_on(state, (part, problem, finished))
+            self._go_on(state, (part, problem, better))
             state["part"] = self.part
         return metrics
 
@@ -194,7 +190,7 @@ class _Stream:
             return
         posed = part, problem, candidate = self._posed(self.part, self.device, {})  # as it came to the method
         inner = self.method.init(problem, candidate)
-        while not self.method.done(inner):
+        while not finished(inner):
             self._step(state, posed, inner)
         self._go_on(state, (part, problem, self.method.finish(problem, candidate, inner)))
 

@@ -48,10 +48,6 @@ class Selection:
         state["step"] += 1
         return {"forward": evidence.forward, "backward": 0, "kept": kept}
 
-    def done(self, state: State) -> bool:
-        """After the last layer."""
-        return bool(state["step"] >= state["steps"])
-
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         """The candidate with masks."""
         if not state["channels"]:

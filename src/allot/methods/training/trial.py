@@ -22,7 +22,7 @@ from allot.methods.training.distillation import Training, distil
 from allot.methods.training.schedule import Schedule
 from allot.processes import each, processes
 from allot.run.driver import repeatable
-from allot.run.problem import Candidate, Method, Metrics, Problem
+from allot.run.problem import Candidate, Method, Metrics, Problem, finished
 from allot.run.store import State
 
 
@@ -95,7 +95,7 @@ class Trial:
         if stage <= len(self.statistics):
             method = self.statistics[stage - 1]
             metrics = method.step(train, candidate, inner)
-            if method.done(inner):
+            if finished(inner):
                 state |= {"stage": self._judging, "candidate": method.finish(train, candidate, inner).to_state()}
             return metrics
         k = len(state["losses"])
@@ -170,7 +170,7 @@ class Trial:
         elif state["stage"] < self._judging:
             method = self.statistics[state["stage"] - 1]
             state["inner"] = method.init(train, candidate)
-            if method.done(state["inner"]):
+            if finished(state["inner"]):
                 return self._advance(train, candidate, state)
         return None
 
