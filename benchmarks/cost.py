@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from allot import METHODS, Budget, Calibration, Unstructured
-from allot.pruning.prune import pose
+from allot.pruning.setup import pose
 from allot.run.driver import drive
 from allot.run.problem import Candidate
 from allot.sources import zoo

@@ -18,9 +18,8 @@ from torch import nn
 
 import allot
 from allot.errors import BudgetError, Stopped, UsageError
-from allot.pruning.assemble import Parts
 from allot.run.evaluate import Score
-from allot.run.problem import Method
+from allot.run.problem import Chain, Method
 from allot.run.store import flat, write
 from allot.sources.load import ModelSource, load_data
 from benchmarks.imagenet import recipes
@@ -218,7 +217,7 @@ def _measure(
     }
 
 
-def _watched(parts: Parts, table: Table, setting: Setting, bench: Bench) -> Parts:
+def _watched(parts: Chain, table: Table, setting: Setting, bench: Bench) -> Chain:
     """The parts, those that train weights scored after every epoch, on random crops where the table says so."""
     judge = Judge(bench.val, setting.workers)
     size = bench.source.example.shape[-1]

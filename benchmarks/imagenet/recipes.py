@@ -19,7 +19,8 @@ from allot.budget.budget import Budget
 from allot.cli.recipe import RecipeFile
 from allot.errors import UsageError, unknown
 from allot.methods import METHODS
-from allot.pruning.assemble import Parts, assemble
+from allot.pruning.assemble import assemble
+from allot.run.problem import Chain as PartsOfChain
 
 HERE = Path(__file__).parent
 Options = dict[str, dict[str, Any]]
@@ -219,7 +220,7 @@ def recipe(table: Table, cell: Cell, small: Small | None = None) -> RecipeFile:
     return RecipeFile.resolve(None, given, ())
 
 
-def parts(table: Table, cell: Cell, small: Small | None = None) -> Parts:
+def parts(table: Table, cell: Cell, small: Small | None = None) -> PartsOfChain:
     """The parts of a cell's chain.
 
     Raises:

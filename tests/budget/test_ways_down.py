@@ -16,7 +16,8 @@ from allot.budget.budget import Budget
 from allot.budget.costs import Term
 from allot.errors import BudgetError, PatternError
 from allot.network.layers import Rules, Scope
-from allot.pruning.prune import pose, prune
+from allot.pruning.prune import prune
+from allot.pruning.setup import pose
 from allot.run.patterns import NM, parse
 
 TERMS = (

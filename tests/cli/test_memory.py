@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from allot.cli import options as option
+from allot.cli.recipe import RecipeFile
 from allot.sources import load as sources
 from cli.command import MLP, SAMPLES, done, refused
 
@@ -24,7 +24,7 @@ def test_choices_reach_the_run_and_its_recipe():
     assert recipe["device"] == "cpu"
     run = json.loads(Path("RUN/run.json").read_text())
     assert run["configuration"]["compute"] == {"micro_batch": 4, "amp": "bf16"}
-    assert option.resolved({"recipe": Path("RUN/recipe.yaml"), "settings": ["compute.amp="]}).compute == {
+    assert RecipeFile.resolve(Path("RUN/recipe.yaml"), {}, ["compute.amp="]).compute == {
         name: value for name, value in recipe["compute"].items() if name != "amp"
     }
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from allot import methods
 from allot.budget.budget import Budget
 from allot.methods.training.selection import Selection
-from allot.pruning.prune import pose
+from allot.pruning.setup import pose
 from allot.run.calibration import Calibration
 from allot.run.driver import drive
 from allot.run.patterns import Channels, Unstructured

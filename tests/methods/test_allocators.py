@@ -15,7 +15,8 @@ from allot.errors import UsageError
 from allot.methods import METHODS
 from allot.methods.rules import global_magnitude
 from allot.network.layers import Rules
-from allot.pruning.prune import pose, prune
+from allot.pruning.prune import prune
+from allot.pruning.setup import pose
 from allot.run.driver import drive
 from allot.run.patterns import Unstructured
 from allot.run.problem import Candidate, Problem

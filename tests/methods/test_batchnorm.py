@@ -13,7 +13,7 @@ from allot.errors import UsageError
 from allot.methods import METHODS
 from allot.methods.training.selection import Selection
 from allot.network.layers import Layer
-from allot.pruning.prune import pose
+from allot.pruning.setup import pose
 from allot.run.calibration import Calibration
 from allot.run.driver import drive
 from allot.run.patterns import Unstructured

@@ -17,7 +17,7 @@ from allot.methods.distill import Distill
 from allot.methods.training.distillation import Training
 from allot.methods.training.schedule import Schedule
 from allot.methods.training.selection import Selection
-from allot.pruning.prune import pose
+from allot.pruning.setup import pose
 from allot.run.calibration import Calibration
 from allot.run.driver import drive
 from allot.run.patterns import NM, Pattern, Unstructured

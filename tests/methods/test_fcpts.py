@@ -24,7 +24,7 @@ from allot.methods.training.distillation import Training
 from allot.methods.training.schedule import Schedule
 from allot.methods.training.trial import Trial
 from allot.network.layers import Rules
-from allot.pruning.prune import pose
+from allot.pruning.setup import pose
 from allot.run.calibration import Calibration
 from allot.run.driver import Progress, drive
 from allot.run.patterns import NM, Unstructured

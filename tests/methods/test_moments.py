@@ -14,7 +14,8 @@ from allot.errors import UsageError
 from allot.methods import METHODS
 from allot.methods.moments import OutputMoments
 from allot.methods.training.selection import Selection
-from allot.pruning.prune import pose, prune
+from allot.pruning.prune import prune
+from allot.pruning.setup import pose
 from allot.run.calibration import Calibration
 from allot.run.driver import drive
 from allot.run.patterns import Unstructured

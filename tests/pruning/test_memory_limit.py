@@ -17,7 +17,7 @@ from allot.errors import Stopped, UsageError
 from allot.network.compute import Compute
 from allot.pruning import memory_limit as memory
 from allot.pruning.assemble import assemble
-from allot.pruning.memory_limit import Over, candidates, chosen, peak
+from allot.pruning.memory_limit import Over, candidates, choose_compute, peak
 from allot.pruning.setup import pose
 from allot.report.page import run_page
 
@@ -52,7 +52,7 @@ PARTS = assemble("fcpts")
 
 def needed(compute: Compute) -> int:
     """The peak with that choice."""
-    found = chosen(posed(compute), PARTS, 10**12, None)
+    found = choose_compute(posed(compute), PARTS, 10**12)
     assert found and found["tried"] == []
     return found["peak"]
 
@@ -81,7 +81,7 @@ def test_the_first_that_fits_is_taken(sizes: dict[str, int]):
     peaks = [sizes[str(choices)] for choices in order]
     assert peaks[1] < peaks[0] and peaks[2] < peaks[0] and peaks[-1] == min(peaks)
     for limit in sorted(peaks):
-        found = chosen(posed(), PARTS, limit, None)
+        found = choose_compute(posed(), PARTS, limit)
         assert found is not None
         first = next(i for i, used in enumerate(peaks) if used <= limit)
         assert (found["picked"], found["peak"], found["tried"]) == (order[first], peaks[first], order[:first])
@@ -90,16 +90,16 @@ def test_the_first_that_fits_is_taken(sizes: dict[str, int]):
 def test_what_nothing_fits_is_an_error_that_names_the_least(sizes: dict[str, int]):
     least = min(sizes.values())
     with pytest.raises(UsageError, match=r"the least .* takes is .* [kM]B, with micro_batch=1, checkpoint"):
-        chosen(posed(), PARTS, least - 1, None)
+        choose_compute(posed(), PARTS, least - 1)
     with pytest.raises(UsageError, match="max_memory=lots: a number of bytes, like 800MB or 6GB"):
-        chosen(posed(), PARTS, "lots", None)
+        choose_compute(posed(), PARTS, "lots")
 
 
 def test_what_does_not_train_has_nothing_to_choose(caplog: pytest.LogCaptureFixture):
-    found = chosen(posed(), assemble("erk"), "1MB", None)
+    found = choose_compute(posed(), assemble("erk"), "1MB")
     assert found and found["picked"] == {} and found["peak"] is None
     assert "nothing in this chain trains" in caplog.text
-    assert chosen(posed(), PARTS, None, None) is None
+    assert choose_compute(posed(), PARTS, None) is None
 
 
 def test_the_peak_of_tensors_is_what_is_alive_at_a_time():

@@ -13,7 +13,7 @@ import allot
 from allot.errors import Stopped, UsageError
 from allot.methods import METHODS
 from allot.methods.training.distillation import Training
-from allot.pruning.prune import pose
+from allot.pruning.setup import pose
 from allot.run.calibration import Calibration
 from allot.run.problem import Candidate
 

@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-from allot.cli import options as option
 from allot.cli.console import people, print_json, say
 from allot.cli.finished_run import recipe_of, report_of, runs_of, told_of
-from allot.cli.recipe import gallery
+from allot.cli.options import Json, takes
+from allot.cli.recipe import RecipeFile, gallery
 from allot.errors import UsageError, VerificationError, unknown
 from allot.export.certificate.certificate import place_of, verify
 from allot.export.export import EVERY, exported
@@ -26,19 +26,19 @@ from allot.sources.load import example_of, load_model
 LONGEST = 200  # characters of what a check says, in the one line of an error
 
 
+@takes("weights", "input")
 def verify_command(
+    wanted: RecipeFile,
     path: Annotated[Path, typer.Argument(metavar="RUN|FILE", help="a run directory or a file that allot wrote")],
     model: Annotated[
         str | None, typer.Option(metavar="MODEL", help="to ask exported files that hold tensors only, as in prune")
     ] = None,
-    weights: option.Weights = None,
-    shape: option.Shape = None,
     *,
-    as_json: option.Json = False,
+    as_json: Json = False,
 ) -> None:
     """Re-open, recount and certify; exit code 4 if anything differs from what was promised."""
-    asked_shape = option.resolved({"shape": shape}).input
-    found = verify(path, load_model(model, weights=weights, shape=asked_shape).model if model else None)
+    source = load_model(model, weights=wanted.weights, shape=wanted.input) if model else None
+    found = verify(path, source.model if source else None)
     if as_json:
         print_json(found)
     else:
@@ -52,22 +52,21 @@ def verify_command(
         raise VerificationError(f"{place_of(path, failed)}: {check}: promised {promised}, found {held}.")
 
 
+@takes("data", "input")
 def export_command(
+    wanted: RecipeFile,
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run directory")],
     to: Annotated[str, typer.Option(metavar="FORM", help=", ".join(EVERY))],
     out: Annotated[
         Path | None, typer.Option(metavar="PATH", help="of slim, openvino and hf a directory  [in RUN]")
     ] = None,
-    data: option.Data = None,
-    shape: option.Shape = None,
     *,
-    as_json: option.Json = False,
+    as_json: Json = False,
 ) -> None:
     """Write what a runtime reads, open it again, compare it with the run and time it beside the dense model."""
-    report, wanted = report_of(run), recipe_of(run)
-    asked_shape = option.resolved({"shape": shape}).input or wanted.input
-    source = load_model(str(wanted.model), weights=wanted.weights, shape=asked_shape)
-    example = example_of(source, data or wanted.data, skip_corrupt=wanted.skip_corrupt)
+    report, made = report_of(run), recipe_of(run)
+    source = load_model(str(made.model), weights=made.weights, shape=wanted.input or made.input)
+    example = example_of(source, wanted.data or made.data, skip_corrupt=made.skip_corrupt)
     if example is None:
         raise UsageError("no input to run the model on: give --input or --data.")
     row = exported(source.model, run, report, example, to, out)
@@ -84,7 +83,7 @@ def report_command(
         Path | None, typer.Option(metavar="FILE.html", help="the page  [RUN/report.html; of several: report.html]")
     ] = None,
     *,
-    as_json: option.Json = False,
+    as_json: Json = False,
 ) -> None:
     """Show one run, or several side by side, here and as one offline page."""
     runs = [run for path in runs for run in runs_of(path)]
@@ -108,7 +107,7 @@ def report_command(
 def recipes_command(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="a named recipe")] = None,
     *,
-    as_json: option.Json = False,
+    as_json: Json = False,
 ) -> None:
     """List the named recipes, or show one: `allot prune MODEL --recipe NAME` takes it."""
     known = {key: path.read_text() for key, path in gallery().items()}
@@ -126,7 +125,7 @@ def recipes_command(
 def methods_command(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="a method or recipe")] = None,
     *,
-    as_json: option.Json = False,
+    as_json: Json = False,
 ) -> None:
     """List the methods, or tell what one does, needs and cites, with its options."""
     if name in RECIPES and name not in METHODS:

@@ -14,9 +14,10 @@ import typer
 
 from allot.cli import inspect as verbs
 from allot.cli import measure as comparing
-from allot.cli import options as option
 from allot.cli.console import notes, people, print_json, progress, say, say_error
 from allot.cli.finished_run import report_of
+from allot.cli.options import CHAIN, LIMITS, READING, RULES, Json, takes
+from allot.cli.recipe import RecipeFile
 from allot.errors import AllotError, Stopped, UsageError, VerificationError
 from allot.export.files.formats import OWN
 from allot.export.timing.latency import Runtime, latency_of
@@ -55,46 +56,14 @@ def allot_command(
 
 
 @app.command("prune")
+@takes("model", "data", "budget", *CHAIN, "weights", "test", *RULES, *LIMITS, "seed", *READING, "input", file=True)
 def prune_command(
-    model: option.Model = None,
-    data: option.Data = None,
+    wanted: RecipeFile,
     out: Annotated[Path | None, typer.Option(metavar="RUN", help="run directory; an unfinished one goes on")] = None,
-    budget: option.Budget = None,
-    method: option.Method = None,
-    allocate: option.Allocate = None,
-    score: option.Score = None,
-    pattern: option.Pattern = None,
-    repair: option.Repair = None,
-    runtime: option.Runtime = None,
-    weights: option.Weights = None,
-    test: option.Test = None,
-    include: option.Include = None,
-    exclude: option.Exclude = None,
-    min_density: option.MinDensity = None,
-    max_density: option.MaxDensity = None,
-    floor: option.Floor = None,
-    max_minutes: option.MaxMinutes = None,
-    stream: option.Stream = None,
-    seed: option.Seed = None,
-    samples: option.Samples = None,
-    batch_size: option.BatchSize = None,
-    workers: option.Workers = None,
-    skip_corrupt: option.SkipCorrupt = None,
-    device: option.Device = None,
-    max_memory: option.MaxMemory = None,
-    micro_batch: option.MicroBatch = None,
-    checkpoint: option.Checkpoint = None,
-    amp: option.Amp = None,
-    channels_last: option.ChannelsLast = None,
-    compile: option.Compile = None,  # noqa: A002 - what torch calls it
-    shape: option.Shape = None,
-    recipe: option.RecipePath = None,
-    settings: option.Settings = None,
     *,
-    as_json: option.Json = False,
+    as_json: Json = False,
 ) -> None:
     """Prune MODEL to a budget and write a run directory; resumes if RUN is unfinished."""
-    wanted = option.resolved(locals())
     if out is None:
         raise UsageError("no place for the run: give --out RUN.")
     if wanted.model is None:
@@ -147,32 +116,18 @@ app.command("advise")(comparing.advise_command)
 
 
 @app.command("plan")
+@takes(
+    "model", "budget", "method", "allocate", "pattern", "runtime", "weights", "data", *RULES, "seed", "input", file=True
+)
 def plan_command(
-    model: option.Model = None,
-    budget: option.Budget = None,
-    method: option.Method = None,
-    allocate: option.Allocate = None,
-    pattern: option.Pattern = None,
-    runtime: option.Runtime = None,
-    weights: option.Weights = None,
-    data: option.Data = None,
-    include: option.Include = None,
-    exclude: option.Exclude = None,
-    min_density: option.MinDensity = None,
-    max_density: option.MaxDensity = None,
-    floor: option.Floor = None,
-    seed: option.Seed = None,
-    shape: option.Shape = None,
-    recipe: option.RecipePath = None,
-    settings: option.Settings = None,
+    wanted: RecipeFile,
     save: Annotated[
         Path | None, typer.Option(metavar="FILE.json", help="write the allocation, to edit and replay")
     ] = None,
     *,
-    as_json: option.Json = False,
+    as_json: Json = False,
 ) -> None:
     """Show how the budget would be shared out over the layers; needs no data."""
-    wanted = option.resolved(locals())
     if wanted.model is None:
         raise UsageError(f"no MODEL: {MODEL_FORMS} is accepted.")
     asked_budget = wanted.parsed_budget()

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from allot.cli import options as option
 from allot.cli.console import people, print_json, progress, say
 from allot.cli.finished_run import recipe_of
+from allot.cli.options import LIMITS, READING, Json, takes
 from allot.cli.recipe import RecipeFile
 from allot.errors import UsageError
 from allot.export.timing.latency import Runtime
@@ -25,9 +25,9 @@ from allot.sources.load import DATA_FORMS, MODEL_FORMS, example_of, load_data, l
 from allot.sources.origins import ModelSource
 
 
+@takes("model", "data", "pattern", "repair", "score", "weights", "test", *READING, *LIMITS, "input", file=True)
 def sweep_command(
-    model: option.Model = None,
-    data: option.Data = None,
+    wanted: RecipeFile,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="a run for each cell, and the comparison")] = None,
     budget: Annotated[
         list[str] | None,
@@ -37,35 +37,12 @@ def sweep_command(
     ] = None,
     method: Annotated[str | None, typer.Option(metavar="NAMES", help="recipes, joined with commas  [erk]")] = None,
     seeds: Annotated[int, typer.Option(metavar="N", min=1, help="each cell with seeds 0 to N - 1")] = 3,
-    pattern: option.Pattern = None,
-    repair: option.Repair = None,
-    score: option.Score = None,
-    weights: option.Weights = None,
-    test: option.Test = None,
-    samples: option.Samples = None,
-    batch_size: option.BatchSize = None,
-    workers: option.Workers = None,
-    skip_corrupt: option.SkipCorrupt = None,
-    max_minutes: option.MaxMinutes = None,
-    stream: option.Stream = None,
-    device: option.Device = None,
-    max_memory: option.MaxMemory = None,
-    micro_batch: option.MicroBatch = None,
-    checkpoint: option.Checkpoint = None,
-    amp: option.Amp = None,
-    channels_last: option.ChannelsLast = None,
-    compile: option.Compile = None,  # noqa: A002 - what torch calls it
-    shape: option.Shape = None,
-    recipe: option.RecipePath = None,
-    settings: option.Settings = None,
     *,
-    as_json: option.Json = False,
+    as_json: Json = False,
 ) -> None:
     """Prune MODEL by every method to every budget with several seeds; goes on where it was stopped."""
-    given = dict(locals())
-    budgets = budgets_of(given.pop("budget") or ())
-    methods = [name.strip() for name in (given.pop("method") or "erk").split(",")]
-    wanted = option.resolved(given)
+    budgets = budgets_of(budget or ())
+    methods = [name.strip() for name in (method or "erk").split(",")]
     if out is None or wanted.model is None or not budgets:
         raise UsageError("a sweep needs MODEL, --budget KIND=LIMITS and --out DIR.")
     source, calibration = loaded(wanted.model, wanted)
@@ -87,19 +64,15 @@ def sweep_command(
     say(f"comparison: {out / 'report.html'}   as data: {out / 'results.json'}")
 
 
+@takes("model", "data", "runtime", "weights", "input")
 def advise_command(
-    model: option.Model = None,
-    data: option.Data = None,
+    wanted: RecipeFile,
     out: Annotated[Path, typer.Option(metavar="FILE.html", help="the page with the curves")] = Path("advice.html"),
     pattern: Annotated[str, typer.Option(metavar="PATTERN", help="in what multiples channels go")] = "channels:8",
-    runtime: option.Runtime = None,
-    weights: option.Weights = None,
-    shape: option.Shape = None,
     *,
-    as_json: option.Json = False,
+    as_json: Json = False,
 ) -> None:
     """Measure layers of MODEL here, and say which sparsity pays on this machine, if any."""
-    wanted = option.resolved({"model": model, "data": data, "weights": weights, "shape": shape})
     if wanted.model is None:
         raise UsageError(f"no MODEL: {MODEL_FORMS} is accepted.")
     source = load_model(wanted.model, weights=wanted.weights, shape=wanted.input)
@@ -111,7 +84,7 @@ def advise_command(
             source.model,
             example,
             pattern=pattern,
-            runtime=Runtime.parse(runtime),
+            runtime=Runtime.parse(wanted.runtime),
             label=wanted.model,
             data=wanted.data or "DATA",
             on_step=lambda done, of: on_step(Step("measure", done, of, {})),
@@ -125,37 +98,33 @@ def advise_command(
     say(f"page: {out}")
 
 
+@takes("data", "weights", "device", "input", "workers", "skip_corrupt")
 def evaluate_command(
+    wanted: RecipeFile,
     target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help=f"a run directory, or {MODEL_FORMS}")],
-    data: option.Data = None,
     split: Annotated[str, typer.Option(help="of zoo data: test, validation or calibration")] = "test",
-    weights: option.Weights = None,
-    device: option.Device = None,
-    shape: option.Shape = None,
-    workers: option.Workers = None,
-    skip_corrupt: option.SkipCorrupt = None,
     *,
-    as_json: option.Json = False,
+    as_json: Json = False,
 ) -> None:
     """Score a run or a model on labelled data, or a causal language model on text."""
-    asked_shape = option.resolved({"shape": shape}).input
+    data, workers, skip_corrupt = wanted.data, wanted.workers, wanted.skip_corrupt
     if Path(target).is_dir():
-        if weights:
+        if wanted.weights:
             raise UsageError(f"{target} has its own weights: leave --weights out, or name a MODEL.")
-        wanted = recipe_of(Path(target))
-        own = str(Path(target) / "model.safetensors")
-        source = load_model(str(wanted.model), weights=own, shape=asked_shape or wanted.input, device=device)
-        workers, skip_corrupt = workers or wanted.workers, skip_corrupt or wanted.skip_corrupt
-        data = data or wanted.test or (wanted.data if (wanted.data or "").startswith("zoo:") else None)
+        made = recipe_of(Path(target))
+        pruned = str(Path(target) / "model.safetensors")
+        source = load_model(str(made.model), weights=pruned, shape=wanted.input or made.input, device=wanted.device)
+        workers, skip_corrupt = workers or made.workers, skip_corrupt or made.skip_corrupt
+        data = data or made.test or (made.data if (made.data or "").startswith("zoo:") else None)
     else:
-        source = load_model(target, weights=weights, shape=asked_shape, device=device)
+        source = load_model(target, weights=wanted.weights, shape=wanted.input, device=wanted.device)
     if data is None:
         raise UsageError(f"no data to score on: give --data {DATA_FORMS}.")
     with progress() as on_step:
         score = evaluate(
             source.model,
-            load_data(data, source, split=split, skip_corrupt=bool(skip_corrupt)),
-            workers=workers or 0,
+            load_data(data, source, split=split, skip_corrupt=skip_corrupt),
+            workers=workers,
             on_batch=lambda done, total: on_step(Step("evaluate", done, total or done, {})),
         )
     if as_json:

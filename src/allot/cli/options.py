@@ -1,153 +1,74 @@
-"""The options that several verbs share, each with the words that `--help` says about it."""
+"""Options of the verbs, made from the fields of `RecipeFile`: each is declared there, and nowhere else."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from allot.cli.recipe import RecipeFile
-from allot.sources.load import DATA_FORMS, MODEL_FORMS
+from allot.cli.recipe import COMPUTE, Option, RecipeFile
 
-Model = Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_FORMS)]
-Weights = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE",
-        help="safetensors, or a .pt with tensors only; or default (what torchvision, timm and hf do without this) "
-        "or random",
-    ),
-]
-Data = Annotated[str | None, typer.Option(metavar="DATA", help=DATA_FORMS)]
-Budget = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--budget",
-        metavar="KIND=LIMIT",
-        help="sparsity=0.9, params=20k, macs=50%, bytes=3MB, latency=5ms; several: repeat or join with commas",
-    ),
-]
-Method = Annotated[
-    str | None, typer.Option("--method", metavar="NAME", help="recipe to start from: see `allot methods`  [erk]")
-]
-Allocate = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME|FILE", help="allocator, an allocation.json, or a RUN to take it from  [that of --method]"
-    ),
-]
-Pattern = Annotated[
-    str | None,
-    typer.Option(metavar="PATTERN", help="unstructured, N:M like 2:4, channels, or channels:8  [unstructured]"),
-]
-Score = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="magnitude, lamp, wanda or random; of channels magnitude, scale, taylor or random  [magnitude]",
-    ),
-]
-Repair = Annotated[
-    str | None,
-    typer.Option(metavar="NAMES", help="repairs in order, joined with commas; none for none  [those of --method]"),
-]
-Runtime = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="what latency is measured in: onnx or torch; onnx:64 for 64 samples at a time  [onnx where installed]",
-    ),
-]
-Test = Annotated[
-    str | None,
-    typer.Option(metavar="DATA", help="labelled data for the score before and after  [test split of zoo data]"),
-]
-Samples = Annotated[int | None, typer.Option(metavar="N", help="calibration samples used  [512]")]
-BatchSize = Annotated[int | None, typer.Option(metavar="N", help="calibration samples at a time  [64]")]
-Workers = Annotated[
-    int | None, typer.Option(metavar="N", help="threads that read samples ahead, the same ones in the same order  [0]")
-]
-SkipCorrupt = Annotated[
-    bool | None,
-    typer.Option("--skip-corrupt", help="leave samples out that cannot be read, and say which  [an error]"),
-]
-Include = Annotated[
-    list[str] | None,
-    typer.Option(metavar="LAYERS", help="only layers that match: glob, or regular expression after re:  [all]"),
-]
-Exclude = Annotated[
-    list[str] | None, typer.Option(metavar="LAYERS", help="layers that stay dense: glob, or re:...  [none]")
-]
-MinDensity = Annotated[
-    list[str] | None, typer.Option(metavar="LAYERS=D", help="fewest weights a layer keeps, as a share from 0 to 1")
-]
-MaxDensity = Annotated[
-    list[str] | None, typer.Option(metavar="LAYERS=D", help="most weights a layer keeps, as a share from 0 to 1")
-]
-Floor = Annotated[
-    str | None,
-    typer.Option(metavar="N", help="what every layer keeps: weights (1), per row (1/row) or a share (5%)  [1]"),
-]
-MaxMinutes = Annotated[
-    float | None, typer.Option(metavar="M", help="cut training to what fits, from what steps take here")
-]
-Stream = Annotated[
-    str | None,
-    typer.Option(
-        metavar="DEVICE",
-        help="where layer-wise repairs have one block of the model at a time, like cuda; it stays on the host  [whole]",
-    ),
-]
-Device = Annotated[
-    str | None, typer.Option(metavar="DEVICE", help="where the model runs: cpu, cuda, cuda:1 or mps  [cpu]")
-]
-MaxMemory = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SIZE",
-        help="6GB: what a step of training may take; --checkpoint and --micro-batch are picked so that it does",
-    ),
-]
-MicroBatch = Annotated[
-    int | None, typer.Option(metavar="N", help="samples whose activations are kept at a time  [the whole batch]")
-]
-Checkpoint = Annotated[
-    bool | None, typer.Option("--checkpoint", help="compute activations again instead of keeping them: exact, slower")
-]
-Amp = Annotated[str | None, typer.Option(metavar="TYPE", help="train in bf16 or fp16; weights stay float32  [no]")]
-ChannelsLast = Annotated[
-    bool | None, typer.Option("--channels-last", help="lay images out with channels last, for convolutions")
-]
-Compile = Annotated[bool | None, typer.Option("--compile", help="train with torch.compile")]
-Seed = Annotated[int | None, typer.Option(metavar="N", help="decides every draw  [0]")]
-Shape = Annotated[
-    str | None,
-    typer.Option(
-        "--input",
-        metavar="C,H,W",
-        help="shape of one input, without the batch; tokens of a text  [what the origin says]",
-    ),
-]
-RecipePath = Annotated[
+Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
+_FILE = Annotated[
     Path | None,
     typer.Option(
         "--recipe", metavar="FILE.yaml|NAME", help="the same as these options, in a file; or see `allot recipes`"
     ),
 ]
-Settings = Annotated[
+_SETTINGS = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="override one key of the recipe; repeatable")
 ]
-Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
+CHAIN = ("method", "allocate", "score", "pattern", "repair", "runtime")
+RULES = ("include", "exclude", "min_density", "max_density", "floor")
+READING = ("samples", "batch_size", "workers", "skip_corrupt")
+LIMITS = ("max_minutes", "stream", "device", "max_memory", *COMPUTE)
 
 
-COMPUTE = ("micro_batch", "amp", "channels_last", "compile", "checkpoint")
+def takes(*keys: str, file: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator of commands: these keys of a recipe become options, and the recipe the first argument.
+
+    Args:
+        keys: fields of `RecipeFile`, or choices of `COMPUTE`; `model` is a positional argument.
+        file: whether the command also takes `--recipe` and `--set`.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        def run(**arguments: Any) -> None:
+            given = {key: arguments.pop(key) for key in keys}
+            path, settings = arguments.pop("recipe", None), arguments.pop("settings", None)
+            compute = [f"compute.{key}={given[key]}" for key in COMPUTE.keys() & keys if given[key] is not None]
+            fields = {key: value for key, value in given.items() if key not in COMPUTE}
+            command(RecipeFile.resolve(path, fields, [*compute, *(settings or ())]), **arguments)
+
+        own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+        parameters = [_parameter(key, _annotation(key)) for key in keys]
+        if file:
+            parameters += [_parameter("recipe", _FILE), _parameter("settings", _SETTINGS)]
+        parameters += [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return run
+
+    return decorate
 
 
-def resolved(given: dict[str, Any]) -> RecipeFile:
-    """The recipe that a command's arguments, its recipe file and its settings make together."""
-    names = {"shape": "input"}
-    keys = set(RecipeFile.model_fields) | set(names)
-    chosen = {names.get(key, key): value for key, value in given.items() if key in keys}
-    compute = [f"compute.{name}={given[name]}" for name in COMPUTE if given.get(name) is not None]
-    return RecipeFile.resolve(given.get("recipe"), chosen, [*compute, *(given.get("settings") or ())])
+def _parameter(name: str, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _annotation(key: str) -> Any:
+    option = COMPUTE[key] if key in COMPUTE else _declared(key)
+    if key == "model":
+        return Annotated[str | None, typer.Argument(metavar=option.metavar, help=option.help)]
+    flag = "--" + key.replace("_", "-")
+    if option.kind is bool:
+        return Annotated[bool | None, typer.Option(flag, help=option.help)]
+    return Annotated[option.kind | None, typer.Option(flag, metavar=option.metavar, help=option.help)]
+
+
+def _declared(key: str) -> Option:
+    return next(entry for entry in RecipeFile.model_fields[key].metadata if isinstance(entry, Option))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,41 +16,123 @@ from allot.budget.units import memory
 from allot.errors import UsageError, unknown
 from allot.network.compute import Compute
 from allot.network.layers import Rules
+from allot.sources.load import DATA_FORMS, MODEL_FORMS
+
+
+@dataclass(frozen=True)
+class Option:
+    """How a key of a recipe is given on the command line: what `--help` says, the name of its value, and its type."""
+
+    help: str
+    metavar: str = ""
+    kind: Any = str
+
+
+COMPUTE = {  # choices of `Compute`, as options
+    "micro_batch": Option("samples whose activations are kept at a time  [the whole batch]", "N", int),
+    "checkpoint": Option("compute activations again instead of keeping them: exact, slower", kind=bool),
+    "amp": Option("train in bf16 or fp16; weights stay float32  [no]", "TYPE"),
+    "channels_last": Option("lay images out with channels last, for convolutions", kind=bool),
+    "compile": Option("train with torch.compile", kind=bool),
+}
 
 
 class RecipeFile(BaseModel):
-    """Everything that decides a run. Unknown keys are errors."""
+    """Everything that decides a run, and the options of the command line. Unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: str | None = None
-    weights: str | None = None
-    data: str | None = None
-    test: str | None = None
-    input: tuple[Annotated[int, Field(gt=0)], ...] | None = None
-    budget: tuple[str, ...] = ()
-    method: str = "erk"
-    allocate: str | None = None
-    score: str | None = None
-    pattern: str | None = None
-    repair: str | None = None
-    runtime: str | None = None
+    model: Annotated[str | None, Option(MODEL_FORMS, "MODEL")] = None
+    weights: Annotated[
+        str | None,
+        Option(
+            "safetensors, or a .pt with tensors only; or default (what torchvision, timm and hf do without this) "
+            "or random",
+            "FILE",
+        ),
+    ] = None
+    data: Annotated[str | None, Option(DATA_FORMS, "DATA")] = None
+    test: Annotated[
+        str | None, Option("labelled data for the score before and after  [test split of zoo data]", "DATA")
+    ] = None
+    input: Annotated[
+        tuple[Annotated[int, Field(gt=0)], ...] | None,
+        Option("shape of one input, without the batch; tokens of a text  [what the origin says]", "C,H,W"),
+    ] = None
+    budget: Annotated[
+        tuple[str, ...],
+        Option(
+            "sparsity=0.9, params=20k, macs=50%, bytes=3MB, latency=5ms; several: repeat or join with commas",
+            "KIND=LIMIT",
+            list[str],
+        ),
+    ] = ()
+    method: Annotated[str, Option("recipe to start from: see `allot methods`  [erk]", "NAME")] = "erk"
+    allocate: Annotated[
+        str | None, Option("allocator, an allocation.json, or a RUN to take it from  [that of --method]", "NAME|FILE")
+    ] = None
+    score: Annotated[
+        str | None,
+        Option("magnitude, lamp, wanda or random; of channels magnitude, scale, taylor or random  [magnitude]", "NAME"),
+    ] = None
+    pattern: Annotated[
+        str | None, Option("unstructured, N:M like 2:4, channels, or channels:8  [unstructured]", "PATTERN")
+    ] = None
+    repair: Annotated[
+        str | None, Option("repairs in order, joined with commas; none for none  [those of --method]", "NAMES")
+    ] = None
+    runtime: Annotated[
+        str | None,
+        Option(
+            "what latency is measured in: onnx or torch; onnx:64 for 64 samples at a time  [onnx where installed]",
+            "NAME",
+        ),
+    ] = None
     options: dict[str, dict[str, Any]] = {}
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    min_density: dict[str, float] = {}
-    max_density: dict[str, float] = {}
-    floor: int | str = 1
-    seed: int = 0
-    samples: int = 512
-    batch_size: int = 64
-    workers: Annotated[int, Field(ge=0)] = 0
-    skip_corrupt: bool = False
-    max_minutes: Annotated[float, Field(gt=0)] | None = None
-    stream: str | None = None
+    include: Annotated[
+        tuple[str, ...],
+        Option("only layers that match: glob, or regular expression after re:  [all]", "LAYERS", list[str]),
+    ] = ()
+    exclude: Annotated[
+        tuple[str, ...], Option("layers that stay dense: glob, or re:...  [none]", "LAYERS", list[str])
+    ] = ()
+    min_density: Annotated[
+        dict[str, float], Option("fewest weights a layer keeps, as a share from 0 to 1", "LAYERS=D", list[str])
+    ] = {}
+    max_density: Annotated[
+        dict[str, float], Option("most weights a layer keeps, as a share from 0 to 1", "LAYERS=D", list[str])
+    ] = {}
+    floor: Annotated[
+        int | str, Option("what every layer keeps: weights (1), per row (1/row) or a share (5%)  [1]", "N")
+    ] = 1
+    seed: Annotated[int, Option("decides every draw  [0]", "N", int)] = 0
+    samples: Annotated[int, Option("calibration samples used  [512]", "N", int)] = 512
+    batch_size: Annotated[int, Option("calibration samples at a time  [64]", "N", int)] = 64
+    workers: Annotated[
+        int, Field(ge=0), Option("threads that read samples ahead, the same ones in the same order  [0]", "N", int)
+    ] = 0
+    skip_corrupt: Annotated[
+        bool, Option("leave samples out that cannot be read, and say which  [an error]", kind=bool)
+    ] = False
+    max_minutes: Annotated[
+        Annotated[float, Field(gt=0)] | None,
+        Option("cut training to what fits, from what steps take here", "M", float),
+    ] = None
+    stream: Annotated[
+        str | None,
+        Option(
+            "where layer-wise repairs have one block of the model at a time, like cuda; it stays on the host  [whole]",
+            "DEVICE",
+        ),
+    ] = None
     compute: dict[str, Any] = {}
-    max_memory: int | str | None = None
-    device: str | None = None
+    max_memory: Annotated[
+        int | str | None,
+        Option(
+            "6GB: what a step of training may take; --checkpoint and --micro-batch are picked so that it does", "SIZE"
+        ),
+    ] = None
+    device: Annotated[str | None, Option("where the model runs: cpu, cuda, cuda:1 or mps  [cpu]", "DEVICE")] = None
 
     @field_validator("compute")
     @classmethod

@@ -16,7 +16,10 @@ from allot.methods.training.schedule import Schedule
 from allot.methods.training.trial import Trial
 from allot.methods.unipts import Unipts
 from allot.methods.unipts_search import EXCESS, Search, equal_counts
-from allot.run.problem import Method, Recipe, Rule
+from allot.run.problem import Method, Rule
+from allot.run.recipes import RECIPES
+
+__all__ = ["METHODS", "RECIPES"]
 
 METHODS: dict[str, Method] = {
     # allocate: how much each layer keeps
@@ -64,18 +67,4 @@ METHODS: dict[str, Method] = {
     "lstsq": LeastSquares(),
     "distill": Distill(),
     "unipts": Unipts(),
-}
-
-RECIPES: dict[str, Recipe] = {
-    "fcpts": Recipe("fcpts", repair=("bn",)),
-    "fcpts-paper": Recipe("fcpts-paper", repair=("bn",)),
-    "unipts": Recipe("unipts-search", repair=("unipts", "bn")),
-    "unipts-paper": Recipe("unipts-paper", repair=("unipts", "bn")),
-    "dsa": Recipe("dsa", score="scale", pattern="channels", repair=("lstsq", "distill", "bn")),
-    "pot": Recipe("global-normalised", repair=("weight-moments", "layerwise", "bn", "bias")),
-    "uniform": Recipe("uniform", repair=("bn", "variance")),
-    "erk": Recipe("erk", repair=("bn", "variance")),
-    "lamp": Recipe("lamp", repair=("bn", "variance")),
-    "global": Recipe("global", repair=("bn", "variance")),
-    "global-normalised": Recipe("global-normalised", repair=("bn", "variance")),
 }

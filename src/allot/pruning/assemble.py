@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
+import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -20,20 +18,9 @@ from allot.methods.rules import Given
 from allot.methods.training.selection import Selection
 from allot.run import patterns
 from allot.run.patterns import Pattern
-from allot.run.problem import Candidate, Method, Problem, Recipe, Rule
+from allot.run.problem import Candidate, Chain, Method, Problem, Rule
+from allot.run.recipes import Recipe
 from allot.run.scores import CHANNEL_SCORES, SCORES, ChannelScore, WeightScore
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The parts of a chain, found: what to allocate, score, structure and repair with, and their names."""
-
-    allocate: Method
-    score: WeightScore | ChannelScore
-    pattern: Pattern
-    repair: tuple[Method, ...]
-    names: Recipe
-    method: str
 
 
 def assemble(
@@ -44,7 +31,7 @@ def assemble(
     pattern: str | Pattern | None = None,
     repair: str | Sequence[str | Method] | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
-) -> Parts:
+) -> Chain:
     """A recipe with parts replaced, as values.
 
     Args:
@@ -88,17 +75,23 @@ def assemble(
         str(structure),
         tuple(_name(part) for part in repairs),
     )
-    return Parts(
+    return Chain(
         chosen,
         scores[score] if isinstance(score, str) else score,
         structure,
         found,
         names,
         method if names.allocate == recipe.allocate else names.allocate,
+        _summary(METHODS[names.allocate]) if names.allocate in METHODS else "",
     )
 
 
-def streamed(parts: Parts, problem: Problem, device: str | torch.device) -> Parts:
+def _summary(method: Any) -> str:
+    described = method.densities if isinstance(method, Rule) else type(method)
+    return (inspect.getdoc(described) or "").partition("\n")[0]
+
+
+def streamed(parts: Chain, problem: Problem, device: str | torch.device) -> Chain:
     """The chain with one block of the model at a time on the device, for whatever looks at inputs.
 
     Raises:
@@ -259,20 +252,3 @@ def _name(part: str | Method | Mapping[str, float]) -> str:
     inner: Any = part.densities if isinstance(part, Rule) else part
     own = getattr(inner, "__name__", type(inner).__name__)
     return next((name for name, method in METHODS.items() if method == part), own)
-
-
-def settings(value: Any) -> Any:
-    """Hyperparameters as JSON: dataclasses by type and field, a user's functions by name and code."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {"type": type(value).__qualname__, **{f.name: settings(getattr(value, f.name)) for f in fields(value)}}
-    if isinstance(value, Mapping):
-        return {str(key): settings(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [settings(item) for item in value]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, FunctionType) and not value.__module__.startswith("allot."):
-        inside = (value.__code__.co_code, value.__code__.co_consts, [c.cell_contents for c in value.__closure__ or ()])
-        digest = hashlib.sha256(re.sub(r" at 0x\w+", "", repr(inside)).encode()).hexdigest()[:8]
-        return f"{value.__module__}.{value.__qualname__}#{digest}"
-    return getattr(value, "__name__", None) or re.sub(r" at 0x\w+", "", repr(value))

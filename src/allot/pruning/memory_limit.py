@@ -19,7 +19,6 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,20 +35,20 @@ from allot.network.batch_norms import is_batch_norm
 from allot.network.checkpointing import blocks_of
 from allot.network.compute import Compute
 from allot.processes import processes
-from allot.pruning.assemble import Parts
 from allot.run.driver import drive, repeatable
-from allot.run.problem import Candidate, Problem, Rule
-from allot.run.store import read_run
+from allot.run.problem import Candidate, Chain, Problem, Rule
 
 log = logging.getLogger("allot")
 
 
-def chosen(problem: Problem, parts: Parts, given: int | str | None, run: str | Path | None) -> dict[str, Any] | None:
-    """What is chosen so that training fits into a limit; as the run began, where it did. None without a limit.
+def choose_compute(
+    problem: Problem, chain: Chain, given: int | str | None, earlier: Mapping[str, Any] | None = None
+) -> dict[str, Any] | None:
+    """What is chosen so that training fits into a limit, None without one; a resumed run keeps what it began with.
 
     Args:
         given: the limit, in bytes or like "6GB".
-        run: its directory.
+        earlier: what the run began with, None for a new run.
     Returns:
         `{"limit", "asked", "picked", "peak", "tried"}`: bytes; choices of `Compute` that differ from the defaults, as
         they were asked for and as they are now; the peak in bytes, None where nothing trains; and what was tried
@@ -60,13 +59,11 @@ def chosen(problem: Problem, parts: Parts, given: int | str | None, run: str | P
     if given is None:
         return None
     limit, asked = memory("max_memory", given), problem.compute.to_json()
-    if run and (Path(run) / "run.json").exists():
-        earlier = read_run(run).get("memory")
-        if earlier and (earlier["limit"], earlier["asked"]) == (limit, asked):
-            return _told(dict(earlier))
+    if earlier and (earlier["limit"], earlier["asked"]) == (limit, asked):
+        return _told(dict(earlier))
     found: dict[str, Any] = {"limit": limit, "asked": asked, "picked": asked, "peak": None, "tried": []}
     trainings = {
-        (t.loss, t.blocks, str(t.outputs)): t for part in (parts.allocate, *parts.repair) for t in _within(part)
+        (t.loss, t.blocks, str(t.outputs)): t for part in (chain.allocate, *chain.repair) for t in _within(part)
     }
     if not trainings:
         return _told(found)
@@ -86,9 +83,9 @@ def chosen(problem: Problem, parts: Parts, given: int | str | None, run: str | P
     )
 
 
-def tell_unused(problem: Problem, parts: Parts) -> None:
+def warn_of_unused(problem: Problem, chain: Chain) -> None:
     """Say so where choices were made and nothing in the chain trains."""
-    if problem.compute.to_json() and not any(True for part in (parts.allocate, *parts.repair) for _ in _within(part)):
+    if problem.compute.to_json() and not any(True for part in (chain.allocate, *chain.repair) for _ in _within(part)):
         log.warning("%s: nothing in this chain trains through the whole net and uses that.", _words(problem.compute))
 
 

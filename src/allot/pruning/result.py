@@ -7,7 +7,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from allot.network.layers import plain_state
 from allot.report.data import report
 from allot.report.exports import add_export, exports_of
 from allot.report.page import write_run
-from allot.run.problem import Candidate, Problem, Recipe
+from allot.run.problem import Candidate, Problem
+from allot.run.recipes import Recipe
 from allot.run.store import Log, write
 
 log = logging.getLogger("allot")
@@ -47,6 +48,7 @@ class Result:
         scores: `{"metric", "dense", "sparse"}` on held-out data, or None.
         latency: milliseconds allowed, foretold and measured, where time was limited.
         directory: the run directory, if the run was saved.
+        summary: what the allocator does, in a sentence; empty of a user's own.
     Raises:
         BudgetError: the recounted masks or weights break the budget or their allocation.
     """
@@ -59,7 +61,8 @@ class Result:
     label: str
     scores: Mapping[str, Any] | None = None
     latency: Mapping[str, Any] | None = None
-    directory: Path | None = field(default=None)
+    directory: Path | None = None
+    summary: str = ""
 
     def __repr__(self) -> str:
         return f"Result({self.label}: {self.method}, {self.problem.budget.to_json()}, {self.allocation})"
@@ -183,21 +186,7 @@ class Result:
 
     def report(self) -> dict[str, Any]:
         """Everything a report shows, as data."""
-        told = self._report()
-        return {**told, "exports": exports_of(self.directory)}
-
-    def _report(self) -> dict[str, Any]:
-        return report(
-            self.problem,
-            self.candidate,
-            self.log,
-            self.names,
-            self.label,
-            self.method,
-            self.scores,
-            self.latency,
-            self.directory,
-        )
+        return {**report(self), "exports": exports_of(self.directory)}
 
     def save(self, directory: str | Path) -> dict[str, Any]:
         """Write model files, allocation.json, certificate.json, report.json and report.html; returns the certificate.
@@ -222,7 +211,7 @@ class Result:
         certified = certificate.certify(directory, budget.sizes(kept), kept)
         write_json(directory / "certificate.json", certified)
         object.__setattr__(self, "directory", directory)
-        told = self._report()
+        told = report(self)
         write_json(directory / "report.json", sealed(told))
         if not certified["passed"]:
             failed = next(row for row in certified["rows"] if not row["passed"])

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
@@ -15,21 +19,62 @@ from allot.budget.budget import Budget
 from allot.budget.channels import ChannelBudget, Dimension, Extent, channel_terms, tied
 from allot.budget.costs import Term
 from allot.budget.latency import Latency
-from allot.errors import BudgetError, PatternError, UsageError
+from allot.errors import AllotError, BudgetError, PatternError, Stopped, UsageError
 from allot.export.files import formats as files
+from allot.export.files.formats import TABLES
+from allot.export.files.latency_tables import load_tables
 from allot.export.timing.latency import Runtime, latency_of
+from allot.methods.training.selection import Selection
+from allot.network.batch_norms import check_divisible
 from allot.network.call import attempt
 from allot.network.channels import Group
 from allot.network.coupling.find import coupled
 from allot.network.layers import Rules, Scope, matches, plain_state
 from allot.network.macs import measured
+from allot.processes import gathered, led, processes
+from allot.pruning.asked import Asked, Control, check_plain
 from allot.run.calibration import Calibration
+from allot.run.driver import Progress, repeatable
 from allot.run.patterns import Channels, Pattern
-from allot.run.problem import Problem
+from allot.run.problem import Candidate, Problem
 from allot.run.scores import CHANNEL_SCORES, SCORES, ChannelScore, WeightScore
+from allot.run.store import Log
 
 # tables of a model: (model, scope, groups, extents, terms, example, limit) -> times
 Timing = Callable[[nn.Module, Scope, Sequence[Group], Sequence[Extent], Sequence[Term], Any, str], Latency]
+
+
+def set_up(asked: Asked, log: Log, control: Control) -> Problem:
+    """The problem: inputs read, scope measured on one of them, budget tied to it.
+
+    Args:
+        log: the seconds are added that timing layers took, for a budget of latency.
+    Raises:
+        UsageError, BudgetError, PatternError: what is wrong with the model, the inputs or the budget.
+        Stopped: while layers were timed.
+    """
+    chain = asked.chain
+    with repeatable(asked.model, asked.seed, "pose"):
+        inputs = _calibration(asked)
+        problem = pose(
+            asked.model,
+            asked.budget,
+            chain.pattern,
+            calibration=inputs,
+            example=None if inputs else asked.example,
+            rules=asked.rules,
+            score=chain.score,
+            seed=asked.seed,
+            latency=_timing(asked, log, control),
+        )
+    if any(part.needs_data for part in (chain.allocate, *chain.repair)):
+        problem.inputs()
+    if processes() > 1:
+        _check_shared(asked.model, inputs)
+    if inputs is None:  # a score that needs inputs says so before anything is written
+        whole = Candidate.dense(problem)
+        Selection().step(problem, whole, Selection().init(problem, whole))
+    return problem
 
 
 def pose(
@@ -176,17 +221,6 @@ def _feasible(scope: Scope, pattern: Pattern) -> list[tuple[int, int, int]]:
     return found
 
 
-def check_plain(model: nn.Module) -> None:
-    """Raises:
-    UsageError: the model is compiled, or wrapped in something.
-    """
-    around = torch.jit.ScriptModule, nn.DataParallel, nn.parallel.DistributedDataParallel
-    if isinstance(model, around) or hasattr(model, "_orig_mod"):
-        raise UsageError(
-            f"a compiled or wrapped model ({type(model).__name__}): pass the module that it was made from."
-        )
-
-
 def names_of(model: nn.Module) -> set[str]:
     """Names of every parameter and buffer."""
     return {name for named in (model.named_parameters(), model.named_buffers()) for name, _ in named}
@@ -199,4 +233,93 @@ def check_made_nothing(model: nn.Module, before: set[str]) -> None:
     if made := sorted(names_of(model) - before):
         raise UsageError(
             f"the model made {', '.join(made[:3])} when it first ran: prune it again now that it has them."
+        )
+
+
+def _calibration(asked: Asked) -> Calibration | None:
+    """Calibration on the model's device; an iterable whose items are batches already is recognised by trying."""
+    model, data, channels_last = asked.model, asked.calibration, asked.compute.channels_last
+    if isinstance(data, Calibration):
+        return replace(data, channels_last=data.channels_last or channels_last)
+    if data is None:
+        return None
+    reference = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    before = names_of(model)
+    if isinstance(data, Iterable) and not hasattr(data, "__len__") and not hasattr(data, "dataset"):
+        data = list(itertools.islice(data, asked.samples))  # an iterator: it can only be read once, and may have no end
+
+    def read(*, batched: bool) -> Calibration:
+        found = Calibration.of(
+            data,
+            samples=asked.samples,
+            batch_size=asked.batch_size,
+            seed=asked.seed,
+            workers=asked.workers,
+            batched=batched,
+            device=reference.device,
+            dtype=reference.dtype,
+            channels_last=channels_last,
+        )
+        attempt(model, found.example(), {})
+        check_made_nothing(model, before)
+        return found
+
+    try:
+        return read(batched=False)
+    except UsageError as error:
+        if not isinstance(data, Sequence) or isinstance(data, str):
+            raise
+        try:
+            return read(batched=True)
+        except (AllotError, TypeError, IndexError, AttributeError):
+            raise error from None  # what is wrong with the data as samples
+
+
+def _timing(asked: Asked, log: Log, control: Control) -> Callable[..., Latency]:
+    """What gives the tables of a budget of time: those of the run, where it began before; else they are measured."""
+
+    def tell(done: int, of: int) -> None:
+        if control.should_stop and control.should_stop():
+            raise Stopped(f"stopped while timing layers, {done} of {of}: the next start times them anew", saved=False)
+        if control.on_step:
+            control.on_step(Progress("measure", done, of, {}))
+
+    def measure(*problem: Any) -> Latency:
+        started = time.monotonic()
+        tables = latency_of(*problem, runtime=asked.runtime, seed=asked.seed, on_step=tell)
+        log.seconds["measure"] = time.monotonic() - started
+        return tables
+
+    def timing(*problem: Any) -> Latency:
+        path = asked.directory / TABLES if asked.directory else None
+        if path and path.exists() and (path.parent / "run.json").exists():
+            tables, extents = load_tables(path), problem[3]
+            if tables.runtime != str(asked.runtime):
+                return measure(*problem)  # of a run that did not begin; of any other the store says what differs
+            if not {layer.layer for layer in tables.layers} <= {extent.name for extent in extents}:
+                raise UsageError(f"{asked.directory} belongs to another model: choose another directory or delete it.")
+            return tables
+        return measure(*problem)
+
+    return lambda *problem: led(lambda: timing(*problem))
+
+
+def _check_shared(model: nn.Module, inputs: Calibration | None) -> None:
+    """Raises:
+    UsageError: processes cannot share batches of this model, or of this size.
+    """
+    check_divisible(model)
+    if inputs is None:
+        return
+    inputs.share(range(len(inputs) // inputs.batches))  # the smallest batch is large enough
+    called: Counter[str] = Counter()
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            handle = module.register_forward_pre_hook(lambda *_, name=name: called.update([name]))
+            stack.callback(handle.remove)
+        attempt(model, inputs.batch(0)[0], {})
+    if any(other != called for other in gathered(called)):
+        raise UsageError(
+            "layers of this model run or not depending on the samples (as in a mixture of experts): processes cannot "
+            "share its batches; leave torchrun out."
         )

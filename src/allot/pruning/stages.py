@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,83 +20,107 @@ from allot.export.runtimes.answers import check_slim
 from allot.methods.training.selection import Selection, channel_masks
 from allot.network.channels import ChannelPlan
 from allot.processes import alone, led
-from allot.pruning.assemble import Parts
+from allot.pruning.asked import Asked, Control
+from allot.pruning.identity import Limited
 from allot.pruning.latency_limit import Held, paced, told
 from allot.pruning.result import Result
 from allot.run import patterns
-from allot.run.driver import Progress, drive
-from allot.run.evaluate import Score as Accuracy
+from allot.run.driver import drive
+from allot.run.evaluate import Score
 from allot.run.problem import Candidate, Method, Problem
 from allot.run.store import Log, Store, write
 
-Judge = Callable[..., Accuracy]  # `evaluate` on the test data
+
+@dataclass(frozen=True)
+class Run:
+    """One run: what was asked, what limits made of it, where it is kept, and who hears of it.
+
+    Attributes:
+        store: the run directory; None where nothing is saved.
+        dense_score: the score of the dense model; None without test data, and where a finished run is opened.
+    """
+
+    asked: Asked
+    limited: Limited
+    store: Store | None
+    log: Log
+    dense_score: Score | None
+    control: Control
 
 
-def run_stages(
-    problem: Problem,
-    parts: Parts,
-    store: Store | None,
-    log: Log,
-    label: str,
-    judge: Judge | None,
-    dense: Accuracy | None,
-    told_first: Mapping[str, Any],
-    on_step: Callable[[Progress], None] | None,
-    should_stop: Callable[[], bool] | None,
-) -> Result:
-    """The result of all stages, from where `store` left off; scored, verified and saved.
+def run_stages(run: Run) -> Result:
+    """The result of all stages, resumed where the store has one unfinished; scored, verified and saved.
 
-    Args:
-        judge: scores on the test data; None: there is none.
-        dense: what it says of the dense model.
-        told_first: what the report says before any stage: what training was cut to (`allot.pruning.time_limit`), what
-            was chosen to save memory (`allot.pruning.memory_limit`).
     Raises:
         Stopped: `should_stop` said so.
     """
-    stages: list[tuple[str, Method]] = [("allocate", parts.allocate), ("select", Selection())]
-    if "latency" in problem.budget.asked:
-        stages.insert(1, ("latency", Held()))
-        if store and store.leads and not store.done:
-            save_tables(store.directory, problem)
-    stages += [
-        (f"repair-{i}-{name}", part)
-        for i, (name, part) in enumerate(zip(parts.names.repair, parts.repair, strict=True), 1)
-    ]
+    problem, store = run.limited.problem, run.store
     if store and store.done:
-        return _reopened(problem, parts, store, label, judge, dense)
-    log = store.saved.log if store and store.saved else log
-    names = [name for name, _ in stages]
-    first = names.index(store.saved.stage) if store and store.saved else 0
-    candidate = replace(Candidate.dense(problem), diagnostics=told_first)
-    if store and store.saved:
-        problem = paced(problem, store.saved.candidate["diagnostics"])
-    for name, part in stages[first:]:
-        try:
-            candidate = drive(
-                part, problem, candidate, stage=name, store=store, log=log, on_step=on_step, should_stop=should_stop
-            )
-        except Stopped:
-            if store:
-                store.describe("stopped", log)
-            raise
-        except (UsageError, BudgetError) as error:
-            raise type(error)(f"{name}: {error}") from error
-        except Exception as error:
-            error.add_note(f"in stage {name!r} of allot.prune")
-            raise
+        return _reopened(run, store)
+    if store and store.leads and "latency" in problem.budget.asked:
+        save_tables(store.directory, problem)
+    stages = _stages(run)
+    saved = store.saved if store else None
+    log = saved.log if saved else run.log
+    candidate = replace(Candidate.dense(problem), diagnostics=run.limited.diagnostics)
+    if saved:
+        problem = paced(problem, saved.candidate["diagnostics"])
+        names = [name for name, _ in stages]
+        stages = stages[names.index(saved.stage) :]
+    for name, method in stages:
+        candidate = _driven(run, name, method, problem, candidate, log)
         if name == "latency":
             problem = paced(problem, candidate.diagnostics)
-    scores = _scores(problem, candidate, judge, dense) if judge and dense else None
-    result = Result(problem, candidate, log, parts.names, parts.method, label, scores)
+    scores = None
+    if run.asked.score_of and run.dense_score:
+        scores = _scores(problem, candidate, run.asked.score_of, run.dense_score)
     if problem.scope.groups:
         with alone():
             check_slim(problem, candidate)
+    result = _result(run, problem, candidate, log, scores)
     if "latency" in problem.budget.asked:
         result = replace(result, latency=led(partial(told, problem, candidate)))
     if store:
         led(partial(_save, result, store, log))
     return result if store is None or store.leads else replace(result, directory=store.directory)
+
+
+def _stages(run: Run) -> list[tuple[str, Method]]:
+    chain = run.limited.chain
+    stages: list[tuple[str, Method]] = [("allocate", chain.allocate)]
+    if "latency" in run.limited.problem.budget.asked:
+        stages.append(("latency", Held()))
+    stages.append(("select", Selection()))
+    repairs = zip(chain.names.repair, chain.repair, strict=True)
+    return stages + [(f"repair-{i}-{name}", method) for i, (name, method) in enumerate(repairs, 1)]
+
+
+def _driven(run: Run, stage: str, method: Method, problem: Problem, candidate: Candidate, log: Log) -> Candidate:
+    """What a stage makes of the candidate; errors name the stage.
+
+    Raises:
+        Stopped: `should_stop` said so; the run directory says it as well.
+    """
+    control = run.control
+    try:
+        return drive(
+            method, problem, candidate, stage=stage, store=run.store, log=log, on_step=control.on_step,
+            should_stop=control.should_stop,
+        )  # fmt: skip
+    except Stopped:
+        if run.store:
+            run.store.describe("stopped", log)
+        raise
+    except (UsageError, BudgetError) as error:
+        raise type(error)(f"{stage}: {error}") from error
+    except Exception as error:
+        error.add_note(f"in stage {stage!r} of allot.prune")
+        raise
+
+
+def _result(run: Run, problem: Problem, candidate: Candidate, log: Log, scores: Mapping[str, Any] | None) -> Result:
+    chain = run.limited.chain
+    return Result(problem, candidate, log, chain.names, chain.method, run.asked.label, scores, summary=chain.summary)
 
 
 def _save(result: Result, store: Store, log: Log) -> None:
@@ -107,14 +131,13 @@ def _save(result: Result, store: Store, log: Log) -> None:
     store.finish(log)
 
 
-def _reopened(
-    problem: Problem, parts: Parts, store: Store, label: str, judge: Judge | None, dense: Accuracy | None
-) -> Result:
+def _reopened(run: Run, store: Store) -> Result:
     """The result of a finished run, read back from its files.
 
     Raises:
         VerificationError: they do not hold what was promised.
     """
+    problem, score_of = run.limited.problem, run.asked.score_of
     rows, _ = certificate.certified(store.directory)
     if failed := [row for row in rows if not row["passed"]]:
         what = "; ".join(f"{row['file']}: {row['check']}: {row['found']}" for row in failed[:3])
@@ -140,15 +163,16 @@ def _reopened(
         }
     allocation = Allocation.of(kept, {term.name: term.total for term in problem.budget.terms})
     candidate = Candidate(allocation, masks, tensors, channels, report.get("diagnostics", {}))
+    dense = run.dense_score
     same = dense and scores and scores.get("nll", {}).get("dense") == dense.nll and scores["dense"] == dense.score
-    if judge and not same:  # the data may be others than the run was scored on
-        scores = _scores(problem, candidate, judge, dense or judge(problem.model))
-    latency = report.get("latency")
-    return Result(problem, candidate, log, parts.names, parts.method, label, scores, latency, store.directory)
+    if score_of and not same:  # the data may be others than the run was scored on
+        scores = _scores(problem, candidate, score_of, dense or score_of(problem.model))
+    result = _result(run, problem, candidate, log, scores)
+    return replace(result, latency=report.get("latency"), directory=store.directory)
 
 
-def _scores(problem: Problem, candidate: Candidate, judge: Judge, dense: Accuracy) -> dict[str, Any]:
-    sparse = judge(problem.model, tensors=candidate.effective(problem))
+def _scores(problem: Problem, candidate: Candidate, score_of: Callable[..., Score], dense: Score) -> dict[str, Any]:
+    sparse = score_of(problem.model, tensors=candidate.effective(problem))
     found = {
         "metric": dense.metric,
         "dense": dense.score,

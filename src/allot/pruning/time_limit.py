@@ -12,40 +12,38 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from allot.errors import UsageError
 from allot.methods.rules import uniform
 from allot.methods.training.selection import Selection
 from allot.processes import gathered, led
-from allot.pruning.assemble import Parts
 from allot.run.driver import drive, repeatable
-from allot.run.problem import Candidate, Method, Problem, Rule, finished
-from allot.run.store import read_run
+from allot.run.problem import Candidate, Chain, Method, Problem, Rule, finished
 
 SHARE = 0.85  # of the time allowed that steps may take
 TRIED = 4  # steps of each stage that are timed; the first one warms up
 
 
-def kept_cut(problem: Problem, parts: Parts, minutes: float | None, run: str | Path | None) -> dict[str, Any] | None:
-    """How the chain is brought down to these minutes: as the run began, where it did. None without a limit."""
+def cut_of(
+    problem: Problem, chain: Chain, minutes: float | None, earlier: Callable[[], Mapping[str, Any] | None]
+) -> dict[str, Any] | None:
+    """How training is cut to these minutes (`fitted`), None without a limit; a resumed run keeps the cut it began with.
+
+    Args:
+        earlier: the cut that the run began with, None for a new run.
+    """
     if minutes is None:
         return None
-
-    def began() -> dict[str, Any]:
-        there = run and (Path(run) / "run.json").exists()
-        return read_run(run).get("configuration", {}).get("fit") or {} if run and there else {}
-
-    earlier: dict[str, Any] = led(began)
-    if earlier.get("minutes") == minutes:
-        return earlier
-    return gathered(fitted(problem, parts, minutes))[0]  # the first process's clock counts
+    before: dict[str, Any] = led(lambda: dict(earlier() or {}))
+    if before.get("minutes") == minutes:
+        return before
+    return gathered(fitted(problem, chain, minutes))[0]  # the first process's clock counts
 
 
-def fitted(problem: Problem, parts: Parts, minutes: float) -> dict[str, Any]:
+def fitted(problem: Problem, chain: Chain, minutes: float) -> dict[str, Any]:
     """By what factor steps have to be cut: `{"minutes", "factor", "seconds", "steps": {stage: [asked, left]}}`.
 
     Args:
@@ -59,7 +57,7 @@ def fitted(problem: Problem, parts: Parts, minutes: float) -> dict[str, Any]:
         raise UsageError(f"max_minutes={minutes}: a number of minutes above 0 is accepted.")
     shares = Rule(uniform, ("weights", "channels"))
     candidate = drive(Selection(), problem, drive(shares, problem, Candidate.dense(problem)))
-    stages = _stages(parts)
+    stages = _stages(chain)
     taken = {name: _seconds(method, problem, candidate, name) for name, method in stages.items()}
     asked = {name: _steps(method, problem, candidate, name) for name, method in stages.items()}
     allowed, factor, left = SHARE * 60 * minutes, 1.0, dict(asked)
@@ -78,10 +76,10 @@ def fitted(problem: Problem, parts: Parts, minutes: float) -> dict[str, Any]:
     return {"minutes": minutes, "factor": factor, "seconds": round(expected, 1), "steps": cut}
 
 
-def shortened(parts: Parts, cut: Mapping[str, Any]) -> Parts:
+def shortened(chain: Chain, cut: Mapping[str, Any]) -> Chain:
     """The chain with its training cut by that factor."""
-    repair = tuple(scaled(part, cut["factor"]) for part in parts.repair)
-    return replace(parts, allocate=scaled(parts.allocate, cut["factor"]), repair=repair)
+    repair = tuple(scaled(part, cut["factor"]) for part in chain.repair)
+    return replace(chain, allocate=scaled(chain.allocate, cut["factor"]), repair=repair)
 
 
 def scaled(value: Any, factor: float) -> Any:
@@ -96,9 +94,9 @@ def scaled(value: Any, factor: float) -> Any:
     return replace(value, **changed)
 
 
-def _stages(parts: Parts) -> dict[str, Method]:
-    named = zip(parts.names.repair, parts.repair, strict=True)
-    return {parts.names.allocate: parts.allocate} | {f"{i}. {name}": part for i, (name, part) in enumerate(named, 1)}
+def _stages(chain: Chain) -> dict[str, Method]:
+    named = zip(chain.names.repair, chain.repair, strict=True)
+    return {chain.names.allocate: chain.allocate} | {f"{i}. {name}": part for i, (name, part) in enumerate(named, 1)}
 
 
 def _steps(method: Method, problem: Problem, candidate: Candidate, stage: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping
 from importlib import metadata
@@ -14,25 +13,14 @@ import numpy as np
 from allot.budget.allocation import Allocation
 from allot.budget.costs import least_bits
 from allot.export.files.formats import BITMASK, PLAIN, SLIM
-from allot.methods import METHODS
 from allot.network.layers import plain_state
-from allot.run.problem import Candidate, Problem, Recipe, Rule
+from allot.run.problem import Candidate, Problem
 from allot.run.reading import Readable
-from allot.run.store import Log, read_run
+from allot.run.store import read_run
 
 
-def report(
-    problem: Problem,
-    candidate: Candidate,
-    log: Log,
-    names: Recipe,
-    label: str,
-    method: str,
-    scores: Mapping[str, Any] | None,
-    latency: Mapping[str, Any] | None,
-    directory: Path | None,
-) -> dict[str, Any]:
-    """What was asked and reached, per limit and per layer; counts are whole numbers, seconds are seconds.
+def report(result: Any) -> dict[str, Any]:
+    """What an `allot.Result` was asked and reached, per limit and per layer: counts in whole numbers, times in seconds.
 
     `macs` and a layer's `macs` are null where no example input was there to count them with; `bytes` is
     {dense, file, limit}: the dense model's file, the bitmask (or slim) file, and the information limit, what no file of
@@ -45,20 +33,21 @@ def report(
     `exports` are what `allot export` adds. `diagnostics` is what methods tell about how they came to their result, by
     method.
     """
+    problem, candidate, names, directory = result.problem, result.candidate, result.names, result.directory
     budget, kept = problem.budget, candidate.allocation.kept
     sizes = budget.sizes(kept)
     counted = all(layer.macs is not None for layer in problem.scope)
     total = sum(layer.total for layer in problem.scope)
     return {
         "allot": metadata.version("allot"),
-        "model": label,
-        "method": method,
+        "model": result.label,
+        "method": result.method,
         "allocate": names.allocate,
         "score": names.score,
         "pattern": names.pattern,
         "repair": list(names.repair),
         "seed": problem.seed,
-        "how": how(names.allocate),
+        "how": result.summary,
         "settings": _settings(problem, directory),
         "compute": problem.compute.to_json(),
         "budget": budget.rows(kept),
@@ -75,12 +64,12 @@ def report(
         "layers": layer_rows(problem, candidate.allocation),
         "groups": group_rows(problem, candidate.allocation),
         "skipped": dict(problem.scope.skipped),
-        "scores": dict(scores) if scores else None,
+        "scores": dict(result.scores) if result.scores else None,
         "unreadable": _unreadable(problem),
-        "latency": dict(latency) if latency else None,
+        "latency": dict(result.latency) if result.latency else None,
         "exports": [],
-        "seconds": {stage: round(seconds, 3) for stage, seconds in log.seconds.items()},
-        "images": {"forward": log.forward, "backward": log.backward},
+        "seconds": {stage: round(seconds, 3) for stage, seconds in result.log.seconds.items()},
+        "images": {"forward": result.log.forward, "backward": result.log.backward},
         "diagnostics": dict(candidate.diagnostics),
         "histograms": _histograms(problem, candidate),
     }
@@ -126,13 +115,6 @@ def group_rows(problem: Problem, allocation: Allocation) -> list[dict[str, Any]]
         }
         for group in problem.scope.groups
     ]
-
-
-def how(allocator: str) -> str:
-    """What the allocator of this name does, in a sentence; empty where it is none of allot's own."""
-    method: Any = METHODS.get(allocator)
-    described = method.densities if isinstance(method, Rule) else type(method)
-    return (inspect.getdoc(described) or "").partition("\n")[0] if method else ""
 
 
 _ELSEWHERE = {"model", "budget", "method", "allocate", "score", "pattern", "repair", "seed", "workers"}

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from allot.budget.units import meaning
-from allot.methods import RECIPES
 from allot.report.needed import needed
 from allot.report.table import speed
+from allot.run.recipes import RECIPES
 from allot.run.store import flat
 
 Report = Mapping[str, Any]

@@ -3,7 +3,8 @@
 from allot.run.calibration import Calibration
 from allot.run.driver import Progress, drive
 from allot.run.patterns import NM, Channels, Pattern, Unstructured
-from allot.run.problem import Candidate, Method, Metrics, Problem, Recipe, Rule
+from allot.run.problem import Candidate, Method, Metrics, Problem, Rule
+from allot.run.recipes import Recipe
 from allot.run.store import State
 
 __all__ = [

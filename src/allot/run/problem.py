@@ -18,6 +18,7 @@ from allot.network.layers import Scope
 from allot.network.masking import masked
 from allot.run.calibration import Calibration
 from allot.run.patterns import Pattern
+from allot.run.recipes import Recipe
 from allot.run.scores import ChannelScore, WeightScore
 from allot.run.store import State
 
@@ -173,13 +174,19 @@ class Method(Protocol):
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """A choice of parts by name."""
+class Chain:
+    """The parts of a run as values: what allocates, scores, structures and repairs; their names; the method's name.
 
-    allocate: str
-    score: str = "magnitude"
-    pattern: str = "unstructured"
-    repair: tuple[str, ...] = ()
+    `summary` says in a sentence what the allocator does; empty of a user's own.
+    """
+
+    allocate: Method
+    score: WeightScore | ChannelScore
+    pattern: Pattern
+    repair: tuple[Method, ...]
+    names: Recipe
+    method: str
+    summary: str = ""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from allot.budget.budget import Budget
 from allot.budget.costs import mask_bits
 from allot.errors import UsageError
 from allot.export.files import formats as files
-from allot.pruning.prune import pose, prune
+from allot.pruning.prune import prune
+from allot.pruning.setup import pose
 from allot.run.patterns import Unstructured, select
 from contract.cases import CASES, bits
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from allot.export.timing import latency as timing
 from allot.export.timing.latency import Runtime, fitted
 from allot.methods.training.selection import Selection
 from allot.pruning import latency_limit as held
+from allot.pruning import setup
 from allot.pruning.setup import pose
 from allot.run.patterns import parse
 from export.damage import DAMAGES, damage, passed
@@ -104,7 +104,7 @@ def test_a_run_goes_on_with_the_tables_it_began_with(clock: None, torch_only: No
             on_step=lambda p: seen.append(p.stage), should_stop=stop,
         )  # fmt: skip
     monkeypatch.setattr(timing, "latency_of", None)  # is not asked again
-    monkeypatch.setattr(sys.modules["allot.pruning.prune"], "latency_of", None)
+    monkeypatch.setattr(setup, "latency_of", None)
     found = allot.prune(net("resnet"), data, "latency=70%", **made, save_to=tmp_path / "run")
     assert found.allocation == whole.allocation and found.verify()["passed"]
     assert json.loads((tmp_path / "run/latency.json").read_text()) == json.loads(

@@ -17,7 +17,7 @@ from allot.methods.training.distillation import Training, trained
 from allot.methods.training.losses import LOSSES
 from allot.methods.training.schedule import Schedule, warm_cosine
 from allot.network.compute import Compute
-from allot.pruning.prune import pose
+from allot.pruning.setup import pose
 from allot.run.calibration import Calibration
 from allot.run.patterns import Unstructured
 from allot.run.problem import Candidate, Problem
