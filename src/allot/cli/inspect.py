@@ -34,11 +34,15 @@ def verify_command(
     weights: option.Weights = None,
     shape: option.Shape = None,
     *,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="open exported programs (.pt2) too: a program can run any code")
+    ] = False,
     as_json: option.Json = False,
 ) -> None:
     """Re-open, recount and certify; exit code 4 if anything differs from what was promised."""
     asked_shape = option.resolved({"shape": shape}).input
-    found = verify(path, load_model(model, weights=weights, shape=asked_shape).model if model else None)
+    dense = load_model(model, weights=weights, shape=asked_shape).model if model else None
+    found = verify(path, dense, trust=trust)
     if as_json:
         print_json(found)
     else:

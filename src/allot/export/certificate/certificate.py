@@ -47,16 +47,17 @@ def certify(directory: Path, kept: Mapping[str, int], allocated: Mapping[str, in
     return sealed({"promised": promised, "rows": rows, "passed": all(row["passed"] for row in rows)})
 
 
-def verify(path: str | Path, model: nn.Module | None = None) -> dict[str, Any]:
+def verify(path: str | Path, model: nn.Module | None = None, *, trust: bool = False) -> dict[str, Any]:
     """Re-open and recount a run or an exported file: `{passed, rows: [{file, check, promised, found, passed}]}`.
 
     A run is held to its certificate, its exports to their digests; a single file of tensors to its seal and the limits
-    in its own metadata; what a runtime reads, and answers, to the probe beside it. Nothing is unpickled. Seals and
-    digests find accidents, not people who make new ones.
+    in its own metadata; what a runtime reads, and answers, to the probe beside it. Nothing is unpickled, and a
+    program (.pt2) is not opened unless it is trusted. Checksums detect corruption, not tampering.
 
     Args:
         model: the dense model, or another with its code: exported files that hold nothing but tensors are put into it
             and have to answer their probes as well.
+        trust: open programs whose digests are right, count them and compare their answers: a program can run any code.
     Raises:
         UsageError: neither a finished run nor a file that allot wrote; or a model, and no probe for it.
     """
@@ -70,11 +71,11 @@ def verify(path: str | Path, model: nn.Module | None = None) -> dict[str, Any]:
     if path.name.endswith("probe.safetensors"):
         raise UsageError(f"{path} is the probe of an export: verify the file or directory that it lies beside.")
     if _is_export(path):
-        rows = probe_rows(path, model=model)
+        rows = probe_rows(path, model=model, trust=trust)
         if holds_tensors(path):
             rows = _alone_rows(path) + rows
     else:
-        rows = _run_rows(path, model) if path.is_dir() else _alone_rows(path)
+        rows = _run_rows(path, model, trust=trust) if path.is_dir() else _alone_rows(path)
     if model is not None and not any(row["check"] == ANSWERS for row in rows) and all(row["passed"] for row in rows):
         raise UsageError(f"{path} has no probe to ask a model: allot export RUN --to safetensors writes one.")
     return {"passed": all(row["passed"] for row in rows), "rows": rows}
@@ -110,7 +111,7 @@ def _alone_rows(path: Path) -> list[Row]:
     return rows
 
 
-def _run_rows(path: Path, model: nn.Module | None) -> list[Row]:
+def _run_rows(path: Path, model: nn.Module | None, *, trust: bool) -> list[Row]:
     """Of a run directory.
 
     Raises:
@@ -122,8 +123,9 @@ def _run_rows(path: Path, model: nn.Module | None) -> list[Row]:
             raise UsageError(f"no {probe.name} in {path}, an export to {form}: copy it there, or export again.")
     rows, promised = certified(path)
     if promised is None:
-        return rows + export_rows(path, None, model)
-    return rows + report_rows(path, promised) + export_rows(path, promised["files"][PLAIN]["sha256"], model)
+        return rows + export_rows(path, None, model, trust=trust)
+    digest_of_run = promised["files"][PLAIN]["sha256"]
+    return rows + report_rows(path, promised) + export_rows(path, digest_of_run, model, trust=trust)
 
 
 def certified(path: Path) -> tuple[list[Row], Mapping[str, Any] | None]:

@@ -31,6 +31,7 @@ from allot.network.trees import tensors_in
 
 ANSWERS = "outputs on the probe"
 ENDING = ".probe.safetensors"  # after the name of a file
+_OPENS = "opens and answers"
 _COUNTS = ("weights", "zeros", "macs")
 
 
@@ -106,6 +107,7 @@ def probe_rows(
     origins: Sequence[str | None] = (),
     ask: bool = True,
     model: nn.Module | None = None,
+    trust: bool = False,
 ) -> list[Row]:
     """What was promised of an exported file or directory, and what is found; opened only where not one bit differs.
 
@@ -114,6 +116,7 @@ def probe_rows(
         origins: SHA-256 of the model.safetensors that it may come from, None for that of no run; (): whichever.
         ask: whether what a runtime reads is opened, counted and asked, or only held to the digests.
         model: the dense model, to ask what files of tensors alone make of it.
+        trust: whether a form that can run any code is opened, counted and asked; whatever `ask` is.
     Raises:
         UsageError: what opens it is not installed.
     """
@@ -137,14 +140,14 @@ def probe_rows(
     if not all(each["passed"] for each in rows):
         return rows
     try:
-        return rows + _opened_rows(path, called, promise, tensors, model, ask=ask)
+        return rows + _opened_rows(path, called, promise, tensors, model, ask=ask, trust=trust)
     except UsageError:
         raise
     except ImportError as error:  # the file is what it was: what opens it is not
         raise UsageError(f"{path} cannot be opened here: {first_line(error).rstrip('.')}.") from error
     except Exception as error:  # noqa: BLE001 - runtimes raise whatever a broken file makes them
         said = first_line(error)
-        return [*rows, checked(str(called), "opens and answers", "yes", said, passed=False)]
+        return [*rows, checked(str(called), _OPENS, "yes", said, passed=False)]
 
 
 def _digest_rows(path: Path, called: Path, probe: str, promise: dict[str, Any]) -> list[Row]:
@@ -159,11 +162,20 @@ def _digest_rows(path: Path, called: Path, probe: str, promise: dict[str, Any]) 
 
 
 def _opened_rows(
-    path: Path, called: Path, promise: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module | None, *, ask: bool
+    path: Path,
+    called: Path,
+    promise: dict[str, Any],
+    tensors: dict[str, Tensor],
+    model: nn.Module | None,
+    *,
+    ask: bool,
+    trust: bool,
 ) -> list[Row]:
     """Counts, and outputs where the file says all that it takes to ask for them or the model is there."""
     form, counts = FORMS.get(str(promise["form"])), promise["counts"]
-    if form and ask:
+    if form and form.runs_code and not trust:
+        return [checked(str(called), _OPENS, "only where trusted", "not opened (--trust opens it)", passed=True)]
+    if form and (ask or form.runs_code):
         return _answers(called, promise, tensors, form.open(path))
     if model and not form:
         return _answers(called, promise, tensors, opened_with(filled(model, path), path))

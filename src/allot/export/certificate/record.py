@@ -73,12 +73,13 @@ def report_rows(directory: Path, promised: Mapping[str, Any]) -> list[Row]:
         return [_unreadable(REPORT, "a report", error)]
 
 
-def export_rows(directory: Path, run: str | None, model: nn.Module | None) -> list[Row]:
+def export_rows(directory: Path, run: str | None, model: nn.Module | None, *, trust: bool) -> list[Row]:
     """Every export in the run: those that the report lists are there, probed and of this run; all hold their promises.
 
     Args:
         run: SHA-256 of the run's model.safetensors as promised, where that is known.
         model: the dense model, to ask what files of tensors alone make of it.
+        trust: whether programs are opened.
     """
     probes = {*directory.glob(f"*{ENDING}"), *directory.glob(f"*/{PROBE}")}
     rows, listed = [], _listed(directory)
@@ -93,7 +94,7 @@ def export_rows(directory: Path, run: str | None, model: nn.Module | None) -> li
         whole = probe.parent if probe.name == PROBE else probe.with_name(probe.name.removesuffix(ENDING))
         called = whole.relative_to(directory)
         origins = () if run is None else (run,) if str(called) in listed else (run, None)
-        rows += probe_rows(whole, called=called, origins=origins, ask=False, model=model)
+        rows += probe_rows(whole, called=called, origins=origins, ask=False, model=model, trust=trust)
     return rows
 
 

@@ -221,7 +221,8 @@ def unfolded(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]
         shapes = about.get("layers", {})
         state: dict[str, Tensor] = {}
         smaller = {name.rpartition(".")[0] for name in tensors if name.endswith((".mask", ".crow"))} & shapes.keys()
-        if (total := sum(abs(math.prod(shapes[name][0])) for name in smaller)) > most_weights(path.stat().st_size):
+        total = sum(abs(math.prod(shapes[name][0])) for name in smaller)
+        if total > 2**26 + 10**4 * path.stat().st_size:  # a small file must not fill the memory
             raise UsageError(f"{path} is damaged: so small a file cannot hold {total:,} weights.")
         for name, value in tensors.items():
             stem, _, part = name.rpartition(".")
@@ -258,11 +259,6 @@ def stored(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (OSError, safetensors.SafetensorError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not a whole safetensors file: {error}") from error
     return tensors, about
-
-
-def most_weights(size: int) -> int:
-    """How many weights a file of so many bytes may stand for: a file of nothing is no bomb."""
-    return 2**26 + 10**4 * size
 
 
 def _unpacked(path: Path, name: str, shape: list[int], mask: Tensor, values: Tensor | None) -> Tensor:

@@ -28,7 +28,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from allot.errors import UsageError, first_line
 from allot.export.files.formats import PROBE
-from allot.export.runtimes.program import checked_program, stripped
 from allot.network.call import as_arguments
 from allot.network.draws import seeded
 from allot.network.trees import cloned, tensors_in
@@ -87,11 +86,17 @@ class Opened:
 
 @dataclass(frozen=True)
 class Form:
-    """How a form is written and opened; `ending` of its file, "" of one that is a directory."""
+    """How a form is written and opened.
+
+    Attributes:
+        ending: of its file; "" of a form that is a directory.
+        runs_code: whether a file of this form can run any code when it is opened.
+    """
 
     ending: str
     write: Callable[[nn.Module, Any, Path], None]
     open: Callable[[Path], Opened]
+    runs_code: bool = False
 
 
 def apply(model: Callable[..., Any], example: Any) -> Any:
@@ -115,16 +120,26 @@ def size_of(path: Path) -> int:
 def _write_program(model: nn.Module, example: Any, path: Path) -> None:
     args, kwargs = as_arguments(example)
     with quiet():
-        program = stripped(_captured(model, args, kwargs))
+        program = _stripped(_captured(model, args, kwargs))
         buffer = io.BytesIO()  # save looks at the ending of a path
         torch.export.save(program, buffer)
     path.write_bytes(buffer.getvalue())
 
 
+def _stripped(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The program itself, without example inputs, which would be pickled, and without the file names of its source."""
+    program.example_inputs = None
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            for key in node.meta.keys() - {"val", "nn_module_stack"}:
+                del node.meta[key]
+    return program
+
+
 def _open_program(path: Path) -> Opened:
     content = path.read_bytes()
     with quiet():
-        return Opened.module(torch.export.load(checked_program(path, content)).module(), len(content))
+        return Opened.module(torch.export.load(io.BytesIO(content)).module(), len(content))
 
 
 def _write_onnx(model: nn.Module, example: Any, path: Path) -> None:
@@ -297,7 +312,7 @@ def _open_pretrained(path: Path) -> Opened:
 
 
 FORMS: dict[str, Form] = {
-    "program": Form(".pt2", _write_program, _open_program),
+    "program": Form(".pt2", _write_program, _open_program, runs_code=True),
     "onnx": Form(".onnx", _write_onnx, _open_onnx),
     "openvino": Form("", _write_openvino, _open_openvino),
     "hf": Form("", _write_pretrained, _open_pretrained),
