@@ -16,7 +16,8 @@ import allot
 from allot.errors import UsageError, VerificationError
 from allot.export.certificate.certificate import verify
 from allot.export.export import export, exported
-from allot.export.runtimes.forms import FORMS, Form, Opened
+from allot.export.runtimes.forms import FORMS
+from allot.export.runtimes.opened import Form, Opened
 from allot.export.timing import clock
 from allot.export.timing.clock import timed
 from allot.pruning.prune import prune

@@ -23,9 +23,9 @@ from allot.export.files.destination import placed
 from allot.export.files.formats import BITMASK, CSR, PLAIN, PLAN, SLIM, csr, load, read, save_csr
 from allot.export.files.slim import load_slim
 from allot.export.runtimes.answers import SLIM_TOLERANCE, TOLERANCE, allowed, check_answers
-from allot.export.runtimes.forms import FORMS, Opened
+from allot.export.runtimes.forms import FORMS, reopened
 from allot.export.runtimes.from_file import filled, opened_with
-from allot.export.runtimes.reopen import reopened
+from allot.export.runtimes.opened import Opened
 from allot.export.runtimes.sparse import converted, has_sparse_tensor_cores, linear_layers, load_csr, semi_structured
 from allot.export.timing.clock import Beside, side_by_side
 from allot.export.timing.sparse_layers import converted_beside

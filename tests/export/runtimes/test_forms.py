@@ -22,7 +22,8 @@ from allot.export.certificate.rows import digest
 from allot.export.export import export, exported
 from allot.export.files.formats import save_tensors, stored
 from allot.export.runtimes import sparse
-from allot.export.runtimes.forms import FORMS, Opened
+from allot.export.runtimes.forms import FORMS
+from allot.export.runtimes.opened import Opened
 from allot.export.timing import sparse_layers
 from allot.export.timing.clock import Beside
 from allot.pruning.prune import prune

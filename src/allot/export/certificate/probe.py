@@ -23,8 +23,9 @@ from allot.errors import UsageError, first_line
 from allot.export.certificate.rows import Row, checked, digest
 from allot.export.files.formats import PLAIN, PROBE, save_tensors, stored, untouched
 from allot.export.runtimes.answers import allowed, off
-from allot.export.runtimes.forms import FORMS, Opened, files_of
+from allot.export.runtimes.forms import FORMS
 from allot.export.runtimes.from_file import filled, opened_with, weights_of
+from allot.export.runtimes.opened import Opened, files_of
 from allot.network.call import as_arguments
 from allot.network.draws import generator
 from allot.network.trees import tensors_in

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from allot.export.files.formats import read
 from allot.export.files.slim import load_slim
-from allot.export.runtimes.forms import Opened
+from allot.export.runtimes.opened import Opened
 from allot.export.runtimes.sparse import into, load_csr
 
 

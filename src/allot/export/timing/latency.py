@@ -30,8 +30,8 @@ from allot.budget.costs import Term
 from allot.budget.latency import Latency, LayerTimes, Sides, monotone
 from allot.budget.units import Amount
 from allot.errors import UsageError, check_number, unknown
-from allot.export.runtimes.forms import onnx_session
-from allot.export.runtimes.reopen import reopened
+from allot.export.runtimes.forms import reopened
+from allot.export.runtimes.onnx import onnx_session
 from allot.export.timing.clock import timed
 from allot.network.call import as_arguments, attempt
 from allot.network.channels import ChannelPlan, Group, copied, slimmed

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from allot.export.runtimes.forms import apply
+from allot.export.runtimes.opened import apply
 from allot.export.runtimes.sparse import Convert
 from allot.export.timing.clock import Beside, side_by_side
 from allot.network.hooks import hooked
