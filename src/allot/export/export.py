@@ -18,17 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from allot.errors import AllotError, UsageError, VerificationError, first_line, unknown
-from allot.export.certificate.probe import check_inputs, drawn, not_tensors, save_probe
-from allot.export.files.destination import placed
+from allot.export.certificate.probe import check_inputs, not_tensors, replace_constants, save_probe
+from allot.export.files.destination import staging
 from allot.export.files.formats import BITMASK, CSR, PLAIN, PLAN, SLIM, csr, load, read, save_csr
 from allot.export.files.slim import load_slim
 from allot.export.runtimes.answers import SLIM_TOLERANCE, TOLERANCE, allowed, check_answers
-from allot.export.runtimes.forms import FORMS, reopened
-from allot.export.runtimes.from_file import filled, opened_with
+from allot.export.runtimes.forms import FORMS, write_and_reopen
+from allot.export.runtimes.from_file import load_into, opened_with
 from allot.export.runtimes.opened import Opened
 from allot.export.runtimes.sparse import converted, has_sparse_tensor_cores, linear_layers, load_csr, semi_structured
-from allot.export.timing.clock import Beside, side_by_side
-from allot.export.timing.sparse_layers import converted_beside
+from allot.export.timing.clock import Speedup, side_by_side
+from allot.export.timing.sparse_layers import time_converted
 from allot.network.call import attempt, write_into
 from allot.network.channels import copied, shapes_of
 from allot.network.layers import Layer, Scope
@@ -57,8 +57,8 @@ def export(model: nn.Module, example: Any, path: str | Path, *, to: str | None =
     if to not in FORMS:
         raise unknown("form of export", to, FORMS)
     check_inputs(example)
-    with placed(path, directory=not FORMS[to].ending) as place:
-        opened, answers = reopened(model, example, place, to)
+    with staging(path, directory=not FORMS[to].ending) as place:
+        opened, answers = write_and_reopen(model, example, place, to)
         save_probe(place, to, opened, example, answers)
     return FORMS[to].open(path)
 
@@ -134,12 +134,12 @@ def _exported(
             "hf: a configuration of transformers says one width for all layers and cannot hold what is left of each: "
             "slim and onnx hold the smaller model."
         )
-    dense, example = copied(dense).eval(), drawn(example)
+    dense, example = copied(dense).eval(), replace_constants(example)
     masked = copied(dense)
     write_into(masked, load(run))
     layers = [row["name"] for row in report["layers"]]
     target = _target(run, to, out)
-    with nullcontext() if target is None else placed(target, directory=_ending(to) == "", run=run) as place:
+    with nullcontext() if target is None else staging(target, directory=_ending(to) == "", run=run) as place:
         if to == "2:4":
             made, example, masked = _semi_structured(dense, masked, run, report, layers, example, place)
         elif place is None or to in FILES:
@@ -227,22 +227,22 @@ def _target(run: Path, to: str, out: Path | None) -> Path | None:
 
 def _file(dense: nn.Module, run: Path, to: str, place: Path | None) -> Made:
     file = _copied_file(run, to, place)
-    sparse = filled(dense, file)
+    sparse = load_into(dense, file)
     other = Opened.module(dense, (run / PLAIN).stat().st_size)
     return Made(file, opened_with(sparse, file), other, sparse, SLIM_TOLERANCE if to == "slim" else 0.0)
 
 
 def _form(dense: nn.Module, masked: nn.Module, run: Path, example: Any, to: str, place: Path) -> Made:
     sparse = load_slim(dense, run) if (run / SLIM).exists() else masked
-    opened, _ = reopened(sparse, example, place, to)
+    opened, _ = write_and_reopen(sparse, example, place, to)
     with tempfile.TemporaryDirectory() as folder:
-        other, _ = reopened(dense, example, Path(folder) / f"dense{FORMS[to].ending}", to)
+        other, _ = write_and_reopen(dense, example, Path(folder) / f"dense{FORMS[to].ending}", to)
     return Made(place, opened, other, sparse, TOLERANCE)
 
 
 def _csr(dense: nn.Module, masked: nn.Module, run: Path, names: list[str], example: Any, place: Path) -> Made:
     layers = linear_layers(masked, names)
-    faster = converted_beside(layers, masked, example, csr)
+    faster = time_converted(layers, masked, example, csr)
     chosen = [name for name, taken in faster.items() if taken.pays]
     state, about = read(run / PLAIN)
     state = {name: value for name, value in state.items() if name not in about["aliases"]}
@@ -278,7 +278,7 @@ def _semi_structured(
     file = _copied_file(run, "bitmask", place)
     there, half, masked = (each.to("cuda", torch.float16) for each in (copied(masked), copied(dense), masked))
     example = moved(example, torch.device("cuda"), torch.float16)
-    faster = converted_beside(linear_layers(there, names), there, example, semi_structured)
+    faster = time_converted(linear_layers(there, names), there, example, semi_structured)
     chosen = [name for name, taken in faster.items() if taken.pays]
     sparse = converted(there, chosen, semi_structured)
     counted = _layer_macs(masked, example, names)
@@ -288,7 +288,7 @@ def _semi_structured(
     return Made(file, opened, other, masked, HALF_TOLERANCE, macs, note), example, masked
 
 
-def _chosen(what: str, taken: Mapping[str, Beside], chosen: list[str]) -> str:
+def _chosen(what: str, taken: Mapping[str, Speedup], chosen: list[str]) -> str:
     if not taken:
         return f"no linear layer was called by itself, with numbers that {what} take: none is converted"
     best = max(taken, key=lambda name: taken[name].faster)

@@ -208,7 +208,7 @@ class Result:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         budget, kept = self.problem.budget, self.allocation.kept
-        about = files.about(self.problem.model, self.problem.scope, budget)
+        about = files.metadata_of(self.problem.model, self.problem.scope, budget)
         tensors = self.candidate.effective(self.problem)
         state = {name: tensors.get(name, value) for name, value in plain_state(self.problem.model)[0].items()}
         files.save_plain(directory / files.PLAIN, state, about)

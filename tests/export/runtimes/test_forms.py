@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import allot
 from allot.errors import UsageError
 from allot.export.certificate.certificate import verify
-from allot.export.certificate.probe import _files, counts_of, drawn, probe_of
+from allot.export.certificate.probe import _files, counts_of, probe_of, replace_constants
 from allot.export.certificate.rows import digest
 from allot.export.export import export, exported
 from allot.export.files.formats import save_tensors, stored
@@ -25,7 +25,7 @@ from allot.export.runtimes import sparse
 from allot.export.runtimes.forms import FORMS
 from allot.export.runtimes.opened import Opened
 from allot.export.timing import sparse_layers
-from allot.export.timing.clock import Beside
+from allot.export.timing.clock import Speedup
 from allot.pruning.prune import prune
 from contract.cases import CASES
 from export.damage import DAMAGES, damage
@@ -260,11 +260,13 @@ def test_half_precision_is_held_to_what_it_can(tmp_path: Path):
 
 
 def test_inputs_that_say_nothing_are_drawn_and_others_stay():
-    assert torch.equal(drawn(torch.arange(4.0)), torch.arange(4.0))
-    assert drawn(torch.zeros(1, 3, 8, 8)).std() > 0.5 and torch.equal(drawn(torch.zeros(9)), drawn(torch.zeros(9)))
-    both = drawn({"ids": torch.ones(2, 3, dtype=torch.long), "x": torch.ones(5)})
+    assert torch.equal(replace_constants(torch.arange(4.0)), torch.arange(4.0))
+    assert replace_constants(torch.zeros(1, 3, 8, 8)).std() > 0.5 and torch.equal(
+        replace_constants(torch.zeros(9)), replace_constants(torch.zeros(9))
+    )
+    both = replace_constants({"ids": torch.ones(2, 3, dtype=torch.long), "x": torch.ones(5)})
     assert torch.equal(both["ids"], torch.ones(2, 3, dtype=torch.long)) and both["x"].std() > 0
-    assert isinstance(drawn((torch.zeros(4), None)), tuple)
+    assert isinstance(replace_constants((torch.zeros(4), None)), tuple)
 
 
 def test_a_model_of_transformers_is_opened_by_from_pretrained(tmp_path: Path):
@@ -294,14 +296,14 @@ def wide(tmp_path: Path) -> tuple[nn.Module, dict[str, Any]]:
     return model, result.report()
 
 
-def by_count(dense: Any, sparse: Any, **settings: Any) -> Beside:
+def by_count(dense: Any, sparse: Any, **settings: Any) -> Speedup:
     """A clock that counts: an entry of a dense matrix takes 1, one of a sparse matrix 4, and a call of that 3,000."""
     weights = [
         dict(zip(run.__code__.co_freevars, run.__closure__, strict=True))["weight"].cell_contents
         for run in (dense, sparse)
     ]
     ones = float(weights[0].numel()), float(3000 + 4 * weights[1]._nnz())
-    return Beside(*ones, (ones[0] / ones[1],) * 2)
+    return Speedup(*ones, (ones[0] / ones[1],) * 2)
 
 
 def test_linear_layers_that_are_faster_as_sparse_rows_become_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -338,7 +340,7 @@ class Seldom(nn.Module):
 def test_layers_that_are_called_in_odd_ways_or_have_odd_numbers_are_no_error(
     dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(exporting, "side_by_side", lambda *runs, **rest: Beside(1.0, 1.0, (1.0, 1.0)))
+    monkeypatch.setattr(exporting, "side_by_side", lambda *runs, **rest: Speedup(1.0, 1.0, (1.0, 1.0)))
     for name, layers in (("named", 1), ("never", 0), ("bare", 0)):
         model = Seldom().to(dtype).eval()
         rules = allot.Rules(include=(f"{name}.weight",))
@@ -351,7 +353,7 @@ def test_layers_that_are_called_in_odd_ways_or_have_odd_numbers_are_no_error(
 
 def test_where_no_layer_is_faster_all_stay_dense_and_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model, report = wide(tmp_path)
-    monkeypatch.setattr(sparse_layers, "side_by_side", lambda *runs, **rest: Beside(1.0, 2.0, (0.5, 0.5)))
+    monkeypatch.setattr(sparse_layers, "side_by_side", lambda *runs, **rest: Speedup(1.0, 2.0, (0.5, 0.5)))
     row = exported(model, tmp_path / "run", report, torch.randn(1, 16), "csr")
     assert row["note"].startswith("0 of 3 linear layers are faster as sparse rows here; at best 0.50x")
     assert row["macs"] == row["dense_macs"]

@@ -25,7 +25,7 @@ from allot.export.files.formats import (
     PROMISED,
     SLIM,
     TABLES,
-    marked,
+    has_marks,
     untouched,
 )
 from allot.network.channels import ChannelPlan
@@ -106,7 +106,7 @@ def _alone_rows(path: Path) -> list[Row]:
     found = recounted(path, None).rows
     if found[0]["check"] == "opens":
         return found  # no file at all, or a part of one
-    if not _is_export(path) and not marked(path):
+    if not _is_export(path) and not has_marks(path):
         raise UsageError(f"{path} was not written by allot: it carries no budget.")
     return rows
 

@@ -24,7 +24,7 @@ from allot.export.certificate.rows import Row, checked, digest
 from allot.export.files.formats import PLAIN, PROBE, save_tensors, stored, untouched
 from allot.export.runtimes.answers import allowed, off
 from allot.export.runtimes.forms import FORMS
-from allot.export.runtimes.from_file import filled, opened_with, weights_of
+from allot.export.runtimes.from_file import load_into, opened_with, weights_of
 from allot.export.runtimes.opened import Opened, files_of
 from allot.network.call import as_arguments
 from allot.network.draws import generator
@@ -57,7 +57,7 @@ def not_tensors(example: Any) -> list[str]:
     return [type(value).__name__ for value in (*args, *kwargs.values()) if not isinstance(value, Tensor)]
 
 
-def drawn(example: Any) -> Any:
+def replace_constants(example: Any) -> Any:
     """The inputs themselves, or normal draws where a tensor of real numbers says nothing because all are the same."""
     draw = generator(0)
 
@@ -179,7 +179,7 @@ def _opened_rows(
     if form and (ask or form.runs_code):
         return _answers(called, promise, tensors, form.open(path))
     if model and not form:
-        return _answers(called, promise, tensors, opened_with(filled(model, path), path))
+        return _answers(called, promise, tensors, opened_with(load_into(model, path), path))
     found = {} if form else _counted(weights_of(path))
     return [checked(str(called), kind, counts[kind], found[kind]) for kind in found]
 

@@ -29,7 +29,7 @@ from allot.run.store import replacing
 FORMS: dict[str, Form] = {"program": PROGRAM, "onnx": ONNX, "openvino": OPENVINO, "hf": PRETRAINED}
 
 
-def reopened(model: nn.Module, example: Any, path: Path, to: str) -> tuple[Opened, list[Tensor]]:
+def write_and_reopen(model: nn.Module, example: Any, path: Path, to: str) -> tuple[Opened, list[Tensor]]:
     """As `export`, where nothing is yet, and without a probe; with the model's answers."""
     form = FORMS[to]
 

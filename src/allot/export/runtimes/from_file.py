@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from allot.export.files.formats import read
 from allot.export.files.slim import load_slim
 from allot.export.runtimes.opened import Opened
-from allot.export.runtimes.sparse import into, load_csr
+from allot.export.runtimes.sparse import load_csr, with_tensors
 
 
-def filled(model: nn.Module, path: Path) -> nn.Module:
+def load_into(model: nn.Module, path: Path) -> nn.Module:
     """A copy of the dense model in eval mode with the tensors of a plain, bitmask, slim or csr file.
 
     Raises:
@@ -23,7 +23,7 @@ def filled(model: nn.Module, path: Path) -> nn.Module:
     state, about = read(path)
     if about.get("format") == "slim":
         return load_slim(model, path)
-    return load_csr(model, path) if about.get("format") == "csr" else into(model, path, state)
+    return load_csr(model, path) if about.get("format") == "csr" else with_tensors(model, path, state)
 
 
 def opened_with(model: nn.Module, path: Path) -> Opened:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from allot.errors import UsageError
-from allot.export.files.formats import csr, stored, unfolded
+from allot.export.files.formats import csr, stored, unpacked
 from allot.network.call import write_into
 from allot.network.channels import copied
 
@@ -65,11 +65,11 @@ def load_csr(model: nn.Module, path: str | Path) -> nn.Module:
     tensors, about = stored(path)
     if about.get("format") != "csr":
         raise UsageError(f"{path} is no csr file: allot export RUN --to csr writes one.")
-    model = into(model, path, unfolded(path, tensors, about))
+    model = with_tensors(model, path, unpacked(path, tensors, about))
     return converted(model, [name.removesuffix(".crow") for name in tensors if name.endswith(".crow")], csr)
 
 
-def into(model: nn.Module, path: Path, state: Mapping[str, Tensor]) -> nn.Module:
+def with_tensors(model: nn.Module, path: Path, state: Mapping[str, Tensor]) -> nn.Module:
     """A copy of the model in eval mode with the tensors of the file at `path`.
 
     Raises:

@@ -15,7 +15,7 @@ Run = Callable[[], Any]
 
 
 @dataclass(frozen=True)
-class Beside:
+class Speedup:
     """A sparse net timed beside a dense one.
 
     Attributes:
@@ -50,7 +50,7 @@ def verdict(times: float) -> str:
     return "faster" if times >= PAYS else "no faster" if times > 1 / PAYS else "slower"
 
 
-def side_by_side(dense: Run, sparse: Run, *, seconds: float = 2.0, least: int = 7) -> Beside:
+def side_by_side(dense: Run, sparse: Run, *, seconds: float = 2.0, least: int = 7) -> Speedup:
     """Both, taken in turn.
 
     Args:
@@ -59,7 +59,7 @@ def side_by_side(dense: Run, sparse: Run, *, seconds: float = 2.0, least: int = 
     taken = rounds({"dense": dense, "sparse": sparse}, seconds=seconds, least=least)
     ratios = [a / b for a, b in zip(taken["dense"], taken["sparse"], strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else [ratios[0]] * 3
-    return Beside(statistics.median(taken["dense"]), statistics.median(taken["sparse"]), (low, high))
+    return Speedup(statistics.median(taken["dense"]), statistics.median(taken["sparse"]), (low, high))
 
 
 def timed(runs: Mapping[str, Run], *, seconds: float = 2.0, least: int = 5) -> dict[str, float]:

@@ -30,7 +30,7 @@ from allot.budget.costs import Term
 from allot.budget.latency import Latency, LayerTimes, Sides, monotone
 from allot.budget.units import Amount
 from allot.errors import UsageError, check_number, unknown
-from allot.export.runtimes.forms import reopened
+from allot.export.runtimes.forms import write_and_reopen
 from allot.export.runtimes.onnx import onnx_session
 from allot.export.timing.clock import timed
 from allot.network.call import as_arguments, attempt
@@ -83,7 +83,7 @@ class Runtime:
         model = copied(model).eval()  # what its forward writes to stays out of the model that was passed in
         if self.name == "onnx":
             with tempfile.TemporaryDirectory() as folder:
-                opened, _ = reopened(model, batch, Path(folder) / "model.onnx", "onnx")
+                opened, _ = write_and_reopen(model, batch, Path(folder) / "model.onnx", "onnx")
             return lambda: opened.run(batch)
         args, kwargs = as_arguments(batch)
 
@@ -186,7 +186,9 @@ def _tables(
     return tuple(layers)
 
 
-def beside(dense: nn.Module, slim: nn.Module, example: Any, runtime: Runtime, *, seconds: float = 2.0) -> list[float]:
+def time_both(
+    dense: nn.Module, slim: nn.Module, example: Any, runtime: Runtime, *, seconds: float = 2.0
+) -> list[float]:
     """Nanoseconds a batch of both, measured in turn: `[dense, slim]`."""
     nets = {"dense": dense, "slim": slim}
     taken = timed({name: runtime.ready(net, example) for name, net in nets.items()}, seconds=seconds, least=9)

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from allot.export.runtimes.opened import apply
 from allot.export.runtimes.sparse import Convert
-from allot.export.timing.clock import Beside, side_by_side
+from allot.export.timing.clock import Speedup, side_by_side
 from allot.network.hooks import hooked
 from allot.network.trees import cloned
 
 
-def converted_beside(
+def time_converted(
     layers: Mapping[str, nn.Linear], model: nn.Module, example: Any, convert: Convert
-) -> dict[str, Beside]:
+) -> dict[str, Speedup]:
     """Layer that is called, and can be converted -> times of both, on the inputs that it gets."""
     found = {}
     for name, x in inputs_of(layers, model, example).items():
