@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import allot
 from allot.errors import UsageError, VerificationError
 from allot.export.certificate.certificate import verify
-from allot.export.export import export, exported
+from allot.export.export import export, export_run
 from allot.export.runtimes.forms import FORMS
 from allot.export.runtimes.opened import Form, Opened
 from allot.export.timing import clock
@@ -246,8 +246,8 @@ def test_the_macs_of_a_slim_file_are_counted_again_and_held_to_the_report(tmp_pa
         made.make(), made.inputs(), "macs=60%", allocate="uniform", pattern="channels", repair="none", save_to=tmp_path
     )
     report = result.report()
-    row = exported(made.make(), tmp_path, report, made.inputs(1), "slim")
+    row = export_run(made.make(), tmp_path, report, made.inputs(1), "slim")
     assert (row["macs"], row["dense_macs"]) == (report["macs"]["sparse"], report["macs"]["dense"])
     other = {**report, "macs": {**report["macs"], "sparse": report["macs"]["sparse"] + 1}}
     with pytest.raises(VerificationError, match="MACs; the run promised"):
-        exported(made.make(), tmp_path, other, made.inputs(1), "slim")
+        export_run(made.make(), tmp_path, other, made.inputs(1), "slim")

@@ -15,7 +15,7 @@ from allot.cli.finished_run import recipe_of, report_of, runs_of, told_of
 from allot.cli.recipe import gallery
 from allot.errors import UsageError, VerificationError, unknown
 from allot.export.certificate.certificate import place_of, verify
-from allot.export.export import EVERY, exported
+from allot.export.export import EVERY, export_run
 from allot.methods import METHODS, RECIPES
 from allot.report import table
 from allot.report.exports import add_export
@@ -74,7 +74,7 @@ def export_command(
     example = example_of(source, data or wanted.data, skip_corrupt=wanted.skip_corrupt)
     if example is None:
         raise UsageError("no input to run the model on: give --input or --data.")
-    row = exported(source.model, run, report, example, to, out)
+    row = export_run(source.model, run, report, example, to, out)
     add_export(run, row)
     if as_json:
         print_json(row)

@@ -19,7 +19,7 @@ from allot.errors import UsageError
 from allot.export.certificate.certificate import verify
 from allot.export.certificate.probe import _files, counts_of, probe_of, replace_constants
 from allot.export.certificate.rows import digest
-from allot.export.export import export, exported
+from allot.export.export import export, export_run
 from allot.export.files.formats import save_tensors, stored
 from allot.export.runtimes import sparse
 from allot.export.runtimes.forms import FORMS
@@ -276,7 +276,7 @@ def test_a_model_of_transformers_is_opened_by_from_pretrained(tmp_path: Path):
     model = transformers.ViTForImageClassification(transformers.ViTConfig(image_size=8, patch_size=4, **shape)).eval()
     x = torch.randn(2, 3, 8, 8)
     result = prune(model, x, "sparsity=0.8", repair="none", save_to=tmp_path / "run")
-    row = exported(model, tmp_path / "run", result.report(), x[:1], "hf")
+    row = export_run(model, tmp_path / "run", result.report(), x[:1], "hf")
     assert row["error"] == 0 and verify(tmp_path / "run" / "hf")["passed"]
     again = type(model).from_pretrained(tmp_path / "run" / "hf")
     assert all(torch.equal(value, result.state_dict()[name]) for name, value in again.state_dict().items())
@@ -310,7 +310,7 @@ def test_linear_layers_that_are_faster_as_sparse_rows_become_that(tmp_path: Path
     model, report = wide(tmp_path)
     monkeypatch.setattr(sparse_layers, "side_by_side", by_count)
     x = torch.randn(1, 16)
-    row = exported(model, tmp_path / "run", report, x, "csr")
+    row = export_run(model, tmp_path / "run", report, x, "csr")
     assert row["note"].startswith("1 of 3 linear layers are faster as sparse rows here; at best")
     file = tmp_path / "run" / "model.csr.safetensors"
     loaded = sparse.load_csr(model, file)
@@ -345,7 +345,7 @@ def test_layers_that_are_called_in_odd_ways_or_have_odd_numbers_are_no_error(
         model = Seldom().to(dtype).eval()
         rules = allot.Rules(include=(f"{name}.weight",))
         result = prune(model, None, "sparsity=0.5", repair="none", rules=rules, save_to=tmp_path / name)
-        row = exported(model, tmp_path / name, result.report(), torch.randn(1, 16, dtype=dtype), "csr")
+        row = export_run(model, tmp_path / name, result.report(), torch.randn(1, 16, dtype=dtype), "csr")
         none = layers == 0 or dtype == torch.float16  # the CPU multiplies no sparse matrices in half precision
         assert ("no linear layer was called by itself" in row["note"]) == none
         assert row["error"] <= 1e-2 and row["bytes"] == Path(row["file"]).stat().st_size
@@ -354,7 +354,7 @@ def test_layers_that_are_called_in_odd_ways_or_have_odd_numbers_are_no_error(
 def test_where_no_layer_is_faster_all_stay_dense_and_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model, report = wide(tmp_path)
     monkeypatch.setattr(sparse_layers, "side_by_side", lambda *runs, **rest: Speedup(1.0, 2.0, (0.5, 0.5)))
-    row = exported(model, tmp_path / "run", report, torch.randn(1, 16), "csr")
+    row = export_run(model, tmp_path / "run", report, torch.randn(1, 16), "csr")
     assert row["note"].startswith("0 of 3 linear layers are faster as sparse rows here; at best 0.50x")
     assert row["macs"] == row["dense_macs"]
 
@@ -364,17 +364,17 @@ def test_sparse_matrices_are_refused_where_they_cannot_be(tmp_path: Path):
     convolutions = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten())
     result = prune(convolutions, None, "sparsity=0.5", repair="none", save_to=tmp_path / "conv")
     with pytest.raises(UsageError, match="no linear layer was pruned"):
-        exported(convolutions, tmp_path / "conv", result.report(), torch.randn(1, 1, 8, 8), "csr")
+        export_run(convolutions, tmp_path / "conv", result.report(), torch.randn(1, 1, 8, 8), "csr")
     model = case.make()
     report = prune(model, None, "sparsity=0.5", repair="none", save_to=tmp_path / "plain").report()
     with pytest.raises(UsageError, match=r"pattern is unstructured: 2:4 takes runs of --pattern 2:4"):
-        exported(model, tmp_path / "plain", report, case.inputs(1), "2:4")
+        export_run(model, tmp_path / "plain", report, case.inputs(1), "2:4")
     if not torch.cuda.is_available():
         two_of_four = nn.Linear(8, 8)
         chain: dict[str, Any] = {"pattern": "2:4", "repair": "none"}
         report = prune(two_of_four, None, "sparsity=0.5", save_to=tmp_path / "two", **chain).report()
         with pytest.raises(UsageError, match="GPU with sparse tensor cores"):
-            exported(two_of_four, tmp_path / "two", report, torch.randn(1, 8), "2:4")
+            export_run(two_of_four, tmp_path / "two", report, torch.randn(1, 8), "2:4")
 
 
 @pytest.mark.gpu
@@ -382,5 +382,5 @@ def test_two_of_four_runs_on_a_gpu(tmp_path: Path):
     model = nn.Sequential(nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 4096))
     chain: dict[str, Any] = {"pattern": "2:4", "repair": "none"}
     report = prune(model, None, "sparsity=0.5", save_to=tmp_path / "run", **chain).report()
-    row = exported(model, tmp_path / "run", report, torch.randn(512, 4096), "2:4")
+    row = export_run(model, tmp_path / "run", report, torch.randn(512, 4096), "2:4")
     assert "linear layers are faster as 2:4 on the GPU" in row["note"]

@@ -17,7 +17,7 @@ import allot
 from allot.export.certificate.certificate import verify
 from allot.export.certificate.probe import ANSWERS, probe_of
 from allot.export.certificate.rows import digest
-from allot.export.export import export, exported
+from allot.export.export import export, export_run
 from allot.export.files.formats import save_tensors, stored
 from allot.export.runtimes.forms import FORMS
 from cli.command import done, run
@@ -146,7 +146,7 @@ def test_the_programs_of_a_run_are_opened_only_where_they_are_trusted(tmp_path: 
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(4, 8)
     result = allot.prune(model, x, "sparsity=0.5", repair="none", save_to=tmp_path / "run")
-    exported(model, tmp_path / "run", result.report(), x[:1], "program")
+    export_run(model, tmp_path / "run", result.report(), x[:1], "program")
     assert len(loads) == 2  # the program that was just written, and the dense one beside it
     for found in (verify(tmp_path / "run"), result.verify()):
         rows = of_program(found["rows"])
