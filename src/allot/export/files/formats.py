@@ -181,7 +181,7 @@ def slim_header(state: Mapping[str, Tensor], metadata: Mapping[str, Any], groups
 def save_slim(
     path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any], plan: ChannelPlan, groups: Iterable[Group]
 ) -> None:
-    """Write model.slim.safetensors, the tensors as the plan cuts them; its header is that of `slim_header`."""
+    """Write model.slim.safetensors, the tensors cut by the plan; the length of its header is `slim_header`."""
     header = slim_header(state, metadata, groups)
     tensors = {name: plan.cut(name, value) for name, value in state.items()}
     metadata = {**metadata, "attributes": {name: dict(values) for name, values in plan.attributes.items()}}
@@ -192,12 +192,16 @@ def save_slim(
 
 
 def load(path: str | Path) -> dict[str, Tensor]:
-    """The plain state dict in any file that allot wrote, tied names included; or in any safetensors file.
+    """The plain state dict of any file that allot wrote, tied names included, or of any safetensors file.
 
     Args:
         path: model.safetensors, model.bitmask.safetensors, or a run directory.
     Raises:
-        UsageError: no such file, a damaged one, or one that a runtime opens.
+        UsageError: no such file, a damaged file, or a file that a runtime opens.
+
+    >>> load("model.onnx")
+    Traceback (most recent call last):
+    allot.errors.UsageError: model.onnx is a model for a runtime, which opens it: files of tensors are loaded here.
     """
     path = Path(path)
     if path.suffix in (".onnx", ".pt2", ".xml"):
@@ -209,7 +213,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The plain state dict of a file, and its metadata ({} if allot did not write the file).
 
     Raises:
-        UsageError: no such file, or a damaged one.
+        UsageError: no such file, or a damaged file.
     """
     tensors, metadata = stored(path)
     return unpacked(path, tensors, metadata), metadata
@@ -249,7 +253,7 @@ def stored(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a file as they are stored, and its metadata ({} if allot did not write the file).
 
     Raises:
-        UsageError: no such file, or a damaged one.
+        UsageError: no such file, or a damaged file.
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:

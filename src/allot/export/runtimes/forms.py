@@ -30,11 +30,16 @@ FORMS: dict[str, Form] = {"program": PROGRAM, "onnx": ONNX, "openvino": OPENVINO
 
 
 def write_and_reopen(model: nn.Module, example: Any, path: Path, to: str) -> tuple[Opened, list[Tensor]]:
-    """As `export`, where nothing is yet, and without a probe; with the model's answers."""
+    """(the written model, opened again, outputs of the model): `export` to an empty place, without a probe.
+
+    Raises:
+        UsageError: the model cannot be written in this form.
+        VerificationError: the outputs differ.
+    """
     form = FORMS[to]
 
     def ask(draw: int) -> list[Tensor]:
-        # each on a copy of its own: what a forward writes to stays out of the model, and out of the file
+        # a new copy each time: a forward pass may write to its model, and must change neither model nor file
         return Opened.module(copied(model).eval()).ask(example, draw=draw)
 
     with torch.no_grad():
@@ -43,14 +48,14 @@ def write_and_reopen(model: nn.Module, example: Any, path: Path, to: str) -> tup
             with replacing(path) if form.ending else nullcontext(path) as place:
                 form.write(copied(model).eval(), cloned(example), place)
             opened = form.open(path)
-            found = opened.ask(example)
+            outputs = opened.ask(example)
         except (AllotError, OSError):
             raise
         except Exception as problem:
             first: BaseException = problem
-            while first.__cause__ is not None:  # exporters wrap what went wrong in what to do about it
+            while first.__cause__ is not None:  # exporters wrap the cause in advice
                 first = first.__cause__
-            said = first_line(first)
-            raise UsageError(f"{type(model).__name__} cannot be written as {to} for such inputs: {said}") from problem
-        check_answers(f"{path.name} answers otherwise than the model", found, wanted, lambda: ask(1), allowed(wanted))
+            reason = first_line(first)
+            raise UsageError(f"{type(model).__name__} cannot be written as {to} for such inputs: {reason}") from problem
+        check_answers(f"{path.name} answers otherwise than the model", outputs, wanted, lambda: ask(1), allowed(wanted))
     return opened, wanted

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from allot.export.runtimes.opened import Form, Opened, by_name, captured, need, quiet
+from allot.export.runtimes.opened import Form, Opened, by_name, capture, need, quiet
 from allot.network.call import as_arguments
 
 
@@ -18,13 +18,13 @@ def _write(model: nn.Module, example: Any, path: Path) -> None:
     need("onnx", "onnx", "onnxscript")
     args, kwargs = as_arguments(example)
     with quiet():
-        program = torch.onnx.export(captured(model, args, kwargs), dynamo=True, verbose=False, external_data=False)
+        program = torch.onnx.export(capture(model, args, kwargs), dynamo=True, verbose=False, external_data=False)
         assert program is not None
         program.save(str(path), external_data=False)
 
 
 def onnx_session(content: bytes) -> Any:
-    """ONNX Runtime on the CPU; threads that wait sleep, or sessions that are timed in turn would fight for cores."""
+    """ONNX Runtime on the CPU; waiting threads sleep, or sessions that are timed in turn would compete for cores."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -36,11 +36,11 @@ def onnx_session(content: bytes) -> Any:
 def _open(path: Path) -> Opened:
     need("onnx", "onnxruntime")
     session = onnx_session(path.read_bytes())
-    names = [each.name for each in session.get_inputs()]
+    names = [value.name for value in session.get_inputs()]
 
     def run(example: Any) -> list[Tensor]:
-        fed = {name: value.numpy() for name, value in by_name(example, names).items()}
-        return [torch.from_numpy(found) for found in session.run(None, fed)]
+        inputs = {name: value.numpy() for name, value in by_name(example, names).items()}
+        return [torch.from_numpy(output) for output in session.run(None, inputs)]
 
     def weights() -> Iterator[Tensor]:
         import onnx
@@ -53,16 +53,16 @@ def _open(path: Path) -> Opened:
     return Opened(run, path.stat().st_size, weights, lambda example: _macs(path, by_name(example, names)))
 
 
-def _macs(path: Path, given: Mapping[str, Tensor]) -> int:
+def _macs(path: Path, inputs: Mapping[str, Tensor]) -> int:
     import onnx
 
     proto = onnx.load(path)
     for value in proto.graph.input:
-        for place, side in zip(value.type.tensor_type.shape.dim, given[value.name].shape, strict=True):
+        for place, side in zip(value.type.tensor_type.shape.dim, inputs[value.name].shape, strict=True):
             place.dim_value = side
     del proto.graph.value_info[:]
     for output in proto.graph.output:
-        output.type.tensor_type.ClearField("shape")  # they name the open batch
+        output.type.tensor_type.ClearField("shape")  # the shapes name the open batch
     graph = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
     shapes = {
         value.name: [place.dim_value for place in value.type.tensor_type.shape.dim]

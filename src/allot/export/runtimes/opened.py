@@ -45,13 +45,13 @@ class Opened:
     macs: Callable[[Any], int]
 
     def ask(self, example: Any, *, draw: int = 0) -> list[Tensor]:
-        """What it answers, the inputs untouched; what PyTorch draws at random on the way is numbered by `draw`."""
+        """Its outputs, the inputs unchanged; `draw` numbers the random draws of PyTorch."""
         with seeded(draw, {tensor.device for tensor in tensors_in(example)}):
             return self.run(cloned(example))
 
     @classmethod
     def module(cls, model: Callable[..., Any], size: int = 0) -> Opened:
-        """What PyTorch runs."""
+        """A model that PyTorch runs."""
 
         def run(example: Any) -> list[Tensor]:
             with torch.no_grad():
@@ -59,8 +59,8 @@ class Opened:
 
         def weights() -> Iterator[Tensor]:
             assert isinstance(model, nn.Module)
-            known = {id(tensor): tensor.detach() for tensor in (*model.parameters(), *model.buffers())}
-            return (tensor for tensor in known.values() if tensor.is_floating_point() and tensor.dim() > 1)
+            tensors = {id(tensor): tensor.detach() for tensor in (*model.parameters(), *model.buffers())}
+            return (tensor for tensor in tensors.values() if tensor.is_floating_point() and tensor.dim() > 1)
 
         def counted(example: Any, mode: AbstractContextManager[Any]) -> int:
             with mode, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -68,7 +68,7 @@ class Opened:
             return counter.get_total_flops() // 2
 
         def macs(example: Any) -> int:
-            try:  # what is fused is not counted: with gradients, and by plain mathematics, less is
+            try:  # fused operations are not counted: there are fewer with gradients, and in plain attention
                 return counted(example, torch.enable_grad())
             except Exception:  # noqa: BLE001 - a model that runs without gradients only
                 return counted(example, torch.no_grad())
@@ -110,41 +110,44 @@ def size_of(path: Path) -> int:
 
 
 def by_name(example: Any, names: list[str]) -> dict[str, Tensor]:
-    """The inputs by what the file calls them: by their own names where they have some, else in order.
+    """The inputs by their names in the file: keyword arguments by name, positional ones in order.
 
     Raises:
-        UsageError: other inputs than the file takes.
+        UsageError: the file takes other inputs.
     """
     args, kwargs = as_arguments(example)
-    given = {name: t.detach().cpu() for name, t in kwargs.items() if isinstance(t, Tensor)}
-    in_order = [t.detach().cpu() for t in args if isinstance(t, Tensor)]
-    found = given if given else dict(zip(names, in_order, strict=False))
-    if found.keys() != set(names) or (in_order and len(in_order) != len(names)):
-        raise UsageError(f"the file takes {', '.join(names)}: {len(in_order) or ', '.join(given)} given.")
-    return found
+    keywords = {name: t.detach().cpu() for name, t in kwargs.items() if isinstance(t, Tensor)}
+    positional = [t.detach().cpu() for t in args if isinstance(t, Tensor)]
+    inputs = keywords if keywords else dict(zip(names, positional, strict=False))
+    if inputs.keys() != set(names) or (positional and len(positional) != len(names)):
+        raise UsageError(f"the file takes {', '.join(names)}: {len(positional) or ', '.join(keywords)} given.")
+    return inputs
 
 
-def captured(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.export.ExportedProgram:
-    """The program, for any batch size where the model allows that."""
+def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.export.ExportedProgram:
+    """The model as a program, for any batch size if the model allows that.
+
+    Raises:
+        UsageError: torch.export cannot capture the model.
+    """
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-    many = [value.repeat(2, *[1] * (value.dim() - 1)) if value.dim() and len(value) < 2 else value for value in tensors]
-    wide = iter(many)
-    as_given = args, dict(kwargs)
-    args = tuple(next(wide) if isinstance(value, Tensor) else value for value in args)
-    kwargs = {name: next(wide) if isinstance(value, Tensor) else value for name, value in kwargs.items()}
+    batches = iter([t.repeat(2, *[1] * (t.dim() - 1)) if t.dim() and len(t) < 2 else t for t in tensors])
+    originals = args, dict(kwargs)
+    args = tuple(next(batches) if isinstance(value, Tensor) else value for value in args)
+    kwargs = {name: next(batches) if isinstance(value, Tensor) else value for name, value in kwargs.items()}
     batch = torch.export.Dim("batch", min=1)
     open_batch = [{0: batch} if isinstance(v, Tensor) else None for v in args]
     shapes = (tuple(open_batch), {n: {0: batch} if isinstance(v, Tensor) else None for n, v in kwargs.items()})
     try:
         return torch.export.export(model, args, dict(kwargs), dynamic_shapes=shapes[0] if not kwargs else shapes[1])
-    except Exception as first:  # noqa: BLE001 - whatever it does not like about an open batch, it may like a fixed one
+    except Exception as first:  # noqa: BLE001 - torch.export raises anything where it takes no open batch
         try:
-            program = torch.export.export(model, *as_given)
+            program = torch.export.export(model, *originals)
             log.warning("%s is exported for inputs of these very shapes: it takes no open batch.", type(model).__name__)
             return program
-        except Exception:  # noqa: BLE001 - and whatever it does not like at all is told in one line
-            said = first_line(first)
-            raise UsageError(f"{type(model).__name__} cannot be captured by torch.export: {said}") from first
+        except Exception:  # noqa: BLE001 - torch.export raises anything
+            reason = first_line(first)
+            raise UsageError(f"{type(model).__name__} cannot be captured by torch.export: {reason}") from first
 
 
 def need(extra: str, *modules: str) -> None:
@@ -157,7 +160,7 @@ def need(extra: str, *modules: str) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """While open, exporters keep what they would like to say to themselves."""
+    """While open, exporters neither print, log nor warn."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     before = [logger.level for logger in loggers]
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):

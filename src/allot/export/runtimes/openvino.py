@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from allot.export.runtimes.opened import Form, Opened, by_name, captured, need, quiet, size_of
+from allot.export.runtimes.opened import Form, Opened, by_name, capture, need, quiet, size_of
 from allot.network.call import as_arguments
 
 
@@ -21,7 +21,7 @@ def _write(model: nn.Module, example: Any, path: Path) -> None:
     args, kwargs = as_arguments(example)
     path.mkdir(exist_ok=True)
     with quiet():
-        written = openvino.convert_model(captured(model, args, kwargs))
+        written = openvino.convert_model(capture(model, args, kwargs))
         written.set_friendly_name(type(model).__name__)
         for i, node in enumerate(written.get_ordered_ops()):  # names count up from process start, and so would bytes
             if node.get_type_name() != "Parameter":
@@ -34,21 +34,21 @@ def _open(path: Path) -> Opened:
     import openvino
 
     core = openvino.Core()
-    read = core.read_model(path / "model.xml")
-    exact = {"INFERENCE_PRECISION_HINT": "f32"}  # it would take bf16 where the processor has it
-    compiled = core.compile_model(read, "CPU", exact)
-    names = [each.get_any_name() for each in compiled.inputs]
+    model = core.read_model(path / "model.xml")
+    exact = {"INFERENCE_PRECISION_HINT": "f32"}  # else bf16 if the processor has it
+    compiled = core.compile_model(model, "CPU", exact)
+    names = [value.get_any_name() for value in compiled.inputs]
 
     def run(example: Any) -> list[Tensor]:
-        given = by_name(example, names)
-        found = compiled({name: given[name].numpy() for name in names})
-        return [torch.from_numpy(found[output].copy()) for output in compiled.outputs]
+        inputs = by_name(example, names)
+        outputs = compiled({name: inputs[name].numpy() for name in names})
+        return [torch.from_numpy(outputs[output].copy()) for output in compiled.outputs]
 
     def weights() -> Iterator[Tensor]:
-        for each in read.get_ops():
-            real = each.get_type_name() == "Constant" and each.get_element_type().is_real()
-            if real and len(each.shape) > 1:
-                yield torch.from_numpy(each.data.copy())
+        for node in model.get_ops():
+            real = node.get_type_name() == "Constant" and node.get_element_type().is_real()
+            if real and len(node.shape) > 1:
+                yield torch.from_numpy(node.data.copy())
 
     def macs(example: Any) -> int:
         fixed = core.read_model(path / "model.xml")
@@ -68,12 +68,12 @@ _PRODUCTS = (
 )
 
 
-def _layer_macs(each: Any) -> int:
-    kind = each.get_type_name()
+def _layer_macs(node: Any) -> int:
+    kind = node.get_type_name()
     if kind not in _PRODUCTS:
         return 0
-    first, second, *more = (list(each.input(i).get_shape()) for i in range(each.get_input_size()))
-    out = math.prod(each.output(0).get_shape())
+    first, second, *more = (list(node.input(i).get_shape()) for i in range(node.get_input_size()))
+    out = math.prod(node.output(0).get_shape())
     if kind == "Convolution":
         return out * math.prod(second[1:])
     if kind == "GroupConvolution":  # weights [groups, out, in, ...]
@@ -83,7 +83,7 @@ def _layer_macs(each: Any) -> int:
     if kind == "GroupConvolutionBackpropData":  # weights [groups, in, out, ...]
         return math.prod(first) * math.prod(second[2:])
     if kind == "MatMul":
-        return out * first[-2 if each.get_attributes()["transpose_a"] else -1]
+        return out * first[-2 if node.get_attributes()["transpose_a"] else -1]
     return math.prod(first) * second[-2] + math.prod(first[:-1]) * math.prod(more[0][-2:])
 
 

@@ -13,11 +13,11 @@ from allot.export.runtimes.opened import Form, Opened, need, size_of
 
 
 def _write(model: nn.Module, example: Any, path: Path) -> None:
-    known: Any = model
+    pretrained: Any = model
     if not hasattr(model, "save_pretrained") or not hasattr(type(model), "from_pretrained"):
         raise UsageError(f"{type(model).__name__} has no save_pretrained: hf is for models of transformers.")
     path.mkdir(exist_ok=True)
-    known.save_pretrained(path, safe_serialization=True)
+    pretrained.save_pretrained(path, safe_serialization=True)
 
 
 def _open(path: Path) -> Opened:

@@ -9,21 +9,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from allot.export.runtimes.opened import Form, Opened, captured, quiet
+from allot.export.runtimes.opened import Form, Opened, capture, quiet
 from allot.network.call import as_arguments
 
 
 def _write(model: nn.Module, example: Any, path: Path) -> None:
     args, kwargs = as_arguments(example)
     with quiet():
-        program = _stripped(captured(model, args, kwargs))
+        program = _stripped(capture(model, args, kwargs))
         buffer = io.BytesIO()  # save looks at the ending of a path
         torch.export.save(program, buffer)
     path.write_bytes(buffer.getvalue())
 
 
 def _stripped(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """The program itself, without example inputs, which would be pickled, and without the file names of its source."""
+    """The same program without example inputs, which would be pickled, and without the file names of its source."""
     program.example_inputs = None
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():

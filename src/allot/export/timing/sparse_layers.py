@@ -1,4 +1,4 @@
-"""Linear layers timed as sparse matrices, each beside its dense self."""
+"""Linear layers timed as sparse matrices, each beside the dense layer."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from allot.network.trees import cloned
 def time_converted(
     layers: Mapping[str, nn.Linear], model: nn.Module, example: Any, convert: Convert
 ) -> dict[str, Speedup]:
-    """Layer that is called, and can be converted -> times of both, on the inputs that it gets."""
-    found = {}
+    """Layer that is called, and can be converted -> its speed-up on its inputs."""
+    speedups = {}
     for name, x in inputs_of(layers, model, example).items():
         layer = layers[name]
         try:
             dense, sparse = (_linear(x, weight, layer.bias) for weight in (layer.weight, convert(layer.weight)))
-            found[name] = side_by_side(dense, sparse, seconds=0.2)
-        except (RuntimeError, ValueError):  # sides or numbers that the kernel does not take
+            speedups[name] = side_by_side(dense, sparse, seconds=0.2)
+        except (RuntimeError, ValueError):  # sizes or dtypes that the kernel does not take
             continue
-    return found
+    return speedups
 
 
 def inputs_of(layers: Mapping[str, nn.Linear], model: nn.Module, example: Any) -> dict[str, Tensor]:
-    """Layer that is called -> what it gets on the example."""
+    """Layer that is called -> its input on the example."""
     inputs: dict[str, Tensor] = {}
     with ExitStack() as stack, torch.no_grad():
         for name, layer in layers.items():
-            stack.enter_context(hooked(layer, _keeping(inputs, name)))
+            stack.enter_context(hooked(layer, _recorder(inputs, name)))
         apply(model, cloned(example))
     return inputs
 
 
-def _keeping(inputs: dict[str, Tensor], name: str) -> Callable[..., None]:
+def _recorder(inputs: dict[str, Tensor], name: str) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: Any, output: Any) -> None:
         inputs.setdefault(name, (*args, *kwargs.values())[0])
 
