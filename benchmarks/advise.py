@@ -17,7 +17,7 @@ from torch import nn
 
 import allot
 from allot.export.runtimes.sparse import linear_layers
-from allot.export.timing.latency import Runtime, beside
+from allot.export.timing.latency import Runtime, time_both
 from allot.pruning.advise import advise
 from allot.sources import zoo
 from allot.sources.zoo.nets import resnet20
@@ -55,7 +55,7 @@ def channels(name: str, runtime: Runtime) -> tuple[list[str], list[str]]:
         result = allot.prune(
             model, None, f"macs={share}%", allocate="uniform", pattern=pattern, repair="none", example=example
         )
-        dense, slim = beside(model, result.slim(), example, runtime, seconds=5.0)
+        dense, slim = time_both(model, result.slim(), example, runtime, seconds=5.0)
         rows.append(_row(name, f"{share} % of the MACs", row["faster"], dense / slim))
     return rows, [f"- **{name}** ({pattern}): {'. '.join(said.rstrip('.') for said in told['said'])}."]
 

@@ -15,7 +15,7 @@ from allot.cli.options import Json, takes
 from allot.cli.recipe import RecipeFile, gallery
 from allot.errors import UsageError, VerificationError, unknown
 from allot.export.certificate.certificate import place_of, verify
-from allot.export.export import EVERY, exported
+from allot.export.export import EVERY, export_run
 from allot.methods import METHODS, RECIPES
 from allot.report import table
 from allot.report.exports import add_export
@@ -34,11 +34,14 @@ def verify_command(
         str | None, typer.Option(metavar="MODEL", help="to ask exported files that hold tensors only, as in prune")
     ] = None,
     *,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="open exported programs (.pt2) too: a program can run any code")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Re-open, recount and certify; exit code 4 if anything differs from what was promised."""
     source = load_model(model, weights=wanted.weights, shape=wanted.input) if model else None
-    found = verify(path, source.model if source else None)
+    found = verify(path, source.model if source else None, trust=trust)
     if as_json:
         print_json(found)
     else:
@@ -69,7 +72,7 @@ def export_command(
     example = example_of(source, wanted.data or made.data, skip_corrupt=made.skip_corrupt)
     if example is None:
         raise UsageError("no input to run the model on: give --input or --data.")
-    row = exported(source.model, run, report, example, to, out)
+    row = export_run(source.model, run, report, example, to, out)
     add_export(run, row)
     if as_json:
         print_json(row)

@@ -1,6 +1,6 @@
-"""Models written for a runtime, re-opened there, compared with what they were made from, and timed side by side.
+"""Models written for a runtime, opened again, compared with their source, and timed beside the dense model.
 
-safetensors, bitmask, slim   the run's own files     opened by allot
+safetensors, bitmask, slim   the files of the run     opened by allot
 csr, 2:4                     see `allot.export.runtimes.sparse`
 program, onnx, openvino, hf  see `allot.export.runtimes.forms`
 """
@@ -18,17 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from allot.errors import AllotError, UsageError, VerificationError, first_line, unknown
-from allot.export.certificate.probe import check_inputs, drawn, not_tensors, save_probe
-from allot.export.files.destination import placed
+from allot.export.certificate.probe import check_inputs, not_tensors, replace_constants, save_probe
+from allot.export.files.destination import staging
 from allot.export.files.formats import BITMASK, CSR, PLAIN, PLAN, SLIM, csr, load, read, save_csr
 from allot.export.files.slim import load_slim
 from allot.export.runtimes.answers import SLIM_TOLERANCE, TOLERANCE, allowed, check_answers
-from allot.export.runtimes.forms import FORMS, Opened
-from allot.export.runtimes.from_file import filled, opened_with
-from allot.export.runtimes.reopen import reopened
+from allot.export.runtimes.forms import FORMS, write_and_reopen
+from allot.export.runtimes.from_file import load_into, opened_with
+from allot.export.runtimes.opened import Opened
 from allot.export.runtimes.sparse import converted, has_sparse_tensor_cores, linear_layers, load_csr, semi_structured
-from allot.export.timing.clock import Beside, side_by_side
-from allot.export.timing.sparse_layers import converted_beside
+from allot.export.timing.clock import Speedup, side_by_side
+from allot.export.timing.sparse_layers import time_converted
 from allot.network.call import attempt, write_into
 from allot.network.channels import copied, shapes_of
 from allot.network.layers import Layer, Scope
@@ -37,94 +37,103 @@ from allot.network.trees import cloned
 from allot.run.calibration import moved
 from allot.run.store import write
 
-FILES = {"safetensors": PLAIN, "bitmask": BITMASK, "slim": SLIM}  # what a run holds already
+FILES = {"safetensors": PLAIN, "bitmask": BITMASK, "slim": SLIM}  # files that a run holds already
 EVERY = (*FILES, "csr", "2:4", *FORMS)
 HALF_TOLERANCE = 2e-2  # of the largest output, in half precision
 
 
 def export(model: nn.Module, example: Any, path: str | Path, *, to: str | None = None) -> Opened:
-    """Write `model` to `path`, open it again, check that it answers as `model` does, and put a probe beside it.
+    """Write `model` to `path`, open the file again, compare its outputs with the model's, and write a probe.
 
     Args:
         example: a batch of inputs as tensors; the batch dimension, the first of each, is left open.
-        to: "program", "onnx", "openvino" or "hf"; None: what the file's ending says, .pt2 or .onnx.
+        to: "program", "onnx", "openvino" or "hf"; None: the form of the file's ending, .pt2 or .onnx.
     Raises:
-        UsageError: an unknown form, a missing extra, or a model that cannot be written so.
-        VerificationError: the file answers otherwise than the model.
+        UsageError: an unknown form, a missing extra, or a model that cannot be written in this form.
+        VerificationError: the outputs of the file differ from those of the model.
+
+    >>> export(nn.Linear(2, 1), torch.ones(1, 2), "model.txt")
+    Traceback (most recent call last):
+    allot.errors.UsageError: unknown form of export '.txt'. Accepted: hf, onnx, openvino, program.
     """
     path = Path(path)
     to = form_of(path) or path.suffix if to is None else to
     if to not in FORMS:
         raise unknown("form of export", to, FORMS)
     check_inputs(example)
-    with placed(path, directory=not FORMS[to].ending) as place:
-        opened, answers = reopened(model, example, place, to)
+    with staging(path, directory=not FORMS[to].ending) as place:
+        opened, answers = write_and_reopen(model, example, place, to)
         save_probe(place, to, opened, example, answers)
     return FORMS[to].open(path)
 
 
 def form_of(path: str | Path | None) -> str | None:
-    """The form that the ending of a file says; None where it says none."""
+    """The form that belongs to the ending of a file; None for other endings.
+
+    >>> form_of("model.onnx"), form_of("model.bin")
+    ('onnx', None)
+    """
     endings = {form.ending: name for name, form in FORMS.items() if form.ending} | {".safetensors": "safetensors"}
     return endings.get(Path(path).suffix) if path else None
 
 
 @dataclass
-class Made:
-    """What one form of a run's model came to.
+class ExportedModel:
+    """A run's model in one form, and the dense model in the same form.
 
     Attributes:
-        opened, other: the sparse and the dense model in this form.
-        model: the sparse one in PyTorch, for counting.
-        macs: what it takes in scope, where that cannot be counted from shapes.
-        near: how far outputs may be off, as a share of the largest.
-        note: what more there is to say.
+        file: the file, or directory, of the sparse model.
+        sparse, dense: both models, opened.
+        model: the sparse model in PyTorch, for counting.
+        tolerance: largest allowed difference of outputs, as a share of the largest.
+        macs: MACs of the sparse model in scope, if shapes do not determine them.
+        note: a remark for the user.
     """
 
     file: Path
-    opened: Opened
-    other: Opened
+    sparse: Opened
+    dense: Opened
     model: nn.Module
-    near: float = 0.0  # the same numbers, the same answers
+    tolerance: float = 0.0  # the same numbers, the same answers
     macs: int | None = None
     note: str = ""
 
 
-def exported(
+def export_run(
     dense: nn.Module, run: Path, report: Mapping[str, Any], example: Any, to: str, out: Path | None = None
 ) -> dict[str, Any]:
-    """What a run's model is in one form, next to the dense model in the same form, both opened again and timed in turn.
+    """Export a run's model to one form; open, compare and time it in turn with the dense model in the same form.
 
     Args:
-        dense: the model that the run pruned; its weights are those that it had then.
+        dense: the model that the run pruned, with the weights that it had then.
         run: a finished run directory.
         report: its report.json.
-        example: a batch of one input; where all of its numbers are the same, normal draws take its place.
+        example: a batch of one input; if all of its numbers are the same, normal draws replace them.
         to: one of EVERY.
-        out: the file (of slim, openvino and hf, a directory); None: beside the others in the run.
+        out: the file (of slim, openvino and hf, a directory); None: beside the other files of the run.
     Returns:
         `{form, file, inside, probe, bytes, dense_bytes, limit, error, params, dense_params, macs, dense_macs,
-        milliseconds: {dense, sparse}, faster, spread, verdict, note}`: `inside` is where the file is in the run, None
-        where it is elsewhere, `probe` whether a probe lies beside it, `limit` the information limit of these weights in
-        bytes, `error` the largest difference of outputs from the run's masked model over their largest value, `faster`
-        how many times as fast as dense, `spread` from and to how many in half of the rounds, `verdict` "faster",
-        "no faster", "slower" or "unclear".
+        milliseconds: {dense, sparse}, faster, spread, verdict, note}`: `inside` is the path of the file in the run,
+        None if the file is elsewhere, `probe` whether a probe lies beside the file, `limit` the information limit of
+        these weights in bytes, `error` the largest difference of outputs from the run's masked model over their largest
+        value, `faster` the speed-up over dense, `spread` the range of the speed-up in half of the rounds, `verdict`
+        "faster", "no faster", "slower" or "unclear".
     Raises:
         UsageError: an unknown form, or one that this model or installation does not allow.
-        VerificationError: what was written answers otherwise than the run's model, or takes other MACs than promised.
+        VerificationError: the outputs of the file differ from those of the run's model, or its MACs from the promise.
     """
     if to not in EVERY:
         raise unknown("form of export", to, EVERY)
     try:
-        return _exported(dense, run, report, example, to, out)
+        return _export_run(dense, run, report, example, to, out)
     except (AllotError, OSError):
         raise
     except Exception as error:  # a model may raise whatever it likes
-        said = first_line(error)
-        raise UsageError(f"{type(dense).__name__} cannot be exported to {to}: {said}") from error
+        reason = first_line(error)
+        raise UsageError(f"{type(dense).__name__} cannot be exported to {to}: {reason}") from error
 
 
-def _exported(
+def _export_run(
     dense: nn.Module, run: Path, report: Mapping[str, Any], example: Any, to: str, out: Path | None
 ) -> dict[str, Any]:
     if to in FORMS:
@@ -134,131 +143,123 @@ def _exported(
             "hf: a configuration of transformers says one width for all layers and cannot hold what is left of each: "
             "slim and onnx hold the smaller model."
         )
-    dense, example = copied(dense).eval(), drawn(example)
+    dense, example = copied(dense).eval(), replace_constants(example)
     masked = copied(dense)
     write_into(masked, load(run))
     layers = [row["name"] for row in report["layers"]]
     target = _target(run, to, out)
-    with nullcontext() if target is None else placed(target, directory=_ending(to) == "", run=run) as place:
+    with nullcontext() if target is None else staging(target, directory=_ending(to) == "", run=run) as place:
         if to == "2:4":
-            made, example, masked = _semi_structured(dense, masked, run, report, layers, example, place)
+            exported, example, masked = _semi_structured(dense, masked, run, report, layers, example, place)
         elif place is None or to in FILES:
-            made = _file(dense, run, to, place)
+            exported = _file_of_run(dense, run, to, place)
         elif to == "csr":
-            made = _csr(dense, copied(masked), run, layers, example, place)
+            exported = _csr(dense, copied(masked), run, layers, example, place)
         else:
-            made = _form(dense, masked, run, example, to, place)
-        wanted, error = _compared(made, masked, example)
-        macs = _macs(made.model, example, layers) if made.macs is None else made.macs
+            exported = _form(dense, masked, run, example, to, place)
+        wanted, error = _compared(exported, masked, example)
+        macs = _macs(exported.model, example, layers) if exported.macs is None else exported.macs
         if to in ("slim", *FORMS) and (run / SLIM).exists() and macs != report["macs"]["sparse"]:
             promised = f"{report['macs']['sparse']:,}"
-            raise VerificationError(f"{made.file.name} takes {macs:,} MACs; the run promised {promised}.")
+            raise VerificationError(f"{exported.file.name} takes {macs:,} MACs; the run promised {promised}.")
         probed = to != "2:4" and not not_tensors(example)  # see `allot.export.certificate.certificate.verify`
         if probed:
-            save_probe(made.file, to, made.opened, example, wanted, run)
-        file = target / made.file.relative_to(place) if target and place else made.file
-    params = sum(p.numel() for p in dense.parameters())
-    told = {"dense_params": params, "macs": macs, "dense_macs": _macs(dense, example, layers), "error": error}
+            save_probe(exported.file, to, exported.sparse, example, wanted, run)
+        file = target / exported.file.relative_to(place) if target and place else exported.file
+    resolved, home = file.resolve(), run.resolve()
     return {
         "form": to,
-        **_placed_row(run, file, probed=probed),
-        **_sizes(made, report),
-        **told,
-        **_times(made, example),
-    }
-
-
-def _placed_row(run: Path, file: Path, *, probed: bool) -> dict[str, Any]:
-    place, home = file.resolve(), run.resolve()
-    inside = str(place.relative_to(home)) if place.is_relative_to(home) else None
-    return {"file": str(file), "inside": inside, "probe": probed}
-
-
-def _sizes(made: Made, report: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "bytes": made.opened.bytes,
-        "dense_bytes": made.other.bytes,
+        "file": str(file),
+        "inside": str(resolved.relative_to(home)) if resolved.is_relative_to(home) else None,
+        "probe": probed,
+        "bytes": exported.sparse.bytes,
+        "dense_bytes": exported.dense.bytes,
         "limit": report["bytes"]["limit"],
-        "params": sum(p.numel() for p in made.model.parameters()),
+        "params": sum(p.numel() for p in exported.model.parameters()),
+        "dense_params": sum(p.numel() for p in dense.parameters()),
+        "macs": macs,
+        "dense_macs": _macs(dense, example, layers),
+        "error": error,
+        **_times(exported, example),
     }
 
 
-def _times(made: Made, example: Any) -> dict[str, Any]:
-    ours, theirs = cloned(example), cloned(example)
-    taken = side_by_side(lambda: made.other.run(theirs), lambda: made.opened.run(ours))
+def _times(exported: ExportedModel, example: Any) -> dict[str, Any]:
+    for_dense, for_sparse = cloned(example), cloned(example)
+    taken = side_by_side(lambda: exported.dense.run(for_dense), lambda: exported.sparse.run(for_sparse))
     return {
         "milliseconds": {"dense": 1000 * taken.dense, "sparse": 1000 * taken.sparse},
         "faster": taken.faster,
         "spread": list(taken.spread),
         "verdict": taken.verdict,
-        "note": made.note,
+        "note": exported.note,
     }
 
 
-def _compared(made: Made, masked: nn.Module, example: Any) -> tuple[list[Tensor], float]:
-    """(what the masked model answers, how far off what was made is).
+def _compared(exported: ExportedModel, masked: nn.Module, example: Any) -> tuple[list[Tensor], float]:
+    """(outputs of the masked model, difference of the exported model's outputs from them).
 
     Raises:
-        UsageError: nothing can be compared.
-        VerificationError: it is off by more than it may.
+        UsageError: there is nothing to compare.
+        VerificationError: the difference is larger than allowed.
     """
 
     def ask(draw: int) -> list[Tensor]:
         return Opened.module(copied(masked)).ask(example, draw=draw)
 
     wanted = ask(0)
-    near = allowed(wanted, made.near) if made.near else 0.0
-    said = f"{made.file.name} answers otherwise than the run's model"
-    return wanted, check_answers(said, made.opened.ask(example), wanted, lambda: ask(1), near)
+    tolerance = allowed(wanted, exported.tolerance) if exported.tolerance else 0.0
+    problem = f"{exported.file.name} answers otherwise than the run's model"
+    return wanted, check_answers(problem, exported.sparse.ask(example), wanted, lambda: ask(1), tolerance)
 
 
 def _ending(to: str) -> str:
-    """Of the file that a form is; "" of one that is a directory."""
+    """The ending of a form's file; "" of a form that is a directory."""
     return FORMS[to].ending if to in FORMS else "" if to == "slim" else ".safetensors"
 
 
 def _target(run: Path, to: str, out: Path | None) -> Path | None:
-    """Where an export goes; None where it is the run's own file."""
-    own = FILES.get("bitmask" if to == "2:4" else to)
-    if own and (out is None or out.resolve() in ((run / own).resolve(), run.resolve())):
+    """The destination of an export; None if it is a file that the run holds already."""
+    name = FILES.get("bitmask" if to == "2:4" else to)
+    if name and (out is None or out.resolve() in ((run / name).resolve(), run.resolve())):
         return None
     return out or run / (CSR if to == "csr" else f"model{_ending(to)}" if _ending(to) else to)
 
 
-def _file(dense: nn.Module, run: Path, to: str, place: Path | None) -> Made:
+def _file_of_run(dense: nn.Module, run: Path, to: str, place: Path | None) -> ExportedModel:
     file = _copied_file(run, to, place)
-    sparse = filled(dense, file)
-    other = Opened.module(dense, (run / PLAIN).stat().st_size)
-    return Made(file, opened_with(sparse, file), other, sparse, SLIM_TOLERANCE if to == "slim" else 0.0)
+    sparse = load_into(dense, file)
+    opened_dense = Opened.module(dense, (run / PLAIN).stat().st_size)
+    tolerance = SLIM_TOLERANCE if to == "slim" else 0.0
+    return ExportedModel(file, opened_with(sparse, file), opened_dense, sparse, tolerance)
 
 
-def _form(dense: nn.Module, masked: nn.Module, run: Path, example: Any, to: str, place: Path) -> Made:
+def _form(dense: nn.Module, masked: nn.Module, run: Path, example: Any, to: str, place: Path) -> ExportedModel:
     sparse = load_slim(dense, run) if (run / SLIM).exists() else masked
-    opened, _ = reopened(sparse, example, place, to)
+    opened, _ = write_and_reopen(sparse, example, place, to)
     with tempfile.TemporaryDirectory() as folder:
-        other, _ = reopened(dense, example, Path(folder) / f"dense{FORMS[to].ending}", to)
-    return Made(place, opened, other, sparse, TOLERANCE)
+        opened_dense, _ = write_and_reopen(dense, example, Path(folder) / f"dense{FORMS[to].ending}", to)
+    return ExportedModel(place, opened, opened_dense, sparse, TOLERANCE)
 
 
-def _csr(dense: nn.Module, masked: nn.Module, run: Path, names: list[str], example: Any, place: Path) -> Made:
+def _csr(dense: nn.Module, masked: nn.Module, run: Path, names: list[str], example: Any, place: Path) -> ExportedModel:
     layers = linear_layers(masked, names)
-    faster = converted_beside(layers, masked, example, csr)
-    chosen = [name for name, taken in faster.items() if taken.pays]
-    state, about = read(run / PLAIN)
-    state = {name: value for name, value in state.items() if name not in about["aliases"]}
-    save_csr(place, state, {key: about[key] for key in about if key not in ("format", "seal", "pad")}, chosen)
+    speedups = time_converted(layers, masked, example, csr)
+    chosen = [name for name, speedup in speedups.items() if speedup.pays]
+    state, metadata = read(run / PLAIN)
+    state = {name: value for name, value in state.items() if name not in metadata["aliases"]}
+    save_csr(place, state, {key: metadata[key] for key in metadata if key not in ("format", "seal", "pad")}, chosen)
     sparse = load_csr(dense, place)
     try:
         attempt(sparse, cloned(example), {})
     except Exception as error:  # fused kernels, like those of a transformer's encoder, take no sparse weights
-        said = first_line(error)
-        raise UsageError(f"{type(dense).__name__} does not run with sparse rows: {said}") from error
+        reason = first_line(error)
+        raise UsageError(f"{type(dense).__name__} does not run with sparse rows: {reason}") from error
     nonzero = {name: int(torch.count_nonzero(layers[name].weight)) / layers[name].weight.numel() for name in chosen}
     macs = sum(round(nonzero.get(name, 1) * count) for name, count in _layer_macs(masked, example, names).items())
-    other = Opened.module(dense, (run / PLAIN).stat().st_size)
-    return Made(
-        place, opened_with(sparse, place), other, sparse, TOLERANCE, macs, _chosen("sparse rows", faster, chosen)
-    )
+    opened_dense = Opened.module(dense, (run / PLAIN).stat().st_size)
+    note = _conversion_note("sparse rows", speedups, chosen)
+    return ExportedModel(place, opened_with(sparse, place), opened_dense, sparse, TOLERANCE, macs, note)
 
 
 def _semi_structured(
@@ -269,38 +270,38 @@ def _semi_structured(
     names: list[str],
     example: Any,
     place: Path | None,
-) -> tuple[Made, Any, nn.Module]:
-    """The run's model on the GPU in half precision; with it, the inputs and the masked model there."""
+) -> tuple[ExportedModel, Any, nn.Module]:
+    """The run's model on the GPU in half precision, and the inputs and the masked model on the GPU."""
     if report["pattern"] != "2:4":
         raise UsageError(f"the run's pattern is {report['pattern']}: 2:4 takes runs of --pattern 2:4.")
     if not has_sparse_tensor_cores():
         raise UsageError("2:4 runs on a GPU with sparse tensor cores (compute capability 8.0): there is none here.")
     file = _copied_file(run, "bitmask", place)
-    there, half, masked = (each.to("cuda", torch.float16) for each in (copied(masked), copied(dense), masked))
+    copy, half, masked = (net.to("cuda", torch.float16) for net in (copied(masked), copied(dense), masked))
     example = moved(example, torch.device("cuda"), torch.float16)
-    faster = converted_beside(linear_layers(there, names), there, example, semi_structured)
-    chosen = [name for name, taken in faster.items() if taken.pays]
-    sparse = converted(there, chosen, semi_structured)
+    speedups = time_converted(linear_layers(copy, names), copy, example, semi_structured)
+    chosen = [name for name, speedup in speedups.items() if speedup.pays]
+    sparse = converted(copy, chosen, semi_structured)
     counted = _layer_macs(masked, example, names)
     macs = sum(count // 2 if name in chosen else count for name, count in counted.items())
-    opened, other = Opened.module(sparse, file.stat().st_size), Opened.module(half, (run / PLAIN).stat().st_size)
-    note = _chosen("2:4 on the GPU", faster, chosen)
-    return Made(file, opened, other, masked, HALF_TOLERANCE, macs, note), example, masked
+    opened, opened_dense = Opened.module(sparse, file.stat().st_size), Opened.module(half, (run / PLAIN).stat().st_size)
+    note = _conversion_note("2:4 on the GPU", speedups, chosen)
+    return ExportedModel(file, opened, opened_dense, masked, HALF_TOLERANCE, macs, note), example, masked
 
 
-def _chosen(what: str, taken: Mapping[str, Beside], chosen: list[str]) -> str:
-    if not taken:
-        return f"no linear layer was called by itself, with numbers that {what} take: none is converted"
-    best = max(taken, key=lambda name: taken[name].faster)
-    times = f"{taken[best].faster:.2f}x, {best}"
-    return f"{len(chosen)} of {len(taken)} linear layers are faster as {what} here; at best {times}"
+def _conversion_note(kind: str, speedups: Mapping[str, Speedup], chosen: list[str]) -> str:
+    if not speedups:
+        return f"no linear layer was called by itself, with numbers that {kind} take: none is converted"
+    best = max(speedups, key=lambda name: speedups[name].faster)
+    times = f"{speedups[best].faster:.2f}x, {best}"
+    return f"{len(chosen)} of {len(speedups)} linear layers are faster as {kind} here; at best {times}"
 
 
 def _copied_file(run: Path, to: str, out: Path | None) -> Path:
-    """The run's own file of this form, copied to `out` (of slim, a directory) where that is given.
+    """The run's file of this form, copied to `out` (of slim, a directory) if that is given.
 
     Raises:
-        UsageError: the run has none.
+        UsageError: the run has no such file.
     """
     name = FILES[to]
     if not (run / name).exists() and to == "slim":
@@ -317,8 +318,8 @@ def _copied_file(run: Path, to: str, out: Path | None) -> Path:
         write(out, (run / name).read_bytes())
         return out
     out.mkdir(parents=True, exist_ok=True)
-    for each in (SLIM, PLAN):
-        write(out / each, (run / each).read_bytes())
+    for part in (SLIM, PLAN):
+        write(out / part, (run / part).read_bytes())
     return out / SLIM
 
 
@@ -329,9 +330,9 @@ def _macs(model: nn.Module, example: Any, names: list[str]) -> int:
 
 def _layer_macs(model: nn.Module, example: Any, names: list[str]) -> dict[str, int]:
     scope = Scope.of(model)
-    known = {layer.name: layer for layer in scope}
+    in_scope = {layer.name: layer for layer in scope}
     shapes = shapes_of(model)
     # the projections of an attention with fewer heads are no layer that could be pruned again
-    layers = tuple(known.get(name, Layer(name, tuple(shapes[name]), "attention_in")) for name in names)
+    layers = tuple(in_scope.get(name, Layer(name, tuple(shapes[name]), "attention_in")) for name in names)
     counted = measured(replace(scope, layers=layers), model, lambda: attempt(model, cloned(example), {}))
     return {layer.name: layer.macs or 0 for layer in counted}

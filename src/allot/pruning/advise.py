@@ -30,7 +30,7 @@ from allot.export.files.formats import csr
 from allot.export.runtimes.sparse import has_sparse_tensor_cores, linear_layers, semi_structured
 from allot.export.timing.clock import PAYS, timed
 from allot.export.timing.latency import Runtime, latency_of, repeated
-from allot.export.timing.sparse_layers import converted_beside, inputs_of
+from allot.export.timing.sparse_layers import inputs_of, time_converted
 from allot.network.call import attempt
 from allot.network.channels import copied
 from allot.network.draws import generator
@@ -228,7 +228,7 @@ def _semi_structured(model: nn.Module, example: Any, names: list[str]) -> dict[s
         if layer.in_features % 4 == 0:  # which two of four does not matter for time
             layer.weight.data.view(-1, 4)[:, 2:] = 0
     example = moved(example, torch.device("cuda"), torch.float16)
-    return {name: taken.faster for name, taken in converted_beside(layers, half, example, semi_structured).items()}
+    return {name: taken.faster for name, taken in time_converted(layers, half, example, semi_structured).items()}
 
 
 def _said(told: Mapping[str, Any]) -> list[str]:

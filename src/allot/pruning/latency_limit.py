@@ -14,7 +14,7 @@ from allot.budget.allocation import Allocation
 from allot.budget.budget import Budget
 from allot.errors import BudgetError
 from allot.export.files.latency_tables import tables_of
-from allot.export.timing.latency import Runtime, beside
+from allot.export.timing.latency import Runtime, time_both
 from allot.network.channels import ChannelPlan, slimmed
 from allot.run.driver import repeatable
 from allot.run.problem import Candidate, Metrics, Problem, finished
@@ -91,7 +91,7 @@ def measured(problem: Problem, plan: ChannelPlan) -> dict[str, int]:
     """`{dense, sparse}`: nanoseconds a batch, in units of the dense net's when the tables were made."""
     tables = tables_of(problem)
     dense = problem.model
-    pair = beside(dense, slimmed(dense, plan), problem.example, Runtime.parse(tables.runtime))
+    pair = time_both(dense, slimmed(dense, plan), problem.example, Runtime.parse(tables.runtime))
     return {"dense": tables.dense, "sparse": round(pair[1] / pair[0] * tables.dense)}
 
 

@@ -18,7 +18,7 @@ from allot.budget.allocation import Allocation
 from allot.errors import AllotError, BudgetError, UsageError, VerificationError, first_line
 from allot.export.certificate import certificate
 from allot.export.certificate.rows import sealed
-from allot.export.export import exported, form_of
+from allot.export.export import export_run, form_of
 from allot.export.files import formats as files
 from allot.network.call import write_into
 from allot.network.channels import ChannelPlan, slimmed
@@ -143,7 +143,7 @@ class Result:
                 row in any case.
             to: a form, one of those of `allot export`; None: what the ending of `path` says.
         Returns:
-            Sizes, times and what more is known of it, see `allot.export.export.exported`.
+            Sizes, times and what more is known of it, see `allot.export.export.export_run`.
         Raises:
             UsageError: an unknown form, or one that this model or installation does not allow; no input to run it on.
             VerificationError: what was written answers otherwise.
@@ -165,8 +165,8 @@ class Result:
             with tempfile.TemporaryDirectory() as folder:
                 saved = replace(self)
                 saved.save(folder)
-                return exported(self.problem.model, Path(folder), saved.report(), example, form, out)
-        row = exported(self.problem.model, self.directory, self.report(), example, form, out)
+                return export_run(self.problem.model, Path(folder), saved.report(), example, form, out)
+        row = export_run(self.problem.model, self.directory, self.report(), example, form, out)
         add_export(self.directory, row)
         return row
 
@@ -197,7 +197,7 @@ class Result:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         budget, kept = self.problem.budget, self.allocation.kept
-        about = files.about(self.problem.model, self.problem.scope, budget)
+        about = files.metadata_of(self.problem.model, self.problem.scope, budget)
         tensors = self.candidate.effective(self.problem)
         state = {name: tensors.get(name, value) for name, value in plain_state(self.problem.model)[0].items()}
         files.save_plain(directory / files.PLAIN, state, about)

@@ -122,7 +122,7 @@ def pose(
         scope, channels = _of_channels(model, scope, budget, pattern.step, example, rules or Rules(), timing)
         return Problem(model, scope, cast(Budget, channels), pattern, score, calibration, seed, example)
     state, _ = plain_state(model)
-    layout = files.layout(state, files.about(model, scope, budget))
+    layout = files.layout(state, files.metadata_of(model, scope, budget))
     terms = []
     for layer, (step, lower, upper) in zip(scope, _feasible(scope, pattern), strict=True):
         size = state[layer.name].element_size()
@@ -148,7 +148,7 @@ def _of_channels(
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list({**skipped, **whole}.items())[:4])
         raise BudgetError(f"no channels can be removed from this model ({reasons or 'no layer writes any'}).")
     state, _ = plain_state(model)
-    said = files.about(model, scope, budget)
+    said = files.metadata_of(model, scope, budget)
     held: dict[tuple[str, int], list[tuple[Group, int]]] = {}  # which groups, with how many places a channel
     for group in groups:
         for member in group.members:

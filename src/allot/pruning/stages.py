@@ -138,7 +138,7 @@ def _reopened(run: Run, store: Store) -> Result:
         VerificationError: they do not hold what was promised.
     """
     problem, score_of = run.limited.problem, run.asked.score_of
-    rows, _ = certificate.certified(store.directory)
+    rows, _ = certificate.certificate_rows(store.directory)
     if failed := [row for row in rows if not row["passed"]]:
         what = "; ".join(f"{row['file']}: {row['check']}: {row['found']}" for row in failed[:3])
         raise VerificationError(f"{store.directory} is not what the run left there ({what}): delete it and run again.")

@@ -20,7 +20,7 @@ from allot.errors import UsageError
 from allot.export.certificate.certificate import verify
 from allot.export.certificate.probe import probe_of
 from allot.export.certificate.rows import sealed
-from allot.export.export import exported
+from allot.export.export import export_run
 from allot.export.files.formats import ALLOCATION, BITMASK, PLAIN, REPORT, SLIM, save_tensors
 from allot.pruning.prune import prune
 from contract.cases import CASES
@@ -312,7 +312,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     report = prune(net, None, "sparsity=0.5", repair="none", save_to=folder / "run").report()
     x = torch.randn(4, 2)
     prune(net, x, "params=50%", allocate="uniform", pattern="channels", repair="none", save_to=folder / "cut")
-    csr = Path(exported(net, folder / "run", report, x[:1], "csr", folder / "csr")["file"])
+    csr = Path(export_run(net, folder / "run", report, x[:1], "csr", folder / "csr")["file"])
     probe_of(csr).unlink()
     return {
         "plain": folder / "run" / PLAIN,
@@ -358,7 +358,7 @@ def test_a_file_without_a_seal_fails(run: Path):
 def test_a_limit_of_bytes_is_about_the_small_file_alone(form: str, tmp_path: Path):
     net = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
     report = prune(net, None, "bytes=40%", repair="none", save_to=tmp_path / "run").report()
-    row = exported(net, tmp_path / "run", report, torch.randn(1, 16), form, tmp_path / "away.safetensors")
+    row = export_run(net, tmp_path / "run", report, torch.randn(1, 16), form, tmp_path / "away.safetensors")
     assert passed(Path(row["file"])) and passed(tmp_path / "run")
     assert ("away.safetensors", "bytes=40%") not in {(r["file"], r["check"]) for r in verify(row["file"])["rows"]}
     assert any(r["check"] == "bytes=40%" for r in verify(tmp_path / "run" / BITMASK)["rows"])

@@ -56,7 +56,7 @@ def sparsified(model: nn.Module, budget: Budget, seed: int = 0) -> tuple[dict[st
     for name, count in kept.items():
         mask = select(torch.rand(state[name].shape, generator=generator), count)
         state[name] = torch.where(mask, state[name].abs() + 0.5, 0).to(state[name].dtype)
-    return state, files.about(model, problem.scope, problem.budget), problem.budget.cost("bytes", kept)
+    return state, files.metadata_of(model, problem.scope, problem.budget), problem.budget.cost("bytes", kept)
 
 
 @given(

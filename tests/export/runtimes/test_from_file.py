@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import allot
 from allot.errors import UsageError
 from allot.export.certificate.probe import ANSWERS, probe_of
-from allot.export.export import exported
+from allot.export.export import export_run
 
 
 class Net(nn.Module):
@@ -36,7 +36,7 @@ def made(run: Path, form: str) -> dict[str, Any]:
     model, x = Net().eval(), torch.randn(16, 20)
     budget = "sparsity=0.9" if FORMS[form] == "unstructured" else "macs=50%"
     allot.prune(model, x, budget, allocate="uniform", pattern=FORMS[form], repair="none", save_to=run)
-    return exported(model, run, json.loads((run / "report.json").read_text()), x[:1], form)
+    return export_run(model, run, json.loads((run / "report.json").read_text()), x[:1], form)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -85,5 +85,5 @@ def test_inputs_that_cannot_be_stored_make_no_probe_and_the_export_all_the_same(
     samples = [((row, 2.0),) for row in x]
     allot.prune(model, samples, "sparsity=0.5", repair="none", save_to=tmp_path)
     report = json.loads((tmp_path / "report.json").read_text())
-    row = exported(model, tmp_path, report, (x[:1], 2.0), "bitmask")
+    row = export_run(model, tmp_path, report, (x[:1], 2.0), "bitmask")
     assert row["error"] == 0 and not probe_of(Path(row["file"])).exists()

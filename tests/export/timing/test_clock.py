@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from allot.export.timing import clock
-from allot.export.timing.clock import Beside, side_by_side, verdict
+from allot.export.timing.clock import Speedup, side_by_side, verdict
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_dense_over_sparse_is_how_many_times_as_fast(seconds: list[float]):
 def test_a_verdict_is_given_where_three_rounds_of_four_agree(
     times: float, spread: tuple[float, float], word: str, pays: bool
 ):
-    found = Beside(times, 1.0, spread)
+    found = Speedup(times, 1.0, spread)
     assert (found.verdict, found.pays) == (word, pays)
 
 

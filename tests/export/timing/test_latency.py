@@ -275,9 +275,9 @@ def test_a_net_that_is_over_at_the_end_is_an_error_and_time_is_in_units_of_the_d
         ready, problem, replace(whole, allocation=allot.Allocation.of(counts, whole.allocation.total))
     )
     dense = problem.channels.latency.dense
-    monkeypatch.setattr(held, "beside", lambda *given: [7.0, 3.5])  # a machine that counts otherwise
+    monkeypatch.setattr(held, "time_both", lambda *given: [7.0, 3.5])  # a machine that counts otherwise
     assert held.told(problem, cut)["sparse_ms"] == pytest.approx(dense / 2e6)
-    monkeypatch.setattr(held, "beside", lambda *given: [1.0, 0.9])
+    monkeypatch.setattr(held, "time_both", lambda *given: [1.0, 0.9])
     with pytest.raises(BudgetError, match="last of five measurements"):
         held.told(problem, cut)
 

@@ -1,1 +1,1 @@
-"""What was promised and what the re-opened files hold."""
+"""Promised values, compared with the values in the re-opened files."""

@@ -1,4 +1,4 @@
-"""What was promised, what the re-opened files hold, and whether that is the same."""
+"""Certificates: the promised values, the values that the re-opened files hold, and whether they agree."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from allot.errors import UsageError
 from allot.export.certificate.probe import ANSWERS, holds_tensors, probe_of, probe_rows
 from allot.export.certificate.record import allocation_rows, export_rows, report_rows, state_rows
-from allot.export.certificate.recount import Recounted, recounted
-from allot.export.certificate.rows import Row, checked, digest, seal_row, sealed
+from allot.export.certificate.recount import Recounted, recount
+from allot.export.certificate.rows import Row, checked, digest, digest_rows, seal_row, sealed
 from allot.export.files.destination import is_run
 from allot.export.files.formats import (
     ALLOCATION,
@@ -25,21 +25,21 @@ from allot.export.files.formats import (
     PROMISED,
     SLIM,
     TABLES,
-    marked,
+    has_marks,
     untouched,
 )
 from allot.network.channels import ChannelPlan
 
-_DIRECTORIES = {"model.xml": "openvino", "config.json": "hf"}  # what a directory of these forms holds
+_DIRECTORIES = {"model.xml": "openvino", "config.json": "hf"}  # a file that every directory of the form holds
 
 
 def certify(directory: Path, kept: Mapping[str, int], allocated: Mapping[str, int]) -> dict[str, Any]:
-    """The certificate of a run whose files are written: `{promised, rows, passed, sha256}`, the last of the others.
+    """The certificate of a run whose files are written: `{promised, rows, passed, sha256}`, `sha256` of the other keys.
 
     Args:
         directory: the run directory; holds model.safetensors, a smaller file and allocation.json.
         kept: layer name -> weights that the allocation keeps.
-        allocated: what the allocation keeps, in weights of layers or in channels of groups.
+        allocated: layer -> weights, or group -> channels, that the allocation keeps.
     """
     files = {name: digest(directory / name) for name in PROMISED if (directory / name).exists()}
     promised = {"kept": dict(kept), "allocated": dict(allocated), "files": files}
@@ -47,34 +47,40 @@ def certify(directory: Path, kept: Mapping[str, int], allocated: Mapping[str, in
     return sealed({"promised": promised, "rows": rows, "passed": all(row["passed"] for row in rows)})
 
 
-def verify(path: str | Path, model: nn.Module | None = None) -> dict[str, Any]:
+def verify(path: str | Path, model: nn.Module | None = None, *, trust: bool = False) -> dict[str, Any]:
     """Re-open and recount a run or an exported file: `{passed, rows: [{file, check, promised, found, passed}]}`.
 
-    A run is held to its certificate, its exports to their digests; a single file of tensors to its seal and the limits
-    in its own metadata; what a runtime reads, and answers, to the probe beside it. Nothing is unpickled. Seals and
-    digests find accidents, not people who make new ones.
+    A run is compared with its certificate, and its exports with their digests; a single file of tensors with its seal
+    and the limits in its metadata; a file for a runtime, and its outputs, with the probe beside it. Nothing is
+    unpickled, and a program (.pt2) is not opened unless it is trusted. Checksums detect corruption, not tampering.
 
     Args:
-        model: the dense model, or another with its code: exported files that hold nothing but tensors are put into it
-            and have to answer their probes as well.
+        model: the dense model, or another with its code: exported files that hold only tensors are loaded into it, and
+            its outputs are compared with their probes as well.
+        trust: open programs whose digests are right, count their weights and compare their outputs: a program can run
+            any code.
     Raises:
         UsageError: neither a finished run nor a file that allot wrote; or a model, and no probe for it.
+
+    >>> verify("no/such/run")
+    Traceback (most recent call last):
+    allot.errors.UsageError: no/such/run: no such file or directory.
     """
     path = Path(path)
     try:
-        there = path.exists()
+        exists = path.exists()
     except OSError:  # a name that is too long is no name
-        there = False
-    if not there:
+        exists = False
+    if not exists:
         raise UsageError(f"{path}: no such file or directory.")
     if path.name.endswith("probe.safetensors"):
         raise UsageError(f"{path} is the probe of an export: verify the file or directory that it lies beside.")
     if _is_export(path):
-        rows = probe_rows(path, model=model)
+        rows = probe_rows(path, model=model, trust=trust)
         if holds_tensors(path):
-            rows = _alone_rows(path) + rows
+            rows = _single_file_rows(path) + rows
     else:
-        rows = _run_rows(path, model) if path.is_dir() else _alone_rows(path)
+        rows = _run_rows(path, model, trust=trust) if path.is_dir() else _single_file_rows(path)
     if model is not None and not any(row["check"] == ANSWERS for row in rows) and all(row["passed"] for row in rows):
         raise UsageError(f"{path} has no probe to ask a model: allot export RUN --to safetensors writes one.")
     return {"passed": all(row["passed"] for row in rows), "rows": rows}
@@ -89,11 +95,11 @@ def _is_export(path: Path) -> bool:
     return probe_of(path).exists()
 
 
-def _alone_rows(path: Path) -> list[Row]:
-    """Of a file of tensors.
+def _single_file_rows(path: Path) -> list[Row]:
+    """Rows of a file of tensors.
 
     Raises:
-        UsageError: it is of another kind, or part of something else.
+        UsageError: a file of another kind, or a part of an export.
     """
     if probe_of(path.parent).exists():
         raise UsageError(f"{path} is part of an export: verify {path.parent}.")
@@ -101,46 +107,47 @@ def _alone_rows(path: Path) -> list[Row]:
         raise UsageError(f"no {probe_of(path).name} beside {path}: copy it there, or export again.")
     rows = [checked(path.name, "untouched", "yes", "yes" if untouched(path) else "no")]
     if rows[0]["passed"]:
-        return rows + recounted(path, None).rows
-    found = recounted(path, None).rows
-    if found[0]["check"] == "opens":
-        return found  # no file at all, or a part of one
-    if not _is_export(path) and not marked(path):
+        return rows + recount(path, None).rows
+    recount_rows = recount(path, None).rows
+    if recount_rows[0]["check"] == "opens":
+        return recount_rows  # no safetensors file, or a part of one
+    if not _is_export(path) and not has_marks(path):
         raise UsageError(f"{path} was not written by allot: it carries no budget.")
     return rows
 
 
-def _run_rows(path: Path, model: nn.Module | None) -> list[Row]:
-    """Of a run directory.
+def _run_rows(path: Path, model: nn.Module | None, *, trust: bool) -> list[Row]:
+    """Rows of a run directory.
 
     Raises:
-        UsageError: it is none, or not finished.
+        UsageError: no run directory, or a run that is not finished.
     """
     for name, form in _DIRECTORIES.items():
         if (path / name).exists() and not is_run(path):
             probe = probe_of(path)
             raise UsageError(f"no {probe.name} in {path}, an export to {form}: copy it there, or export again.")
-    rows, promised = certified(path)
+    rows, promised = certificate_rows(path)
     if promised is None:
-        return rows + export_rows(path, None, model)
-    return rows + report_rows(path, promised) + export_rows(path, promised["files"][PLAIN]["sha256"], model)
+        return rows + export_rows(path, None, model, trust=trust)
+    digest_of_run = promised["files"][PLAIN]["sha256"]
+    return rows + report_rows(path, promised) + export_rows(path, digest_of_run, model, trust=trust)
 
 
-def certified(path: Path) -> tuple[list[Row], Mapping[str, Any] | None]:
-    """(rows of a run's own files, held to its certificate; what that promises, None where it cannot be relied on).
+def certificate_rows(path: Path) -> tuple[list[Row], Mapping[str, Any] | None]:
+    """(rows of a run's files, compared with its certificate; its promises, None if they cannot be relied on).
 
     Raises:
-        UsageError: no run, or one that is not finished.
+        UsageError: no run, or a run that is not finished.
     """
     rows = state_rows(path)
     try:
         text = (path / CERTIFICATE).read_text()
         rows.append(seal_row(CERTIFICATE, text))
-        if rows[-1]["passed"]:  # else nothing is known of what was promised
+        if rows[-1]["passed"]:  # else nothing is known of the promises
             content = json.loads(text)
-            found = _promised_rows(path, content["promised"])
-            known = all(row["passed"] for row in found if row["file"] == CERTIFICATE)
-            return rows + found, content["promised"] if known else None
+            file_rows = _promised_rows(path, content["promised"])
+            reliable = all(row["passed"] for row in file_rows if row["file"] == CERTIFICATE)
+            return rows + file_rows, content["promised"] if reliable else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ArithmeticError) as error:
         problem = f"cannot be read ({type(error).__name__}: {error})"
         rows.append(checked(CERTIFICATE, "opens", "a certificate", problem, passed=False))
@@ -148,38 +155,36 @@ def certified(path: Path) -> tuple[list[Row], Mapping[str, Any] | None]:
 
 
 def _promised_rows(directory: Path, promised: Mapping[str, Any]) -> list[Row]:
-    """Of every file that was promised, and of what they say together."""
+    """Rows of every promised file, and of the comparison of the two model files."""
     files = promised["files"]
     needed = {PLAIN, ALLOCATION} | ({SLIM, PLAN} if SLIM in files else {BITMASK})
     wrong = [*(needed - files.keys()), *(name for name in files if name not in PROMISED)]
     rows = [checked(CERTIFICATE, "files", "those of a run", sorted(wrong) or "those of a run")]
     if wrong:
         return rows
-    held: dict[str, Recounted] = {}
+    recounts: dict[str, Recounted] = {}
     for name, expected in files.items():
         path = directory / name
         if not path.is_file():
             rows.append(checked(name, "exists", "yes", "no", passed=False))
             continue
-        found = digest(path)
-        rows.append(checked(name, "bytes on disk", expected["bytes"], found["bytes"]))
-        rows.append(checked(name, "sha256", expected["sha256"], found["sha256"]))
+        rows += digest_rows(name, expected, path)
         if name not in (PLAN, TABLES, ALLOCATION):
-            held[name] = recounted(path, promised["kept"])
-            rows += held[name].rows
+            recounts[name] = recount(path, promised["kept"])
+            rows += recounts[name].rows
     rows += allocation_rows(directory, promised["allocated"], of="group" if SLIM in files else "layer")
     if all(row["passed"] for row in rows):
-        rows.append(_same_row(directory, held))
+        rows.append(_same_tensors_row(directory, recounts))
     return rows
 
 
-def _same_row(directory: Path, held: Mapping[str, Recounted]) -> Row:
-    """Whether both files hold the same tensors."""
-    plain, other = held[PLAIN].state, SLIM if SLIM in held else BITMASK
+def _same_tensors_row(directory: Path, recounts: Mapping[str, Recounted]) -> Row:
+    """Whether both model files hold the same tensors."""
+    plain, other = recounts[PLAIN].state, SLIM if SLIM in recounts else BITMASK
     if other == SLIM:
-        plan, aliases = ChannelPlan.from_json(json.loads((directory / PLAN).read_text())), held[SLIM].aliases
+        plan, aliases = ChannelPlan.from_json(json.loads((directory / PLAN).read_text())), recounts[SLIM].aliases
         plain = {name: plan.cut(aliases.get(name, name), value) for name, value in plain.items()}
-    return checked(other, f"same tensors as {PLAIN}", "yes", "yes" if _equal(plain, held[other].state) else "no")
+    return checked(other, f"same tensors as {PLAIN}", "yes", "yes" if _equal(plain, recounts[other].state) else "no")
 
 
 def _equal(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:

@@ -1,4 +1,4 @@
-"""What a run says of itself beside its certificate: its state, its allocation, its report, the exports in it."""
+"""Rows of a run's files beside its certificate: its state, its allocation, its report, the exports in it."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _STATES = ("running", "stopped", "done")
 
 
 def state_rows(directory: Path) -> list[Row]:
-    """Nothing where the run is done, or was saved by hand and never ran; a failed row where run.json cannot be read.
+    """No rows if the run is done, or was saved by hand; a failed row if run.json cannot be read.
 
     Raises:
-        UsageError: no run, or one that is not finished.
+        UsageError: no run, or a run that is not finished.
     """
-    certified = (directory / CERTIFICATE).exists()
-    if certified and not (directory / "run.json").exists():
+    has_certificate = (directory / CERTIFICATE).exists()
+    if has_certificate and not (directory / "run.json").exists():
         return []
     try:
         state = read_run(directory)["state"]
     except UsageError as error:
-        if not certified:
+        if not has_certificate:
             raise
         return [checked("run.json", "opens", "what was asked", str(error), passed=False)]
-    if state not in _STATES and certified:
+    if state not in _STATES and has_certificate:
         return [checked("run.json", "state", "done", state, passed=False)]
     if state != "done":
         raise UsageError(f"{directory} is not finished: run the same prune command again to go on.")
@@ -42,9 +42,9 @@ def state_rows(directory: Path) -> list[Row]:
 
 
 def allocation_rows(directory: Path, promised: Mapping[str, int], *, of: str) -> list[Row]:
-    """Whether allocation.json can be read, and keeps what was promised of each layer or group."""
+    """Whether allocation.json can be read, and keeps the promised number in each layer or group."""
     if not (directory / ALLOCATION).is_file():
-        return []  # that it is not there is a row of its own
+        return []  # `certificate_rows` has a row for the missing file
     try:
         layers = json.loads((directory / ALLOCATION).read_text())["layers"]
         listed = {name: layer["kept"] for name, layer in layers.items()}
@@ -73,12 +73,13 @@ def report_rows(directory: Path, promised: Mapping[str, Any]) -> list[Row]:
         return [_unreadable(REPORT, "a report", error)]
 
 
-def export_rows(directory: Path, run: str | None, model: nn.Module | None) -> list[Row]:
-    """Every export in the run: those that the report lists are there, probed and of this run; all hold their promises.
+def export_rows(directory: Path, run: str | None, model: nn.Module | None, *, trust: bool) -> list[Row]:
+    """Rows of every export in the run; exports in the report must exist, have a probe and come from this run.
 
     Args:
-        run: SHA-256 of the run's model.safetensors as promised, where that is known.
-        model: the dense model, to ask what files of tensors alone make of it.
+        run: the promised SHA-256 of the run's model.safetensors; None: unknown.
+        model: the dense model, into which files of tensors are loaded to compare outputs.
+        trust: whether programs are opened.
     """
     probes = {*directory.glob(f"*{ENDING}"), *directory.glob(f"*/{PROBE}")}
     rows, listed = [], _listed(directory)
@@ -90,15 +91,15 @@ def export_rows(directory: Path, run: str | None, model: nn.Module | None) -> li
         elif probed and probe_of(path) not in probes:
             rows.append(checked(str(probe_of(path).relative_to(directory)), "exists", "yes", "no", passed=False))
     for probe in sorted(probes):
-        whole = probe.parent if probe.name == PROBE else probe.with_name(probe.name.removesuffix(ENDING))
-        called = whole.relative_to(directory)
+        export = probe.parent if probe.name == PROBE else probe.with_name(probe.name.removesuffix(ENDING))
+        called = export.relative_to(directory)
         origins = () if run is None else (run,) if str(called) in listed else (run, None)
-        rows += probe_rows(whole, called=called, origins=origins, ask=False, model=model)
+        rows += probe_rows(export, called=called, origins=origins, ask=False, model=model, trust=trust)
     return rows
 
 
 def _listed(directory: Path) -> dict[str, bool]:
-    """Export in the run that the report lists -> whether it has a probe; a report that is broken has its own row."""
+    """Export that the report lists -> whether it has a probe; {} if it cannot be read, see `report_rows`."""
     try:
         return _exports(json.loads((directory / REPORT).read_text()))
     except _BROKEN:

@@ -1,4 +1,4 @@
-"""Rows of a certificate: what was promised, what was found."""
+"""Rows of a certificate: a promised value, the value found, and whether the check passed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ Row = dict[str, Any]
 
 
 def checked(file: str, check: str, promised: Any, found: Any, *, passed: bool | None = None) -> Row:
-    """One check; passed where what was found is what was promised, unless said."""
+    """One check; by default it passed if the found value is the promised one.
+
+    >>> checked("model.safetensors", "kept", 10, 9)["passed"]
+    False
+    """
     return {
         "file": file,
         "check": check,
@@ -28,17 +32,26 @@ def digest(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
+def digest_rows(name: str, promised: Mapping[str, Any], path: Path) -> list[Row]:
+    """Size and SHA-256 of a file, compared with the promised ones."""
+    found = digest(path)
+    return [
+        checked(name, "bytes on disk", promised["bytes"], found["bytes"]),
+        checked(name, "sha256", promised["sha256"], found["sha256"]),
+    ]
+
+
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON-ready content with the SHA-256 of its own text: a changed byte is found."""
-    own = {key: value for key, value in content.items() if key != "sha256"}
-    return {**own, "sha256": hashlib.sha256(json.dumps(own, indent=2).encode()).hexdigest()}
+    """JSON-ready content with the SHA-256 of its text, which detects a changed byte."""
+    unsealed = {key: value for key, value in content.items() if key != "sha256"}
+    return {**unsealed, "sha256": hashlib.sha256(json.dumps(unsealed, indent=2).encode()).hexdigest()}
 
 
 def seal_row(file: str, text: str) -> Row:
-    """Whether a text is what `sealed` made of it.
+    """Whether a text is unchanged since `sealed` made its content.
 
     Raises:
-        ValueError, TypeError, AttributeError: it is no JSON object.
+        ValueError, TypeError, AttributeError: the text is no JSON object.
     """
-    whole = text == json.dumps(sealed(json.loads(text)), indent=2) + "\n"
-    return checked(file, "untouched", "yes", "yes" if whole else "no")
+    unchanged = text == json.dumps(sealed(json.loads(text)), indent=2) + "\n"
+    return checked(file, "untouched", "yes", "yes" if unchanged else "no")

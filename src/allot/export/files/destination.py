@@ -1,4 +1,4 @@
-"""Where an export is written: beside its place until it was found right, and never over what a run is made of."""
+"""Where an export is written: beside its destination until it was checked, and never over a file of a run."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from pathlib import Path
 from allot.errors import UsageError
 from allot.export.files.formats import OWN, PROBE
 
-_RECORDS = ("run.json", "certificate.json")  # of which a run, or a result saved by hand, has one
+_RECORDS = ("run.json", "certificate.json")  # a run, or a result saved by hand, has one of these
 
 
 def is_run(directory: Path) -> bool:
-    """Whether a directory is that of a run."""
+    """Whether a directory is a run directory."""
     return any((directory / name).exists() for name in _RECORDS)
 
 
-def check_place(target: Path, *, directory: bool, run: Path | None = None) -> None:
-    """Hold a place to what may be written over.
+def check_destination(target: Path, *, directory: bool, run: Path | None = None) -> None:
+    """Refuse a destination that may not be written over.
 
     Args:
-        run: what is exported.
+        run: the run that is exported.
     Raises:
-        UsageError: a file that a run is made of, the directory of another run, or one that holds something else.
+        UsageError: a file of a run, the directory of another run, or a directory that holds other files.
     """
     if run is not None and is_run(target.parent) and target.parent.resolve() != run.resolve():
         raise UsageError(f"{target.parent} is another run, which knows nothing of this one: give another place.")
@@ -39,23 +39,23 @@ def check_place(target: Path, *, directory: bool, run: Path | None = None) -> No
 
 
 @contextmanager
-def placed(target: Path, *, directory: bool, run: Path | None = None) -> Iterator[Path]:
-    """A place to write to; what is there when the block ends well, a probe with it, goes to `target`.
+def staging(target: Path, *, directory: bool, run: Path | None = None) -> Iterator[Path]:
+    """A path to write to; if the block ends without an error, its files, a probe among them, move to `target`.
 
     Raises:
-        UsageError: that place cannot be written, or may not be (`check_place`).
+        UsageError: `target` cannot be written, or may not be written over (`check_destination`).
     """
-    check_place(target, directory=directory, run=run)
+    check_destination(target, directory=directory, run=run)
     try:
         if directory:
             target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as folder:
             yield Path(folder) / target.name
             for file in sorted(Path(folder).rglob("*")):
-                place = target.parent / file.relative_to(folder)
+                destination = target.parent / file.relative_to(folder)
                 if file.is_dir():
-                    place.mkdir(exist_ok=True)
+                    destination.mkdir(exist_ok=True)
                 else:
-                    file.replace(place)
+                    file.replace(destination)
     except OSError as error:
         raise UsageError(f"cannot write {target}: {error.strerror or error}.") from error

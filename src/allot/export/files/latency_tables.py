@@ -1,4 +1,4 @@
-"""The tables of a limit of time, as a file of the run."""
+"""The tables of a limit on latency, as a file of the run."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from allot.run.store import write
 
 
 def tables_of(problem: Problem) -> Latency:
-    """The tables of a problem that limits time."""
+    """The tables of a problem that limits latency."""
     tables = problem.channels.latency
-    assert tables is not None  # `pose` measured them
+    assert tables is not None  # measured when the problem was set up
     return tables
 
 
 def save_tables(run: Path, problem: Problem) -> None:
-    """Write latency.json: a run that goes on later goes on with the same tables, and `verify` reads them."""
+    """Write latency.json: a resumed run uses the same tables, and `verify` reads them."""
     write(run / TABLES, json.dumps(tables_of(problem).to_json()) + "\n")
 
 

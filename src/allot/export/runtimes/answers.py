@@ -1,4 +1,4 @@
-"""Whether a model that was cut, or written and opened again, answers as the one it was made from."""
+"""Whether a model that was cut, or written and opened again, gives the outputs of its source."""
 
 from __future__ import annotations
 
@@ -16,47 +16,54 @@ from allot.run.driver import repeatable
 from allot.run.problem import Candidate, Problem
 
 TOLERANCE = 1e-4  # of the largest output: runtimes add in another order
-SLIM_TOLERANCE = 1e-5  # the same, where PyTorch runs both
+SLIM_TOLERANCE = 1e-5  # the same, if PyTorch runs both
 
 
-def off(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """Largest difference over the largest wanted value; infinite where shapes differ or nothing is there to compare.
+def off(outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """Largest difference over the largest wanted value; infinite if shapes differ or there is nothing to compare.
 
-    What is infinite, or nan, in both is the same; nan where one of them has a number.
+    Infinity equals infinity, and nan equals nan; the result is nan if nan stands against a number.
+
+    >>> off([torch.tensor([1.0, 3.0])], [torch.tensor([1.0, 2.0])])
+    0.5
     """
-    if not any(b.numel() for b in wanted) or [a.shape for a in found] != [b.shape for b in wanted]:
+    if not any(b.numel() for b in wanted) or [a.shape for a in outputs] != [b.shape for b in wanted]:
         return math.inf
-    pairs = [(_real(a), _real(b)) for a, b in zip(found, wanted, strict=True) if b.numel()]
+    pairs = [(_real(a), _real(b)) for a, b in zip(outputs, wanted, strict=True) if b.numel()]
     same = [(a == b) | (a.isnan() & b.isnan()) for a, b in pairs]
     scale = max((float(b[b.isfinite()].abs().max()) for _, b in pairs if bool(b.isfinite().any())), default=1.0) or 1.0
-    apart = [torch.where(equal, 0.0, a - b).abs().max() for equal, (a, b) in zip(same, pairs, strict=True)]
-    return float(torch.stack(apart).max()) / scale  # nan in any is nan
+    largest = [torch.where(equal, 0.0, a - b).abs().max() for equal, (a, b) in zip(same, pairs, strict=True)]
+    return float(torch.stack(largest).max()) / scale  # nan in any is nan
 
 
 def allowed(outputs: Sequence[Tensor], tolerance: float = TOLERANCE) -> float:
-    """How far off outputs may be, as a share of the largest: half precision adds up to what it can."""
+    """Largest allowed difference of outputs, as a share of the largest output; more in half precision."""
     return max(tolerance, *(8 * float(torch.finfo(t.dtype).eps) for t in outputs if t.is_floating_point()), 0.0)
 
 
 def check_answers(
-    what: str, found: Sequence[Tensor], wanted: Sequence[Tensor], again: Callable[[], Sequence[Tensor]], near: float
+    problem: str,
+    outputs: Sequence[Tensor],
+    wanted: Sequence[Tensor],
+    again: Callable[[], Sequence[Tensor]],
+    tolerance: float,
 ) -> float:
-    """How far off answers are, at most `near`.
+    """The difference of outputs, at most `tolerance`.
 
     Args:
-        what: what answered, and whose answers are wanted: "FILE answers otherwise than the model".
-        again: what the model answers where it draws other numbers at random.
+        problem: the error in words, like "FILE answers otherwise than the model".
+        again: outputs of the model with other random draws.
     Raises:
-        UsageError: nothing is there to compare, or the model answers otherwise with other draws.
-        VerificationError: they are off by more.
+        UsageError: there is nothing to compare, or the outputs of the model depend on random draws.
+        VerificationError: the difference is larger.
     """
     if not any(tensor.numel() for tensor in wanted):
         raise UsageError("the model returns no tensor with numbers in it for such inputs: there is nothing to compare.")
-    if (error := off(found, wanted)) <= near:
+    if (error := off(outputs, wanted)) <= tolerance:
         return error
-    if not off(again(), wanted) <= near:
+    if not off(again(), wanted) <= tolerance:
         raise UsageError("the model draws at random in eval mode, and what was written draws otherwise: take that out.")
-    raise VerificationError(f"{what}: off by {error:.2g} of the largest.")
+    raise VerificationError(f"{problem}: off by {error:.2g} of the largest.")
 
 
 def _real(tensor: Tensor) -> Tensor:
@@ -65,10 +72,10 @@ def _real(tensor: Tensor) -> Tensor:
 
 
 def check_slim(problem: Problem, candidate: Candidate) -> None:
-    """Hold the smaller net to the masked one on real inputs: groups were proven on random weights.
+    """Compare the smaller net with the masked one on real inputs: groups were proven on random weights.
 
     Raises:
-        VerificationError: it answers otherwise.
+        VerificationError: their outputs differ.
     """
     inputs = problem.calibration.batch(0)[0] if problem.calibration else problem.example
     tensors = candidate.effective(problem)
@@ -76,13 +83,13 @@ def check_slim(problem: Problem, candidate: Candidate) -> None:
     slim = slimmed(problem.model, plan).eval()
     write_into(slim, {name: plan.cut(name, value) for name, value in tensors.items()})
     answers = []
-    for model, own in ((problem.model, tensors), (slim, {})):
+    for model, replaced in ((problem.model, tensors), (slim, {})):
         with repeatable(problem.model, problem.seed, "slim"):
-            answers.append(floats_in(attempt(model, inputs, own)))
-    wanted, found = answers
-    if wanted and not any(tensor.numel() for tensor in (*wanted, *found)):
-        return  # a detector that finds nothing in these samples, whole or cut
-    if not (error := off(found, wanted)) <= allowed(wanted, SLIM_TOLERANCE):
+            answers.append(floats_in(attempt(model, inputs, replaced)))
+    wanted, outputs = answers
+    if wanted and not any(tensor.numel() for tensor in (*wanted, *outputs)):
+        return  # a detector that finds nothing in these samples, dense or cut
+    if not (error := off(outputs, wanted)) <= allowed(wanted, SLIM_TOLERANCE):
         raise VerificationError(
             f"the smaller net answers otherwise than the masked one, off by {error:.2g} of the largest output: its "
             "channels hang together in a way that was not seen. Leave layers out (--exclude) until it agrees."

@@ -1,4 +1,4 @@
-"""Linear layers multiplied as sparse matrices, each only where that was measured to be faster than the layer itself.
+"""Linear layers multiplied as sparse matrices, each only if that was measured to be faster than the dense layer.
 
 csr   compressed sparse rows, on the CPU
 2:4   semi-structured, in half precision, on a GPU with sparse tensor cores
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from allot.errors import UsageError
-from allot.export.files.formats import csr, stored, unfolded
+from allot.export.files.formats import csr, stored, unpacked
 from allot.network.call import write_into
 from allot.network.channels import copied
 
@@ -23,7 +23,7 @@ Convert = Callable[[Tensor], Tensor]
 
 
 def semi_structured(weight: Tensor) -> Tensor:
-    """The matrix as sparse tensor cores take it: two of four, half precision, on a GPU."""
+    """The matrix in the format of sparse tensor cores: two of four, half precision, on a GPU."""
     return torch.sparse.to_sparse_semi_structured(weight.detach())
 
 
@@ -36,15 +36,15 @@ def linear_layers(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Linear
     """Weight name -> layer, of the linear layers among `names`.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is no such layer.
     """
     wanted = set(names)
-    every = {
+    layers = {
         f"{name}.weight".lstrip("."): module for name, module in model.named_modules() if type(module) is nn.Linear
     }
-    if not (found := {name: module for name, module in every.items() if name in wanted}):
+    if not (pruned := {name: module for name, module in layers.items() if name in wanted}):
         raise UsageError("no linear layer was pruned: nothing else is multiplied as a sparse matrix.")
-    return found
+    return pruned
 
 
 def converted(model: nn.Module, names: Iterable[str], convert: Convert) -> nn.Module:
@@ -56,28 +56,33 @@ def converted(model: nn.Module, names: Iterable[str], convert: Convert) -> nn.Mo
 
 
 def load_csr(model: nn.Module, path: str | Path) -> nn.Module:
-    """`model` with the weights of a csr file: sparse where the file says so; eval mode, the model itself untouched.
+    """`model` with the weights of a csr file, sparse if they are sparse in the file; in eval mode, the model unchanged.
 
     Raises:
-        UsageError: no csr file, or one of another model.
+        UsageError: no csr file, or a csr file of another model.
+
+    >>> load_csr(nn.Linear(2, 1), "no/such.safetensors")
+    Traceback (most recent call last):
+    allot.errors.UsageError: no/such.safetensors: no such file.
     """
     path = Path(path)
-    tensors, about = stored(path)
-    if about.get("format") != "csr":
+    tensors, metadata = stored(path)
+    if metadata.get("format") != "csr":
         raise UsageError(f"{path} is no csr file: allot export RUN --to csr writes one.")
-    model = into(model, path, unfolded(path, tensors, about))
+    model = with_tensors(model, path, unpacked(path, tensors, metadata))
     return converted(model, [name.removesuffix(".crow") for name in tensors if name.endswith(".crow")], csr)
 
 
-def into(model: nn.Module, path: Path, state: Mapping[str, Tensor]) -> nn.Module:
+def with_tensors(model: nn.Module, path: Path, state: Mapping[str, Tensor]) -> nn.Module:
     """A copy of the model in eval mode with the tensors of the file at `path`.
 
     Raises:
-        UsageError: they are those of another model.
+        UsageError: the tensors belong to another model.
     """
-    own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    same = own.keys() & state.keys()
-    if wrong := [*(own.keys() ^ state.keys()), *(name for name in same if own[name].shape != state[name].shape)]:
+    tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    shared = tensors.keys() & state.keys()
+    reshaped = [name for name in shared if tensors[name].shape != state[name].shape]
+    if wrong := [*(tensors.keys() ^ state.keys()), *reshaped]:
         raise UsageError(f"{path} belongs to another model: {', '.join(sorted(wrong)[:5])} differ.")
     model = copied(model).eval()
     write_into(model, state)

@@ -1,1 +1,1 @@
-"""How long layers and whole nets take, measured side by side."""
+"""Times of layers and of whole nets, measured side by side."""

@@ -1,4 +1,4 @@
-"""Times compared side by side: all slow down alike on a busy machine."""
+"""Times compared side by side: a busy machine slows all of them alike."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 
-PAYS = 1.05  # times as fast as dense, below which nothing is called faster: so far apart come two looks at one net
+PAYS = 1.05  # a smaller speed-up is not called faster: two measurements of one net differ that much
 Run = Callable[[], Any]
 
 
 @dataclass(frozen=True)
-class Beside:
-    """A sparse net timed beside a dense one.
+class Speedup:
+    """A sparse net timed beside a dense net.
 
     Attributes:
         dense, sparse: median seconds.
-        spread: how many times as fast the sparse one was in half of the rounds, from and to.
+        spread: the range of the speed-up in half of the rounds.
     """
 
     dense: float
@@ -29,54 +29,58 @@ class Beside:
 
     @property
     def faster(self) -> float:
-        """Times as fast as dense."""
+        """The speed-up over dense."""
         return self.dense / self.sparse
 
     @property
     def pays(self) -> bool:
-        """Whether it is faster by more than noise: at least `PAYS` times, and in three rounds of four at all."""
+        """Whether the sparse net is faster by more than noise: at least `PAYS` times, and in three rounds of four."""
         return self.verdict == "faster"
 
     @property
     def verdict(self) -> str:
-        """The same in words: as `verdict` says, or "unclear", where three rounds of four do not agree with it."""
+        """The verdict on the speed-up, or "unclear" if fewer than three rounds of four agree."""
         word = verdict(self.faster)
         agree = {"faster": self.spread[0] > 1, "slower": self.spread[1] < 1}
         return word if agree.get(word, True) else "unclear"
 
 
 def verdict(times: float) -> str:
-    """What so many times as fast as dense is called: "faster", "no faster" or "slower"."""
+    """The word for a speed-up over dense: "faster", "no faster" or "slower".
+
+    >>> verdict(1.2), verdict(1.01)
+    ('faster', 'no faster')
+    """
     return "faster" if times >= PAYS else "no faster" if times > 1 / PAYS else "slower"
 
 
-def side_by_side(dense: Run, sparse: Run, *, seconds: float = 2.0, least: int = 7) -> Beside:
-    """Both, taken in turn.
+def side_by_side(dense: Run, sparse: Run, *, seconds: float = 2.0, least: int = 7) -> Speedup:
+    """The speed-up of sparse over dense, both timed in turn.
 
     Args:
-        seconds: how long, in all; `least` rounds in any case.
+        seconds: total time of measurement; at least `least` rounds.
     """
     taken = rounds({"dense": dense, "sparse": sparse}, seconds=seconds, least=least)
     ratios = [a / b for a, b in zip(taken["dense"], taken["sparse"], strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else [ratios[0]] * 3
-    return Beside(statistics.median(taken["dense"]), statistics.median(taken["sparse"]), (low, high))
+    return Speedup(statistics.median(taken["dense"]), statistics.median(taken["sparse"]), (low, high))
 
 
 def timed(runs: Mapping[str, Run], *, seconds: float = 2.0, least: int = 5) -> dict[str, float]:
-    """Median seconds of each, taken in turn, so that a busy machine slows all alike.
+    """Median seconds of each run, timed in turn, so that a busy machine slows all of them alike.
 
     Args:
-        runs: name -> what is timed.
-        seconds: how long, in all; `least` rounds in any case.
+        runs: name -> the function that is timed.
+        seconds: total time of measurement; at least `least` rounds.
     """
-    return {name: statistics.median(some) for name, some in rounds(runs, seconds=seconds, least=least).items()}
+    return {name: statistics.median(times) for name, times in rounds(runs, seconds=seconds, least=least).items()}
 
 
 def rounds(runs: Mapping[str, Run], *, seconds: float, least: int) -> dict[str, list[float]]:
-    """Seconds of each in every round, until its numbers are there.
+    """Seconds of each run in every round, until the accelerators have finished.
 
-    Each is called twice, and the second call counts: a net that serves finds its weights where it left them, not where
-    another one's have taken their place.
+    Each run is called twice, and the second call counts: a net in service finds its weights in the cache, where another
+    net has not replaced them.
     """
     taken: dict[str, list[float]] = {name: [] for name in runs}
     started = time.perf_counter()
@@ -92,6 +96,6 @@ def rounds(runs: Mapping[str, Run], *, seconds: float, least: int) -> dict[str, 
 
 
 def _settle() -> None:
-    """Wait for all accelerators: they answer before they have computed."""
+    """Wait for all accelerators: calls return before they have finished."""
     for device in range(torch.accelerator.device_count()):
         torch.accelerator.synchronize(device)

@@ -1,11 +1,11 @@
-"""How long layers and whole nets take in the runtime that will serve them: what a budget of latency goes by.
+"""Tables of latency: the time of layers and of whole nets in the runtime that will serve them.
 
-Every layer is timed alone at several sides of its weight; then whole nets with fewer channels are timed, and
+Every layer is timed alone at several sizes of its weight; then whole nets with fewer channels are timed, and
 
     T = b + s sum_l T_l + m M        (`allot.budget.latency`)
 
-is fitted to them in relative squares, s and m at least 0: what runs between layers, and what a runtime fuses, is in no
-layer's own time. Of each the median counts, taken in turn, so that a busy machine slows all alike.
+is fitted to them in relative squares, s and m at least 0: operations between layers, and fused operations, are in the
+time of no layer. The median of each counts, timed in turn, so that a busy machine slows all of them alike.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from allot.budget.costs import Term
 from allot.budget.latency import Latency, LayerTimes, Sides, monotone
 from allot.budget.units import Amount
 from allot.errors import UsageError, check_number, unknown
-from allot.export.runtimes.forms import onnx_session
-from allot.export.runtimes.reopen import reopened
+from allot.export.runtimes.forms import write_and_reopen
+from allot.export.runtimes.onnx import onnx_session
 from allot.export.timing.clock import timed
 from allot.network.call import as_arguments, attempt
 from allot.network.channels import ChannelPlan, Group, copied, slimmed
@@ -39,25 +39,28 @@ from allot.network.hooks import hooked, plain_places
 from allot.network.layers import Layer, Scope, places_of
 
 RUNTIMES = ("onnx", "torch")
-SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)  # of its channels that a layer is timed with, on either side
-WHOLE = (1.0, 0.75, 0.5, 0.3)  # and the net, all groups alike
-MIXED = 4  # nets with another share in each group
+SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)  # shares of its channels that a layer is timed with, on either side
+WHOLE = (1.0, 0.75, 0.5, 0.3)  # shares of the net, the same in all groups
+MIXED = 4  # number of nets with a different share in each group
 Run = Callable[[], Any]
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """What serves the model: ONNX Runtime or PyTorch on this machine, `batch` samples at a time."""
+    """The runtime that serves the model: ONNX Runtime or PyTorch on this machine, `batch` samples at a time."""
 
     name: str
     batch: int = 1
 
     @classmethod
     def parse(cls, text: str | None) -> Runtime:
-        """`onnx`, `torch`, or with a batch size, `onnx:64`; None: onnx where it is installed, one sample at a time.
+        """`onnx`, `torch`, or with a batch size, `onnx:64`; None: onnx if it is installed, one sample at a time.
 
         Raises:
-            UsageError: another runtime, one that is not installed, or no batch size.
+            UsageError: another runtime, a runtime that is not installed, or no batch size.
+
+        >>> Runtime.parse("torch:64")
+        Runtime(name='torch', batch=64)
         """
         installed = importlib.util.find_spec("onnxruntime") is not None
         name, colon, batch = (text or ("onnx" if installed else "torch")).partition(":")
@@ -74,16 +77,16 @@ class Runtime:
         return self.name if self.batch == 1 else f"{self.name}:{self.batch}"
 
     def ready(self, model: nn.Module, example: Any) -> Run:
-        """What runs one batch of `model`, written and opened where the runtime asks for that.
+        """A function that runs one batch of `model`; for ONNX Runtime, the model is written and opened first.
 
         Args:
             example: a batch of one input.
         """
         batch = repeated(example, self.batch)
-        model = copied(model).eval()  # what its forward writes to stays out of the model that was passed in
+        model = copied(model).eval()  # a forward pass may write to the model that was passed in
         if self.name == "onnx":
             with tempfile.TemporaryDirectory() as folder:
-                opened, _ = reopened(model, batch, Path(folder) / "model.onnx", "onnx")
+                opened, _ = write_and_reopen(model, batch, Path(folder) / "model.onnx", "onnx")
             return lambda: opened.run(batch)
         args, kwargs = as_arguments(batch)
 
@@ -111,25 +114,25 @@ def latency_of(
 
     Args:
         example: a batch of one input.
-        asked: the limit, as in `Budget`; the tables are made right for the net with equal shares that just meets it.
+        asked: the limit, as in `Budget`; the tables are scaled to be right for the uniform net at the limit.
         on_step: called with (done, of) after each layer and each whole net.
     Raises:
-        UsageError: the runtime cannot take the model.
+        UsageError: the runtime does not run the model.
     """
     tensors = {extent.name: extent for extent in extents}
     products = products_of(model, scope, example)
-    progress = _counted(on_step, len(products) + len(WHOLE) + MIXED + 1)
+    progress = _progress(on_step, len(products) + len(WHOLE) + MIXED + 1)
     layers = _tables(products, tensors, {term.name: term for term in terms}, runtime, progress)
 
-    def kept(shares: Mapping[str, float]) -> dict[str, int]:
+    def channels(shares: Mapping[str, float]) -> dict[str, int]:
         rounded = {t.name: max(round(shares[t.name] * t.total / t.step), 1) * t.step for t in terms}
         return {t.name: min(max(rounded[t.name], t.lower), t.upper) for t in terms}
 
-    def alike(share: float) -> dict[str, int]:
-        return kept({term.name: share for term in terms})
+    def uniform(share: float) -> dict[str, int]:
+        return channels({term.name: share for term in terms})
 
     def sides(net: Mapping[str, int]) -> dict[str, Sides]:
-        return {name: (float(side[0]), float(side[1])) for name in named if (side := tensors[name].sides(net))}
+        return {name: (float(side[0]), float(side[1])) for name in timed_names if (side := tensors[name].sides(net))}
 
     def ready(net: Mapping[str, int]) -> Run:
         plan = ChannelPlan.of(model, groups, {name: range(count) for name, count in net.items()})
@@ -137,21 +140,21 @@ def latency_of(
         progress()
         return run
 
-    named = [layer.layer for layer in layers]
+    timed_names = [layer.layer for layer in layers]
     draw = random.Random(seed)
-    nets = [alike(share) for share in WHOLE]
-    nets += [kept({term.name: draw.uniform(0.2, 1) for term in terms}) for _ in range(MIXED)]
+    nets = [uniform(share) for share in WHOLE]
+    nets += [channels({term.name: draw.uniform(0.2, 1) for term in terms}) for _ in range(MIXED)]
     runs = {str(i): ready(net) for i, net in enumerate(nets)}
     whole = [1e9 * time for time in timed(runs, seconds=3.0, least=7).values()]
     alone = Latency(str(runtime), runtime.batch, layers, 0.0, 1.0, 0.0, round(whole[0]))
-    moved = replace(alone, scale=0.0, traffic=1.0)
-    b, s, m, off = fitted(whole, *([table.of(sides(net))[0] for net in nets] for table in (alone, moved)))
-    found = replace(alone, base=b, scale=s, traffic=m, off=off)
+    traffic = replace(alone, scale=0.0, traffic=1.0)
+    b, s, m, off = fitted(whole, *([table.of(sides(net))[0] for net in nets] for table in (alone, traffic)))
+    tables = replace(alone, base=b, scale=s, traffic=m, off=off)
     limit = Amount.read("latency", asked)
     ceiling = float(limit.value) * (whole[0] if limit.relative else 1)
-    near = alike(largest(lambda share: found.of(sides(alike(share)))[0] <= ceiling, 1.0))
-    taken = timed({"dense": runs["0"], "near": ready(near)}, seconds=2.0, least=9)
-    return found.slowed(taken["near"] / taken["dense"] * whole[0] / found.of(sides(near))[0])
+    at_limit = uniform(largest(lambda share: tables.of(sides(uniform(share)))[0] <= ceiling, 1.0))
+    taken = timed({"dense": runs["0"], "at limit": ready(at_limit)}, seconds=2.0, least=9)
+    return tables.slowed(taken["at limit"] / taken["dense"] * whole[0] / tables.of(sides(at_limit))[0])
 
 
 def _tables(
@@ -161,33 +164,35 @@ def _tables(
     runtime: Runtime,
     progress: Callable[[], None],
 ) -> tuple[LayerTimes, ...]:
-    """Every layer alone, at SHARES of its channels on both sides; layers that are alike are timed once."""
+    """Every layer alone, at SHARES of its channels on both sides; equal layers are timed once."""
 
-    def grid(fixed: int, held: Sequence[tuple[str, int]]) -> tuple[int, ...]:
-        found = set()
+    def grid(fixed: int, groups: Sequence[tuple[str, int]]) -> tuple[int, ...]:
+        sides = set()
         for share in SHARES:
-            own = [(terms[name], each) for name, each in held]
-            steps = [max(round(share * term.total / term.step), 1) * term.step for term, _ in own]
-            found.add(fixed + sum(each * min(k, term.total) for k, (term, each) in zip(steps, own, strict=True)))
-        return tuple(sorted(found))
+            pairs = [(terms[name], places) for name, places in groups]
+            steps = [max(round(share * term.total / term.step), 1) * term.step for term, _ in pairs]
+            sides.add(fixed + sum(places * min(k, term.total) for k, (term, places) in zip(steps, pairs, strict=True)))
+        return tuple(sorted(sides))
 
-    known: dict[Any, tuple[tuple[float, ...], ...]] = {}
+    measured: dict[Any, tuple[tuple[float, ...], ...]] = {}
     layers = []
     for product in products:
         rows, columns = (grid(*dim) for dim in tensors[product.layer.name].dims[:2])
         key = (product.settings, rows, columns)
-        if key not in known:
+        if key not in measured:
             runs = {f"{r} {c}": product.ready(runtime, r, c) for r, c in itertools.product(rows, columns)}
             taken = timed(runs, seconds=0.3, least=7)
-            known[key] = monotone([[1e9 * taken[f"{r} {c}"] for c in columns] for r in rows])
-        times = tuple(tuple(product.calls * time for time in row) for row in known[key])
+            measured[key] = monotone([[1e9 * taken[f"{r} {c}"] for c in columns] for r in rows])
+        times = tuple(tuple(product.calls * time for time in row) for row in measured[key])
         layers.append(LayerTimes(product.layer.name, rows, columns, times, product.out, product.places * runtime.batch))
         progress()
     return tuple(layers)
 
 
-def beside(dense: nn.Module, slim: nn.Module, example: Any, runtime: Runtime, *, seconds: float = 2.0) -> list[float]:
-    """Nanoseconds a batch of both, measured in turn: `[dense, slim]`."""
+def time_both(
+    dense: nn.Module, slim: nn.Module, example: Any, runtime: Runtime, *, seconds: float = 2.0
+) -> list[float]:
+    """Nanoseconds a batch, measured in turn: `[dense, slim]`."""
     nets = {"dense": dense, "slim": slim}
     taken = timed({name: runtime.ready(net, example) for name, net in nets.items()}, seconds=seconds, least=9)
     return [1e9 * taken[name] for name in nets]
@@ -201,28 +206,30 @@ def fitted(
     columns = np.stack([np.ones(len(whole)), np.array(sums), np.array(traffic)])
     best: tuple[float, np.ndarray[Any, Any]] | None = None
     for used in ((0, 1, 2), (0, 1), (0, 2), (0,)):
-        found = np.zeros(3)
-        scale = np.abs(columns[list(used)] * weight).max(1)  # sums and numbers are of different size
-        found[list(used)] = np.linalg.lstsq((columns[list(used)] * weight / scale[:, None]).T, np.ones(len(whole)))[0]
-        found[list(used)] /= scale
-        if (found[1:] >= 0).all():
-            error = float(np.square(found @ columns * weight - 1).sum())
-            best = (error, found) if best is None or error < best[0] else best
-    assert best is not None  # a constant always fits somehow
+        solution = np.zeros(3)
+        scale = np.abs(columns[list(used)] * weight).max(1)  # sums and traffic are of different size
+        solution[list(used)] = np.linalg.lstsq((columns[list(used)] * weight / scale[:, None]).T, np.ones(len(whole)))[
+            0
+        ]
+        solution[list(used)] /= scale
+        if (solution[1:] >= 0).all():
+            error = float(np.square(solution @ columns * weight - 1).sum())
+            best = (error, solution) if best is None or error < best[0] else best
+    assert best is not None  # a constant is always a solution
     b, s, m = map(float, best[1])
     return b, s, m, float(np.abs(best[1] @ columns * weight - 1).max())
 
 
 @dataclass(frozen=True)
 class Product:
-    """One layer alone: a convolution or a matrix product, of any sides of its weight.
+    """One layer alone: a convolution or a matrix product, with a weight of any size.
 
     Attributes:
         convolution: stride, padding, dilation, output padding; None for a matrix product.
-        inside: sides of the input behind the batch and without channels; of a matrix product, its rows a sample.
+        inside: spatial sides of the input; of a matrix product, its rows a sample.
         calls: how often the layer runs in one pass.
-        places: numbers a sample that one output channel consists of, in all calls.
-        like: the weight itself.
+        places: numbers a sample in one output channel, in all calls.
+        like: the weight.
     """
 
     layer: Layer
@@ -234,7 +241,7 @@ class Product:
 
     @property
     def settings(self) -> Any:
-        """What decides its time, but for the sides of its weight."""
+        """Everything that determines its time but the size of its weight."""
         return self.layer.kind, self.layer.groups, self.layer.shape[2:], self.convolution, self.inside
 
     @property
@@ -242,7 +249,7 @@ class Product:
         return int(self.layer.kind in ("conv_transposed", "linear_transposed"))
 
     def ready(self, runtime: Runtime, rows: int, columns: int) -> Run:
-        """What runs it, of weight `[rows, columns, *kernel]`."""
+        """A function that runs the layer with a weight `[rows, columns, *kernel]`."""
         weight = torch.randn(rows, columns, *self.layer.shape[2:])
         groups = rows if self.layer.groups == self.layer.shape[0] > 1 else self.layer.groups
         into = (columns, rows)[self.out] if self.convolution is None else rows if self.out else columns * groups
@@ -270,53 +277,53 @@ class Product:
 
 
 def products_of(model: nn.Module, scope: Scope, example: Any) -> list[Product]:
-    """Every layer that the example reaches, with the inputs that it sees there."""
+    """Every layer that the example reaches, with the shapes of its inputs."""
     seen: dict[str, list[tuple[nn.Module, torch.Size, int]]] = {}
 
-    def noted(layer: Layer) -> Callable[..., None]:
+    def recorder(layer: Layer) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
             seen.setdefault(layer.name, []).append((module, x.shape, output.numel() // layer.rows))
 
         return hook
 
-    held = places_of(model)
+    places = places_of(model)
     with ExitStack() as stack:
-        for layer, place in plain_places(scope, held):
-            stack.enter_context(hooked(place.module, noted(layer)))
+        for layer, place in plain_places(scope, places):
+            stack.enter_context(hooked(place.module, recorder(layer)))
         attempt(model, example, {})
-    found = []
+    products = []
     for layer in scope:
         if not layer.macs:
             continue
-        uses, weight = max(layer.macs // layer.total, 1), held[layer.name][0].parameter.detach()
+        uses, weight = max(layer.macs // layer.total, 1), places[layer.name][0].parameter.detach()
         calls = seen.get(layer.name, [])
         if not calls or not layer.kind.startswith("conv"):  # the projections of an attention are products, too
-            many = max(len(calls), 1)
-            found.append(Product(layer, None, (max(uses // many, 1),), many, uses, weight))
+            count = max(len(calls), 1)
+            products.append(Product(layer, None, (max(uses // count, 1),), count, uses, weight))
             continue
         module: Any = calls[0][0]
         inside = tuple(calls[0][1][2 - len(layer.shape) :])
         sized = (module.stride, module.dilation, getattr(module, "output_padding", 0))
-        stride, dilation, extra = (_many(value, len(inside)) for value in sized)
+        stride, dilation, extra = (_per_side(value, len(inside)) for value in sized)
         padding = _padding(module.padding, layer.shape[2:], dilation)
-        places = sum(outputs for _, _, outputs in calls)
-        found.append(Product(layer, (stride, padding, dilation, extra), inside, len(calls), places, weight))
-    return found
+        outputs = sum(numbers for _, _, numbers in calls)
+        products.append(Product(layer, (stride, padding, dilation, extra), inside, len(calls), outputs, weight))
+    return products
 
 
 def _padding(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...]:
     if padding == "same":
         return tuple(d * (k - 1) // 2 for k, d in zip(kernel, dilation, strict=True))
-    return _many(0 if padding == "valid" else padding, len(kernel))
+    return _per_side(0 if padding == "valid" else padding, len(kernel))
 
 
-def _many(value: Any, dims: int) -> tuple[int, ...]:
+def _per_side(value: Any, dims: int) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, tuple | list) else (int(value),) * dims
 
 
 def _one_node(x: Tensor, weight: Tensor, node: tuple[str, dict[str, Any]]) -> Run:
-    """An ONNX graph of this one operator, opened."""
+    """A function that runs an ONNX graph of this one operator."""
     from onnx import TensorProto, helper, numpy_helper
 
     operator, settings = node
@@ -327,15 +334,19 @@ def _one_node(x: Tensor, weight: Tensor, node: tuple[str, dict[str, Any]]) -> Ru
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
         [numpy_helper.from_array(weight.numpy(), "weight")],
     )
-    # the versions that the exporter of whole models writes
+    # the versions that the exporter of models writes
     written = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     session = onnx_session(written.SerializeToString())
-    fed = {"x": x.numpy()}
-    return lambda: session.run(None, fed)
+    inputs = {"x": x.numpy()}
+    return lambda: session.run(None, inputs)
 
 
 def repeated(inputs: Any, times: int) -> Any:
-    """A batch of `times` copies of one input."""
+    """A batch of `times` copies of one input.
+
+    >>> repeated(torch.ones(1, 3), 4).shape
+    torch.Size([4, 3])
+    """
     if isinstance(inputs, Tensor):
         return inputs.repeat(times, *[1] * (inputs.dim() - 1)) if inputs.dim() else inputs
     if isinstance(inputs, Mapping):
@@ -345,7 +356,7 @@ def repeated(inputs: Any, times: int) -> Any:
     return inputs
 
 
-def _counted(on_step: Callable[[int, int], None] | None, of: int) -> Callable[[], None]:
+def _progress(on_step: Callable[[int, int], None] | None, of: int) -> Callable[[], None]:
     done = itertools.count(1)
 
     def step() -> None:

@@ -1,4 +1,4 @@
-"""Linear layers timed as sparse matrices, each beside its dense self."""
+"""Linear layers timed as sparse matrices, each beside the dense layer."""
 
 from __future__ import annotations
 
@@ -9,39 +9,39 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from allot.export.runtimes.forms import apply
+from allot.export.runtimes.opened import apply
 from allot.export.runtimes.sparse import Convert
-from allot.export.timing.clock import Beside, side_by_side
+from allot.export.timing.clock import Speedup, side_by_side
 from allot.network.hooks import hooked
 from allot.network.trees import cloned
 
 
-def converted_beside(
+def time_converted(
     layers: Mapping[str, nn.Linear], model: nn.Module, example: Any, convert: Convert
-) -> dict[str, Beside]:
-    """Layer that is called, and can be converted -> times of both, on the inputs that it gets."""
-    found = {}
+) -> dict[str, Speedup]:
+    """Layer that is called, and can be converted -> its speed-up on its inputs."""
+    speedups = {}
     for name, x in inputs_of(layers, model, example).items():
         layer = layers[name]
         try:
             dense, sparse = (_linear(x, weight, layer.bias) for weight in (layer.weight, convert(layer.weight)))
-            found[name] = side_by_side(dense, sparse, seconds=0.2)
-        except (RuntimeError, ValueError):  # sides or numbers that the kernel does not take
+            speedups[name] = side_by_side(dense, sparse, seconds=0.2)
+        except (RuntimeError, ValueError):  # sizes or dtypes that the kernel does not take
             continue
-    return found
+    return speedups
 
 
 def inputs_of(layers: Mapping[str, nn.Linear], model: nn.Module, example: Any) -> dict[str, Tensor]:
-    """Layer that is called -> what it gets on the example."""
+    """Layer that is called -> its input on the example."""
     inputs: dict[str, Tensor] = {}
     with ExitStack() as stack, torch.no_grad():
         for name, layer in layers.items():
-            stack.enter_context(hooked(layer, _keeping(inputs, name)))
+            stack.enter_context(hooked(layer, _recorder(inputs, name)))
         apply(model, cloned(example))
     return inputs
 
 
-def _keeping(inputs: dict[str, Tensor], name: str) -> Callable[..., None]:
+def _recorder(inputs: dict[str, Tensor], name: str) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: Any, output: Any) -> None:
         inputs.setdefault(name, (*args, *kwargs.values())[0])
 
