@@ -16,6 +16,7 @@ from allot.network.batch_norms import Norms
 from allot.network.checkpointing import checkpointed
 from allot.network.compute import Compute
 from allot.network.masking import Masking
+from allot.network.trees import map_leaves
 from allot.processes import processes
 
 
@@ -164,13 +165,5 @@ def attempt(model: nn.Module, inputs: Any, tensors: Mapping[str, Tensor]) -> Any
     except AllotError:
         raise
     except Exception as error:
-        message = first_line(error)
-        raise UsageError(f"the model does not run on inputs of shape {_shape(inputs)}: {message}") from error
-
-
-def _shape(inputs: Any) -> Any:
-    if isinstance(inputs, Tensor):
-        return list(inputs.shape)
-    if isinstance(inputs, Mapping):
-        return {key: _shape(value) for key, value in inputs.items()}
-    return tuple(_shape(value) for value in inputs) if isinstance(inputs, tuple) else type(inputs).__name__
+        shape = map_leaves(lambda leaf: list(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__, inputs)
+        raise UsageError(f"the model does not run on inputs of shape {shape}: {first_line(error)}") from error

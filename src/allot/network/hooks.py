@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from allot.errors import UsageError
 from allot.network.draws import generator
 from allot.network.layers import ATTENTION_INPUTS, Layer, Place, Scope, places_of
+from allot.network.trees import map_tensors
 from allot.processes import stacked
 
 
@@ -363,7 +364,7 @@ def _squares(place: Place, args: Any, kwargs: Any) -> Tensor:
     bias = getattr(place.module, "bias", None)
     if isinstance(bias, Tensor):
         tensors["bias"] = torch.zeros_like(bias, dtype=probe.dtype)
-    args, kwargs = _squared(args), {key: _squared((value,))[0] for key, value in kwargs.items()}
+    args, kwargs = map_tensors(lambda x: x.detach().float().square() if x.is_floating_point() else x, (args, kwargs))
     total = torch.func.functional_call(place.module, tensors, args, kwargs).sum()
     (squares,) = torch.autograd.grad(total, probe)
     total, probe = total.detach(), probe.detach()
@@ -374,7 +375,3 @@ def _squares(place: Place, args: Any, kwargs: Any) -> Tensor:
             "nothing for single weights. Exclude the layer or use the score 'magnitude'."
         )
     return squares
-
-
-def _squared(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(a.detach().float().square() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from allot.errors import UsageError, check_number, first_line
 from allot.network.draws import generator, numbered, seeded
+from allot.network.trees import floats_in, leaves_of, map_leaves, map_tensors
 from allot.processes import place, processes
 from allot.run.reading import Readable, read, read_readable
 
@@ -153,7 +154,7 @@ class Calibration:
 
         with torch.random.fork_rng(devices=[]):  # what follows draws the same, looked or not
             first = looked()
-            return all(_same(seen, again) for _ in range(2) for seen, again in zip(first, looked(), strict=True))
+            return all(_equal(seen, again) for _ in range(2) for seen, again in zip(first, looked(), strict=True))
 
     def take(self, indices: Sequence[int]) -> Any:
         """These samples of the source as one batch of inputs, on the device.
@@ -175,7 +176,7 @@ class Calibration:
             ) from error
         _refuse_not_finite(batch)
         batch = moved(batch, self.device, self.dtype)
-        return _channels_last(batch) if self.channels_last else batch
+        return map_tensors(_channels_last, batch) if self.channels_last else batch
 
 
 def inputs_of(sample: Any) -> Any:
@@ -191,32 +192,20 @@ def inputs_of(sample: Any) -> Any:
 
 def moved(batch: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
     """`batch` with every tensor on `device` and every floating-point one in `dtype`; lists become tuples."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, dtype if dtype and batch.is_floating_point() else None)
-    if isinstance(batch, Mapping):
-        return {key: moved(value, device, dtype) for key, value in batch.items()}
-    return tuple(moved(value, device, dtype) for value in batch) if isinstance(batch, tuple | list) else batch
-
-
-def _channels_last(batch: Any) -> Any:
-    """`batch` with channels last in every tensor of four dimensions."""
-    if isinstance(batch, Tensor):
-        if batch.dim() != 4:
-            return batch
-        # of one channel both layouts are the same memory; only its strides tell a convolution which is meant
-        return torch.empty_like(batch, memory_format=torch.channels_last).copy_(batch)
-    if isinstance(batch, Mapping):
-        return {key: _channels_last(value) for key, value in batch.items()}
-    return tuple(map(_channels_last, batch)) if isinstance(batch, tuple) else batch
+    return map_tensors(lambda t: t.to(device, dtype if dtype and t.is_floating_point() else None), batch, lists=tuple)
 
 
 def cut(batch: Any, start: int, stop: int) -> Any:
     """Samples `start` to `stop` of a batch of inputs."""
-    if isinstance(batch, Tensor):
-        return batch[start:stop]
-    if isinstance(batch, Mapping):
-        return {key: cut(value, start, stop) for key, value in batch.items()}
-    return tuple(cut(value, start, stop) for value in batch) if isinstance(batch, tuple) else batch
+    return map_tensors(lambda tensor: tensor[start:stop], batch)
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    """`tensor` with channels last in memory, where it has four dimensions."""
+    if tensor.dim() != 4:
+        return tensor
+    # of one channel both layouts are the same memory; only its strides tell a convolution which is meant
+    return torch.empty_like(tensor, memory_format=torch.channels_last).copy_(tensor)
 
 
 def _indexable(data: Any, samples: int, *, batched: bool) -> Any:
@@ -261,28 +250,25 @@ def _at(inputs: Any, i: int) -> Any:
 
 
 def _refuse_not_finite(batch: Any) -> None:
-    if isinstance(batch, Tensor) and batch.is_floating_point() and not bool(torch.isfinite(batch).all()):
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in floats_in(batch)):
         raise UsageError("the calibration inputs hold nan or infinite values: leave these samples out.")
-    if isinstance(batch, Mapping | tuple | list):
-        for part in batch.values() if isinstance(batch, Mapping) else batch:
-            _refuse_not_finite(part)
 
 
 def _refuse_texts(batch: Any) -> None:
     """Texts pass through the collation as they are, and no model computes with them."""
-    if isinstance(batch, str | bytes):
-        raise TypeError(f"a sample holds the text {batch!r}")
-    if isinstance(batch, Mapping | tuple | list):
-        for part in batch.values() if isinstance(batch, Mapping) else batch:
-            _refuse_texts(part)
+    for leaf in leaves_of(batch):
+        if isinstance(leaf, str | bytes):
+            raise TypeError(f"a sample holds the text {leaf!r}")
 
 
-def _same(left: Any, right: Any) -> bool:
-    if isinstance(left, Tensor):
-        return torch.equal(left, right)
-    if isinstance(left, Mapping):
-        return all(_same(left[key], right[key]) for key in left)
-    return all(map(_same, left, right)) if isinstance(left, tuple) else bool(left == right)
+def _equal(left: Any, right: Any) -> bool:
+    """Whether two batches have equal leaves."""
+
+    def equal(one: Any, other: Any) -> bool:
+        return torch.equal(one, other) if isinstance(one, Tensor) else bool(one == other)
+
+    leaves, others = list(leaves_of(left)), list(leaves_of(right))
+    return len(leaves) == len(others) and all(map(equal, leaves, others))
 
 
 def _first_line(error: BaseException) -> str:
@@ -306,15 +292,10 @@ class Noisy:
         draw = generator(numbered(self.seed, index))
 
         def noised(value: Any) -> Any:
-            if isinstance(value, Mapping):
-                return {key: noised(part) for key, part in value.items()}
-            if isinstance(value, tuple):
-                return tuple(map(noised, value))
             value = torch.as_tensor(value) if hasattr(value, "dtype") else value
             if not isinstance(value, Tensor) or not value.is_floating_point():
                 return value
             noise = torch.randn(value.shape, generator=draw).to(value)
             return value + self.share * value.std(correction=0) * noise
 
-        inputs = noised(inputs_of(self.source[index]))
-        return (inputs,)
+        return (map_leaves(noised, inputs_of(self.source[index])),)

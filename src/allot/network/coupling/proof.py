@@ -13,7 +13,7 @@ from allot.network.call import as_arguments, modes
 from allot.network.channels import ChannelPlan, Group, slimmed
 from allot.network.draws import generator, seeded
 from allot.network.masking import masked
-from allot.network.trees import floats_in
+from allot.network.trees import floats_in, map_tensors
 
 TOLERANCE = 1e-5  # of the largest output; a wrong coupling is off by a percent or more
 
@@ -24,7 +24,7 @@ def proven(probe: nn.Module, example: Any, groups: Sequence[Group]) -> tuple[lis
         return [], []
     _randomise(probe)
     probe = probe.double()
-    double = _doubled(example)
+    double = map_tensors(lambda t: t.double() if t.is_floating_point() else t, example)
     try:
         whole = _answers(probe, double)
     except Exception:  # noqa: BLE001 - a model may insist on its own precision
@@ -113,12 +113,3 @@ def _randomise(model: nn.Module) -> None:
             elif not (isinstance(tensor, nn.Parameter) or name.endswith("running_mean")):
                 continue  # a table of the model's own
             tensor.copy_(random)
-
-
-def _doubled(inputs: Any) -> Any:
-    """In float64; unlike `calibration.moved`, lists stay lists: one that is passed as it is, is one argument."""
-    if isinstance(inputs, Tensor):
-        return inputs.double() if inputs.is_floating_point() else inputs
-    if isinstance(inputs, Mapping):
-        return {key: _doubled(value) for key, value in inputs.items()}
-    return type(inputs)(map(_doubled, inputs)) if isinstance(inputs, list | tuple) else inputs
