@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from allot.errors import UsageError
-from allot.processes import processes, stacked, total
+from allot.processes import all_gather, all_reduce, world_size
 
 Statistics = tuple[Tensor, Tensor]  # mean and biased variance, both [C]
 _NAMES = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
@@ -97,11 +97,11 @@ def check_divisible(model: nn.Module) -> None:
 def pooled(x: Tensor) -> tuple[float, Tensor, Tensor]:
     """(count, mean, squared deviations) per channel of `x` `[B, C, ...]` over the whole batch; float64 `[C]`."""
     var, mean = (part.double() for part in _moments(x.detach()))
-    if processes() == 1:
+    if world_size() == 1:
         own_count = x.numel() / x.shape[1]
         return own_count, mean, own_count * var
     own = torch.full_like(mean, x.numel() / x.shape[1])
-    parts = stacked(torch.stack([own, mean, own * var]))  # [processes, 3, C]
+    parts = all_gather(torch.stack([own, mean, own * var]))  # [processes, 3, C]
     n, means, deviations = parts.unbind(1)
     count = float(n[:, 0].sum())
     mean = (n * means).sum(0) / count
@@ -131,7 +131,7 @@ class _Whole(torch.autograd.Function):
         xhat = (x.to(wide) - mean.to(wide).view(shape)) * inverse
         dy = dy.to(wide)
         own = [dy.sum(dims, dtype=torch.float64), (dy * xhat).sum(dims, dtype=torch.float64)]
-        first, second = ((part / ctx.count).to(wide).view(shape) for part in total(own))
+        first, second = ((part / ctx.count).to(wide).view(shape) for part in all_reduce(own))
         dx = (dy - first - xhat * second) * inverse
         if gamma is not None:
             dx = dx * gamma.to(wide).view(shape)

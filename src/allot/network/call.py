@@ -17,7 +17,7 @@ from allot.network.checkpointing import checkpointed
 from allot.network.compute import Compute
 from allot.network.masking import Masking
 from allot.network.trees import map_leaves
-from allot.processes import processes
+from allot.processes import world_size
 
 
 def call(
@@ -57,7 +57,7 @@ def call(
     refuse_two_values(tensors, {name: id(own[name]) for name in tensors})
     args, kwargs = as_arguments(inputs)
     placed = {f"model.{name}": tensor for name, tensor in _placed(model, tensors, own).items()}
-    norms = norms or (Norms() if training and processes() > 1 else None)
+    norms = norms or (Norms() if training and world_size() > 1 else None)
     compute = compute or Compute()
     if norms and compute.compile:
         compute = replace(compute, compile=False)  # what stands in for batch norms keeps a count, outside of any graph

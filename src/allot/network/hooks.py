@@ -18,7 +18,7 @@ from allot.errors import UsageError
 from allot.network.draws import generator
 from allot.network.layers import ATTENTION_INPUTS, Layer, Place, Scope, places_of
 from allot.network.trees import map_tensors
-from allot.processes import stacked
+from allot.processes import all_gather
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Moments:
         flat = values.detach().reshape(-1, values.shape[-1]).double()
         mean = flat.mean(0) if len(flat) else flat.new_zeros(flat.shape[-1])
         own = torch.stack([torch.full_like(mean, float(len(flat))), mean, (flat - mean).square().sum(0)])
-        first, *others = (cls(*part) for part in stacked(own))
+        first, *others = (cls(*part) for part in all_gather(own))
         return sum(others, first)
 
     def __add__(self, other: Moments) -> Moments:

@@ -35,7 +35,7 @@ from allot.methods.training.selection import Selection
 from allot.network.batch_norms import is_batch_norm
 from allot.network.checkpointing import blocks_of
 from allot.network.compute import Compute
-from allot.processes import processes
+from allot.processes import world_size
 from allot.pruning.assemble import Parts
 from allot.run.driver import drive, repeatable
 from allot.run.problem import Candidate, Problem, Rule
@@ -95,9 +95,9 @@ def tell_unused(problem: Problem, parts: Parts) -> None:
 def of_one_process(problem: Problem) -> Problem:
     """The problem with batches as large as the share that one of the processes has of them."""
     calibration = problem.calibration
-    if calibration is None or processes() == 1:
+    if calibration is None or world_size() == 1:
         return problem
-    share = -(-min(calibration.batch_size, len(calibration)) // processes())
+    share = -(-min(calibration.batch_size, len(calibration)) // world_size())
     return replace(problem, calibration=replace(calibration, batch_size=share))
 
 

@@ -28,7 +28,7 @@ from allot.network.batch_norms import check_divisible
 from allot.network.call import attempt
 from allot.network.compute import Compute
 from allot.network.layers import Rules, Scope
-from allot.processes import alone, check_alike, gathered, led, processes
+from allot.processes import all_gather_object, check_equal, on_first_process, single_process, world_size
 from allot.pruning.assemble import Parts, assemble, settings, streamed
 from allot.pruning.identity import fingerprint
 from allot.pruning.memory_limit import chosen, of_one_process, tell_unused
@@ -140,7 +140,7 @@ def prune(
     for part in (parts.allocate, *parts.repair):
         if part.needs_data:
             problem.inputs()
-    if processes() > 1:
+    if world_size() > 1:
         _check_shared(model, inputs)
     if inputs is None:  # a score that needs inputs says so before anything is written
         whole = Candidate.dense(problem)
@@ -148,21 +148,21 @@ def prune(
     chain = streamed(parts, problem, stream) if stream else parts
     problem = replace(problem, compute=compute)
     tell_unused(problem, chain)
-    if held := led(partial(chosen, of_one_process(problem), chain, max_memory, save_to)):
+    if held := on_first_process(partial(chosen, of_one_process(problem), chain, max_memory, save_to)):
         problem = replace(problem, compute=Compute.of(held["picked"]))
     cut = kept_cut(problem, chain, max_minutes, save_to)
     parts, chain = (shortened(some, cut) if cut else some for some in (parts, chain))
     if isinstance(test, Iterable) and not hasattr(test, "__len__") and not hasattr(test, "dataset"):
         test = list(test)  # it is read twice
-    done = bool(save_to) and led(partial(_is_done, Path(save_to or "")))
+    done = bool(save_to) and on_first_process(partial(_is_done, Path(save_to or "")))
     judge = partial(evaluate, data=test, workers=workers) if test is not None else None
     dense = dense_score
     if judge and not done:
         dense = dense or judge(model)  # unusable test data costs no run
-    with alone(), repeatable(model, seed, "fingerprint"):
+    with single_process(), repeatable(model, seed, "fingerprint"):
         found = fingerprint(problem)
     for what, digest in found.items():
-        check_alike(f"the {what}", digest)
+        check_equal(f"the {what}", digest)
     where_asked = {
         "runtime": str(served) if budget.latency is not None else None,
         "stream": str(stream) if stream else None,
@@ -181,7 +181,7 @@ def prune(
         "versions": _versions(),
         "recipe": chosen_parts | dict(recipe or {}),
         "memory": held,
-        "processes": processes(),
+        "processes": world_size(),
     }
     store = opened(save_to, asked, notes, device) if save_to else None
     try:
@@ -206,7 +206,7 @@ def _check_shared(model: nn.Module, inputs: Calibration | None) -> None:
             handle = module.register_forward_pre_hook(lambda *_, name=name: called.update([name]))
             stack.callback(handle.remove)
         attempt(model, inputs.batch(0)[0], {})
-    if any(other != called for other in gathered(called)):
+    if any(other != called for other in all_gather_object(called)):
         raise UsageError(
             "layers of this model run or not depending on the samples (as in a mixture of experts): processes cannot "
             "share its batches; leave torchrun out."
@@ -250,7 +250,7 @@ def _timing(
             return tables
         return measure(*problem)
 
-    return lambda *problem: led(lambda: timing(*problem))
+    return lambda *problem: on_first_process(lambda: timing(*problem))
 
 
 def _calibration(

@@ -20,7 +20,7 @@ from typing import Any
 from allot.errors import UsageError
 from allot.methods.rules import uniform
 from allot.methods.training.selection import Selection
-from allot.processes import gathered, led
+from allot.processes import all_gather_object, on_first_process
 from allot.pruning.assemble import Parts
 from allot.run.driver import drive, repeatable
 from allot.run.problem import Candidate, Method, Problem, Rule, finished
@@ -39,10 +39,10 @@ def kept_cut(problem: Problem, parts: Parts, minutes: float | None, run: str | P
         there = run and (Path(run) / "run.json").exists()
         return read_run(run).get("configuration", {}).get("fit") or {} if run and there else {}
 
-    earlier: dict[str, Any] = led(began)
+    earlier: dict[str, Any] = on_first_process(began)
     if earlier.get("minutes") == minutes:
         return earlier
-    return gathered(fitted(problem, parts, minutes))[0]  # the first process's clock counts
+    return all_gather_object(fitted(problem, parts, minutes))[0]  # the first process's clock counts
 
 
 def fitted(problem: Problem, parts: Parts, minutes: float) -> dict[str, Any]:

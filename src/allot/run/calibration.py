@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 from allot.errors import UsageError, check_number, first_line
 from allot.network.draws import generator, numbered, seeded
 from allot.network.trees import floats_in, leaves_of, map_leaves, map_tensors
-from allot.processes import place, processes
+from allot.processes import rank, world_size
 from allot.run.reading import Readable, read, read_readable
 
 LABEL_KEYS = frozenset({"label", "labels", "target", "targets"})
@@ -127,12 +127,12 @@ class Calibration:
         Raises:
             UsageError: fewer places than processes.
         """
-        if len(positions) < processes():
+        if len(positions) < world_size():
             raise UsageError(
-                f"a batch of {len(positions)} samples cannot be shared out over {processes()} processes: use a larger "
+                f"a batch of {len(positions)} samples cannot be shared out over {world_size()} processes: use a larger "
                 "--batch-size or more --samples, or fewer processes."
             )
-        low, high = (len(positions) * (place() + i) // processes() for i in (0, 1))
+        low, high = (len(positions) * (rank() + i) // world_size() for i in (0, 1))
         return list(positions[low:high])
 
     def pick(self, positions: Sequence[int]) -> Any:

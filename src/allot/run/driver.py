@@ -18,7 +18,7 @@ from torch import nn
 
 from allot.errors import Stopped
 from allot.network.draws import numbered, seeded
-from allot.processes import anyone, check_alike, led, processes
+from allot.processes import any_process, check_equal, on_first_process, world_size
 from allot.run.problem import Candidate, Method, Metrics, Problem, finished
 from allot.run.store import Log, Store
 
@@ -61,13 +61,13 @@ def drive(
     def run() -> Candidate:
         return _driven(method, problem, candidate, stage, store, log, on_step, should_stop, save_seconds)
 
-    if processes() == 1:
+    if world_size() == 1:
         return run()
     own = None
     if getattr(method, "parallel", False):
         own = run()
-        check_alike(f"what {stage} keeps of layers", own.allocation.kept)
-    found = led(lambda: own or run(), lambda candidate: (_packed(candidate), log))
+        check_equal(f"what {stage} keeps of layers", own.allocation.kept)
+    found = on_first_process(lambda: own or run(), lambda candidate: (_packed(candidate), log))
     if isinstance(found, Candidate):
         return found
     content, told = found
@@ -114,7 +114,7 @@ def _driven(
     if not saved:
         save()
     while not finished(state):
-        if anyone(bool(should_stop and should_stop())):
+        if any_process(bool(should_stop and should_stop())):
             save()
             raise Stopped(f"stopped in stage {stage} after step {state['step']} of {state['steps']}")
         with repeatable(problem.model, problem.seed, stage, state["step"]):

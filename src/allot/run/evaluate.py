@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 from allot.errors import UsageError, check_number
 from allot.network.batch_norms import check_divisible
 from allot.network.call import attempt
-from allot.processes import gathered, place, processes
+from allot.processes import all_gather_object, rank, world_size
 from allot.run.calibration import LABEL_KEYS, inputs_of, moved
 from allot.run.reading import Readable, read_readable
 
@@ -85,7 +85,7 @@ def evaluate(
             text for a model whose logits change with tokens that come later.
     """
     check_number("workers", workers, 0, whole=True)
-    if processes() > 1:
+    if world_size() > 1:
         check_divisible(model)
     reference = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     counted: Any = data.dataset if isinstance(data, DataLoader) else data
@@ -118,8 +118,10 @@ def evaluate(
             nll += float(F.cross_entropy(rows.double(), labels, reduction="sum")) if known else math.nan
             scored += len(labels)
             if on_batch:
-                on_batch(samples * processes(), total)
-    said = gathered((metric, right, samples, nll, scored, list(data.unreadable) if isinstance(data, Readable) else []))
+                on_batch(samples * world_size(), total)
+    said = all_gather_object(
+        (metric, right, samples, nll, scored, list(data.unreadable) if isinstance(data, Readable) else [])
+    )
     metrics, *sums = zip(*said, strict=True)
     right, samples, nll, scored = (sum(part) for part in sums[:4])
     if not scored:
@@ -176,13 +178,13 @@ def _batches(data: Any, batch_size: int, workers: int) -> Iterator[tuple[Any, Te
     loader = data
     if not isinstance(data, DataLoader):
         if not isinstance(data, IterableDataset) and hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-            own = range(place(), len(data), processes())
+            own = range(rank(), len(data), world_size())
             samples: Iterator[Any] = (sample for _, sample in read_readable(data, own, workers))
         else:
-            samples = itertools.islice(data, place(), None, processes())
+            samples = itertools.islice(data, rank(), None, world_size())
         loader = _grouped(samples, batch_size)
     else:
-        loader = itertools.islice(loader, place(), None, processes())
+        loader = itertools.islice(loader, rank(), None, world_size())
     for batch in loader:
         yield inputs_of(batch), _labels(batch)
 

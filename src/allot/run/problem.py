@@ -146,9 +146,9 @@ class Method(Protocol):
         role: "allocate" or "repair".
         shares: of an allocator, what it can share out: "weights", "channels" or both; a repair does without.
         needs_data: whether `problem.calibration` has to be there.
-        parallel: may be left out. True: where processes share the work, all of them run this method, on shares of
-            batches, and it adds up over them what it finds (`allot.processes.total`, or what it uses does: `Training`,
-            `Moments`, `Evidence`). Else one process runs it, on whole batches.
+        parallel: optional. True: with several processes, all of them run this method, each on its part of every batch,
+            and it sums its results over them (by `allot.processes.all_reduce`, or by `Training`, `Moments` or
+            `Evidence`, which do so). Otherwise one process runs it, on whole batches.
         streams: of a repair that looks at each layer for itself, how it goes block by block: see
             `allot.methods.layerwise.streamed`. Others do without.
     """

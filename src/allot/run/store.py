@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from allot.errors import UsageError
-from allot.processes import led
+from allot.processes import on_first_process
 
 State = dict[str, Any]
 
@@ -214,7 +214,7 @@ def opened(
 
     Args, Raises: as `Store`.
     """
-    found = led(lambda: Store(directory, asked, notes, device), lambda store: (store.done, store.content))
+    found = on_first_process(lambda: Store(directory, asked, notes, device), lambda store: (store.done, store.content))
     if isinstance(found, Store):
         found.content = None
         return found

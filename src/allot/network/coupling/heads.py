@@ -42,7 +42,10 @@ def _linear_heads(model: nn.Module, name: str, prefix: str, module: nn.Module) -
     """Attention made of linear layers: projections beside each other, and one behind them."""
     count = next((n for n in _HEADS if type(getattr(module, n, None)) is int), None)
     inside = next((some for some in _QKV if all(isinstance(getattr(module, n, None), nn.Linear) for n in some)), None)
-    out = next((path for path in (_sibling(name, o) for o in _OUT) if isinstance(_at(model, path), nn.Linear)), None)
+    out = next(
+        (path for path in (_sibling(name, o) for o in _OUT) if isinstance(_at(model, path), nn.Linear)),
+        None,
+    )
     if not (count and inside and out):
         return
     heads, width = getattr(module, count), _at(model, out).in_features
