@@ -42,7 +42,7 @@ from allot.run.evaluate import Score, evaluate
 from allot.run.patterns import Channels, Pattern
 from allot.run.problem import Candidate, Method
 from allot.run.scores import ChannelScore, WeightScore
-from allot.run.store import Log, opened, read_run
+from allot.run.store import Log, open_store, read_run
 
 
 @torch.inference_mode(mode=False)
@@ -183,7 +183,7 @@ def prune(
         "memory": held,
         "processes": world_size(),
     }
-    store = opened(save_to, asked, notes, device) if save_to else None
+    store = open_store(save_to, asked, notes, device) if save_to else None
     try:
         name = label or type(model).__name__
         return run_stages(problem, chain, store, log, name, judge, dense, told, on_step, should_stop)

@@ -22,16 +22,20 @@ LABEL_KEYS = frozenset({"label", "labels", "target", "targets"})
 
 @dataclass(frozen=True)
 class Calibration:
-    """Inputs to look at while pruning.
+    """The inputs that pruning uses.
 
     Attributes:
-        source: one sample an index, labels included or not; `source[i]` must give the same sample every time.
+        source: a sequence of samples, with labels or without; `source[i]` must return the same sample every time.
         indices: which samples are used, in this order.
         batch_size: most samples per batch.
         seed: decides the order of batches.
-        device, dtype: where batches are put, and what their floating-point tensors are cast to.
+        device, dtype: of the batches; dtype applies to floating-point tensors.
         workers: threads that read samples; 0: none. Batches are the same whatever their number.
         channels_last: whether tensors of four dimensions are laid out with channels last.
+
+    >>> calibration = Calibration.of(torch.arange(5.0)[:, None], batch_size=2)
+    >>> len(calibration), calibration.batches, calibration.example().tolist()
+    (5, 3, [[0.0]])
     """
 
     source: Any = field(repr=False)
@@ -75,7 +79,7 @@ class Calibration:
             workers: threads that read samples, for data whose samples may be read from several at once.
             channels_last: whether tensors of four dimensions are laid out with channels last.
         Raises:
-            UsageError: no data, samples that do not batch, or `Readable` ones of which not one can be read.
+            UsageError: no data, samples that do not form a batch, or `Readable` samples of which none can be read.
         """
         check_number("workers", workers, 0, whole=True)
         if samples < 1:
@@ -96,36 +100,36 @@ class Calibration:
 
     @property
     def order(self) -> tuple[Any, ...]:
-        """What decides which samples each batch holds, and how: equal for equal batches of one source."""
+        """The values that determine the batches of a source: equal orders, equal batches."""
         how = self.batch_size, self.seed, str(self.device), str(self.dtype), self.channels_last
         return self.indices, *how
 
     @property
     def batches(self) -> int:
-        """How many batches one pass over the samples takes; their sizes differ by one at most."""
+        """Number of batches in one pass over the samples; their sizes differ by one at most."""
         return -(-len(self.indices) // self.batch_size)
 
     def batch(self, k: int) -> tuple[Any, int]:
-        """Batch k of an endless row of passes, each in its own order: a function of (seed, k).
+        """Batch k of an endless sequence of passes, each in another order: a function of (seed, k).
 
         Returns:
-            (inputs as the model takes them, number of samples in the batch). Where processes share the work, inputs
-            are this one's share of the batch, see `allot.processes`.
+            (inputs as the model takes them, number of samples in the batch). With several processes, the inputs are
+            this process's part of the batch, see `allot.processes`.
         """
         positions = self.positions(k)
         return self.pick(self.share(positions)), len(positions)
 
     def positions(self, k: int) -> list[int]:
-        """Which samples batch k holds, as places in `indices`."""
-        epoch, place = divmod(k, self.batches)
+        """The samples of batch k, as positions in `indices`."""
+        epoch, number = divmod(k, self.batches)
         draw = generator(numbered(self.seed, epoch))
-        return torch.randperm(len(self.indices), generator=draw).tensor_split(self.batches)[place].tolist()
+        return torch.randperm(len(self.indices), generator=draw).tensor_split(self.batches)[number].tolist()
 
     def share(self, positions: Sequence[int]) -> list[int]:
-        """The part of a batch's places that this process looks at, one after the other; their sizes differ by one.
+        """The positions of a batch that belong to this process, contiguous; counts differ by one at most.
 
         Raises:
-            UsageError: fewer places than processes.
+            UsageError: fewer positions than processes.
         """
         if len(positions) < world_size():
             raise UsageError(
@@ -136,7 +140,7 @@ class Calibration:
         return list(positions[low:high])
 
     def pick(self, positions: Sequence[int]) -> Any:
-        """The samples at these places of `indices`, as one batch of inputs."""
+        """The samples at these positions of `indices`, as one batch of inputs."""
         return self.take([self.indices[i] for i in positions])
 
     def example(self) -> Any:
@@ -144,23 +148,22 @@ class Calibration:
         return self.take([self.indices[0]])
 
     def repeats(self) -> bool:
-        """Whether samples come the same again, as far as two more looks at up to 64 of them tell.
+        """Whether up to 64 samples are the same when they are read twice more; augmented samples are not."""
 
-        Samples that are drawn anew, as augmentation does, do not.
-        """
-
-        def looked() -> list[Any]:
+        def read_samples() -> list[Any]:
             return [self._batched([sample]) for sample in read(self.source, self.indices[:64], self.workers)]
 
-        with torch.random.fork_rng(devices=[]):  # what follows draws the same, looked or not
-            first = looked()
-            return all(_equal(seen, again) for _ in range(2) for seen, again in zip(first, looked(), strict=True))
+        with torch.random.fork_rng(devices=[]):  # later draws are the same with and without this check
+            first = read_samples()
+            return all(
+                _equal(sample, again) for _ in range(2) for sample, again in zip(first, read_samples(), strict=True)
+            )
 
     def take(self, indices: Sequence[int]) -> Any:
         """These samples of the source as one batch of inputs, on the device.
 
         Raises:
-            UsageError: the samples are no tensors, arrays or numbers, or differ in shape.
+            UsageError: the samples are not tensors, arrays or numbers, or differ in shape.
         """
         return self._batched(list(read(self.source, indices, self.workers if len(indices) > 1 else 0)))
 
@@ -180,7 +183,7 @@ class Calibration:
 
 
 def inputs_of(sample: Any) -> Any:
-    """The inputs in a sample: its first place in a tuple or list, a dict without its labels, or the sample itself."""
+    """The inputs in a sample: the first item of a tuple or list, a dict without its labels, or the sample itself."""
     if isinstance(sample, tuple | list):
         if not sample:
             raise UsageError("a calibration sample is an empty tuple.")
@@ -233,19 +236,19 @@ def _indexable(data: Any, samples: int, *, batched: bool) -> Any:
 def _unbatched(batches: Iterable[Any]) -> Iterator[Any]:
     for batch in batches:
         inputs = inputs_of(batch)
-        yield from (_at(inputs, i) for i in range(_size(inputs)))
+        yield from (_sample_at(inputs, i) for i in range(_batch_size(inputs)))
 
 
-def _size(inputs: Any) -> int:
+def _batch_size(inputs: Any) -> int:
     if isinstance(inputs, Mapping):
-        return _size(next(iter(inputs.values())))
-    return _size(inputs[0]) if isinstance(inputs, tuple) else len(inputs)
+        return _batch_size(next(iter(inputs.values())))
+    return _batch_size(inputs[0]) if isinstance(inputs, tuple) else len(inputs)
 
 
-def _at(inputs: Any, i: int) -> Any:
+def _sample_at(inputs: Any, i: int) -> Any:
     if isinstance(inputs, Mapping):
         return {key: value[i] for key, value in inputs.items()}
-    # one more tuple around several inputs: what is first in a sample is its inputs
+    # one more tuple around several inputs: the first item of a sample is its inputs
     return (tuple(value[i] for value in inputs),) if isinstance(inputs, tuple) else inputs[i]
 
 
@@ -255,7 +258,7 @@ def _refuse_not_finite(batch: Any) -> None:
 
 
 def _refuse_texts(batch: Any) -> None:
-    """Texts pass through the collation as they are, and no model computes with them."""
+    """Collation passes texts through unchanged, and no model computes with texts."""
     for leaf in leaves_of(batch):
         if isinstance(leaf, str | bytes):
             raise TypeError(f"a sample holds the text {leaf!r}")
