@@ -33,7 +33,7 @@ from allot.methods.rules import uniform
 from allot.methods.training.distillation import Training
 from allot.methods.training.selection import Selection
 from allot.network.batch_norms import is_batch_norm
-from allot.network.checkpointing import blocks_of
+from allot.network.checkpointing import repeated_blocks
 from allot.network.compute import Compute
 from allot.processes import world_size
 from allot.pruning.assemble import Parts
@@ -107,7 +107,7 @@ def candidates(problem: Problem) -> Iterator[Compute]:
     batch = min(problem.inputs().batch_size, len(problem.inputs()))
     whole = min(asked.micro_batch or batch, batch)
     halves = [whole >> k for k in range(1, whole.bit_length())]
-    again = not asked.compile and bool(blocks_of(problem.model))
+    again = not asked.compile and bool(repeated_blocks(problem.model))
     if asked.compile and any(map(is_batch_norm, problem.model.modules())):
         halves = []  # `Compute.check`
     yield asked

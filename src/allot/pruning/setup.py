@@ -20,7 +20,7 @@ from allot.export.files import formats as files
 from allot.export.timing.latency import Runtime, latency_of
 from allot.network.call import attempt
 from allot.network.channels import Group
-from allot.network.coupling.find import coupled
+from allot.network.coupling.find import find_groups
 from allot.network.layers import Rules, Scope, matches, plain_state
 from allot.network.macs import measured
 from allot.run.calibration import Calibration
@@ -96,7 +96,7 @@ def _of_channels(
     model: nn.Module, scope: Scope, budget: Budget, step: int, example: Any, rules: Rules, timing: Timing
 ) -> tuple[Scope, ChannelBudget]:
     """The scope with its groups, and the budget on them."""
-    found, whole = coupled(model, example)
+    found, whole = find_groups(model, example)
     groups, skipped = _ruled(found, whole, rules)
     scope = replace(scope, groups=groups, skipped={**scope.skipped, **skipped})
     if not groups:

@@ -35,8 +35,8 @@ from allot.export.runtimes.reopen import reopened
 from allot.export.timing.clock import timed
 from allot.network.call import as_arguments, attempt
 from allot.network.channels import ChannelPlan, Group, copied, slimmed
-from allot.network.hooks import hooked, plain_places
-from allot.network.layers import Layer, Scope, places_of
+from allot.network.hooks import hooked, module_places
+from allot.network.layers import Layer, Scope, places_by_parameter
 
 RUNTIMES = ("onnx", "torch")
 SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)  # of its channels that a layer is timed with, on either side
@@ -280,9 +280,9 @@ def products_of(model: nn.Module, scope: Scope, example: Any) -> list[Product]:
 
         return hook
 
-    held = places_of(model)
+    held = places_by_parameter(model)
     with ExitStack() as stack:
-        for layer, place in plain_places(scope, held):
+        for layer, place in module_places(scope, held):
             stack.enter_context(hooked(place.module, noted(layer)))
         attempt(model, example, {})
     found = []

@@ -22,7 +22,7 @@ from allot.methods.training.losses import LOSSES, Outputs, compared, compared_te
 from allot.methods.training.teacher import keep, recalled
 from allot.network.batch_norms import Norms, is_batch_norm
 from allot.network.call import call
-from allot.network.checkpointing import again
+from allot.network.checkpointing import is_second_run
 from allot.network.hooks import hooked
 from allot.network.masking import Masking
 from allot.processes import all_reduce, all_reduce_number, any_process, single_process, world_size
@@ -103,7 +103,7 @@ class Distance:
         teacher, wholes, forward = self._taught(problem, state, inputs, positions, pieces)
         leaves = {name: value.detach().requires_grad_() for name, value in tensors.items() if value.requires_grad}
         known = {name: (leaves[name], mask) for name, mask in (masks or {}).items() if name in leaves}
-        masking = Masking(known, remember=not problem.compute.checkpoint) if known else None
+        masking = Masking(known, recompute=not problem.compute.checkpoint) if known else None
         placed = {**tensors, **leaves, **(masking.placed if masking else {})}
         batch = _Batch(inputs, pieces, teacher, wholes, placed, leaves, masking)
         try:
@@ -337,7 +337,7 @@ def _watched(model: nn.Module, blocks: tuple[str, ...], seen: list[Tensor]) -> I
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         first = output[0] if isinstance(output, tuple | list) else output
-        if isinstance(first, Tensor) and first.is_floating_point() and not again():
+        if isinstance(first, Tensor) and first.is_floating_point() and not is_second_run():
             seen.append(first)
 
     with ExitStack() as stack:
