@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from allot.budget.budget import Budget
+from allot.errors import UsageError
 from allot.methods.training import channel_gates as gates
 from allot.methods.training.selection import Evidence, importance
 from allot.network.channels import Group
@@ -253,6 +256,14 @@ def test_a_score_may_ask_for_gates_and_for_input_norms():
         return evidence.gate_squares(group) * float(evidence.input_norm(layer).sum())
 
     assert bool(torch.isfinite(both(problem.scope.groups[0], evidence_of(problem))).all())
+
+
+@pytest.mark.parametrize("score", [lambda total: torch.ones(total + 1), lambda total: torch.full((total,), torch.nan)])
+def test_a_score_of_another_shape_or_that_is_not_finite_is_refused_with_the_group(score: Callable[[int], Tensor]):
+    problem = replace(channel_problem(), score=lambda group, evidence: score(group.total))
+    group = problem.scope.groups[0]
+    with pytest.raises(UsageError, match=rf"{group.name}: the score has shape .* not finite"):
+        importance(problem, group, evidence_of(problem))
 
 
 # every score
