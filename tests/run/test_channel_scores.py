@@ -18,7 +18,7 @@ from allot.network.channels import Group
 from allot.network.layers import Layer, Scope
 from allot.pruning.setup import pose
 from allot.run.calibration import Calibration
-from allot.run.patterns import Channels
+from allot.run.patterns import Channels, Unstructured
 from allot.run.problem import Candidate, Problem
 from allot.run.scores import CHANNEL_SCORES, channel_norms, channel_random, channel_scale, channel_taylor
 from contract import cases
@@ -308,3 +308,21 @@ def test_scores_of_other_dtypes_are_those_of_single_precision(name: str, dtype: 
 
 def _with(problem: Problem, name: str) -> Problem:
     return Problem(problem.model, problem.scope, problem.budget, problem.pattern, CHANNEL_SCORES[name])
+
+
+# norms of inputs
+
+
+def test_input_norms_are_those_of_the_candidates_net():
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 2))
+    problem = pose(model, Budget(sparsity=0.5), Unstructured(), calibration=Calibration.of(torch.randn(6, 3)))
+    dense, doubled = evidence_of(problem), evidence_of(problem, **{"0.weight": 2 * model[0].weight.detach()})
+    layer = problem.scope["1.weight"]
+    torch.testing.assert_close(doubled.input_norm(layer), 2 * dense.input_norm(layer))
+
+
+def test_a_layer_that_no_input_reaches_has_no_norms():
+    problem = channel_problem()
+    layer = replace(problem.scope.layers[0], name="elsewhere.weight")
+    with pytest.raises(UsageError, match=r"elsewhere\.weight is never reached by the calibration inputs"):
+        evidence_of(problem).input_norm(layer)
