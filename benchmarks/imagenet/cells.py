@@ -20,7 +20,7 @@ import allot
 from allot.errors import BudgetError, Stopped, UsageError
 from allot.run.evaluate import Score
 from allot.run.problem import Chain, Method
-from allot.run.store import flat, write
+from allot.run.store import flatten_keys, write
 from allot.sources.load import ModelSource, load_data
 from benchmarks.imagenet import recipes
 from benchmarks.imagenet.epochs import TRAINING, Epochs, Judge
@@ -140,7 +140,7 @@ def _asked(table: Table, cell: Cell, setting: Setting) -> dict[str, Any]:
 def _refuse_other(before: Mapping[str, Any], asked: Mapping[str, Any], key: str, setting: Setting) -> None:
     if "asked" not in before or before["asked"] == asked:
         return
-    was, now = flat(before["asked"]), flat(asked)
+    was, now = flatten_keys(before["asked"]), flatten_keys(asked)
     differing = next(name for name in sorted(was.keys() | now.keys()) if was.get(name) != now.get(name))
     raise UsageError(
         f"{setting.results}: {key!r} was measured with {differing}={was.get(differing)}, asked is "

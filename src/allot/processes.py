@@ -1,11 +1,12 @@
-"""Work shared out over the processes of torchrun; of one process alone, every sum here is its own part.
+"""Data-parallel work over the processes that torchrun starts; with one process, every sum is that process's sum.
 
-    samples    each process pushes its share of every batch, and `total` adds up what they found: sums over the batch
-    items      trials and sensitivities: each process takes one, with whole batches (`each`)
-    the rest   one process does it and tells the others (`led`); a method that says nothing about sums is such a rest
+    samples    each process pushes its part of every batch, and `all_reduce` adds the results up: sums over the batch
+    items      trials and sensitivities: each process takes one item, with whole batches (`one_per_process`)
+    the rest   the first process does the work and sends the result to the others (`on_first_process`); so do methods
+               that are not `parallel`
 
-All processes hold the same state after every step (but for the dense net's answers, which each may remember of what it
-tried), so that any number of them goes on from what one has saved.
+After every step all processes hold the same state, except that each may keep dense outputs of its trials. So a run
+resumes with any number of processes.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from torch import Tensor
 from allot.errors import Lost, UsageError
 
 T = TypeVar("T")
-PATIENCE = timedelta(days=7)  # of processes that wait for one that measures or scores; one that dies is noticed
-_open = False  # whether work is shared out
+TIMEOUT = timedelta(days=7)  # processes wait for one that measures or scores; the end of a process is noticed at once
+_sharing = False  # whether `sharing` is open
 
 
 def launched() -> bool:
@@ -34,168 +35,172 @@ def launched() -> bool:
     return count.isdigit() and int(count) > 1 and {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
-def processes() -> int:
-    """How many processes share the work."""
-    return dist.get_world_size() if _open else 1
+def world_size() -> int:
+    """Number of processes that share the work; 1 outside of `sharing`."""
+    return dist.get_world_size() if _sharing else 1
 
 
-def place() -> int:
-    """Which of them this one is, from 0."""
-    return dist.get_rank() if _open else 0
+def rank() -> int:
+    """Rank of this process, from 0; 0 outside of `sharing`."""
+    return dist.get_rank() if _sharing else 0
 
 
 @contextmanager
 def sharing() -> Iterator[None]:
-    """While open, `prune`, `sweep` and `evaluate` share their work out over the processes that torchrun started.
+    """While open, `prune`, `sweep` and `evaluate` divide their work among the processes that torchrun started.
 
-    Every process calls the same, with the same model and data; the first one writes the run directory. On a CUDA
-    device NCCL carries what they tell each other, else gloo. Without torchrun, nothing changes.
+    Every process makes the same calls, with the same model and data; the first process writes the run directory. On
+    CUDA devices the processes communicate by NCCL, else by gloo. Without torchrun, nothing changes.
 
     Raises:
         UsageError: `torch.distributed` cannot begin.
+
+    >>> with sharing():  # without torchrun: one process
+    ...     world_size()
+    1
     """
-    global _open
-    own = not dist.is_initialized()
-    if own and not launched():
+    global _sharing
+    starts = not dist.is_initialized()
+    if starts and not launched():
         yield
         return
     try:
-        if own:
+        if starts:
             both = torch.cuda.is_available() and dist.is_nccl_available()
-            dist.init_process_group("cpu:gloo,cuda:nccl" if both else "gloo", timeout=PATIENCE)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if both else "gloo", timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise UsageError(f"the processes of torchrun do not find each other: {error}") from error
-    before, _open = _open, dist.get_world_size() > 1
+    before, _sharing = _sharing, dist.get_world_size() > 1
     try:
         yield
     finally:
-        _open = before
-        if own and dist.is_initialized():
+        _sharing = before
+        if starts and dist.is_initialized():
             dist.destroy_process_group()
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """While open, this process works by itself: batches are whole, sums its own."""
-    global _open
-    before, _open = _open, False
+def single_process() -> Iterator[None]:
+    """While open, this process works by itself: batches are whole and sums are not exchanged."""
+    global _sharing
+    before, _sharing = _sharing, False
     try:
         yield
     finally:
-        _open = before
+        _sharing = before
 
 
-def total(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Each tensor, added up over the processes: one exchange for each dtype and device."""
-    if processes() == 1 or not tensors:
+def all_reduce(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Each tensor summed over the processes, with one exchange for each dtype and device."""
+    if world_size() == 1 or not tensors:
         return list(tensors)
-    found = list(tensors)
-    alike: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    sums = list(tensors)
+    by_kind: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for i, tensor in enumerate(tensors):
-        alike.setdefault((tensor.dtype, tensor.device), []).append(i)
-    for places in alike.values():
-        flat = torch.cat([tensors[i].detach().flatten() for i in places])
+        by_kind.setdefault((tensor.dtype, tensor.device), []).append(i)
+    for indices in by_kind.values():
+        flat = torch.cat([tensors[i].detach().flatten() for i in indices])
         with _exchange():
             dist.all_reduce(flat)
-        for i, part in zip(places, flat.split([tensors[i].numel() for i in places]), strict=True):
-            found[i] = part.view(tensors[i].shape)
-    return found
+        for i, part in zip(indices, flat.split([tensors[i].numel() for i in indices]), strict=True):
+            sums[i] = part.view(tensors[i].shape)
+    return sums
 
 
-def total_number(number: float) -> float:
-    """A number, added up over the processes."""
-    return number if processes() == 1 else float(total([torch.tensor(number, dtype=torch.float64)])[0])
+def all_reduce_number(number: float) -> float:
+    """A number summed over the processes."""
+    return number if world_size() == 1 else float(all_reduce([torch.tensor(number, dtype=torch.float64)])[0])
 
 
-def stacked(tensor: Tensor) -> Tensor:
-    """The tensors of all processes, of one shape, in their order: `[processes, *shape]`."""
-    if processes() == 1:
+def all_gather(tensor: Tensor) -> Tensor:
+    """The tensors of all processes, which have one shape, by rank: `[world_size, *shape]`."""
+    if world_size() == 1:
         return tensor[None]
-    found = [torch.empty_like(tensor) for _ in range(processes())]
+    tensors = [torch.empty_like(tensor) for _ in range(world_size())]
     with _exchange():
-        dist.all_gather(found, tensor.contiguous())
-    return torch.stack(found)
+        dist.all_gather(tensors, tensor.contiguous())
+    return torch.stack(tensors)
 
 
-def gathered(value: T) -> list[T]:
-    """What each process says, in their order; tensors have to be on the CPU."""
-    if processes() == 1:
+def all_gather_object(value: T) -> list[T]:
+    """The values of all processes, by rank; tensors in them have to be on the CPU."""
+    if world_size() == 1:
         return [value]
-    found: list[Any] = [None] * processes()
+    values: list[Any] = [None] * world_size()
     with _exchange():
-        dist.all_gather_object(found, value)
-    return found
+        dist.all_gather_object(values, value)
+    return values
 
 
-def led(function: Callable[[], T], tell: Callable[[T], Any] | None = None) -> T | Any:
-    """What `function` gives in the first process, told to the others, which wait; what it raises is raised in all.
+def on_first_process(function: Callable[[], T], send: Callable[[T], Any] | None = None) -> T | Any:
+    """`function()` of the first process, in all of them; the others wait. An exception is raised in every process.
 
     Args:
-        tell: what the others get instead of the value.
+        send: value -> what the other processes get instead of the value.
     """
-    if processes() == 1:
+    if world_size() == 1:
         return function()
-    told: list[Any] = [None, None]
+    message: list[Any] = [None, None]  # value, exception
     value: Any = None
-    failed: BaseException | None = None
-    if place() == 0:
+    raised: BaseException | None = None
+    if rank() == 0:
         try:
-            with alone():
+            with single_process():
                 value = function()
-            told[0] = value if tell is None else tell(value)
+            message[0] = value if send is None else send(value)
         except Exception as error:  # noqa: BLE001 - raised below, in every process
-            failed = error
-            told[1] = _sent(error)
+            raised = error
+            message[1] = _picklable(error)
     with _exchange():
-        dist.broadcast_object_list(told, src=0)
-    if failed or told[1]:
-        raise failed or told[1]
-    return value if place() == 0 else told[0]
+        dist.broadcast_object_list(message, src=0)
+    if raised or message[1]:
+        raise raised or message[1]
+    return value if rank() == 0 else message[0]
 
 
-def each(items: Sequence[Any], function: Callable[[Any], T]) -> list[T]:
-    """`function` of the first few items, as many as there are processes: each takes one, by itself.
+def one_per_process(items: Sequence[Any], function: Callable[[Any], T]) -> list[T]:
+    """`function` of the first `world_size()` items: each process takes one, by itself.
 
-    What it gives has to hold tensors on the CPU only.
+    Tensors in what `function` returns have to be on the CPU.
     """
-    few = items[: processes()]
-    if processes() == 1:
-        return [function(item) for item in few]
-    own = None
-    for item in few[place() : place() + 1]:
-        with alone():
-            own = function(item)
-    return list(gathered(own)[: len(few)])  # type: ignore[arg-type]
+    items = items[: world_size()]
+    if world_size() == 1:
+        return [function(item) for item in items]
+    result = None
+    for item in items[rank() : rank() + 1]:
+        with single_process():
+            result = function(item)
+    return list(all_gather_object(result)[: len(items)])  # type: ignore[arg-type]
 
 
-def anyone(answer: bool) -> bool:  # noqa: FBT001 - the one thing that it is about
-    """Whether any process says yes."""
-    return answer if processes() == 1 else total_number(float(answer)) > 0
+def any_process(answer: bool) -> bool:  # noqa: FBT001 - its only argument
+    """Whether `answer` is True in any process."""
+    return answer if world_size() == 1 else all_reduce_number(float(answer)) > 0
 
 
-def check_alike(what: str, value: Any) -> None:
+def check_equal(what: str, value: Any) -> None:
     """Raises:
-    UsageError: processes differ in it.
+    UsageError: processes have different values; `what` names them.
     """
-    said = gathered(value)
-    if any(other != said[0] for other in said):
+    values = all_gather_object(value)
+    if any(other != values[0] for other in values):
         raise UsageError(
             f"the processes of torchrun differ in {what}: each has to load the same, and what is drawn at random, by "
             "Python or numpy too, has to be seeded alike."
         )
 
 
-def speaks() -> bool:
-    """Whether this process is the first of the run to say what went wrong; the one that knows first knows best."""
+def first_to_report() -> bool:
+    """Whether this process is the first of the run to report an error: the cause comes before its consequences."""
     if not launched():
         return True
     try:
-        told = dist.TCPStore(  # type: ignore[attr-defined]
+        store = dist.TCPStore(  # type: ignore[attr-defined]
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=5)
         )
-        return told.add(f"allot/said/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
+        return store.add(f"allot/said/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
     except (RuntimeError, ValueError, KeyError):
-        return True  # what kept count is gone
+        return True  # the store that counts reports is gone
 
 
 @contextmanager
@@ -215,10 +220,10 @@ def _exchange() -> Iterator[None]:
         ) from error
 
 
-def _sent(error: Exception) -> Exception:
-    """The error, or its message where it cannot travel."""
+def _picklable(error: Exception) -> Exception:
+    """The error, or a RuntimeError with its message where it cannot be pickled."""
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:  # noqa: BLE001 - whatever its class does
+    except Exception:  # noqa: BLE001 - its class may raise anything
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -113,7 +112,3 @@ def test_options_reach_training_and_schedule_by_one_name_each():
     assert wanda.log.forward == 2 * 20 + 7 + 2 * 20
     with pytest.raises(UsageError, match="did you mean 'steps'"):
         allot.prune(problem.model, inputs, "sparsity=0.5", options={"distill": {"step": 4}}, **arguments)
-
-
-def test_a_method_is_the_same_value_however_it_is_made():
-    assert METHODS["distill"] == Distill() == replace(Distill(), training=Training())

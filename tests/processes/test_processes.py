@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import allot
 from allot.errors import Stopped, UsageError
 from allot.methods.rules import uniform
-from allot.processes import each, led, place, processes, total
+from allot.processes import all_reduce, on_first_process, one_per_process, rank, world_size
 from allot.run.evaluate import evaluate
 from allot.run.problem import Candidate, Problem, Rule
 from processes.together import together
@@ -76,7 +76,7 @@ def pruned(chain: str, **more: Any) -> dict[str, Any]:
         "kept": dict(result.allocation.kept),
         "state": {name: value.double().numpy() for name, value in result.state_dict().items()},
         "scores": result.scores,
-        "processes": processes(),
+        "processes": world_size(),
         "log": (result.log.forward, result.log.backward, list(result.log.seconds)),
     }
 
@@ -165,7 +165,7 @@ class Mean:
 
     def step(self, problem: Problem, candidate: Candidate, state: dict[str, Any]) -> dict[str, Any]:
         inputs, samples = problem.inputs().batch(0)
-        state |= {"step": 1, "mean": inputs.mean() + place()}
+        state |= {"step": 1, "mean": inputs.mean() + rank()}
         return {"forward": samples, "backward": 0}
 
     def done(self, state: dict[str, Any]) -> bool:
@@ -206,14 +206,14 @@ class Experts(nn.Module):
 def test_what_goes_wrong_goes_wrong_in_all_of_them():
     small = together(2, lambda: pruned("erk + bn", batch_size=1))
     assert all(isinstance(error, UsageError) and "over 2 processes" in str(error) for error in small)
-    other = together(2, lambda: allot.prune(MODEL, INPUTS + place(), "sparsity=0.5", batch_size=13))
+    other = together(2, lambda: allot.prune(MODEL, INPUTS + rank(), "sparsity=0.5", batch_size=13))
     assert all(isinstance(error, UsageError) and "differ in the calibration" in str(error) for error in other)
 
     mixed = together(2, lambda: allot.prune(Experts().eval(), INPUTS[:, 0, 0], "sparsity=0.5", batch_size=13))
     assert all(isinstance(error, UsageError) and "mixture of experts" in str(error) for error in mixed)
 
     def fails() -> int:
-        return led(lambda: 1 // 0)
+        return on_first_process(lambda: 1 // 0)
 
     assert all(isinstance(error, ZeroDivisionError) for error in together(2, fails))
 
@@ -226,7 +226,7 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(before: int, aft
         steps: list[int] = []
 
         def asked() -> bool:  # only one of them is asked to stop
-            return place() == processes() - 1 and len(steps) > 6
+            return rank() == world_size() - 1 and len(steps) > 6
 
         return pruned("fcpts", save_to=out, on_step=lambda progress: steps.append(1), should_stop=asked)
 
@@ -252,8 +252,13 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(before: int, aft
 
 def test_sums_items_and_the_first_one():
     def told() -> Any:
-        one, two = total([torch.full((2, 2), float(place() + 1)), torch.tensor([place()])])
-        return one.tolist(), two.tolist(), each("abcd", lambda item: item.upper() + str(processes())), led(place)
+        one, two = all_reduce([torch.full((2, 2), float(rank() + 1)), torch.tensor([rank()])])
+        return (
+            one.tolist(),
+            two.tolist(),
+            one_per_process("abcd", lambda item: item.upper() + str(world_size())),
+            on_first_process(rank),
+        )
 
     assert together(3, told) == [([[6.0, 6.0], [6.0, 6.0]], [3], ["A1", "B1", "C1"], 0)] * 3
     assert told() == ([[1.0, 1.0], [1.0, 1.0]], [0], ["A1"], 0)

@@ -185,16 +185,23 @@ def test_functions_and_methods_among_the_options_are_written_down_by_name(tmp_pa
 
 
 def test_a_run_that_ended_before_its_first_step_does_not_hold_its_directory(tmp_path):
+    with pytest.raises(Stopped):
+        pruned(net(), should_stop=lambda: True, save_to=tmp_path / "run")
+    assert (tmp_path / "run" / "run.json").exists() and not (tmp_path / "run" / "steps.jsonl").read_text()
+    pruned(net(), seed=1, save_to=tmp_path / "run")  # another configuration
+    assert (tmp_path / "run" / "steps.jsonl").read_text()
+
+
+def test_a_run_that_failed_after_its_first_step_holds_its_directory(tmp_path):
     def wrong(output: Tensor) -> Tensor:
         raise KeyError("logits")
 
     with pytest.raises(UsageError, match=r"outputs failed on a model output of type Tensor: KeyError\('logits'\)"):
         pruned(net(), name="distill", options={"distill": {"outputs": wrong}}, save_to=tmp_path / "run")
-    # stages before it may have taken steps: these are kept, and another configuration is refused
+    with pytest.raises(UsageError, match=r"belongs to another configuration: .*outputs was"):
+        pruned(net(), name="distill", save_to=tmp_path / "run")
     with pytest.raises(UsageError, match="outputs failed"):
-        pruned(
-            net(), options={"fcpts": {"steps": 2, "start": "uniform", "outputs": wrong}}, save_to=tmp_path / "second"
-        )
+        pruned(net(), options={"fcpts": {"steps": 2, "start": "uniform", "outputs": wrong}})
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from allot.budget.budget import Budget
+from allot.errors import UsageError
 from allot.methods.training import channel_gates as gates
 from allot.methods.training.selection import Evidence, importance
 from allot.network.channels import Group
 from allot.network.layers import Layer, Scope
 from allot.pruning.setup import pose
 from allot.run.calibration import Calibration
-from allot.run.patterns import Channels
+from allot.run.patterns import Channels, Unstructured
 from allot.run.problem import Candidate, Problem
 from allot.run.scores import CHANNEL_SCORES, channel_norms, channel_random, channel_scale, channel_taylor
 from contract import cases
@@ -255,6 +258,14 @@ def test_a_score_may_ask_for_gates_and_for_input_norms():
     assert bool(torch.isfinite(both(problem.scope.groups[0], evidence_of(problem))).all())
 
 
+@pytest.mark.parametrize("score", [lambda total: torch.ones(total + 1), lambda total: torch.full((total,), torch.nan)])
+def test_a_score_of_another_shape_or_that_is_not_finite_is_refused_with_the_group(score: Callable[[int], Tensor]):
+    problem = replace(channel_problem(), score=lambda group, evidence: score(group.total))
+    group = problem.scope.groups[0]
+    with pytest.raises(UsageError, match=rf"{group.name}: the score has shape .* not finite"):
+        importance(problem, group, evidence_of(problem))
+
+
 # every score
 
 
@@ -297,3 +308,21 @@ def test_scores_of_other_dtypes_are_those_of_single_precision(name: str, dtype: 
 
 def _with(problem: Problem, name: str) -> Problem:
     return Problem(problem.model, problem.scope, problem.budget, problem.pattern, CHANNEL_SCORES[name])
+
+
+# norms of inputs
+
+
+def test_input_norms_are_those_of_the_candidates_net():
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 2))
+    problem = pose(model, Budget(sparsity=0.5), Unstructured(), calibration=Calibration.of(torch.randn(6, 3)))
+    dense, doubled = evidence_of(problem), evidence_of(problem, **{"0.weight": 2 * model[0].weight.detach()})
+    layer = problem.scope["1.weight"]
+    torch.testing.assert_close(doubled.input_norm(layer), 2 * dense.input_norm(layer))
+
+
+def test_a_layer_that_no_input_reaches_has_no_norms():
+    problem = channel_problem()
+    layer = replace(problem.scope.layers[0], name="elsewhere.weight")
+    with pytest.raises(UsageError, match=r"elsewhere\.weight is never reached by the calibration inputs"):
+        evidence_of(problem).input_norm(layer)

@@ -94,6 +94,22 @@ def test_a_run_killed_at_any_moment_that_writes_ends_as_an_uninterrupted_one(
     assert deaths > 15
 
 
+def test_a_run_killed_half_way_through_a_file_keeps_the_file_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, bytes]
+):
+    def half(content: Any, file: Any) -> None:
+        file.write(b"half of a state")
+        raise Killed
+
+    stopped(tmp_path / "run", 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", half)
+        with pytest.raises(Killed):
+            chain(tmp_path / "run")
+    chain(tmp_path / "run")
+    assert contents(tmp_path / "run") == whole
+
+
 def test_a_stopped_run_tells_so_and_goes_on(tmp_path: Path, whole: dict[str, bytes]):
     for steps in (0, 3, 1, 2):
         stopped(tmp_path / "run", steps)
@@ -184,6 +200,13 @@ def test_what_a_kill_left_behind_after_the_end_is_removed(tmp_path: Path):
     (tmp_path / "run" / "state-repair-2-variance.pt").write_bytes(b"late")
     chain(tmp_path / "run")
     assert not list((tmp_path / "run").glob("state-*"))
+
+
+def test_what_a_kill_left_behind_while_it_wrote_is_removed(tmp_path: Path, whole: dict[str, bytes]):
+    stopped(tmp_path / "run", 3)
+    (tmp_path / "run" / ".run.json.123.tmp").write_bytes(b"half")
+    chain(tmp_path / "run")
+    assert contents(tmp_path / "run") == whole and not list((tmp_path / "run").glob(".*"))
 
 
 # refused
@@ -284,7 +307,8 @@ def test_a_damaged_state_is_an_error_that_frees_the_directory(tmp_path: Path, da
 def test_a_state_that_would_run_code_is_refused(tmp_path: Path):
     stopped(tmp_path / "run", 4)
     state = next((tmp_path / "run").glob("state-*.pt"))
-    torch.save({"stage": "select", "state": Path("x"), "steps_bytes": 0}, state)
+    content = torch.load(state, weights_only=True)
+    torch.save(content | {"more": Path("x")}, state)  # all that is read is there
     with pytest.raises(UsageError, match="cannot be read"):
         chain(tmp_path / "run")
 

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from allot.processes import speaks
+from allot.processes import first_to_report
 from allot.run.driver import Progress as Step
 
 # a log has no width of its own: tables are not squeezed into 80 columns there
@@ -79,7 +79,7 @@ def say(line: str) -> None:
 
 def say_error(message: str) -> None:
     """One line about what went wrong; of several processes, the first that has to say something does."""
-    people.quiet = not speaks()
+    people.quiet = not first_to_report()
     people.print(f"error: {' '.join(message.split())}", style="red", highlight=False, markup=False, soft_wrap=True)
 
 

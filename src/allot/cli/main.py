@@ -21,7 +21,7 @@ from allot.cli.recipe import RecipeFile
 from allot.errors import AllotError, Stopped, UsageError, VerificationError
 from allot.export.files.formats import OWN
 from allot.export.timing.latency import Runtime, latency_of
-from allot.processes import led, place, sharing, speaks
+from allot.processes import first_to_report, on_first_process, rank, sharing
 from allot.pruning.assemble import assemble
 from allot.pruning.prune import prune
 from allot.pruning.result import Result
@@ -83,7 +83,7 @@ def prune_command(
             should_stop=should_stop,
             **comparing.settings_of(wanted, source),
         )
-        report = led(result.timed)
+        report = on_first_process(result.timed)
     if as_json:
         print_json({**report_of(out), "run": str(out)})
         return
@@ -185,7 +185,7 @@ def main() -> None:
     """Run the command line; errors are one line on standard error and an exit code."""
     try:
         with sharing() if sys.argv[1:2] and sys.argv[1] in SHARED else nullcontext(), notes():
-            people.quiet = place() > 0
+            people.quiet = rank() > 0
             code = app(prog_name="allot", standalone_mode=False) or 0
     except Stopped as stop:
         say(f"{stop}: saved; the same command goes on from here." if stop.saved else f"{stop}.")
@@ -203,7 +203,7 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except Exception:
-        speaks()  # a traceback says it: other processes need not
+        first_to_report()  # a traceback says it: other processes need not
         raise
     if code == 130:
         say_error("interrupted.")

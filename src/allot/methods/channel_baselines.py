@@ -23,7 +23,7 @@ from allot.errors import check_number
 from allot.methods.training.channel_gates import gated
 from allot.methods.training.distillation import Training
 from allot.methods.training.selection import Evidence, importance
-from allot.processes import each
+from allot.processes import one_per_process
 from allot.run.problem import Candidate, Metrics, Problem
 from allot.run.store import State
 
@@ -132,7 +132,7 @@ class Sensitivity:
                 state["answers"][str(k)] = answers
             return name, fewer, loss, forward
 
-        found = each(state["open"], tried)
+        found = one_per_process(state["open"], tried)
         for name, fewer, loss, _ in found:
             state["open"].pop(0)
             state["tried"][name] = [fewer, loss]

@@ -26,7 +26,7 @@ from allot.errors import UsageError, check_number
 from allot.methods.training.distillation import Training
 from allot.methods.training.selection import Evidence, scored
 from allot.network.masking import masked
-from allot.processes import each
+from allot.processes import one_per_process
 from allot.run.problem import Candidate, Metrics, Problem
 from allot.run.store import State
 
@@ -89,7 +89,7 @@ class Knapsack:
 
         if not state["step"]:  # what the score asks of the inputs is found once
             scored(problem, problem.scope.layers[0], problem.dense[problem.scope.layers[0].name], evidence)
-        found = each(range(state["step"], state["steps"]), tried)
+        found = one_per_process(range(state["step"], state["steps"]), tried)
         for name, density, loss, _ in found:
             state["error"][name].append([density, loss])
         state["step"] += len(found)

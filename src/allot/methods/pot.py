@@ -37,7 +37,7 @@ from allot.network.call import call
 from allot.network.hooks import Apply, biases_of, watched_layers
 from allot.network.layers import Layer
 from allot.network.masking import masked
-from allot.processes import total, total_number
+from allot.processes import all_reduce, all_reduce_number
 from allot.run.problem import Candidate, Metrics, Problem
 from allot.run.store import State
 
@@ -154,11 +154,13 @@ class Layerwise:
                 }
                 with watched_layers(problem.model, problem.scope, compare):
                     call(problem.model, {n: v.to(problem.dense[n].dtype) for n, v in now.items()}, inputs)
-        gradients = dict(zip(sorted(gradients), total([gradients[name] for name in sorted(gradients)]), strict=True))
+        gradients = dict(
+            zip(sorted(gradients), all_reduce([gradients[name] for name in sorted(gradients)]), strict=True)
+        )
         self._training().update(training, gradients)
         state["step"] += 1
         every = [loss for some in losses.values() for loss in some]
-        loss = total_number(sum(every)) / max(len(every), 1)
+        loss = all_reduce_number(sum(every)) / max(len(every), 1)
         return {"loss": loss, "forward": samples * (1 if dense else 2), "backward": 0}
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 
 from allot.errors import UsageError, unknown
 from allot.network.call import refuse_two_values
-from allot.network.layers import places_of
+from allot.network.layers import places_by_parameter
 from allot.network.masking import masked
 
 
@@ -27,27 +27,31 @@ class Mask(nn.Module):
 
 
 def attach(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
-    """`model` itself, computing with masked weights from now on: train it, save it, then `fold` it.
+    """`model` itself, which computes with masked weights from now on: train it, save it, then `fold` it.
 
     Args:
         masks: parameter name -> bool mask of its shape. A tied weight goes by one of its names.
     Raises:
         UsageError: a name that the model does not have, a shape that differs, two masks for one tied weight, or a
             weight that carries a mask or another parametrization already.
+
+    >>> model = attach(nn.Linear(2, 1), {"weight": Tensor([[1, 0]]).bool()})
+    >>> model.weight[0, 1].item()
+    0.0
     """
-    by_name = {place.name: where for where in places_of(model).values() for place in where}
+    by_name = {place.name: places for places in places_by_parameter(model).values() for place in places}
     for name, mask in masks.items():
         if name not in by_name:
-            raise _parametrized(model, name) or unknown("parameter", name, by_name)
+            raise _parametrized_error(model, name) or unknown("parameter", name, by_name)
         shape = by_name[name][0].parameter.shape
         if mask.shape != shape:
             raise UsageError(f"the mask of {name} has shape {list(mask.shape)}; the weight has {list(shape)}.")
     refuse_two_values(masks, {name: id(by_name[name]) for name in masks})
     for name, mask in masks.items():
-        once = {id(place.module): place for place in by_name[name]}  # a shared module is one module
-        for place in once.values():
-            attached = Mask(mask.to(place.parameter.device))
-            parametrize.register_parametrization(place.module, place.attribute, attached)
+        by_module = {id(place.module): place for place in by_name[name]}  # a shared module is one module
+        for place in by_module.values():
+            parametrization = Mask(mask.to(place.parameter.device))
+            parametrize.register_parametrization(place.module, place.attribute, parametrization)
     return model
 
 
@@ -55,20 +59,24 @@ def fold(model: nn.Module) -> nn.Module:
     """`model` itself, with the zeros of attached masks in plain weights, plain classes and plain keys.
 
     Other parametrizations stay.
+
+    >>> model = attach(nn.Linear(2, 1), {"weight": Tensor([[1, 0]]).bool()})
+    >>> list(fold(model).state_dict()), model.weight[0, 1].item()
+    (['bias', 'weight'], 0.0)
     """
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
-            # torch removes a property of the class, which copies of the module share: a class of its own saves them
-            own = type(module)
-            module.__class__ = type(own.__name__, own.__bases__, dict(own.__dict__))
+            # torch removes a property from the class, which copies of the module share: a new class leaves copies alone
+            original = type(module)
+            module.__class__ = type(original.__name__, original.__bases__, dict(original.__dict__))
             for attribute, chain in list(module.parametrizations.items()):  # type: ignore[union-attr,operator]
                 if all(isinstance(part, Mask) for part in chain):
                     parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
     return model
 
 
-def _parametrized(model: nn.Module, name: str) -> UsageError | None:
-    """The error for a weight that a parametrization stands in for; None where there is none of that name."""
+def _parametrized_error(model: nn.Module, name: str) -> UsageError | None:
+    """The error for a parametrized weight of this name; None where no weight of this name is parametrized."""
     module_name, _, attribute = name.rpartition(".")
     module = dict(model.named_modules(remove_duplicate=False)).get(module_name)
     if module is None or not parametrize.is_parametrized(module, attribute):

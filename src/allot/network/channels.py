@@ -1,7 +1,7 @@
 """Coupled channels: which slices of which tensors go together, and a model with some of them gone.
 
-A `Group` is a set of channels of which any may be removed on its own, each from every tensor that holds it: the rows
-that write it, the norms that scale it, the columns that read it. What is left of a tensor along one dimension is then
+A `Group` is a set of channels that can be removed one by one, each from every tensor that holds it: the rows
+that write it, the norms that scale it, the columns that read it. The size of a cut tensor along one dimension is then
 
     size_d(n) = fixed_d + sum_g r_gd n_g            n_g channels kept of group g, r_gd places each in dimension d
 
@@ -68,12 +68,12 @@ class Group:
 
 @dataclass(frozen=True)
 class ChannelPlan:
-    """Which channels stay, said so that a fresh model can be cut without being traced: JSON both ways.
+    """Which channels stay, with all that is needed to cut a fresh model without tracing it; JSON both ways.
 
     Attributes:
         kept: group -> channels kept, ascending.
-        total: group -> channels there were.
-        tensors: tensor -> {dimension: positions kept, ascending}; what is not named stays whole.
+        total: group -> number of channels in the dense model.
+        tensors: tensor -> {dimension: positions kept, ascending}; other tensors stay whole.
         attributes: module -> {attribute: its new value}.
     """
 
@@ -93,27 +93,32 @@ class ChannelPlan:
         if kept.keys() != {group.name for group in groups}:
             raise UsageError(f"a plan for other groups: {sorted(kept.keys() ^ {group.name for group in groups})[:5]}.")
         modules, shapes = dict(model.named_modules()), shapes_of(model)
-        chosen = {group.name: tuple(sorted(set(kept[group.name]))) for group in groups}
-        gone: dict[tuple[str, int], set[int]] = {}
+        kept_by_group = {group.name: tuple(sorted(set(kept[group.name]))) for group in groups}
+        removed: dict[tuple[str, int], set[int]] = {}
         attributes: dict[str, dict[str, int]] = {}
         for group in groups:
-            stay = set(chosen[group.name])
-            if not stay or not stay <= set(range(group.total)):
-                raise UsageError(f"{group.name}: channels {sorted(stay)[:5]} of {group.total} cannot be kept.")
+            kept_channels = set(kept_by_group[group.name])
+            if not kept_channels or not kept_channels <= set(range(group.total)):
+                raise UsageError(f"{group.name}: channels {sorted(kept_channels)[:5]} of {group.total} cannot be kept.")
             for member in group.members:
-                places = gone.setdefault((member.tensor, member.dim), set())
-                places.update(at for unit, where in enumerate(member.places) if unit not in stay for at in where)
+                positions_removed = removed.setdefault((member.tensor, member.dim), set())
+                positions_removed.update(
+                    position
+                    for channel, positions in enumerate(member.places)
+                    if channel not in kept_channels
+                    for position in positions
+                )
             for name, parts in group.attributes.items():
-                own = attributes.setdefault(name, {})
-                for attribute, each in parts.items():
-                    before = own.get(attribute, getattr(modules[name], attribute))
-                    own[attribute] = before - each * (group.total - len(stay))
+                new_values = attributes.setdefault(name, {})
+                for attribute, per_channel in parts.items():
+                    before = new_values.get(attribute, getattr(modules[name], attribute))
+                    new_values[attribute] = before - per_channel * (group.total - len(kept_channels))
         tensors: dict[str, dict[int, tuple[int, ...]]] = {}
-        for (name, dim), places in gone.items():
-            if places:
-                left = tuple(i for i in range(shapes[name][dim]) if i not in places)
-                tensors.setdefault(name, {})[dim] = left
-        return cls(chosen, {group.name: group.total for group in groups}, tensors, attributes)
+        for (name, dim), positions_removed in removed.items():
+            if positions_removed:
+                remaining = tuple(i for i in range(shapes[name][dim]) if i not in positions_removed)
+                tensors.setdefault(name, {})[dim] = remaining
+        return cls(kept_by_group, {group.name: group.total for group in groups}, tensors, attributes)
 
     def mask(self, name: str, shape: torch.Size) -> Tensor:
         """Bool mask of a tensor: False wherever it belongs to a removed channel."""
@@ -125,7 +130,7 @@ class ChannelPlan:
         return mask
 
     def cut(self, name: str, tensor: Tensor) -> Tensor:
-        """What stays of a tensor of the model."""
+        """The remaining part of a tensor of the model."""
         for dim, places in self.tensors.get(name, {}).items():
             tensor = tensor.index_select(dim, torch.tensor(places, device=tensor.device))
         return tensor
@@ -143,7 +148,7 @@ class ChannelPlan:
         """The inverse of `to_json`.
 
         Raises:
-            UsageError: it is no such thing.
+            UsageError: `content` is no such plan.
         """
         try:
             groups = content["groups"]
@@ -164,10 +169,10 @@ def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A copy of a model that shares nothing with it.
+    """A copy of a model that shares no memory with it.
 
     Raises:
-        UsageError: the model holds something that Python cannot copy.
+        UsageError: the model holds an object that Python cannot copy.
     """
     try:
         return copy.deepcopy(model)
@@ -176,7 +181,7 @@ def copied(model: nn.Module) -> nn.Module:
 
 
 def slimmed(model: nn.Module, plan: ChannelPlan) -> nn.Module:
-    """A copy of `model` that physically holds only what the plan keeps.
+    """A copy of `model` that physically holds only the channels that the plan keeps.
 
     Parameters are new objects: optimisers are made after this. Names, `requires_grad` and modes stay.
 
@@ -191,21 +196,21 @@ def slimmed(model: nn.Module, plan: ChannelPlan) -> nn.Module:
         for dim, places in dims.items():
             if dim >= len(shapes[name]) or places[-1] >= shapes[name][dim]:
                 raise UsageError(f"the plan keeps {places[-1] + 1} of {name}, which has shape {list(shapes[name])}.")
-    done: dict[int, nn.Parameter | Tensor] = {}
+    replaced: dict[int, nn.Parameter | Tensor] = {}
     for prefix, module in slim.named_modules():
-        for held in (module._parameters, module._buffers):
-            for attribute, tensor in list(held.items()):
+        for registry in (module._parameters, module._buffers):
+            for attribute, tensor in list(registry.items()):
                 name = f"{prefix}.{attribute}" if prefix else attribute
-                if tensor is None or not (name in plan.tensors or id(tensor) in done):
+                if tensor is None or not (name in plan.tensors or id(tensor) in replaced):
                     continue
-                if id(tensor) not in done:
-                    small = plan.cut(name, tensor.detach()).clone()
+                if id(tensor) not in replaced:
+                    cut = plan.cut(name, tensor.detach()).clone()
                     parameter = isinstance(tensor, nn.Parameter)
-                    done[id(tensor)] = nn.Parameter(small, tensor.requires_grad) if parameter else small
-                held[attribute] = done[id(tensor)]
-        _fit(module)
-    for name, own in plan.attributes.items():
-        for attribute, value in own.items():
+                    replaced[id(tensor)] = nn.Parameter(cut, tensor.requires_grad) if parameter else cut
+                registry[attribute] = replaced[id(tensor)]
+        _set_sizes(module)
+    for name, values in plan.attributes.items():
+        for attribute, value in values.items():
             module = slim.get_submodule(name)
             if not isinstance(getattr(module, attribute), int) or not isinstance(value, int) or value < 1:
                 raise UsageError(f"the plan sets {name}.{attribute} to {value!r}, which is no size of the model.")
@@ -220,8 +225,8 @@ def slimmed(model: nn.Module, plan: ChannelPlan) -> nn.Module:
     return slim
 
 
-def _fit(module: Any) -> None:
-    """Set the attributes by which a module says its sizes, after its tensors changed."""
+def _set_sizes(module: Any) -> None:
+    """Set the attributes that hold a module's sizes, after its tensors changed."""
     weight = module._parameters.get("weight")
     if isinstance(module, nn.modules.conv._ConvNd) and weight is not None:
         out, inside = (1, 0) if isinstance(module, nn.modules.conv._ConvTransposeNd) else (0, 1)
@@ -234,8 +239,8 @@ def _fit(module: Any) -> None:
     elif isinstance(module, nn.Linear) and weight is not None:
         module.out_features, module.in_features = weight.shape
     elif isinstance(module, nn.modules.batchnorm._NormBase):
-        held = next((t for t in (weight, module._buffers.get("running_mean")) if t is not None), None)
-        module.num_features = module.num_features if held is None else len(held)
+        per_channel = next((t for t in (weight, module._buffers.get("running_mean")) if t is not None), None)
+        module.num_features = module.num_features if per_channel is None else len(per_channel)
     elif isinstance(module, nn.GroupNorm) and weight is not None:
         if module.num_groups == module.num_channels:  # any other keeps its channels
             module.num_groups = module.num_channels = len(weight)
@@ -246,7 +251,7 @@ def _fit(module: Any) -> None:
 
 
 class FewerHeads(nn.Module):
-    """What `nn.MultiheadAttention` computes, with fewer heads than its width would hold; the same keys."""
+    """`nn.MultiheadAttention` with fewer heads than its width would hold; the same keys."""
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
@@ -257,7 +262,7 @@ class FewerHeads(nn.Module):
         # not nn.Linear(1, 1): its initial values would come from the caller's random stream
         self.out_proj = torch.nn.utils.skip_init(nn.Linear, 1, 1, bias=attention.out_proj.bias is not None)
         self.out_proj.weight, self.out_proj.bias = attention.out_proj.weight, attention.out_proj.bias
-        _fit(self.out_proj)
+        _set_sizes(self.out_proj)
         self.train(attention.training)
 
     def forward(
@@ -293,18 +298,18 @@ class FewerHeads(nn.Module):
             scores = scores + _additive(attn_mask, scores)
         if key_padding_mask is not None:
             scores = scores + _additive(key_padding_mask[:, None, None], scores)
-        shares = scores.softmax(-1)
-        shares = nn.functional.dropout(shares, self.dropout, self.training)
-        out = self.out_proj((shares @ v).transpose(1, 2).flatten(2))
+        attention = scores.softmax(-1)
+        attention = nn.functional.dropout(attention, self.dropout, self.training)
+        out = self.out_proj((attention @ v).transpose(1, 2).flatten(2))
         if not batched:
-            out, shares = out.squeeze(0), shares.squeeze(0)
+            out, attention = out.squeeze(0), attention.squeeze(0)
         elif not self.batch_first:
             out = out.transpose(0, 1)
         if not need_weights:
             return out, None
-        return out, shares.mean(-3) if average_attn_weights else shares
+        return out, attention.mean(-3) if average_attn_weights else attention
 
 
 def _additive(mask: Tensor, like: Tensor) -> Tensor:
-    """A mask as what is added to scores: True becomes minus infinity."""
+    """A mask as a term to add to scores: True becomes minus infinity."""
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask

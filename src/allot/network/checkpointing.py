@@ -1,7 +1,7 @@
 """Activation checkpointing of the user's own modules: blocks keep their inputs only, and run again for the gradients.
 
-The second run is the first one again: batch norms find the statistics of the first, buffers such as running statistics
-do not move, and hooks of ours pass over it (`again`).
+The second run repeats the first: batch norms use the statistics of the first, buffers such as running statistics do not
+move, and allot's hooks skip it (`is_second_run`).
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from allot.network.batch_norms import Norms
 from allot.network.masking import Masking
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_running = 0  # second runs under way; gradients are taken by threads of torch's, so this is no variable of a thread
+_second_runs = 0  # second runs under way; torch takes gradients in its own threads, so this is not a thread's variable
 
 
-def again() -> bool:
+def is_second_run() -> bool:
     """Whether a block is running for the second time."""
-    return _running > 0
+    return _second_runs > 0
 
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The outermost modules with parts of their own whose class occurs more than once; containers are looked into."""
-    alike = Counter(type(module) for module in model.modules())
-    found: dict[int, nn.Module] = {}
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """The outermost modules with children whose class occurs more than once; containers are searched inside."""
+    by_class = Counter(type(module) for module in model.modules())
+    blocks: dict[int, nn.Module] = {}
 
-    def look(module: nn.Module) -> None:
+    def search(module: nn.Module) -> None:
         for child in module.children():
-            whole = next(child.children(), None) is not None and any(True for _ in child.parameters())
-            if whole and alike[type(child)] > 1 and type(child) not in _CONTAINERS:
-                found[id(child)] = child
+            has_parts = next(child.children(), None) is not None and any(True for _ in child.parameters())
+            if has_parts and by_class[type(child)] > 1 and type(child) not in _CONTAINERS:
+                blocks[id(child)] = child
             else:
-                look(child)
+                search(child)
 
-    look(model)
-    return list(found.values())
+    search(model)
+    return list(blocks.values())
 
 
 @contextmanager
@@ -51,31 +51,31 @@ def checkpointed(model: nn.Module, norms: Norms | None = None, masking: Masking 
     """While open, blocks of `model` keep their inputs instead of their activations where gradients are wanted.
 
     Args:
-        norms, masking: what stands in for batch norms, and masks weights, at the time.
+        norms, masking: the modes that replace batch norms and mask weights during the call.
     Raises:
         UsageError: the model has no repeated blocks.
     """
-    blocks = blocks_of(model)
+    blocks = repeated_blocks(model)
     if not blocks:
         raise UsageError(
             f"checkpoint: {type(model).__name__} has no repeated blocks whose activations could be computed again."
         )
     with ExitStack() as stack:
         for block in blocks:
-            stack.enter_context(_wrapped(block, norms, masking))
+            stack.enter_context(_checkpoint_block(block, norms, masking))
         yield
 
 
 @contextmanager
-def _wrapped(block: nn.Module, norms: Norms | None, masking: Masking | None) -> Iterator[None]:
-    own = vars(block).get("forward")  # some users put a forward there as well
+def _checkpoint_block(block: nn.Module, norms: Norms | None, masking: Masking | None) -> Iterator[None]:
+    instance_forward = vars(block).get("forward")  # some users put a forward there too
     plain: Callable[..., Any] = block.forward
 
     @wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return plain(*args, **kwargs)
-        contexts = partial(_contexts, block, norms, masking)
+        contexts = partial(_run_contexts, block, norms, masking)
         return checkpoint(plain, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
     block.forward = forward
@@ -83,33 +83,33 @@ def _wrapped(block: nn.Module, norms: Norms | None, masking: Masking | None) -> 
         yield
     finally:
         del block.forward
-        if own is not None:
-            block.forward = own
+        if instance_forward is not None:
+            block.forward = instance_forward
 
 
-def _contexts(
+def _run_contexts(
     block: nn.Module, norms: Norms | None, masking: Masking | None
 ) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """What the first run is done in, and the second, which is by then outside of what the first one was in."""
+    """Contexts of the first and the second run; the second happens when the contexts of the call may be closed."""
     before = [
         (module._buffers, name, buffer.clone())  # the first run may write to it
         for module in block.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    return nullcontext(), _second(before, norms.again() if norms else nullcontext(), masking or nullcontext())
+    return nullcontext(), _second_run(before, norms.again() if norms else nullcontext(), masking or nullcontext())
 
 
 @contextmanager
-def _second(
+def _second_run(
     before: list[tuple[dict[str, Tensor | None], str, Tensor]],
     norms: AbstractContextManager[Any],
     masking: AbstractContextManager[Any],
 ) -> Iterator[None]:
-    """The second run: buffers are as they were before the first one, and afterwards as it left them."""
-    global _running
+    """The second run, from the buffers before the first run; afterwards the first run's buffers are back."""
+    global _second_runs
     after = [(buffers, name, buffers[name]) for buffers, name, _ in before]
-    _running += 1
+    _second_runs += 1
     try:
         for buffers, name, buffer in before:
             buffers[name] = buffer.clone()
@@ -118,4 +118,4 @@ def _second(
     finally:
         for buffers, name, left in after:
             buffers[name] = left
-        _running -= 1
+        _second_runs -= 1

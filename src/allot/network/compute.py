@@ -1,4 +1,4 @@
-"""How a model is pushed through: choices about memory and speed that leave what is learned as it is, or near it."""
+"""How a model is run in training: choices about memory and speed that change results little or not at all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CACHED = 64 * 2**20  # bytes of the dense net's outputs
 
 @dataclass(frozen=True)
 class Compute:
-    """Choices about memory and speed, for training against the dense model; scores and evaluation never see them.
+    """Choices about memory and speed, for training against the dense model; scores and evaluation ignore them.
 
     Args:
         micro_batch: most samples at a time whose activations are kept for gradients; 0: the whole batch. Gradients
@@ -37,6 +37,9 @@ class Compute:
             the saved state of a run. Outputs that need more are computed again in every pass over the samples.
     Raises:
         UsageError: a value out of its range.
+
+    >>> Compute(micro_batch=4).pieces(10), Compute(micro_batch=4).to_json()
+    ([(0, 3), (3, 6), (6, 10)], {'micro_batch': 4})
     """
 
     micro_batch: int = 0
@@ -72,28 +75,28 @@ class Compute:
             return given
         if given is not None and not isinstance(given, Mapping):
             raise UsageError(f"compute={given!r}: a Compute or a mapping like {{micro_batch: 8}} is accepted.")
-        known = [field.name for field in fields(cls)]
+        names = [field.name for field in fields(cls)]
         for name in given or {}:
-            if name not in known:
-                raise unknown("choice in compute", str(name), known)
+            if name not in names:
+                raise unknown("choice in compute", str(name), names)
         return cls(**(given or {}))
 
     def to_json(self) -> dict[str, Any]:
         """The choices that differ from the defaults."""
-        usual = Compute()
-        return {name: value for name, value in asdict(self).items() if value != getattr(usual, name)}
+        defaults = Compute()
+        return {name: value for name, value in asdict(self).items() if value != getattr(defaults, name)}
 
     def identity(self) -> dict[str, Any]:
-        """The choices that change what comes out by more than rounding: a run that goes on has to keep them."""
+        """The choices that change results by more than rounding: a resumed run has to keep them."""
         return {name: value for name, value in self.to_json().items() if name in ("micro_batch", "amp")}
 
     @property
     def lean(self) -> bool:
-        """Whether memory is saved where that costs time in every step (`allot.network.masking`)."""
+        """Whether masks are applied inside the call, which saves memory and costs time (`allot.network.masking`)."""
         return (self.checkpoint or bool(self.micro_batch)) and not self.compile
 
     def pieces(self, samples: int) -> list[tuple[int, int]]:
-        """(first, last + 1) of each micro-batch of so many samples; their sizes differ by one at most."""
+        """(first, last + 1) of each micro-batch of a batch of `samples`; their sizes differ by one at most."""
         count = -(-samples // self.micro_batch) if self.micro_batch else 1
         return [(samples * i // count, samples * (i + 1) // count) for i in range(count)]
 
@@ -122,14 +125,14 @@ class Compute:
         if reference.dtype != torch.float32:
             raise UsageError(f"amp={self.amp}: the model computes in {str(reference.dtype)[6:]}; of float32 only.")
         device = reference.device
-        what = None
+        problem = None
         if device.type == "cuda" and self.amp == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            what = "it has no bfloat16"
+            problem = "it has no bfloat16"
         try:
             with torch.random.fork_rng(devices=[]), torch.enable_grad(), self.precision(device):
                 weight = torch.ones(4, 4, device=device, requires_grad=True)
                 nn.functional.linear(torch.ones(4, 4, device=device), weight).float().sum().backward()
         except (RuntimeError, TypeError) as error:
-            what = first_line(error)
-        if what:
-            raise UsageError(f"amp={self.amp} cannot be computed on {device} here ({what}): leave it out.")
+            problem = first_line(error)
+        if problem:
+            raise UsageError(f"amp={self.amp} cannot be computed on {device} here ({problem}): leave it out.")

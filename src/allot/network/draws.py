@@ -1,4 +1,4 @@
-"""Random numbers as functions of a seed: the caller's own stream of draws is left alone."""
+"""Random numbers as functions of a seed; the caller's random stream does not move."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from contextlib import contextmanager
 
 import torch
 
-_APART = 1_000_003  # a prime: seeds and numbers that are near each other give draws that are far apart
+_PRIME = 1_000_003  # nearby seeds and numbers give different streams
 
 
 def numbered(seed: int, number: int) -> int:
-    """One seed for the draw of this number in a run of this seed."""
-    return seed * _APART + number
+    """The seed of draw `number` in a run with this seed."""
+    return seed * _PRIME + number
 
 
 def generator(seed: int) -> torch.Generator:
-    """A generator of its own, on the CPU; equal seeds, equal draws.
+    """A new generator on the CPU; equal seeds give equal draws.
 
     >>> torch.equal(torch.rand(3, generator=generator(7)), torch.rand(3, generator=generator(7)))
     True
@@ -26,7 +26,7 @@ def generator(seed: int) -> torch.Generator:
 
 @contextmanager
 def seeded(seed: int, devices: Iterable[torch.device] = ()) -> Iterator[None]:
-    """While open, torch draws by this seed; afterwards as if nothing had been drawn.
+    """While open, torch draws by this seed; afterwards torch's random state is as before.
 
     Args:
         devices: CUDA devices that draw as well.

@@ -1,6 +1,6 @@
-"""What happens at each layer while a model runs: second moments of inputs, moments of outputs.
+"""Observers of layers while a model runs: second moments of inputs, moments of outputs.
 
-Everything here watches ordinary forward passes of the user's own modules; nothing is traced or replaced.
+Forward hooks observe ordinary forward passes of the user's modules; no module is traced or replaced.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from allot.errors import UsageError
 from allot.network.draws import generator
-from allot.network.layers import ATTENTION_INPUTS, Layer, Place, Scope, places_of
-from allot.processes import stacked
+from allot.network.layers import ATTENTION_INPUTS, Layer, Place, Scope, places_by_parameter
+from allot.network.trees import map_tensors
+from allot.processes import all_gather
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,12 @@ class Moments:
     def of(cls, values: Float[Tensor, "*positions C"]) -> Moments:
         """Moments over all but the last dimension of `values` `[..., C]`; no values at all give zeros.
 
-        Of a batch that is shared out over processes, those of the whole batch.
+        Where several processes share a batch, the moments of the whole batch.
         """
         flat = values.detach().reshape(-1, values.shape[-1]).double()
         mean = flat.mean(0) if len(flat) else flat.new_zeros(flat.shape[-1])
-        own = torch.stack([torch.full_like(mean, float(len(flat))), mean, (flat - mean).square().sum(0)])
-        first, *others = (cls(*part) for part in stacked(own))
+        moments = torch.stack([torch.full_like(mean, float(len(flat))), mean, (flat - mean).square().sum(0)])
+        first, *others = (cls(*part) for part in all_gather(moments))
         return sum(others, first)
 
     def __add__(self, other: Moments) -> Moments:
@@ -68,20 +69,20 @@ def watched_inputs(model: nn.Module, scope: Scope, visit: Callable[[Layer, Tenso
 
     def plain(layer: Layer, place: Place) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            with _alone(module, busy) as first:
+            with _not_nested(module, busy) as first:
                 if first:
-                    visit(layer, _squares(place, args, kwargs))
+                    visit(layer, _squared_inputs(place, args, kwargs))
 
         return hook
 
     def attention(layers: Mapping[str, Layer]) -> Callable[..., None]:
         def hook(module: nn.MultiheadAttention, args: Any, kwargs: Any, output: Any) -> None:
-            with _alone(module, busy) as first:
+            with _not_nested(module, busy) as first:
                 for attribute, layer in layers.items() if first else ():
                     if attribute == "out_proj.weight":
-                        visit(layer, _column_squares(_attended(module, args, kwargs)).expand(layer.shape))
+                        visit(layer, _column_squares(_out_proj_input(module, args, kwargs)).expand(layer.shape))
                     else:
-                        parts = _projected(module, attribute, args, kwargs)
+                        parts = _projections(module, attribute, args, kwargs)
                         rows = [_column_squares(x).expand(stop - start, -1) for start, stop, x in parts]
                         visit(layer, torch.cat(rows))
 
@@ -98,11 +99,11 @@ Affine = tuple[Tensor, Tensor]
 def watched_outputs(model: nn.Module, scope: Scope, visit: Callable[[Layer, Moments], Affine | None]) -> Iterator[None]:
     """While open, each forward pass calls `visit(layer, moments of its output rows)`.
 
-    Where `visit` returns `(scale, shift)`, both `[rows]`, the pass goes on as if the layer had given
-    scale * output + shift (the input projections of an attention without biases take no shift). Tied layers are not
-    visited: what is right for one use may be wrong for the other.
+    Where `visit` returns `(scale, shift)`, both `[rows]`, the pass continues with scale * output + shift as the layer's
+    output (the input projections of an attention without biases take no shift). Tied layers are not visited: a
+    correction for one use may be wrong for the other.
     """
-    places = places_of(model)
+    places = places_by_parameter(model)
     busy: set[int] = set()
 
     def plain(layer: Layer) -> Callable[..., Any]:
@@ -138,10 +139,10 @@ def watched_outputs(model: nn.Module, scope: Scope, visit: Callable[[Layer, Mome
         return hook
 
     with ExitStack() as stack:
-        for layer, place in plain_places(scope, places):
+        for layer, place in module_places(scope, places):
             if not layer.aliases:
                 stack.enter_context(hooked(place.module, plain(layer)))
-        for module, layers in _attentions(model, scope, places):
+        for module, layers in _attention_layers(model, scope, places):
             stack.enter_context(hooked(module, attention({a: v for a, v in layers.items() if not v.aliases})))
         yield
 
@@ -151,10 +152,10 @@ Apply = Callable[[Tensor, Tensor | None], Tensor]
 
 @contextmanager
 def watched_layers(model: nn.Module, scope: Scope, visit: Callable[[Layer, Apply, Tensor], None]) -> Iterator[None]:
-    """While open, each forward pass calls `visit(layer, apply, output)` where a layer has been applied.
+    """While open, each forward pass calls `visit(layer, apply, output)` after it has applied a layer.
 
-    `apply(weight, bias)` is what the layer gives for the same inputs with another weight and bias `[rows]` (None: its
-    own), shaped like `output`; for the input projections of an attention both are flat.
+    `apply(weight, bias)` returns the layer's output for the same inputs with another weight and bias `[rows]` (None:
+    the layer's bias), shaped like `output`; for the input projections of an attention both are flat.
     """
     busy: set[int] = set()
 
@@ -164,7 +165,7 @@ def watched_layers(model: nn.Module, scope: Scope, visit: Callable[[Layer, Apply
                 tensors = {place.attribute: weight} | ({} if bias is None else {"bias": bias})
                 return torch.func.functional_call(module, tensors, args, kwargs)
 
-            with _alone(module, busy) as first:
+            with _not_nested(module, busy) as first:
                 if first:
                     visit(layer, apply, output)
 
@@ -172,17 +173,17 @@ def watched_layers(model: nn.Module, scope: Scope, visit: Callable[[Layer, Apply
 
     def attention(layers: Mapping[str, Layer]) -> Callable[..., None]:
         def hook(module: nn.MultiheadAttention, args: Any, kwargs: Any, output: Any) -> None:
-            with _alone(module, busy) as first:
+            with _not_nested(module, busy) as first:
                 if not first:
                     return
                 for attribute, layer in layers.items():
                     if attribute == "out_proj.weight":
-                        parts = [(0, layer.rows, _attended(module, args, kwargs))]
-                        visit(layer, _projecting(parts, module.out_proj.bias, flat=False), output[0])
+                        parts = [(0, layer.rows, _out_proj_input(module, args, kwargs))]
+                        visit(layer, _projection_function(parts, module.out_proj.bias, flat=False), output[0])
                         continue
                     rows = _attention_rows(module, attribute, layer)
-                    own = None if module.in_proj_bias is None else module.in_proj_bias[rows]
-                    apply = _projecting(_projected(module, attribute, args, kwargs), own)
+                    bias_rows = None if module.in_proj_bias is None else module.in_proj_bias[rows]
+                    apply = _projection_function(_projections(module, attribute, args, kwargs), bias_rows)
                     visit(layer, apply, apply(getattr(module, attribute), None))
 
         return hook
@@ -192,8 +193,8 @@ def watched_layers(model: nn.Module, scope: Scope, visit: Callable[[Layer, Apply
 
 
 @contextmanager
-def _alone(module: nn.Module, busy: set[int]) -> Iterator[bool]:
-    """False where this very hook made the module run again."""
+def _not_nested(module: nn.Module, busy: set[int]) -> Iterator[bool]:
+    """False where this hook made the module run again."""
     if id(module) in busy:
         yield False
         return
@@ -211,21 +212,21 @@ def _hooked_layers(
     plain: Callable[[Layer, Place], Callable[..., None]],
     attention: Callable[[Mapping[str, Layer]], Callable[..., None]],
 ) -> Iterator[None]:
-    """While open, hooks that `plain` and `attention` make run wherever a layer is applied."""
-    places = places_of(model)
+    """While open, the hooks that `plain` and `attention` make run after each layer."""
+    places = places_by_parameter(model)
     with ExitStack() as stack:
-        for layer, place in plain_places(scope, places):
+        for layer, place in module_places(scope, places):
             stack.enter_context(hooked(place.module, plain(layer, place)))
-        for module, layers in _attentions(model, scope, places):
+        for module, layers in _attention_layers(model, scope, places):
             stack.enter_context(hooked(module, attention(layers)))
         yield
 
 
-def _projecting(parts: list[tuple[int, int, Tensor]], own: Tensor | None, *, flat: bool = True) -> Apply:
-    """What projections of several inputs give, each with its rows of a weight; `own` is the bias without another."""
+def _projection_function(parts: list[tuple[int, int, Tensor]], default: Tensor | None, *, flat: bool = True) -> Apply:
+    """The function that applies projections to several inputs, each with its rows of a weight and of the bias."""
 
     def apply(weight: Tensor, bias: Tensor | None) -> Tensor:
-        bias = own if bias is None else bias
+        bias = default if bias is None else bias
         outputs = [
             nn.functional.linear(x, weight[start:stop], None if bias is None else bias[start:stop])
             for start, stop, x in parts
@@ -242,10 +243,10 @@ def _attention_rows(module: nn.MultiheadAttention, attribute: str, layer: Layer)
 
 
 def biases_of(model: nn.Module, scope: Iterable[Layer]) -> dict[str, tuple[str, slice]]:
-    """Layer name -> name of the bias that is added to its output, and the part of it; without those that have none."""
-    places = places_of(model)
-    found = {layer.name: _bias_of(places[layer.name][0], layer) for layer in scope}
-    return {name: bias for name, bias in found.items() if bias}
+    """Layer name -> (name of the bias that is added to its output, the layer's part of it); only layers with a bias."""
+    places = places_by_parameter(model)
+    biases = {layer.name: _bias_of(places[layer.name][0], layer) for layer in scope}
+    return {name: bias for name, bias in biases.items() if bias}
 
 
 def _bias_of(place: Place, layer: Layer) -> tuple[str, slice] | None:
@@ -270,45 +271,47 @@ def hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
         handle.remove()
 
 
-def plain_places(scope: Iterable[Layer], places: Mapping[str, list[Place]]) -> list[tuple[Layer, Place]]:
-    """Each module that multiplies its input with a layer's weight, once; not those inside an attention."""
-    found = {
+def module_places(scope: Iterable[Layer], places: Mapping[str, list[Place]]) -> list[tuple[Layer, Place]]:
+    """(layer, place) of each module that multiplies its input by a layer's weight, once; no parts of attentions."""
+    unique = {
         (layer.name, id(place.module)): (layer, place)
         for layer in scope
         for place in places[layer.name]
         if place.kind.startswith(("linear", "conv"))
     }
-    return list(found.values())
+    return list(unique.values())
 
 
-def _attentions(
+def _attention_layers(
     model: nn.Module, scope: Iterable[Layer], places: Mapping[str, list[Place]]
 ) -> list[tuple[nn.MultiheadAttention, dict[str, Layer]]]:
     """Each attention module with its layers in scope, by attribute ("out_proj.weight" for the output)."""
     by_place = {place.name: layer for layer in scope for place in places[layer.name]}
-    found = []
+    attentions = []
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
             prefix = f"{name}." if name else ""
             names = {attribute: prefix + attribute for attribute in (*ATTENTION_INPUTS, "out_proj.weight")}
             layers = {a: by_place[n] for a, n in names.items() if n in by_place}
             if layers:
-                found.append((module, layers))
-    return found
+                attentions.append((module, layers))
+    return attentions
 
 
-def _projected(module: nn.MultiheadAttention, attribute: str, args: Any, kwargs: Any) -> list[tuple[int, int, Tensor]]:
+def _projections(
+    module: nn.MultiheadAttention, attribute: str, args: Any, kwargs: Any
+) -> list[tuple[int, int, Tensor]]:
     """(first row, last row + 1, input) of each projection that an attention weight holds."""
-    given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+    named = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
     width = module.embed_dim
-    inputs = [given["query"], given["key"], given["value"]]
+    inputs = [named["query"], named["key"], named["value"]]
     if attribute == "in_proj_weight":
         return [(i * width, (i + 1) * width, x) for i, x in enumerate(inputs)]
     return [(0, width, inputs[ATTENTION_INPUTS.index(attribute) - 1])]
 
 
-def _attended(module: nn.MultiheadAttention, args: Any, kwargs: Any) -> Tensor:
-    """What the output projection multiplies: the module run with an identity in its place."""
+def _out_proj_input(module: nn.MultiheadAttention, args: Any, kwargs: Any) -> Tensor:
+    """The input of the output projection: the module's output with an identity as that projection."""
     weight = module.out_proj.weight
     identity = {"out_proj.weight": torch.eye(len(weight), dtype=weight.dtype, device=weight.device)}
     if module.out_proj.bias is not None:
@@ -323,7 +326,7 @@ def _corrected_projections(
     kwargs: Any,
     visit: Callable[[Layer, Moments], Affine | None],
 ) -> dict[str, Tensor]:
-    """The attention's input projections after `visit` had its say; empty where nothing changes."""
+    """The attention's input projections as corrected by `visit`; empty where nothing changes."""
     changed: dict[str, Tensor] = {}
     bias = module.in_proj_bias
     for attribute, layer in layers.items():
@@ -332,7 +335,7 @@ def _corrected_projections(
         weight = getattr(module, attribute)
         first = _attention_rows(module, attribute, layer).start
         parts = []
-        for start, stop, x in _projected(module, attribute, args, kwargs):
+        for start, stop, x in _projections(module, attribute, args, kwargs):
             added = None if bias is None else bias[first + start : first + stop]
             parts.append(Moments.of(nn.functional.linear(x, weight[start:stop], added)))
         moments = Moments(
@@ -356,25 +359,21 @@ def _column_squares(x: Tensor) -> Tensor:
 
 @torch.inference_mode(mode=False)
 @torch.enable_grad()
-def _squares(place: Place, args: Any, kwargs: Any) -> Tensor:
+def _squared_inputs(place: Place, args: Any, kwargs: Any) -> Tensor:
     weight = getattr(place.module, place.attribute)
     probe = (torch.rand(weight.shape, generator=generator(0)) + 0.5).to(weight.device).requires_grad_()
     tensors = {place.attribute: probe}
     bias = getattr(place.module, "bias", None)
     if isinstance(bias, Tensor):
         tensors["bias"] = torch.zeros_like(bias, dtype=probe.dtype)
-    args, kwargs = _squared(args), {key: _squared((value,))[0] for key, value in kwargs.items()}
-    total = torch.func.functional_call(place.module, tensors, args, kwargs).sum()
-    (squares,) = torch.autograd.grad(total, probe)
-    total, probe = total.detach(), probe.detach()
+    args, kwargs = map_tensors(lambda x: x.detach().float().square() if x.is_floating_point() else x, (args, kwargs))
+    output_sum = torch.func.functional_call(place.module, tensors, args, kwargs).sum()
+    (squares,) = torch.autograd.grad(output_sum, probe)
+    output_sum, probe = output_sum.detach(), probe.detach()
     # Euler: <d out/dw, w> = out exactly where the layer is linear in w; a standardised weight is not
-    if not torch.isclose((squares * probe).sum(), total, rtol=1e-2, atol=1e-6 * float(total.abs() + 1)):
+    if not torch.isclose((squares * probe).sum(), output_sum, rtol=1e-2, atol=1e-6 * float(output_sum.abs() + 1)):
         raise UsageError(
             f"{place.name}: {type(place.module).__name__} is not linear in its weight, so its inputs' norms mean "
             "nothing for single weights. Exclude the layer or use the score 'magnitude'."
         )
     return squares
-
-
-def _squared(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(a.detach().float().square() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)

@@ -40,6 +40,10 @@ class Layer:
         aliases: other names of the same tensor.
         min_kept, max_kept: fewest and most weights that rules and floor allow.
         min_per_row: how many weights every row keeps at least.
+
+    >>> layer = Layer("conv.weight", (8, 4, 3, 3), "conv")
+    >>> layer.total, layer.rows, layer.inputs
+    (288, 8, 4)
     """
 
     name: str
@@ -106,7 +110,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Rules:
-    """What the user says about single layers.
+    """The user's rules for single layers.
 
     A pattern is a glob over the name of a parameter or of its module (`layer1.*`, `fc`), or a regular expression
     after `re:` that has to match one of these names whole.
@@ -115,8 +119,11 @@ class Rules:
         include: only layers that match one of these are in scope; empty means all.
         exclude: layers that match one of these are left dense.
         min_density, max_density: pattern -> bound in [0, 1]; where several match, the last one counts.
-        floor: what no layer falls below: weights per layer (`1`), weights per output row (`"2/row"`) or a share
+        floor: lower bound for every layer: weights per layer (`1`), weights per output row (`"2/row"`) or a share
             of the layer (`"5%"`).
+
+    >>> Rules(max_density={"fc": 0.5}, floor="5%").bounds(200, ["fc.weight", "fc"])  # fewest and most weights
+    (10, 100)
     """
 
     include: tuple[str, ...] = ()
@@ -126,10 +133,10 @@ class Rules:
     floor: int | str = 1
 
     def __post_init__(self) -> None:
-        for given in (self.include, self.exclude):
-            if isinstance(given, str):
+        for patterns in (self.include, self.exclude):
+            if isinstance(patterns, str):
                 raise UsageError(
-                    f"the rule {given!r} stands alone: a tuple of patterns is accepted, like ({given!r},)."
+                    f"the rule {patterns!r} stands alone: a tuple of patterns is accepted, like ({patterns!r},)."
                 )
         for bounds in (self.min_density, self.max_density):
             for pattern, value in bounds.items():
@@ -149,11 +156,11 @@ class Rules:
 
     @property
     def patterns(self) -> tuple[str, ...]:
-        """Every pattern that some layer has to match."""
+        """All patterns; each has to match at least one layer."""
         return (*self.include, *self.exclude, *self.min_density, *self.max_density)
 
     def bounded(self, layer: Layer, names: Iterable[str]) -> Layer:
-        """`layer` with the bounds that these rules give it."""
+        """`layer` with the bounds of these rules."""
         per_row = 0
         if str(self.floor).endswith("/row"):
             per_row = min(int(str(self.floor)[:-4]), layer.total // layer.rows)
@@ -161,7 +168,7 @@ class Rules:
         return replace(layer, min_kept=max(least, per_row * layer.rows), max_kept=most, min_per_row=per_row)
 
     def bounds(self, total: int, names: Iterable[str]) -> tuple[int, int]:
-        """Fewest and most of `total` that a layer, or a group of channels, of these names may keep."""
+        """Fewest and most of `total` weights (channels) that a layer (group) with one of these names may keep."""
         low = [value for pattern, value in self.min_density.items() if matches(pattern, names)] or [0.0]
         high = [value for pattern, value in self.max_density.items() if matches(pattern, names)] or [1.0]
         floor = str(self.floor)
@@ -180,7 +187,11 @@ class Scope:
     Attributes:
         layers: every prunable tensor once, in the model's order.
         skipped: parameter name -> the reason it stays dense; for channels, group -> the reason it stays whole.
-        groups: coupled channels, where these are pruned and not single weights.
+        groups: coupled channels, where channels are pruned and not single weights.
+
+    >>> scope = Scope.of(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)))
+    >>> [layer.name for layer in scope], scope.skipped["1.weight"]
+    (['0.weight'], 'normalisation (BatchNorm1d)')
     """
 
     layers: tuple[Layer, ...]
@@ -201,45 +212,45 @@ class Scope:
 
     @classmethod
     def of(cls, model: nn.Module, rules: Rules | None = None) -> Scope:
-        """Every parameter of `model`, as a `Layer` or with the reason why not.
+        """Every parameter of `model`, as a `Layer` or with the reason why it stays dense.
 
         Raises:
             UsageError: a pattern that no layer matches, or parameters that hold no values yet.
         """
         rules = rules or Rules()
-        places = places_of(model)
+        places = places_by_parameter(model)
         layers: list[Layer] = []
         skipped: dict[str, str] = {}
-        used: set[str] = set()
+        matched: set[str] = set()
         prunable: list[str] = []
-        for name, where in places.items():
-            parameter = where[0].parameter
+        for name, holders in places.items():
+            parameter = holders[0].parameter
             if isinstance(parameter, nn.parameter.UninitializedParameter) or parameter.is_meta:
                 raise UsageError(f"{name} holds no values yet: load weights or run one batch through the model first.")
-            place = next((place for place in where if place.kind), None)
+            place = next((place for place in holders if place.kind), None)
             if place is None:
-                skipped[name] = _reason(where[0])
+                skipped[name] = _reason_to_skip(holders[0])
                 continue
             prunable.append(name)
-            names = [n for p in where for n in (p.name, p.module_name)]
-            used.update(pattern for pattern in rules.patterns if matches(pattern, names))
+            names = [n for p in holders for n in (p.name, p.module_name)]
+            matched.update(pattern for pattern in rules.patterns if matches(pattern, names))
             if rules.include and not any(matches(pattern, names) for pattern in rules.include):
                 skipped[name] = "no include rule matches it"
             elif excluding := [pattern for pattern in rules.exclude if matches(pattern, names)]:
                 skipped[name] = f"excluded by rule {excluding[0]!r}"
             else:
                 groups = getattr(place.module, "groups", 1) if place.kind.startswith("conv") else 1
-                aliases = tuple(p.name for p in where[1:])
+                aliases = tuple(p.name for p in holders[1:])
                 layer = Layer(name, tuple(parameter.shape), place.kind, groups, aliases=aliases)
                 layers.append(rules.bounded(layer, names))
-        if unused := [pattern for pattern in rules.patterns if pattern not in used]:
-            raise UsageError(f"rule {unused[0]!r} matches no prunable layer; there are {_some(prunable)}.")
+        if unmatched := [pattern for pattern in rules.patterns if pattern not in matched]:
+            raise UsageError(f"rule {unmatched[0]!r} matches no prunable layer; there are {_first_names(prunable)}.")
         return cls(tuple(layers), skipped)
 
 
 @dataclass(frozen=True)
 class Place:
-    """One module that holds a parameter under one name; `kind` as in `Layer`, "" where it cannot be pruned."""
+    """A place where a parameter is held by a module; `kind` as in `Layer`, "" where the parameter cannot be pruned."""
 
     name: str
     module_name: str
@@ -249,23 +260,23 @@ class Place:
     kind: str
 
 
-def places_of(model: nn.Module) -> dict[str, list[Place]]:
-    """First parameter name -> every place that holds the same tensor, in the model's order."""
+def places_by_parameter(model: nn.Module) -> dict[str, list[Place]]:
+    """First name of each parameter -> all places that hold it, in the model's order."""
     by_tensor: dict[int, list[Place]] = {}
-    outputs = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    output_projections = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     for module_name, module in model.named_modules(remove_duplicate=False):
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 name = f"{module_name}.{attribute}" if module_name else attribute
-                kind = _kind(module, attribute, parameter)
-                kind = "attention_out" if kind == "linear" and id(module) in outputs else kind
+                kind = _kind_of_layer(module, attribute, parameter)
+                kind = "attention_out" if kind == "linear" and id(module) in output_projections else kind
                 place = Place(name, module_name, module, attribute, parameter, kind)
                 by_tensor.setdefault(id(parameter), []).append(place)
     first = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {first[key]: sorted(where, key=lambda place: place.name != first[key]) for key, where in by_tensor.items()}
+    return {first[key]: sorted(places, key=lambda place: place.name != first[key]) for key, places in by_tensor.items()}
 
 
-def _kind(module: nn.Module, attribute: str, parameter: Tensor) -> str:
+def _kind_of_layer(module: nn.Module, attribute: str, parameter: Tensor) -> str:
     """Kind of layer, or "" where the parameter cannot be pruned."""
     if isinstance(parameter, nn.parameter.UninitializedParameter):
         return ""
@@ -287,7 +298,7 @@ def _kind(module: nn.Module, attribute: str, parameter: Tensor) -> str:
     return ""
 
 
-def _reason(place: Place) -> str:
+def _reason_to_skip(place: Place) -> str:
     module, attribute, owner = place.module, place.attribute, type(place.module).__name__
     if place.parameter.dtype not in FLOATS:
         return f"{str(place.parameter.dtype).removeprefix('torch.')} values; only 16 to 64 bit floating point is pruned"
@@ -307,21 +318,21 @@ def _reason(place: Place) -> str:
 
 
 def matches(pattern: str, names: Iterable[str]) -> bool:
-    """Whether a rule's pattern means one of these names."""
+    """Whether a rule's pattern matches one of these names."""
     if pattern.startswith("re:"):
         return any(re.fullmatch(pattern[3:], name) for name in names)
     return any(fnmatch.fnmatchcase(name, pattern) for name in names)
 
 
-def _some(names: Iterable[str]) -> str:
-    listed = list(names)
-    return ", ".join(listed[:6]) + (f" and {len(listed) - 6} more" if len(listed) > 6 else "")
+def _first_names(names: Iterable[str]) -> str:
+    all_names = list(names)
+    return ", ".join(all_names[:6]) + (f" and {len(all_names) - 6} more" if len(all_names) > 6 else "")
 
 
 def plain_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The model's state dict with each tensor once, and {tied name: the name that is kept}.
 
-    Tied is what is one tensor object, as for `named_parameters`: views of one memory are tensors of their own.
+    Tied names share one tensor object, as for `named_parameters`: two views of one memory are two tensors.
     """
     state: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}

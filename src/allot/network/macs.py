@@ -13,8 +13,8 @@ from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from allot.network.batch_norms import is_batch_norm
-from allot.network.hooks import hooked, plain_places
-from allot.network.layers import Layer, Place, Scope, places_of
+from allot.network.hooks import hooked, module_places
+from allot.network.layers import Layer, Place, Scope, places_by_parameter
 
 
 def measured(scope: Scope, model: nn.Module, forward: Callable[[], Any]) -> Scope:
@@ -24,31 +24,31 @@ def measured(scope: Scope, model: nn.Module, forward: Callable[[], Any]) -> Scop
     autocast makes), so that functional use, attention and shared weights all count. A layer that the example never
     reaches costs 0 MACs.
     """
-    places = places_of(model)
+    places = places_by_parameter(model)
     spans: dict[int, list[tuple[int, int, str]]] = {}
     for layer in scope:
         weight = places[layer.name][0].parameter
         start = int(weight.storage_offset())
         spans.setdefault(weight.untyped_storage().data_ptr(), []).append((start, start + weight.numel(), layer.name))
     counter = _MacCounter(spans)
-    unseen: dict[str, int] = {}
+    by_module: dict[str, int] = {}
     outputs: dict[int, tuple[str, Tensor]] = {}
     normalised: set[str] = set()
     with ExitStack() as stack:
-        for layer, place in plain_places(scope, places):
-            stack.enter_context(hooked(place.module, _noted(layer, place, unseen, outputs)))
+        for layer, place in module_places(scope, places):
+            stack.enter_context(hooked(place.module, _count_output(layer, place, by_module, outputs)))
         for module in model.modules():
             if is_batch_norm(module):
-                stack.enter_context(hooked(module, _follows(outputs, normalised)))
+                stack.enter_context(hooked(module, _note_normalised(outputs, normalised)))
         # a torch-function mode keeps nn.MultiheadAttention off its fused path, which hides its matrix products
         stack.enter_context(BaseTorchFunctionMode())
         stack.enter_context(torch.no_grad())
         stack.enter_context(counter)
         forward()
     # a weight that is recomputed before use (standardised, cast) is counted from its module's output instead
-    macs = {layer.name: counter.macs.get(layer.name) or unseen.get(layer.name, 0) for layer in scope}
-    found = (replace(layer, macs=macs[layer.name], normalised=layer.name in normalised) for layer in scope)
-    return replace(scope, layers=tuple(found))
+    macs = {layer.name: counter.macs.get(layer.name) or by_module.get(layer.name, 0) for layer in scope}
+    layers = (replace(layer, macs=macs[layer.name], normalised=layer.name in normalised) for layer in scope)
+    return replace(scope, layers=tuple(layers))
 
 
 class _MacCounter(TorchDispatchMode):
@@ -76,7 +76,7 @@ class _MacCounter(TorchDispatchMode):
             positions = (args[0] if transposed else out).numel() // weight.shape[0]
             self._add(name, weight.numel() * positions)
         elif operator in _COPIES and (name := self._weight(args[0])) and out.numel() == args[0].numel():
-            self.copies.append(out)  # held, so that its memory is not used again
+            self.copies.append(out)  # kept alive, so that its memory is not reused
             start = out.storage_offset()
             spans = self.spans.setdefault(out.untyped_storage().data_ptr(), [])
             spans.append((start, start + out.numel(), name))
@@ -98,28 +98,28 @@ _CONVOLUTIONS = (_aten.convolution, _aten._convolution)
 _COPIES = (_aten.clone, _aten._to_copy)
 
 
-def _noted(
+def _count_output(
     layer: Layer, place: Place, macs: dict[str, int], outputs: dict[int, tuple[str, Tensor]]
 ) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         transposed = place.kind == "conv_transposed"
-        tensor = _first(args, kwargs) if transposed else output
+        tensor = _first_argument(args, kwargs) if transposed else output
         if isinstance(tensor, Tensor):
             channels = layer.shape[0] if transposed else layer.rows
             macs[layer.name] = macs.get(layer.name, 0) + layer.total * (tensor.numel() // channels)
-            outputs[id(output)] = (layer.name, output)  # holding it keeps the id from being used again
+            outputs[id(output)] = (layer.name, output)  # keeping it alive keeps its id from being reused
 
     return hook
 
 
-def _follows(outputs: dict[int, tuple[str, Tensor]], normalised: set[str]) -> Callable[..., None]:
+def _note_normalised(outputs: dict[int, tuple[str, Tensor]], normalised: set[str]) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if (source := id(_first(args, kwargs))) in outputs:
+        if (source := id(_first_argument(args, kwargs))) in outputs:
             normalised.add(outputs[source][0])
 
     return hook
 
 
-def _first(args: Any, kwargs: Mapping[str, Any]) -> Any:
-    """The first argument of a forward pass, however it was passed."""
+def _first_argument(args: Any, kwargs: Mapping[str, Any]) -> Any:
+    """The first argument of a forward pass, positional or by keyword."""
     return args[0] if args else next(iter(kwargs.values()), None)

@@ -1,7 +1,7 @@
-"""Weights masked where the model uses them, so that no masked copy of them all has to be there at a time.
+"""Weights masked where the model uses them, so that masked copies of all weights never exist at the same time.
 
-A copy lives while the operator that takes it runs. Where gradients need it, what is remembered is weight and mask, and
-the copy is made once more. Gradients arrive at every entry, as if the copy had been what is learned.
+A masked copy lives while the operator that takes it runs. Where its gradient needs the copy, weight and mask are saved,
+and the copy is made again. Gradients arrive at every entry, as if the copy were the trained tensor.
 """
 
 from __future__ import annotations
@@ -25,41 +25,41 @@ class Masking(TorchFunctionMode):
     """While open, functions of torch get masked copies of these tensors.
 
     Args:
-        tensors: name -> what learns, with the mask.
-        remember: whether copies that gradients need are made once more, instead of kept.
+        tensors: name -> (trained tensor, its mask).
+        recompute: whether copies that gradients need are made again, instead of saved.
     Attributes:
-        placed: name -> the tensor that the model has to hold, of the same memory. Gradients reach it only where the
-            model uses it in a way that no function of torch shows.
+        placed: name -> the tensor to put into the model; it shares the memory of the trained tensor. Gradients reach it
+            only where the model uses it without a function of torch.
     """
 
-    def __init__(self, tensors: Mapping[str, tuple[Tensor, Tensor]], *, remember: bool = True) -> None:
+    def __init__(self, tensors: Mapping[str, tuple[Tensor, Tensor]], *, recompute: bool = True) -> None:
         super().__init__()
         self.placed = {name: tensor.detach().requires_grad_() for name, (tensor, _) in tensors.items()}
-        self.known = {id(self.placed[name]): both for name, both in tensors.items()}
-        self.remember = remember
+        self.masked = {id(self.placed[name]): pair for name, pair in tensors.items()}
+        self.recompute = recompute
 
     @property
     def missed(self) -> bool:
-        """Whether gradients went past the masks."""
+        """Whether gradients bypassed the masks."""
         return any(tensor.grad is not None for tensor in self.placed.values())
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Stands in for every function; what it does is the function's own."""
+        """The function, called with masked copies in place of placed tensors."""
         kwargs = kwargs or {}
         if func in _ABOUT:
             return func(*args, **kwargs)
         copies: dict[int, _Copy] = {}
 
         def placed(value: Tensor) -> Tensor:
-            if id(value) not in self.known:
+            if id(value) not in self.masked:
                 return value
-            tensor, mask = self.known[id(value)]
+            tensor, mask = self.masked[id(value)]
             copy: Tensor = _Straight.apply(tensor, mask)
             copies[copy.untyped_storage().data_ptr()] = _Copy(tensor, mask)
             return copy
 
         args, kwargs = tree_map_only(Tensor, placed, (args, kwargs))
-        if not copies or not self.remember or not torch.is_grad_enabled():
+        if not copies or not self.recompute or not torch.is_grad_enabled():
             return func(*args, **kwargs)
 
         def pack(saved: Tensor) -> Tensor | tuple[_Copy, Any]:
@@ -99,7 +99,7 @@ class _Straight(torch.autograd.Function):
         return gradients[0], None
 
 
-# what modules ask about a weight, which no mask changes
+# attributes of a weight that no mask changes
 _ABOUT = {
     getattr(torch.Tensor, name).__get__
     for name in ("shape", "dtype", "device", "requires_grad", "is_leaf", "ndim", "layout", "is_cuda", "grad_fn", "grad")

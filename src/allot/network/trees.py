@@ -1,38 +1,73 @@
-"""The tensors in what goes into a model and in what comes out, whatever holds them."""
+"""Nested inputs and outputs of models: one walk over the leaves and one map over them.
+
+`torch.utils._pytree` stops at mappings that are not dicts and at dataclasses that nobody registered; models take and
+return both.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
 
-def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """Every tensor in nested mappings, dataclasses, tuples and lists, in order."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, Mapping):
-        yield from (tensor for value in tree.values() for tensor in tensors_in(value))
+def leaves_of(tree: Any) -> Iterator[Any]:
+    """Every leaf in nested mappings, dataclasses, tuples and lists, in order; None and texts are leaves.
+
+    >>> list(leaves_of({"a": (1, [2, "b"]), "c": None}))
+    [1, 2, 'b', None]
+    """
+    if isinstance(tree, Mapping):
+        parts = iter(tree.values())
     elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        fields = (getattr(tree, field.name, None) for field in dataclasses.fields(tree))
-        yield from (tensor for value in fields for tensor in tensors_in(value))
+        parts = (getattr(tree, field.name, None) for field in dataclasses.fields(tree))
     elif isinstance(tree, tuple | list):
-        yield from (tensor for value in tree for tensor in tensors_in(value))
+        parts = iter(tree)
+    else:
+        yield tree
+        return
+    for part in parts:
+        yield from leaves_of(part)
+
+
+def map_leaves(function: Callable[[Any], Any], tree: Any, *, lists: type = list) -> Any:
+    """`tree` with `function(leaf)` for every leaf; named tuples keep their type, any other mapping becomes a dict.
+
+    A dataclass that is no mapping is a leaf.
+
+    Args:
+        lists: what lists become; a model takes a tuple as several arguments and a list as one.
+
+    >>> map_leaves(str, {"a": (1, [2])}), map_leaves(str, [1, 2], lists=tuple)
+    ({'a': ('1', ['2'])}, ('1', '2'))
+    """
+    if isinstance(tree, Mapping):
+        return {key: map_leaves(function, value, lists=lists) for key, value in tree.items()}
+    if not isinstance(tree, tuple | list):
+        return function(tree)
+    parts = (map_leaves(function, part, lists=lists) for part in tree)
+    if isinstance(tree, list):
+        return lists(parts)
+    return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+
+
+def map_tensors(function: Callable[[Tensor], Any], tree: Any, *, lists: type = list) -> Any:
+    """`tree` with `function(tensor)` for every tensor; other leaves stay, see `map_leaves`."""
+    return map_leaves(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, tree, lists=lists)
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """Every tensor among the leaves, in order."""
+    return (leaf for leaf in leaves_of(tree) if isinstance(leaf, Tensor))
 
 
 def floats_in(tree: Any) -> list[Tensor]:
-    """Those of them that hold real numbers."""
+    """The floating-point tensors among the leaves, in order."""
     return [tensor for tensor in tensors_in(tree) if tensor.is_floating_point()]
 
 
 def cloned(inputs: Any) -> Any:
-    """The inputs with tensors of their own: a forward may write into what it is given."""
-    if isinstance(inputs, Tensor):
-        return inputs.detach().clone()
-    if isinstance(inputs, Mapping):
-        return {key: cloned(value) for key, value in inputs.items()}
-    if isinstance(inputs, tuple) and not hasattr(inputs, "_fields"):
-        return tuple(map(cloned, inputs))
-    return [cloned(value) for value in inputs] if isinstance(inputs, list) else inputs
+    """A copy of `inputs` with new tensors: a forward pass may write into its arguments."""
+    return map_tensors(lambda tensor: tensor.detach().clone(), inputs)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from allot.network.layers import Rules
-from allot.processes import alone, check_alike, processes
+from allot.processes import check_equal, single_process, world_size
 from allot.pruning.asked import Asked
 from allot.run.driver import repeatable
 from allot.run.problem import Chain, Problem
@@ -50,12 +50,12 @@ def identity(asked: Asked, limited: Limited) -> dict[str, Any]:
     """`{"configuration", "fingerprint"}`, JSON-ready: a run that was begun with others is not resumed.
 
     Raises:
-        UsageError: processes of torchrun have other models or data.
+        UsageError: world_size of torchrun have other models or data.
     """
-    with alone(), repeatable(asked.model, asked.seed, "fingerprint"):
+    with single_process(), repeatable(asked.model, asked.seed, "fingerprint"):
         digests = fingerprint(limited.problem)
     for what, digest in digests.items():
-        check_alike(f"the {what}", digest)
+        check_equal(f"the {what}", digest)
     chain, rules, inputs = limited.as_asked, asked.rules or Rules(), limited.problem.calibration
     configuration = {
         "budget": asked.budget.to_json(),
@@ -86,7 +86,7 @@ def identity(asked: Asked, limited: Limited) -> dict[str, Any]:
 
 
 def notes(asked: Asked, limited: Limited, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What else run.json holds: versions, the recipe, choices of memory, processes; a resumed run may differ in it."""
+    """What else run.json holds: versions, the recipe, choices of memory, world_size; a resumed run may differ in it."""
     configuration = identity["configuration"]
     recipe = {key: value for key, value in configuration.items() if key not in ("hyperparameters", "fit")}
     recipe["budget"] = [f"{kind}={amount}" for kind, amount in asked.budget.to_json().items()]
@@ -96,7 +96,7 @@ def notes(asked: Asked, limited: Limited, identity: Mapping[str, Any]) -> dict[s
         "versions": versions,
         "recipe": recipe | dict(asked.recipe),
         "memory": limited.memory,
-        "processes": processes(),
+        "processes": world_size(),
     }
 
 

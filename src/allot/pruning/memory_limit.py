@@ -32,9 +32,9 @@ from allot.methods.rules import uniform
 from allot.methods.training.distillation import Training
 from allot.methods.training.selection import Selection
 from allot.network.batch_norms import is_batch_norm
-from allot.network.checkpointing import blocks_of
+from allot.network.checkpointing import repeated_blocks
 from allot.network.compute import Compute
-from allot.processes import processes
+from allot.processes import world_size
 from allot.run.driver import drive, repeatable
 from allot.run.problem import Candidate, Chain, Problem, Rule
 
@@ -90,11 +90,11 @@ def warn_of_unused(problem: Problem, chain: Chain) -> None:
 
 
 def of_one_process(problem: Problem) -> Problem:
-    """The problem with batches as large as the share that one of the processes has of them."""
+    """The problem with batches as large as the share that one of the world_size has of them."""
     calibration = problem.calibration
-    if calibration is None or processes() == 1:
+    if calibration is None or world_size() == 1:
         return problem
-    share = -(-min(calibration.batch_size, len(calibration)) // processes())
+    share = -(-min(calibration.batch_size, len(calibration)) // world_size())
     return replace(problem, calibration=replace(calibration, batch_size=share))
 
 
@@ -104,7 +104,7 @@ def candidates(problem: Problem) -> Iterator[Compute]:
     batch = min(problem.inputs().batch_size, len(problem.inputs()))
     whole = min(asked.micro_batch or batch, batch)
     halves = [whole >> k for k in range(1, whole.bit_length())]
-    again = not asked.compile and bool(blocks_of(problem.model))
+    again = not asked.compile and bool(repeated_blocks(problem.model))
     if asked.compile and any(map(is_batch_norm, problem.model.modules())):
         halves = []  # `Compute.check`
     yield asked

@@ -15,7 +15,7 @@ from allot.budget.budget import Budget
 from allot.export.timing.latency import Runtime
 from allot.network.compute import Compute
 from allot.network.layers import Rules
-from allot.processes import led
+from allot.processes import on_first_process
 from allot.pruning.asked import Asked, Control
 from allot.pruning.assemble import assemble, streamed
 from allot.pruning.identity import Limited, identity, notes
@@ -29,7 +29,7 @@ from allot.run.evaluate import Score
 from allot.run.patterns import Pattern
 from allot.run.problem import Method, Problem
 from allot.run.scores import ChannelScore, WeightScore
-from allot.run.store import Log, opened
+from allot.run.store import Log, open_store
 
 
 @torch.inference_mode(mode=False)
@@ -84,7 +84,7 @@ def prune(
         runtime: what latency is measured in: "onnx" or "torch", with a batch size like "onnx:64"; None: see `Runtime`.
         test: labelled data, used for the score before and after and for nothing else.
         label: what reports call the model; None: its class.
-        save_to: run directory. An unfinished one of the same configuration resumes; a finished one is opened.
+        save_to: run directory. An unfinished one of the same configuration resumes; a finished one is open_store.
         max_minutes: training is cut to what fits (`allot.pruning.time_limit`); a resumed run keeps its cut.
         stream: device that holds one block of the model at a time for layer-wise repairs; None: the whole net.
         compute: choices about memory and speed, like {"micro_batch": 8}; see `Compute`.
@@ -113,7 +113,7 @@ def _within_limits(asked: Asked, problem: Problem) -> Limited:
     problem = replace(problem, compute=asked.compute)
     warn_of_unused(problem, chain)
     choose = partial(choose_compute, of_one_process(problem), chain, asked.max_memory)
-    memory = led(lambda: choose(asked.earlier().get("memory")))
+    memory = on_first_process(lambda: choose(asked.earlier().get("memory")))
     if memory:
         problem = replace(problem, compute=Compute.of(memory["picked"]))
     time = cut_of(problem, chain, asked.max_minutes, lambda: asked.earlier().get("configuration", {}).get("fit"))
@@ -123,13 +123,13 @@ def _within_limits(asked: Asked, problem: Problem) -> Limited:
 
 def _run(asked: Asked, limited: Limited, log: Log, control: Control) -> Result:
     """The result of the stages; the run directory is open meanwhile."""
-    done = led(lambda: asked.earlier().get("state") == "done")
+    done = on_first_process(lambda: asked.earlier().get("state") == "done")
     dense_score = asked.dense_score
     if asked.score_of and not done:
         dense_score = dense_score or asked.score_of(asked.model)  # unusable test data costs no run
     device = next(iter(limited.problem.dense.values())).device
     named = identity(asked, limited)
-    store = opened(asked.directory, named, notes(asked, limited, named), device) if asked.directory else None
+    store = open_store(asked.directory, named, notes(asked, limited, named), device) if asked.directory else None
     try:
         return run_stages(Run(asked, limited, store, log, dense_score, control))
     finally:

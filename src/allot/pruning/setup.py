@@ -28,10 +28,10 @@ from allot.methods.training.selection import Selection
 from allot.network.batch_norms import check_divisible
 from allot.network.call import attempt
 from allot.network.channels import Group
-from allot.network.coupling.find import coupled
+from allot.network.coupling.find import find_groups
 from allot.network.layers import Rules, Scope, matches, plain_state
 from allot.network.macs import measured
-from allot.processes import gathered, led, processes
+from allot.processes import all_gather_object, on_first_process, world_size
 from allot.pruning.asked import Asked, Control, check_plain
 from allot.run.calibration import Calibration
 from allot.run.driver import Progress, repeatable
@@ -69,7 +69,7 @@ def set_up(asked: Asked, log: Log, control: Control) -> Problem:
         )
     if any(part.needs_data for part in (chain.allocate, *chain.repair)):
         problem.inputs()
-    if processes() > 1:
+    if world_size() > 1:
         _check_shared(asked.model, inputs)
     if inputs is None:  # a score that needs inputs says so before anything is written
         whole = Candidate.dense(problem)
@@ -141,7 +141,7 @@ def _of_channels(
     model: nn.Module, scope: Scope, budget: Budget, step: int, example: Any, rules: Rules, timing: Timing
 ) -> tuple[Scope, ChannelBudget]:
     """The scope with its groups, and the budget on them."""
-    found, whole = coupled(model, example)
+    found, whole = find_groups(model, example)
     groups, skipped = _ruled(found, whole, rules)
     scope = replace(scope, groups=groups, skipped={**scope.skipped, **skipped})
     if not groups:
@@ -301,12 +301,12 @@ def _timing(asked: Asked, log: Log, control: Control) -> Callable[..., Latency]:
             return tables
         return measure(*problem)
 
-    return lambda *problem: led(lambda: timing(*problem))
+    return lambda *problem: on_first_process(lambda: timing(*problem))
 
 
 def _check_shared(model: nn.Module, inputs: Calibration | None) -> None:
     """Raises:
-    UsageError: processes cannot share batches of this model, or of this size.
+    UsageError: world_size cannot share batches of this model, or of this size.
     """
     check_divisible(model)
     if inputs is None:
@@ -318,8 +318,8 @@ def _check_shared(model: nn.Module, inputs: Calibration | None) -> None:
             handle = module.register_forward_pre_hook(lambda *_, name=name: called.update([name]))
             stack.callback(handle.remove)
         attempt(model, inputs.batch(0)[0], {})
-    if any(other != called for other in gathered(called)):
+    if any(other != called for other in all_gather_object(called)):
         raise UsageError(
-            "layers of this model run or not depending on the samples (as in a mixture of experts): processes cannot "
+            "layers of this model run or not depending on the samples (as in a mixture of experts): world_size cannot "
             "share its batches; leave torchrun out."
         )

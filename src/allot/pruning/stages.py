@@ -19,7 +19,7 @@ from allot.export.files.latency_tables import save_tables
 from allot.export.runtimes.answers import check_slim
 from allot.methods.training.selection import Selection, channel_masks
 from allot.network.channels import ChannelPlan
-from allot.processes import alone, led
+from allot.processes import on_first_process, single_process
 from allot.pruning.asked import Asked, Control
 from allot.pruning.identity import Limited
 from allot.pruning.latency_limit import Held, paced, told
@@ -75,13 +75,13 @@ def run_stages(run: Run) -> Result:
     if run.asked.score_of and run.dense_score:
         scores = _scores(problem, candidate, run.asked.score_of, run.dense_score)
     if problem.scope.groups:
-        with alone():
+        with single_process():
             check_slim(problem, candidate)
     result = _result(run, problem, candidate, log, scores)
     if "latency" in problem.budget.asked:
-        result = replace(result, latency=led(partial(told, problem, candidate)))
+        result = replace(result, latency=on_first_process(partial(told, problem, candidate)))
     if store:
-        led(partial(_save, result, store, log))
+        on_first_process(partial(_save, result, store, log))
     return result if store is None or store.leads else replace(result, directory=store.directory)
 
 

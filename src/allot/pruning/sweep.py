@@ -22,7 +22,7 @@ from torch import nn
 from allot.budget.budget import Budget
 from allot.budget.units import meaning
 from allot.errors import BudgetError, PatternError, UsageError
-from allot.processes import led
+from allot.processes import on_first_process
 from allot.pruning.assemble import assemble
 from allot.pruning.prune import prune
 from allot.report.page import comparison_page
@@ -122,18 +122,18 @@ def sweep(
                 "test": test,
                 "dense_score": dense,
             }
-            report = led(prune(model, calibration, cell.budget, options=own[cell.method], **chosen).timed)
+            report = on_first_process(prune(model, calibration, cell.budget, options=own[cell.method], **chosen).timed)
         except (BudgetError, PatternError) as error:
             rows.append({**told, "error": str(error)})
             continue
         reports.append((str(directory.relative_to(out)), report))
         rows.append({**told, "run": str(directory.relative_to(out)), **_figures(report)})
     table = {"cells": rows, "means": list(_means(rows))}
-    led(lambda: write(out / "results.json", json.dumps(table, indent=2) + "\n"))
+    on_first_process(lambda: write(out / "results.json", json.dumps(table, indent=2) + "\n"))
     if not reports:
         raise UsageError(f"no cell met its budget; the first: {rows[0]['error']}")
     failed = [row for row in rows if "error" in row]
-    led(lambda: write(out / "report.html", comparison_page(reports, failed=failed)))
+    on_first_process(lambda: write(out / "report.html", comparison_page(reports, failed=failed)))
     return table
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from allot.errors import UsageError
 from allot.methods.rules import uniform
 from allot.methods.training.selection import Selection
-from allot.processes import gathered, led
+from allot.processes import all_gather_object, on_first_process
 from allot.run.driver import drive, repeatable
 from allot.run.problem import Candidate, Chain, Method, Problem, Rule, finished
 
@@ -37,10 +37,10 @@ def cut_of(
     """
     if minutes is None:
         return None
-    before: dict[str, Any] = led(lambda: dict(earlier() or {}))
+    before: dict[str, Any] = on_first_process(lambda: dict(earlier() or {}))
     if before.get("minutes") == minutes:
         return before
-    return gathered(fitted(problem, chain, minutes))[0]  # the first process's clock counts
+    return all_gather_object(fitted(problem, chain, minutes))[0]  # the first process's clock counts
 
 
 def fitted(problem: Problem, chain: Chain, minutes: float) -> dict[str, Any]:

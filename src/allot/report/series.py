@@ -13,7 +13,7 @@ from allot.budget.units import meaning
 from allot.report.needed import needed
 from allot.report.table import speed
 from allot.run.recipes import RECIPES
-from allot.run.store import flat
+from allot.run.store import flatten_keys
 
 Report = Mapping[str, Any]
 Labelled = Sequence[tuple[str, Report]]
@@ -146,7 +146,7 @@ def facets_of(report: Report) -> Facets:
     """Everything that decided a run but budget and seed, by name, as JSON; what was left alone is not there."""
     scores = report["scores"] or {}
     found: dict[str, Any] = {key: str(report[key]) for key in ("model", "method", "allocate", "score", "pattern")}
-    found |= {"repair": [str(name) for name in report["repair"]], **flat(report.get("settings", {}))}
+    found |= {"repair": [str(name) for name in report["repair"]], **flatten_keys(report.get("settings", {}))}
     found |= {"metric": scores.get("metric"), "test samples": scores.get("samples"), "dense score": scores.get("dense")}
     return {key: json.dumps(value, sort_keys=True) for key, value in found.items() if value not in (None, {}, [], "")}
 

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from allot.errors import UsageError, check_number, first_line
 from allot.network.draws import generator, numbered, seeded
-from allot.processes import place, processes
+from allot.network.trees import floats_in, leaves_of, map_leaves, map_tensors
+from allot.processes import rank, world_size
 from allot.run.reading import Readable, read, read_readable
 
 LABEL_KEYS = frozenset({"label", "labels", "target", "targets"})
@@ -21,16 +22,20 @@ LABEL_KEYS = frozenset({"label", "labels", "target", "targets"})
 
 @dataclass(frozen=True)
 class Calibration:
-    """Inputs to look at while pruning.
+    """The inputs that pruning uses.
 
     Attributes:
-        source: one sample an index, labels included or not; `source[i]` must give the same sample every time.
+        source: a sequence of samples, with labels or without; `source[i]` must return the same sample every time.
         indices: which samples are used, in this order.
         batch_size: most samples per batch.
         seed: decides the order of batches.
-        device, dtype: where batches are put, and what their floating-point tensors are cast to.
+        device, dtype: of the batches; dtype applies to floating-point tensors.
         workers: threads that read samples; 0: none. Batches are the same whatever their number.
         channels_last: whether tensors of four dimensions are laid out with channels last.
+
+    >>> calibration = Calibration.of(torch.arange(5.0)[:, None], batch_size=2)
+    >>> len(calibration), calibration.batches, calibration.example().tolist()
+    (5, 3, [[0.0]])
     """
 
     source: Any = field(repr=False)
@@ -74,7 +79,7 @@ class Calibration:
             workers: threads that read samples, for data whose samples may be read from several at once.
             channels_last: whether tensors of four dimensions are laid out with channels last.
         Raises:
-            UsageError: no data, samples that do not batch, or `Readable` ones of which not one can be read.
+            UsageError: no data, samples that do not form a batch, or `Readable` samples of which none can be read.
         """
         check_number("workers", workers, 0, whole=True)
         if samples < 1:
@@ -95,47 +100,47 @@ class Calibration:
 
     @property
     def order(self) -> tuple[Any, ...]:
-        """What decides which samples each batch holds, and how: equal for equal batches of one source."""
+        """The values that determine the batches of a source: equal orders, equal batches."""
         how = self.batch_size, self.seed, str(self.device), str(self.dtype), self.channels_last
         return self.indices, *how
 
     @property
     def batches(self) -> int:
-        """How many batches one pass over the samples takes; their sizes differ by one at most."""
+        """Number of batches in one pass over the samples; their sizes differ by one at most."""
         return -(-len(self.indices) // self.batch_size)
 
     def batch(self, k: int) -> tuple[Any, int]:
-        """Batch k of an endless row of passes, each in its own order: a function of (seed, k).
+        """Batch k of an endless sequence of passes, each in another order: a function of (seed, k).
 
         Returns:
-            (inputs as the model takes them, number of samples in the batch). Where processes share the work, inputs
-            are this one's share of the batch, see `allot.processes`.
+            (inputs as the model takes them, number of samples in the batch). With several processes, the inputs are
+            this process's part of the batch, see `allot.processes`.
         """
         positions = self.positions(k)
         return self.pick(self.share(positions)), len(positions)
 
     def positions(self, k: int) -> list[int]:
-        """Which samples batch k holds, as places in `indices`."""
-        epoch, place = divmod(k, self.batches)
+        """The samples of batch k, as positions in `indices`."""
+        epoch, number = divmod(k, self.batches)
         draw = generator(numbered(self.seed, epoch))
-        return torch.randperm(len(self.indices), generator=draw).tensor_split(self.batches)[place].tolist()
+        return torch.randperm(len(self.indices), generator=draw).tensor_split(self.batches)[number].tolist()
 
     def share(self, positions: Sequence[int]) -> list[int]:
-        """The part of a batch's places that this process looks at, one after the other; their sizes differ by one.
+        """The positions of a batch that belong to this process, contiguous; counts differ by one at most.
 
         Raises:
-            UsageError: fewer places than processes.
+            UsageError: fewer positions than processes.
         """
-        if len(positions) < processes():
+        if len(positions) < world_size():
             raise UsageError(
-                f"a batch of {len(positions)} samples cannot be shared out over {processes()} processes: use a larger "
+                f"a batch of {len(positions)} samples cannot be shared out over {world_size()} processes: use a larger "
                 "--batch-size or more --samples, or fewer processes."
             )
-        low, high = (len(positions) * (place() + i) // processes() for i in (0, 1))
+        low, high = (len(positions) * (rank() + i) // world_size() for i in (0, 1))
         return list(positions[low:high])
 
     def pick(self, positions: Sequence[int]) -> Any:
-        """The samples at these places of `indices`, as one batch of inputs."""
+        """The samples at these positions of `indices`, as one batch of inputs."""
         return self.take([self.indices[i] for i in positions])
 
     def example(self) -> Any:
@@ -143,23 +148,22 @@ class Calibration:
         return self.take([self.indices[0]])
 
     def repeats(self) -> bool:
-        """Whether samples come the same again, as far as two more looks at up to 64 of them tell.
+        """Whether up to 64 samples are the same when they are read twice more; augmented samples are not."""
 
-        Samples that are drawn anew, as augmentation does, do not.
-        """
-
-        def looked() -> list[Any]:
+        def read_samples() -> list[Any]:
             return [self._batched([sample]) for sample in read(self.source, self.indices[:64], self.workers)]
 
-        with torch.random.fork_rng(devices=[]):  # what follows draws the same, looked or not
-            first = looked()
-            return all(_same(seen, again) for _ in range(2) for seen, again in zip(first, looked(), strict=True))
+        with torch.random.fork_rng(devices=[]):  # later draws are the same with and without this check
+            first = read_samples()
+            return all(
+                _equal(sample, again) for _ in range(2) for sample, again in zip(first, read_samples(), strict=True)
+            )
 
     def take(self, indices: Sequence[int]) -> Any:
         """These samples of the source as one batch of inputs, on the device.
 
         Raises:
-            UsageError: the samples are no tensors, arrays or numbers, or differ in shape.
+            UsageError: the samples are not tensors, arrays or numbers, or differ in shape.
         """
         return self._batched(list(read(self.source, indices, self.workers if len(indices) > 1 else 0)))
 
@@ -175,11 +179,11 @@ class Calibration:
             ) from error
         _refuse_not_finite(batch)
         batch = moved(batch, self.device, self.dtype)
-        return _channels_last(batch) if self.channels_last else batch
+        return map_tensors(_channels_last, batch) if self.channels_last else batch
 
 
 def inputs_of(sample: Any) -> Any:
-    """The inputs in a sample: its first place in a tuple or list, a dict without its labels, or the sample itself."""
+    """The inputs in a sample: the first item of a tuple or list, a dict without its labels, or the sample itself."""
     if isinstance(sample, tuple | list):
         if not sample:
             raise UsageError("a calibration sample is an empty tuple.")
@@ -191,32 +195,20 @@ def inputs_of(sample: Any) -> Any:
 
 def moved(batch: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
     """`batch` with every tensor on `device` and every floating-point one in `dtype`; lists become tuples."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, dtype if dtype and batch.is_floating_point() else None)
-    if isinstance(batch, Mapping):
-        return {key: moved(value, device, dtype) for key, value in batch.items()}
-    return tuple(moved(value, device, dtype) for value in batch) if isinstance(batch, tuple | list) else batch
-
-
-def _channels_last(batch: Any) -> Any:
-    """`batch` with channels last in every tensor of four dimensions."""
-    if isinstance(batch, Tensor):
-        if batch.dim() != 4:
-            return batch
-        # of one channel both layouts are the same memory; only its strides tell a convolution which is meant
-        return torch.empty_like(batch, memory_format=torch.channels_last).copy_(batch)
-    if isinstance(batch, Mapping):
-        return {key: _channels_last(value) for key, value in batch.items()}
-    return tuple(map(_channels_last, batch)) if isinstance(batch, tuple) else batch
+    return map_tensors(lambda t: t.to(device, dtype if dtype and t.is_floating_point() else None), batch, lists=tuple)
 
 
 def cut(batch: Any, start: int, stop: int) -> Any:
     """Samples `start` to `stop` of a batch of inputs."""
-    if isinstance(batch, Tensor):
-        return batch[start:stop]
-    if isinstance(batch, Mapping):
-        return {key: cut(value, start, stop) for key, value in batch.items()}
-    return tuple(cut(value, start, stop) for value in batch) if isinstance(batch, tuple) else batch
+    return map_tensors(lambda tensor: tensor[start:stop], batch)
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    """`tensor` with channels last in memory, where it has four dimensions."""
+    if tensor.dim() != 4:
+        return tensor
+    # of one channel both layouts are the same memory; only its strides tell a convolution which is meant
+    return torch.empty_like(tensor, memory_format=torch.channels_last).copy_(tensor)
 
 
 def _indexable(data: Any, samples: int, *, batched: bool) -> Any:
@@ -244,45 +236,42 @@ def _indexable(data: Any, samples: int, *, batched: bool) -> Any:
 def _unbatched(batches: Iterable[Any]) -> Iterator[Any]:
     for batch in batches:
         inputs = inputs_of(batch)
-        yield from (_at(inputs, i) for i in range(_size(inputs)))
+        yield from (_sample_at(inputs, i) for i in range(_batch_size(inputs)))
 
 
-def _size(inputs: Any) -> int:
+def _batch_size(inputs: Any) -> int:
     if isinstance(inputs, Mapping):
-        return _size(next(iter(inputs.values())))
-    return _size(inputs[0]) if isinstance(inputs, tuple) else len(inputs)
+        return _batch_size(next(iter(inputs.values())))
+    return _batch_size(inputs[0]) if isinstance(inputs, tuple) else len(inputs)
 
 
-def _at(inputs: Any, i: int) -> Any:
+def _sample_at(inputs: Any, i: int) -> Any:
     if isinstance(inputs, Mapping):
         return {key: value[i] for key, value in inputs.items()}
-    # one more tuple around several inputs: what is first in a sample is its inputs
+    # one more tuple around several inputs: the first item of a sample is its inputs
     return (tuple(value[i] for value in inputs),) if isinstance(inputs, tuple) else inputs[i]
 
 
 def _refuse_not_finite(batch: Any) -> None:
-    if isinstance(batch, Tensor) and batch.is_floating_point() and not bool(torch.isfinite(batch).all()):
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in floats_in(batch)):
         raise UsageError("the calibration inputs hold nan or infinite values: leave these samples out.")
-    if isinstance(batch, Mapping | tuple | list):
-        for part in batch.values() if isinstance(batch, Mapping) else batch:
-            _refuse_not_finite(part)
 
 
 def _refuse_texts(batch: Any) -> None:
-    """Texts pass through the collation as they are, and no model computes with them."""
-    if isinstance(batch, str | bytes):
-        raise TypeError(f"a sample holds the text {batch!r}")
-    if isinstance(batch, Mapping | tuple | list):
-        for part in batch.values() if isinstance(batch, Mapping) else batch:
-            _refuse_texts(part)
+    """Collation passes texts through unchanged, and no model computes with texts."""
+    for leaf in leaves_of(batch):
+        if isinstance(leaf, str | bytes):
+            raise TypeError(f"a sample holds the text {leaf!r}")
 
 
-def _same(left: Any, right: Any) -> bool:
-    if isinstance(left, Tensor):
-        return torch.equal(left, right)
-    if isinstance(left, Mapping):
-        return all(_same(left[key], right[key]) for key in left)
-    return all(map(_same, left, right)) if isinstance(left, tuple) else bool(left == right)
+def _equal(left: Any, right: Any) -> bool:
+    """Whether two batches have equal leaves."""
+
+    def equal(one: Any, other: Any) -> bool:
+        return torch.equal(one, other) if isinstance(one, Tensor) else bool(one == other)
+
+    leaves, others = list(leaves_of(left)), list(leaves_of(right))
+    return len(leaves) == len(others) and all(map(equal, leaves, others))
 
 
 def _first_line(error: BaseException) -> str:
@@ -306,15 +295,10 @@ class Noisy:
         draw = generator(numbered(self.seed, index))
 
         def noised(value: Any) -> Any:
-            if isinstance(value, Mapping):
-                return {key: noised(part) for key, part in value.items()}
-            if isinstance(value, tuple):
-                return tuple(map(noised, value))
             value = torch.as_tensor(value) if hasattr(value, "dtype") else value
             if not isinstance(value, Tensor) or not value.is_floating_point():
                 return value
             noise = torch.randn(value.shape, generator=draw).to(value)
             return value + self.share * value.std(correction=0) * noise
 
-        inputs = noised(inputs_of(self.source[index]))
-        return (inputs,)
+        return (map_leaves(noised, inputs_of(self.source[index])),)

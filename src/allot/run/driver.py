@@ -1,4 +1,4 @@
-"""Problem, Candidate, Method, and the one driver: the only file that knows files, clocks and signals of a run."""
+"""The driver that runs every method: the only file that knows clocks and signals of a run, and when it is saved."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from torch import nn
 
 from allot.errors import Stopped
 from allot.network.draws import numbered, seeded
-from allot.processes import anyone, check_alike, led, processes
+from allot.processes import any_process, check_equal, on_first_process, world_size
 from allot.run.problem import Candidate, Method, Metrics, Problem, finished
 from allot.run.store import Log, Store
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is: step `step` of `steps` of `stage`, and what that step measured."""
+    """The position of a run: step `step` of `steps` of `stage`, with the metrics of that step."""
 
     stage: str
     step: int
@@ -45,47 +45,47 @@ def drive(
     should_stop: Callable[[], bool] | None = None,
     save_seconds: float = 5.0,
 ) -> Candidate:
-    """The candidate that `method` makes of `candidate`; goes on where `store` holds this stage unfinished.
+    """The candidate that `method` makes of `candidate`; resumes where `store` holds this stage unfinished.
 
-    Where processes share the work, all of them get the candidate of the first one.
+    With several processes, all of them get the candidate of the first one.
 
     Args:
         stage: names the state file and the lines in steps.jsonl.
-        log: what it costs is added here.
-        save_seconds: how often the state is saved, at the least after a step.
+        log: seconds and samples of the stage are added to it.
+        save_seconds: the state is saved after the first step that ends this long after the last save.
     Raises:
-        Stopped: `should_stop` said so; the state is saved.
+        Stopped: `should_stop` returned True; the state is saved.
     """
     log = log if log is not None else Log()
 
     def run() -> Candidate:
-        return _driven(method, problem, candidate, stage, store, log, on_step, should_stop, save_seconds)
+        return _drive_here(method, problem, candidate, stage, store, log, on_step, should_stop, save_seconds)
 
-    if processes() == 1:
+    if world_size() == 1:
         return run()
-    own = None
+    finished_here = None
     if getattr(method, "parallel", False):
-        own = run()
-        check_alike(f"what {stage} keeps of layers", own.allocation.kept)
-    found = led(lambda: own or run(), lambda candidate: (_packed(candidate), log))
-    if isinstance(found, Candidate):
-        return found
-    content, told = found
-    log.seconds, log.forward, log.backward = told.seconds, told.forward, told.backward
-    return _unpacked(content, problem)
+        finished_here = run()
+        check_equal(f"what {stage} keeps of layers", finished_here.allocation.kept)
+    result = on_first_process(lambda: finished_here or run(), lambda candidate: (_pack_candidate(candidate), log))
+    if isinstance(result, Candidate):
+        return result
+    content, sent_log = result
+    log.seconds, log.forward, log.backward = sent_log.seconds, sent_log.forward, sent_log.backward
+    return _unpack_candidate(content, problem)
 
 
-def _packed(candidate: Candidate) -> bytes:
+def _pack_candidate(candidate: Candidate) -> bytes:
     buffer = io.BytesIO()
     torch.save(candidate.to_state(), buffer)
     return buffer.getvalue()
 
 
-def _unpacked(content: bytes, problem: Problem) -> Candidate:
+def _unpack_candidate(content: bytes, problem: Problem) -> Candidate:
     return Candidate.from_state(torch.load(io.BytesIO(content), weights_only=True, map_location="cpu"), problem)
 
 
-def _driven(
+def _drive_here(
     method: Method,
     problem: Problem,
     candidate: Candidate,
@@ -114,7 +114,7 @@ def _driven(
     if not saved:
         save()
     while not finished(state):
-        if anyone(bool(should_stop and should_stop())):
+        if any_process(bool(should_stop and should_stop())):
             save()
             raise Stopped(f"stopped in stage {stage} after step {state['step']} of {state['steps']}")
         with repeatable(problem.model, problem.seed, stage, state["step"]):
@@ -135,9 +135,9 @@ def _driven(
 
 @contextmanager
 def repeatable(model: nn.Module, seed: int, stage: str, step: int = -1) -> Iterator[None]:
-    """While open, torch draws by (seed, stage, step): models and data may draw; the caller's draws go on as before.
+    """While open, torch draws by (seed, stage, step): the caller's random stream does not move.
 
-    Draws from other generators, Python's and numpy's, are the user's to seed.
+    Other generators, Python's and numpy's, are seeded by the user.
     """
     device = next(model.parameters(), torch.zeros(())).device
     with seeded(numbered(numbered(seed, zlib.crc32(stage.encode())), step), [device]):
@@ -147,19 +147,19 @@ def repeatable(model: nn.Module, seed: int, stage: str, step: int = -1) -> Itera
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
     """A `should_stop` that the first Ctrl-C (or SIGTERM) turns on; the second one interrupts at once."""
-    asked = threading.Event()
+    stop = threading.Event()
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        if asked.is_set():
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
             raise KeyboardInterrupt
-        asked.set()
+        stop.set()
 
     if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
+        yield stop.is_set
         return
-    before: dict[int, Any] = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers: dict[int, Any] = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked.is_set
+        yield stop.is_set
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -2,7 +2,7 @@
 
 Without labels, of a model that gives logits [B, T, V] for token ids [B, T], logits at t are scored against token t + 1:
 
-    token_top1    share of tokens that are the likeliest one
+    token_top1    share of tokens to which the model gives the highest logit
     nll           mean -log p(token), in nats
     perplexity    exp(nll)
 """
@@ -24,19 +24,19 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 from allot.errors import UsageError, check_number
 from allot.network.batch_norms import check_divisible
 from allot.network.call import attempt
-from allot.processes import gathered, place, processes
+from allot.processes import all_gather_object, rank, world_size
 from allot.run.calibration import LABEL_KEYS, inputs_of, moved
 from allot.run.reading import Readable, read_readable
 
-TOKENS = 1024  # of text at a time: each has a logit for every word
+TOKENS = 1024  # of text in a batch: each token has a logit for every word
 
 
 @dataclass(frozen=True)
 class Score:
     """A score: `metric` by name, `score` as a fraction, over `samples` samples.
 
-    `nll` is the mean negative log-likelihood of the labels in nats, which tells whether confidence is deserved; None
-    where a label is no class of the model. `unreadable` samples were left out, see `Readable`.
+    `nll` is the mean negative log-likelihood of the labels in nats, which measures calibrated confidence; None where a
+    label is no class of the model. `unreadable` samples were left out, see `Readable`.
     """
 
     metric: str
@@ -47,15 +47,15 @@ class Score:
 
     @property
     def perplexity(self) -> float | None:
-        """exp(nll) of a language model; None of others. Lower is better, which is why it is not the score."""
+        """exp(nll) of a language model; None for other models. Lower is better, so perplexity is not the score."""
         return math.exp(min(self.nll, 700.0)) if self.metric == "token_top1" and self.nll is not None else None
 
     def to_json(self) -> dict[str, Any]:
         """`{"metric", "score", "samples"}`; of a language model `perplexity`, and `unreadable` where samples were."""
-        told: dict[str, Any] = {"metric": self.metric, "score": self.score, "samples": self.samples}
+        content: dict[str, Any] = {"metric": self.metric, "score": self.score, "samples": self.samples}
         if self.perplexity is not None:
-            told["perplexity"] = self.perplexity
-        return told | ({"unreadable": self.unreadable} if self.unreadable else {})
+            content["perplexity"] = self.perplexity
+        return content | ({"unreadable": self.unreadable} if self.unreadable else {})
 
 
 def evaluate(
@@ -69,7 +69,7 @@ def evaluate(
 ) -> Score:
     """Top-1 accuracy of a classifier, or of the next token of a causal language model, in eval mode.
 
-    Where N processes share the work, each looks at every N-th sample, or batch of a DataLoader.
+    With N processes, each reads every N-th sample, or every N-th batch of a DataLoader.
 
     Args:
         model: maps inputs to logits `[B, classes]`, or token ids to logits `[B, T, V]`, or to an object with `.logits`;
@@ -83,9 +83,12 @@ def evaluate(
     Raises:
         UsageError: no labels, no samples, inputs that the model does not take, an output that is no logits, or
             text for a model whose logits change with tokens that come later.
+
+    >>> evaluate(nn.Identity(), [(torch.tensor([2.0, 0.0]), 0), (torch.tensor([1.0, 0.0]), 1)]).to_json()
+    {'metric': 'top1', 'score': 0.5, 'samples': 2}
     """
     check_number("workers", workers, 0, whole=True)
-    if processes() > 1:
+    if world_size() > 1:
         check_divisible(model)
     reference = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     counted: Any = data.dataset if isinstance(data, DataLoader) else data
@@ -114,13 +117,15 @@ def evaluate(
                     f"{list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__}."
                 )
             right += int((rows.argmax(1) == labels).sum())
-            known = bool(((labels >= 0) & (labels < rows.shape[1])).all())
-            nll += float(F.cross_entropy(rows.double(), labels, reduction="sum")) if known else math.nan
+            are_classes = bool(((labels >= 0) & (labels < rows.shape[1])).all())
+            nll += float(F.cross_entropy(rows.double(), labels, reduction="sum")) if are_classes else math.nan
             scored += len(labels)
             if on_batch:
-                on_batch(samples * processes(), total)
-    said = gathered((metric, right, samples, nll, scored, list(data.unreadable) if isinstance(data, Readable) else []))
-    metrics, *sums = zip(*said, strict=True)
+                on_batch(samples * world_size(), total)
+    by_process = all_gather_object(
+        (metric, right, samples, nll, scored, list(data.unreadable) if isinstance(data, Readable) else [])
+    )
+    metrics, *sums = zip(*by_process, strict=True)
     right, samples, nll, scored = (sum(part) for part in sums[:4])
     if not scored:
         raise UsageError("the data to score on is empty.")
@@ -134,19 +139,19 @@ def _token_ids(inputs: Any) -> Tensor | None:
     return ids if isinstance(ids, Tensor) and not ids.is_floating_point() and ids.dim() in (1, 2) else None
 
 
-def _attended(inputs: Any, ids: Tensor) -> Tensor:
+def _text_mask(inputs: Any, ids: Tensor) -> Tensor:
     """Which tokens are text and not padding, [B, T]."""
     mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
     return mask.bool() if isinstance(mask, Tensor) and mask.shape == ids.shape else torch.ones_like(ids).bool()
 
 
 def _next_tokens(inputs: Any, logits: Tensor) -> tuple[Float[Tensor, "N V"], Int[Tensor, " N"]]:
-    """Logits, and the tokens that they foretell."""
+    """Logits, and the tokens that they predict."""
     ids = _token_ids(inputs)
     assert ids is not None  # _refuse_looking_ahead has seen to it
-    attended = _attended(inputs, ids)
-    foretold = attended[:, 1:] & attended[:, :-1]
-    return logits[:, :-1][foretold], ids[:, 1:][foretold].long()
+    attended = _text_mask(inputs, ids)
+    predicted = attended[:, 1:] & attended[:, :-1]
+    return logits[:, :-1][predicted], ids[:, 1:][predicted].long()
 
 
 def _refuse_looking_ahead(model: nn.Module, inputs: Any, logits: Any, tensors: Mapping[str, Tensor]) -> None:
@@ -159,12 +164,12 @@ def _refuse_looking_ahead(model: nn.Module, inputs: Any, logits: Any, tensors: M
     if ids is None or not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != ids.shape:
         raise UsageError(_NO_LABELS)
     first = {key: value[:1] for key, value in inputs.items()} if isinstance(inputs, Mapping) else ids[:1]
-    last = int(_attended(inputs, ids)[0].nonzero().max())
+    last = int(_text_mask(inputs, ids)[0].nonzero().max())
     other = ids[:1].clone()
     other[0, last] = (other[0, last] + 1) % logits.shape[2]
     changed = attempt(model, {**first, "input_ids": other} if isinstance(first, Mapping) else other, tensors)
     before, after = logits[0, :last], getattr(changed, "logits", changed)[0, :last]
-    # the same sums in the same order: equal to the last bit but for what a kernel may choose to do
+    # the same sums in the same order: equal to the last bit unless a kernel chooses another order
     if last and float((after - before).abs().max()) > 4 * torch.finfo(before.dtype).eps * float(before.abs().max()):
         raise UsageError(
             "next tokens are foretold by causal language models; this model's logits change with tokens that come "
@@ -176,13 +181,13 @@ def _batches(data: Any, batch_size: int, workers: int) -> Iterator[tuple[Any, Te
     loader = data
     if not isinstance(data, DataLoader):
         if not isinstance(data, IterableDataset) and hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-            own = range(place(), len(data), processes())
-            samples: Iterator[Any] = (sample for _, sample in read_readable(data, own, workers))
+            indices = range(rank(), len(data), world_size())
+            samples: Iterator[Any] = (sample for _, sample in read_readable(data, indices, workers))
         else:
-            samples = itertools.islice(data, place(), None, processes())
+            samples = itertools.islice(data, rank(), None, world_size())
         loader = _grouped(samples, batch_size)
     else:
-        loader = itertools.islice(loader, place(), None, processes())
+        loader = itertools.islice(loader, rank(), None, world_size())
     for batch in loader:
         yield inputs_of(batch), _labels(batch)
 

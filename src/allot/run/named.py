@@ -1,4 +1,4 @@
-"""Things by their place: `package.module:name`, `file.py:name`, and packages that need not be installed."""
+"""Python objects by name: `package.module:name`, `file.py:name`, and optional packages."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from allot.errors import UsageError, first_line, unknown
 
 
 def called(spec: str, kind: Any, wanted: str) -> Any:
-    """What the factory at `package.module:factory` or `file.py:factory` returns.
+    """The result of the factory at `package.module:factory` or `file.py:factory`.
 
     Args:
-        kind: class or classes that it has to be an instance of; `wanted` says so in words.
+        kind: required class or classes of the result; `wanted` names them in words.
     Raises:
-        UsageError: no such place, a factory that fails, or that returns something else.
+        UsageError: no such name, or a factory that fails or returns another class.
     """
     where, _, factory = spec.rpartition(":")
     try:
@@ -34,40 +34,40 @@ def called(spec: str, kind: Any, wanted: str) -> Any:
     except (Exception, SystemExit) as error:
         raise UsageError(f"cannot import {where!r} of {spec!r}: {type(error).__name__}: {error}") from error
     if not callable(getattr(module, factory, None)):
-        own = [name for name, v in vars(module).items() if getattr(v, "__module__", None) == module.__name__]
-        raise unknown(f"factory in {where}", factory, [name for name in own if callable(getattr(module, name))])
+        names = [name for name, v in vars(module).items() if getattr(v, "__module__", None) == module.__name__]
+        raise unknown(f"factory in {where}", factory, [name for name in names if callable(getattr(module, name))])
     try:
-        made = getattr(module, factory)()
+        result = getattr(module, factory)()
     except (Exception, SystemExit) as error:
         raise UsageError(f"{spec} failed: {type(error).__name__}: {error}") from error
-    if not isinstance(made, kind):
-        raise UsageError(f"{spec} returned {type(made).__name__}: {wanted} is accepted.")
-    return made
+    if not isinstance(result, kind):
+        raise UsageError(f"{spec} returned {type(result).__name__}: {wanted} is accepted.")
+    return result
 
 
 def function_at(spec: str) -> Any:
     """The function at `package.module:function` or `file.py:function`; a file is executed once.
 
     Raises:
-        UsageError: no such place, or no function there.
+        UsageError: no such name, or no function of this name.
     """
     where, _, name = spec.rpartition(":")
     try:
         if where.endswith(".py"):
-            found = getattr(_executed_once(str(Path(where).resolve())), name)
+            function = getattr(_executed_once(str(Path(where).resolve())), name)
         else:
-            found = pkgutil.resolve_name(spec)
+            function = pkgutil.resolve_name(spec)
     except UsageError:
         raise
     except (Exception, SystemExit) as error:
         raise UsageError(f"{error}; file.py:function or package.module:function is accepted.") from error
-    if not callable(found):
+    if not callable(function):
         raise UsageError("it is no function: file.py:function or package.module:function is accepted.")
-    return found
+    return function
 
 
 def optional(module: str, package: str, extra: str) -> ModuleType:
-    """A module of a package that is an extra of allot.
+    """A module of an optional package, which an extra of allot installs.
 
     Raises:
         UsageError: it is not installed, or cannot be imported.
@@ -88,7 +88,7 @@ def import_from(folder: Path) -> None:
 
 
 def _executed(path: Path) -> ModuleType:
-    """The module that a Python file makes; others in its folder can be imported by it."""
+    """The module of a Python file, which can import other files of its folder."""
     located = importlib.util.spec_from_file_location(path.stem, path)
     if located is None or located.loader is None:
         raise UsageError(f"{path} is no Python file.")

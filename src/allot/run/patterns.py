@@ -1,4 +1,4 @@
-"""The structure that a mask has inside one tensor: inert values that say what is feasible and pick the mask."""
+"""The structure of a mask inside one tensor: values that know the feasible counts and choose the mask."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Pattern(Protocol):
     """A structure: which counts are feasible in a layer, and the best mask for one of them."""
 
     def feasible(self, layer: Layer) -> tuple[int, int, int]:
-        """(step, fewest, most): a layer keeps whole multiples of `step` weights between the two others."""
+        """(step, fewest, most): a layer keeps a multiple of `step` weights, from `fewest` to `most`."""
         ...
 
     def mask(self, layer: Layer, score: Tensor, kept: int) -> Tensor:
@@ -26,16 +26,21 @@ class Pattern(Protocol):
         ...
 
     def order(self, layer: Layer, score: Tensor) -> Tensor:
-        """Flat indices of all weights; the first `kept` of them are those of `mask`, for every feasible `kept`.
+        """Flat indices of all weights; the first `kept` are those of `mask`, for every feasible `kept`.
 
-        One sort, where many masks of one score are needed.
+        One sort serves many masks of one score.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Unstructured:
-    """Any weight may go."""
+    """Any weight may be removed.
+
+    >>> layer = Layer("fc.weight", (2, 2), "linear")
+    >>> Unstructured().mask(layer, torch.tensor([[3.0, 1.0], [2.0, 2.0]]), 2).tolist()  # ties: lower index
+    [[True, False], [True, False]]
+    """
 
     def feasible(self, layer: Layer) -> tuple[int, int, int]:
         """Every count within the layer's own bounds."""
@@ -52,7 +57,7 @@ class Unstructured:
                 f"{layer.name}: {kept:,} weights cannot give {layer.min_per_row} to each of {layer.rows:,} rows."
             )
         try:
-            mask = select(score, kept)  # checks the score, and is the answer where rows ask for nothing
+            mask = select(score, kept)  # checks the score; final where rows have no minimum
             if layer.min_per_row:
                 mask = _best_per_group(layer.matrix(score), layer.min_per_row)
                 mask = layer.unmatrix(mask).flatten()
@@ -79,10 +84,14 @@ class NM:
     """n of every m weights that follow each other along the input channels.
 
     Args:
-        n: 0 < n < m; None: each layer has an n of its own from 1 to m, and the budget decides.
-        m: 2 or more. 2:4 is what sparse tensor cores read.
+        n: 0 < n < m; None: the budget decides n, from 1 to m, for each layer.
+        m: 2 or more. Sparse tensor cores use 2:4.
     Raises:
         PatternError: n and m are not such numbers.
+
+    >>> layer = Layer("fc.weight", (1, 4), "linear")
+    >>> NM(2, 4).mask(layer, torch.tensor([[1.0, 4.0, 3.0, 2.0]]), 2).tolist()
+    [[False, True, True, False]]
     """
 
     n: int | None
@@ -148,10 +157,13 @@ class Channels:
     """Whole channels, each removed from every tensor that holds it (`allot.network.channels`).
 
     Args:
-        step: groups keep a multiple of this many channels, or all they have; 1 or more. A group of no more than that,
-            as of attention heads, keeps any number.
+        step: groups keep a multiple of `step` channels, or all of them; 1 or more. A group of at most `step` channels,
+            such as attention heads, keeps any number.
     Raises:
         PatternError: no such number.
+
+    >>> str(Channels(8)), parse("channels:8") == Channels(8)
+    ('channels:8', True)
     """
 
     step: int = 1
@@ -161,7 +173,7 @@ class Channels:
             raise PatternError(f"channels:{self.step}: a whole number, 1 or more, is accepted, like channels:8.")
 
     def feasible(self, layer: Layer) -> tuple[int, int, int]:
-        """What weights a layer keeps follows from its channels."""
+        """Any count: the weights of a layer follow from its channels."""
         return 1, 0, layer.total
 
     def mask(self, layer: Layer, score: Tensor, kept: int) -> Tensor:
@@ -210,8 +222,8 @@ LARGE = 2**20  # entries of a tensor above which they are not all ranked at once
 def _highest(flat: Shaped[Tensor, " N"], k: int) -> Tensor:
     """The k-th highest of the entries.
 
-    Of many, a sample says between which two values it lies, and only the entries there are ranked: what this takes
-    beside the entries is a twentieth of what ranking all of them does.
+    Of many entries, a sample gives two bounds for the value, and only the entries between them are ranked: this takes a
+    twentieth of the memory that ranking all entries takes.
     """
     if flat.numel() > LARGE and flat.is_floating_point():
         sample = flat[:: -(-flat.numel() // 65_536)].sort(descending=True).values
@@ -223,7 +235,7 @@ def _highest(flat: Shaped[Tensor, " N"], k: int) -> Tensor:
             rank -= int((part > high).sum())
             near.append(part[(part <= high) & (part >= low)])
         between = torch.cat(near)
-        if 1 <= rank <= len(between):  # entries in an order of their own may mislead a sample
+        if 1 <= rank <= len(between):  # sorted or periodic entries may mislead the sample
             return between.kthvalue(len(between) - rank + 1).values
     return flat.kthvalue(flat.numel() - k + 1).values
 
@@ -238,7 +250,7 @@ def _best_per_group(score: Shaped[Tensor, "*groups m"], kept: int) -> Bool[Tenso
 
 
 def parse(text: str) -> Pattern:
-    """`unstructured`, `N:M`, `n:M` where each layer may have an n of its own, `channels`, or `channels:STEP`.
+    """`unstructured`, `N:M`, `n:M` where n may differ between layers, `channels`, or `channels:STEP`.
 
     Raises:
         UsageError: anything else.

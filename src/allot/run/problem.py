@@ -1,4 +1,4 @@
-"""What is asked, what flows, and what a method is: Problem, Candidate, Method."""
+"""Problem (the request), Candidate (the value that methods improve) and Method."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Problem:
-    """What is asked: nothing in here changes during a run, the user's model included."""
+    """The request: nothing in it changes during a run, the user's model included."""
 
     model: nn.Module
     scope: Scope
@@ -73,14 +73,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class Candidate:
-    """What flows through the chain.
+    """The value that goes from method to method.
 
     Attributes:
         allocation: how much each layer keeps.
         masks: tensor name -> bool mask, every layer among them; empty until weights or channels were selected.
         channels: group -> channels kept, ascending; empty where single weights are pruned.
         tensors: only the tensors that differ from the dense model, before masking.
-        diagnostics: method -> what it has to tell about how it came to this, JSON-ready, for the report.
+        diagnostics: method -> its explanation of the result, JSON-ready, for the report.
     """
 
     allocation: Allocation
@@ -97,7 +97,7 @@ class Candidate:
         return cls(Allocation(dict.fromkeys(total, 1.0), total))
 
     def effective(self, problem: Problem) -> dict[str, Tensor]:
-        """The tensors to put in place of the model's own: what differs from it, masks applied.
+        """The tensors to put in place of the model's: all that differ from it, masks applied.
 
         The dict is the caller's; the tensors are made once and not to be changed in place.
         """
@@ -145,13 +145,13 @@ class Method(Protocol):
 
     Attributes:
         role: "allocate" or "repair".
-        shares: of an allocator, what it can share out: "weights", "channels" or both; a repair does without.
+        shares: of an allocator, the units that it can allocate: "weights", "channels" or both; repairs have none.
         needs_data: whether `problem.calibration` has to be there.
-        parallel: may be left out. True: where processes share the work, all of them run this method, on shares of
-            batches, and it adds up over them what it finds (`allot.processes.total`, or what it uses does: `Training`,
-            `Moments`, `Evidence`). Else one process runs it, on whole batches.
-        streams: of a repair that looks at each layer for itself, how it goes block by block: see
-            `allot.methods.layerwise.streamed`. Others do without.
+        parallel: optional. True: with several processes, all of them run this method, each on its part of every batch,
+            and it sums its results over them (by `allot.processes.all_reduce`, or by `Training`, `Moments` or
+            `Evidence`, which do so). Otherwise one process runs it, on whole batches.
+        streams: of a repair that treats each layer by itself, its form that goes block by block: see
+            `allot.methods.layerwise.streamed`; other methods have none.
     """
 
     @property
@@ -191,9 +191,9 @@ class Chain:
 
 @dataclass(frozen=True)
 class Rule:
-    """A method whose whole work is one function of the problem: `densities(problem)`, brought to the budget.
+    """A method that is one function of the problem: `densities(problem)`, projected onto the budget.
 
-    Only proportions matter in what the function returns: `Budget.counts` makes whole numbers that meet the budget.
+    Only proportions of the densities matter: `Budget.counts` makes whole numbers that meet the budget.
     """
 
     densities: Callable[[Problem], Mapping[str, float]]

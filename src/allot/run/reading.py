@@ -1,4 +1,4 @@
-"""Samples of a Dataset in order, read ahead by several threads; those that cannot be read reported and left out.
+"""Samples of a Dataset in order, read ahead by several threads; unreadable samples are reported and left out.
 
 Threads, not processes: decoding pictures lets other threads run, nothing has to be pickled, and the samples come in the
 same order whatever their number.
@@ -21,12 +21,16 @@ log = logging.getLogger("allot")
 
 
 class Readable(Dataset[Any]):
-    """The samples of `source` that can be read: wherever all are gone through, the others are reported and left out.
+    """The samples of `source`; a pass over all of them reports unreadable samples and leaves them out.
 
     Attributes:
-        unreadable: index -> what is wrong, of those found so far; each is logged once, to "allot".
+        unreadable: index -> reason, for the unreadable samples found so far; each is logged once, to "allot".
     Raises:
-        UsageError: `source` has no length or no places.
+        UsageError: `source` has no length or no `source[i]`.
+
+    >>> samples = Readable([1, 2, 3])
+    >>> len(samples), samples[0], samples.unreadable
+    (3, 1, {})
     """
 
     def __init__(self, source: Any) -> None:
@@ -45,11 +49,11 @@ class Readable(Dataset[Any]):
             return self.source[index]
         except CorruptSample:
             raise
-        except OSError as error:  # what PIL and open raise
+        except OSError as error:  # raised by PIL and by open
             raise CorruptSample.of(f"sample {index} cannot be read ({error})") from error
 
     def leave_out(self, index: int, error: CorruptSample) -> None:
-        """Note that the sample cannot be read, and say so the first time."""
+        """Record that the sample cannot be read, and log it the first time."""
         if index not in self.unreadable:
             self.unreadable[index] = error.what
             log.warning("left out: %s", error.what)
@@ -59,22 +63,22 @@ def read(source: Any, indices: Iterable[int], workers: int = 0) -> Iterator[Any]
     """`source[i]` for each index, in order.
 
     Args:
-        workers: threads that read ahead; 0: none, samples are read when they are asked for.
+        workers: threads that read ahead; 0: none, samples are read when they are needed.
     """
-    return _ahead(source.__getitem__, indices, workers)
+    return _read_ahead(source.__getitem__, indices, workers)
 
 
 def read_readable(source: Any, indices: Iterable[int], workers: int = 0) -> Iterator[tuple[int, Any]]:
-    """(i, `source[i]`) for each index, in order; of `Readable` samples, without those that cannot be read.
+    """(i, `source[i]`) for each index, in order; of a `Readable`, without unreadable samples.
 
     Raises:
-        UsageError: not one can be read.
+        UsageError: no sample can be read.
     """
     tolerant = isinstance(source, Readable)
     first: CorruptSample | None = None
-    found = tried = 0
+    readable = tried = 0
 
-    def looked(index: int) -> tuple[int, Any]:
+    def attempt(index: int) -> tuple[int, Any]:
         try:
             return index, source[index]
         except CorruptSample as error:
@@ -82,19 +86,19 @@ def read_readable(source: Any, indices: Iterable[int], workers: int = 0) -> Iter
                 raise
             return index, error
 
-    for index, sample in _ahead(looked, indices, workers):
+    for index, sample in _read_ahead(attempt, indices, workers):
         tried += 1
-        if isinstance(sample, CorruptSample):  # said here, in order, whatever was read ahead
+        if isinstance(sample, CorruptSample):  # reported here, in order, however far was read ahead
             source.leave_out(index, sample)
             first = first or sample
         else:
-            found += 1
+            readable += 1
             yield index, sample
-    if first and not found:
+    if first and not readable:
         raise UsageError(f"none of the {tried} samples can be read; the first: {first.what}.") from first
 
 
-def _ahead(function: Callable[[int], Any], indices: Iterable[int], workers: int) -> Iterator[Any]:
+def _read_ahead(function: Callable[[int], Any], indices: Iterable[int], workers: int) -> Iterator[Any]:
     if not workers:
         yield from map(function, indices)
         return

@@ -20,7 +20,7 @@ from allot.network.layers import Layer
 
 
 class Evidence(Protocol):
-    """What a score may ask about a layer beyond its weight."""
+    """The data that a score may use beside the weight."""
 
     @property
     def seed(self) -> int:
@@ -33,7 +33,7 @@ class Evidence(Protocol):
 
 
 class ChannelEvidence(Evidence, Protocol):
-    """What a score may ask about a group of channels."""
+    """The data that a score of channels may use."""
 
     def tensor(self, name: str) -> Tensor:
         """A tensor of the net."""

@@ -1,6 +1,6 @@
-"""A run directory while the run is alive: what was asked, the state to go on from, the metrics of every step.
+"""A run directory during the run: the requested configuration, the state to resume from, the metrics of every step.
 
-Every file is written beside its place and then renamed, so that a killed run leaves whole files only.
+Every file is written to a temporary path and then renamed, so that a killed run leaves whole files only.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import Any
 import torch
 
 from allot.errors import UsageError
-from allot.processes import led
+from allot.processes import on_first_process
 
 State = dict[str, Any]
 
 
 @dataclass
 class Log:
-    """What a run cost so far: seconds per stage, and samples pushed through any network."""
+    """The cost of a run so far: seconds per stage, and samples pushed through any network."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     forward: int = 0
@@ -35,7 +35,7 @@ class Log:
 
 @dataclass(frozen=True)
 class Saved:
-    """An unfinished stage: the candidate that went in, the method's state, the log so far."""
+    """An unfinished stage: the candidate at its start, the method's state, the log so far."""
 
     stage: str
     candidate: State
@@ -44,14 +44,14 @@ class Saved:
 
 
 class Store:
-    """One run directory, locked by this process; where several share the work, by the first (`opened`).
+    """One run directory, locked by this process; with several processes, by the first one (see `open_store`).
 
     Args:
-        directory: made where it does not exist.
-        asked: what identifies the run: configuration and fingerprints, JSON-ready. A directory that was begun with
-            something else is refused.
-        notes: more for run.json that may change between the first run and a resumed one, like versions.
-        device: where the tensors of a saved state are put; where a method keeps them.
+        directory: created where it does not exist.
+        asked: the identity of the run: configuration and fingerprints, JSON-ready. A directory that was begun with
+            another identity is refused.
+        notes: other entries of run.json, which may differ in a resumed run, like versions.
+        device: the device for the tensors of a saved state.
     Raises:
         UsageError: the directory belongs to another configuration, to another living process or is no run directory.
     """
@@ -64,7 +64,7 @@ class Store:
         device: str | torch.device = "cpu",
     ) -> None:
         self.directory = Path(directory)
-        self.content: bytes | None = None  # of the unfinished stage, as it was saved
+        self.content: bytes | None = None  # bytes of the saved state
         self.asked = json.loads(json.dumps(asked))
         self.notes = dict(notes)
         if self.directory.exists() and not self.directory.is_dir():
@@ -85,24 +85,24 @@ class Store:
     leads = True  # whether this process writes
 
     def save(self, stage: str, candidate: State, state: State, log: Log) -> None:
-        """Write where the run is, so that it can go on from here."""
-        where = self.directory / "steps.jsonl"
+        """Write the state file from which the run can resume; older state files are removed."""
+        steps = self.directory / "steps.jsonl"
         content = {
             "stage": stage,
             "candidate": candidate,
             "state": state,
             "log": {"seconds": log.seconds, "forward": log.forward, "backward": log.backward},
-            "steps_bytes": where.stat().st_size,
+            "steps_bytes": steps.stat().st_size,
         }
         path = self.directory / f"state-{stage}.pt"
         with replacing(path) as temporary, temporary.open("wb") as file:
             try:
-                torch.save(content, file)  # straight to the disk: it holds the weights several times over
-            except RuntimeError as error:  # the writer's own, after one of the disk
+                torch.save(content, file)  # straight to the disk: the state is several times as large as the weights
+            except RuntimeError as error:  # torch's writer raises it after an OSError of the disk
                 raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-        for other in self.directory.glob("state-*.pt"):
-            if other != path:
-                other.unlink()
+        for older in self.directory.glob("state-*.pt"):
+            if older != path:
+                older.unlink()
 
     def write_step(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
         """Append one line to steps.jsonl."""
@@ -118,12 +118,12 @@ class Store:
         write(self.directory / "run.json", json.dumps(content, indent=2) + "\n")
 
     def finish(self, log: Log) -> None:
-        """Mark the run as done and remove what only an unfinished one needs."""
+        """Mark the run as done and remove its state file."""
         self.describe("done", log)
         self._forget()
 
     def close(self) -> None:
-        """Give the directory free."""
+        """Release the lock on the directory."""
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
@@ -133,16 +133,16 @@ class Store:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UsageError(f"{self.directory} is in use by another running allot.") from error
-        before = self._read()
+        earlier = self._read()
         for leftover in self.directory.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
-        self.done = bool(before and before["state"] == "done")
+        self.done = bool(earlier and earlier["state"] == "done")
         self.saved = None
         if self.done:
             self._forget()
             return
         self.saved, steps_bytes = self._load(device)
-        # run.json first: a directory with other files and without it is taken for someone else's
+        # run.json first: a directory that holds other files and no run.json is refused
         self.describe("running", self.saved.log if self.saved else Log())
         steps = self.directory / "steps.jsonl"
         steps.touch()
@@ -153,44 +153,44 @@ class Store:
             path.unlink()
 
     def _read(self) -> dict[str, Any] | None:
-        """run.json of an earlier start, which must have asked the same."""
+        """run.json of an earlier start, which must have the same identity; None without one, or without a step."""
         path = self.directory / "run.json"
         if not path.exists():
             if any(not entry.name.endswith(".tmp") for entry in self.directory.iterdir()):
                 raise UsageError(f"{self.directory} holds other files and no run.json: choose another directory.")
             return None
-        before = read_run(self.directory)
+        earlier = read_run(self.directory)
         steps = self.directory / "steps.jsonl"
-        if before["state"] != "done" and steps.exists() and not steps.stat().st_size:
-            self._forget()  # it ended before its first step: nothing is lost
+        if earlier["state"] != "done" and steps.exists() and not steps.stat().st_size:
+            self._forget()  # that run made no step, so nothing is lost
             return None
-        was, asked = flat(before), flat(self.asked)
+        earlier_flat, asked_flat = flatten_keys(earlier), flatten_keys(self.asked)
         differing = sorted(
             key
-            for key in asked.keys() | was.keys()
-            if key.split(".")[0] in self.asked and asked.get(key) != was.get(key)
+            for key in asked_flat.keys() | earlier_flat.keys()
+            if key.split(".")[0] in self.asked and asked_flat.get(key) != earlier_flat.get(key)
         )
         if differing:
-            shown = "; ".join(f"{k} was {was.get(k)}, is {asked.get(k)}" for k in differing[:6])
+            shown = "; ".join(f"{k} was {earlier_flat.get(k)}, is {asked_flat.get(k)}" for k in differing[:6])
             raise UsageError(
                 f"{self.directory} belongs to another configuration: {shown}. Choose another directory or delete it."
             )
-        return before
+        return earlier
 
     def _load(self, device: str | torch.device) -> tuple[Saved | None, int]:
-        """The unfinished stage, and how long steps.jsonl was when it was saved."""
+        """The unfinished stage, and the size of steps.jsonl in bytes at the time of saving."""
         paths = sorted(self.directory.glob("state-*.pt"), key=lambda path: path.stat().st_mtime_ns)
         if not paths:
             return None, 0
         try:
             self.content = paths[-1].read_bytes()
-            return _saved(self.content, device)
+            return _parse_saved(self.content, device)
         except (RuntimeError, KeyError, TypeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
             raise UsageError(f"{paths[-1]} cannot be read: delete {self.directory} and start again.") from error
 
 
-class _Following(Store):
-    """The run directory as the other processes have it: what the first one found there; nothing is written."""
+class _FollowerStore(Store):
+    """The store of the other processes: it holds the first process's saved state and writes nothing."""
 
     leads = False
 
@@ -198,41 +198,41 @@ class _Following(Store):
         self.directory, self.notes, self.done, self.saved, self._lock = directory, dict(notes), done, saved, -1
 
     def save(self, stage: str, candidate: State, state: State, log: Log) -> None:
-        """The first process does."""
+        """Nothing: the first process writes."""
 
     def write_step(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
-        """The first process does."""
+        """Nothing: the first process writes."""
 
     def describe(self, state: str, log: Log) -> None:
-        """The first process does."""
+        """Nothing: the first process writes."""
 
 
-def opened(
+def open_store(
     directory: str | Path, asked: Mapping[str, Any], notes: Mapping[str, Any], device: str | torch.device = "cpu"
 ) -> Store:
-    """The store of a run; where processes share the work, the first one's, and what it found for the others.
+    """The store of a run; with several processes, the first one's, and read-only copies for the others.
 
     Args, Raises: as `Store`.
     """
-    found = led(lambda: Store(directory, asked, notes, device), lambda store: (store.done, store.content))
-    if isinstance(found, Store):
-        found.content = None
-        return found
-    done, content = found
-    return _Following(Path(directory), notes, done, _saved(content, device)[0] if content else None)
+    result = on_first_process(lambda: Store(directory, asked, notes, device), lambda store: (store.done, store.content))
+    if isinstance(result, Store):
+        result.content = None
+        return result
+    done, content = result
+    return _FollowerStore(Path(directory), notes, done, _parse_saved(content, device)[0] if content else None)
 
 
-def _saved(content: bytes, device: str | torch.device) -> tuple[Saved, int]:
-    found = torch.load(io.BytesIO(content), weights_only=True, map_location=device)
-    saved = Saved(found["stage"], found["candidate"], found["state"], Log(**found["log"]))
-    return saved, int(found["steps_bytes"])
+def _parse_saved(content: bytes, device: str | torch.device) -> tuple[Saved, int]:
+    parsed = torch.load(io.BytesIO(content), weights_only=True, map_location=device)
+    saved = Saved(parsed["stage"], parsed["candidate"], parsed["state"], Log(**parsed["log"]))
+    return saved, int(parsed["steps_bytes"])
 
 
 def read_run(directory: str | Path) -> dict[str, Any]:
     """run.json of a run directory.
 
     Raises:
-        UsageError: there is none, or it is not JSON.
+        UsageError: the file is missing, or it is not JSON.
     """
     path = Path(directory) / "run.json"
     try:
@@ -260,7 +260,7 @@ def write(path: Path, content: str | bytes | memoryview) -> None:
     """Write a whole file or nothing.
 
     Raises:
-        UsageError: the disk is full, or the place cannot be written.
+        UsageError: the disk is full, or the path cannot be written.
     """
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -268,31 +268,35 @@ def write(path: Path, content: str | bytes | memoryview) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path that takes `path`'s place when the block ends well, and is removed when it does not."""
+    """A temporary path, renamed to `path` when the block ends without an exception, else removed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         mask = os.umask(0)
         os.umask(mask)
-        temporary.chmod(0o666 & ~mask)  # some writers make their files private
+        temporary.chmod(0o666 & ~mask)  # some writers create private files
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror or error}.") from error
     finally:
-        with suppress(OSError):  # not even the folder may be one
+        with suppress(OSError):  # the parent may not be a folder
             temporary.unlink(missing_ok=True)
 
 
-def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings, and lists of them, as one; keys joined with dots, places in a list counted from 0."""
-    found: dict[str, Any] = {}
+def flatten_keys(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings, and lists of mappings, as one mapping; keys are joined with dots, list indices count from 0.
+
+    >>> flatten_keys({"a": {"b": 1}, "c": [{"d": 2}]})
+    {'a.b': 1, 'c.0.d': 2}
+    """
+    flattened: dict[str, Any] = {}
     for key, value in content.items():
         if isinstance(value, list) and value and all(isinstance(part, Mapping) for part in value):
             value = {str(i): part for i, part in enumerate(value)}
         if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{key}.")
+            flattened |= flatten_keys(value, f"{prefix}{key}.")
         else:
-            found[prefix + key] = value
-    return found
+            flattened[prefix + key] = value
+    return flattened

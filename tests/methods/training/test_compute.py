@@ -14,7 +14,7 @@ from allot.errors import AllotError, UsageError
 from allot.methods.training import batch_loss as distance
 from allot.methods.training.distillation import Training
 from allot.network.call import call
-from allot.network.checkpointing import blocks_of
+from allot.network.checkpointing import repeated_blocks
 from allot.network.compute import Compute
 from allot.pruning.setup import pose
 from allot.run.calibration import Calibration
@@ -112,9 +112,9 @@ def test_checkpointing_leaves_the_model_as_it_was():
 
 def test_blocks_are_the_outermost_modules_of_a_class_that_repeats():
     model = net()
-    assert blocks_of(model) == [model[2][0], model[2][1], model[3]]
+    assert repeated_blocks(model) == [model[2][0], model[2][1], model[3]]
     layer = nn.TransformerEncoderLayer(8, 2, 16)
-    assert len(blocks_of(nn.TransformerEncoder(layer, 3, enable_nested_tensor=False))) == 3
+    assert len(repeated_blocks(nn.TransformerEncoder(layer, 3, enable_nested_tensor=False))) == 3
     with pytest.raises(UsageError, match="checkpoint: Sequential has no repeated blocks"):
         call(nn.Sequential(nn.Linear(2, 2)), {}, torch.zeros(1, 2), compute=Compute(checkpoint=True))
 

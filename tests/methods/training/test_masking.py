@@ -139,7 +139,7 @@ def test_no_copy_is_kept_for_gradients():
     weight, mask = torch.randn(300, 200).requires_grad_(), torch.rand(300, 200) < 0.5
     x = torch.randn(2, 200).requires_grad_()
     for remember in (True, False):
-        masking = Masking({"w": (weight, mask)}, remember=remember)
+        masking = Masking({"w": (weight, mask)}, recompute=remember)
         with peak(torch.device("cpu")) as found:
             with masking:
                 y = nn.functional.linear(x, masking.placed["w"])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from allot.budget.budget import Budget
 from allot.errors import UsageError
 from allot.network.channels import ChannelPlan, Group, slimmed
-from allot.network.coupling.find import coupled
+from allot.network.coupling.find import find_groups
 from allot.pruning.setup import pose
 from allot.run.patterns import Channels
 from network.coupling.nets import (
@@ -53,7 +53,7 @@ def made(forward: Callable[..., Any], **parts: nn.Module | nn.Parameter) -> nn.M
 
 
 def totals(model: nn.Module, example: Any = None) -> dict[str, int]:
-    groups, _ = coupled(model, picture() if example is None else example)
+    groups, _ = find_groups(model, picture() if example is None else example)
     assert len({group.name for group in groups}) == len(groups)
     return {group.name: group.total for group in groups}
 
@@ -63,14 +63,14 @@ def tensors(group: Group, *, reads: bool | None = None) -> set[tuple[str, int]]:
 
 
 def found(model: nn.Module, name: str, example: Any = None) -> Group:
-    groups, _ = coupled(model, picture() if example is None else example)
+    groups, _ = find_groups(model, picture() if example is None else example)
     return next(group for group in groups if group.name == name)
 
 
 def wrong(model: nn.Module, example: Any = None, plans: int = 30) -> int:
     """How many of some random plans give, cut, anything but what zeroing gives."""
     example = picture() if example is None else example
-    groups, _ = coupled(model, example)
+    groups, _ = find_groups(model, example)
     draw, failed = random.Random(0), 0
     for _ in range(plans if groups else 0):
         kept = {g.name: draw.sample(range(g.total), draw.randint(1, g.total)) for g in groups}
@@ -163,8 +163,8 @@ def test_groups_do_not_depend_on_the_order_of_registration(name):
             continue  # runs in this order
         module._modules = dict(reversed(module._modules.items()))
         module._parameters = dict(reversed(module._parameters.items()))
-    groups, _ = coupled(model, picture())
-    again, _ = coupled(turned, picture())
+    groups, _ = find_groups(model, picture())
+    again, _ = find_groups(turned, picture())
     assert [(g.name, g.layers, set(g.members)) for g in groups] == [(g.name, g.layers, set(g.members)) for g in again]
 
 
@@ -227,7 +227,7 @@ WHOLE = {
 @pytest.mark.parametrize("what", WHOLE)
 def test_what_cannot_go_stays_whole_and_says_why(what):
     make, name, reason = WHOLE[what]
-    groups, skipped = coupled(make(), picture())
+    groups, skipped = find_groups(make(), picture())
     assert name not in {group.name for group in groups}
     assert reason in skipped[name] and len(skipped[name]) > 10
 
@@ -261,7 +261,7 @@ def test_heads_of_another_layout_than_assumed_are_found_out():
             return self.proj(((q @ k.transpose(-2, -1)).softmax(-1) @ v).transpose(1, 2).flatten(2))
 
     model = made(lambda s, x: s.out(x + s.a(x)), a=Interleaved(), out=nn.Linear(8, 3))
-    groups, skipped = coupled(model, torch.randn(1, 5, 8))
+    groups, skipped = find_groups(model, torch.randn(1, 5, 8))
     assert not groups and "a.heads" in skipped
 
 
@@ -279,7 +279,7 @@ def test_attention_that_holds_more_than_heads_stays_whole(options):
 def test_a_model_that_cannot_be_traced_is_refused():
     attention = nn.MultiheadAttention(8, 2, batch_first=True, add_zero_attn=True)
     with pytest.raises(UsageError, match="cannot be traced"):
-        coupled(made(lambda s, x: s.a(x, x, x)[0], a=attention), torch.randn(1, 5, 8))
+        find_groups(made(lambda s, x: s.a(x, x, x)[0], a=attention), torch.randn(1, 5, 8))
 
 
 # wrong couplings
@@ -429,7 +429,7 @@ def test_the_model_is_left_as_it_was_and_its_state_makes_no_difference(name, sta
 @pytest.mark.parametrize("name", ["resnet", "vit of linears", "vit"])
 def test_the_generator_of_the_caller_is_left_as_it_was(name):
     model, before = net(name), torch.get_rng_state()
-    coupled(model, picture())
+    find_groups(model, picture())
     assert torch.equal(before, torch.get_rng_state()) and torch.is_grad_enabled()
 
 
@@ -464,14 +464,14 @@ def test_outputs_may_be_a_plain_dataclass():
 
 def test_a_model_without_gradients_to_follow_is_refused():
     with pytest.raises(UsageError, match="detach"):
-        coupled(filled(Answering(lambda y: y.detach())), picture())
+        find_groups(filled(Answering(lambda y: y.detach())), picture())
 
 
 def test_a_model_that_cannot_be_copied_is_refused():
     model = net("resnet")
     model.lock = (i for i in range(3))
     with pytest.raises(UsageError, match="ResNet cannot be copied"):
-        coupled(model, picture())
+        find_groups(model, picture())
 
 
 def test_a_model_in_float64_or_one_that_insists_on_float32_is_followed():
@@ -484,7 +484,7 @@ def test_a_model_in_float64_or_one_that_insists_on_float32_is_followed():
 
 
 def test_trap_1_places_in_the_groups_of_a_grouped_conv_go_together():
-    groups, _ = coupled(net("grouped conv"), picture())
+    groups, _ = find_groups(net("grouped conv"), picture())
     at = {group.name: {m.tensor: m.places for m in group.members} for group in groups}
     assert at["stem"]["stem.weight"] == tuple((i, i + 4) for i in range(4))
     assert at["stem"]["grouped.weight"] == tuple((i,) for i in range(4))
@@ -495,7 +495,7 @@ def test_trap_1_places_in_the_groups_of_a_grouped_conv_go_together():
 @pytest.mark.parametrize("kept", [1, 2, 3])
 def test_trap_2_groups_of_a_conv_never_come_to_differ_in_size(kept):
     model = net("grouped conv")
-    groups, _ = coupled(model, picture())
+    groups, _ = find_groups(model, picture())
     slim = slimmed(model, ChannelPlan.of(model, groups, {group.name: range(kept) for group in groups}))
     assert (slim.grouped.in_channels, slim.grouped.out_channels, slim.grouped.groups) == (2 * kept, 2 * kept, 2)
     assert slim(picture()).shape == (1, 5)
@@ -503,7 +503,7 @@ def test_trap_2_groups_of_a_conv_never_come_to_differ_in_size(kept):
 
 @pytest.mark.parametrize("times", [2, 3])
 def test_trap_3_a_depthwise_conv_that_multiplies_channels_stays_whole(times):
-    groups, skipped = coupled(between(conv(4, 4 * times, groups=4), 4, 4 * times), picture())
+    groups, skipped = find_groups(between(conv(4, 4 * times, groups=4), 4, 4 * times), picture())
     assert not groups
     assert "several output channels" in skipped["first"] and "several output channels" in skipped["part"]
 
@@ -513,7 +513,7 @@ def test_trap_4_frozen_parameters_are_traced_and_stay_frozen_when_cut():
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.fc.weight.requires_grad_()
-    groups, _ = coupled(model, picture())
+    groups, _ = find_groups(model, picture())
     slim = slimmed(model, ChannelPlan.of(model, groups, {group.name: (0, 1) for group in groups}))
     assert [n for n, p in slim.named_parameters() if p.requires_grad] == ["fc.weight"]
 
@@ -538,7 +538,7 @@ def test_trap_6_a_batch_is_never_unpacked_into_arguments(samples):
 
 def test_trap_7_a_plan_that_is_used_again_removes_no_more():
     model = net("resnet")
-    groups, _ = coupled(model, picture())
+    groups, _ = find_groups(model, picture())
     plan = ChannelPlan.of(model, groups, {group.name: (1, 3, 4) for group in groups})
     first, second = slimmed(model, plan), slimmed(model, plan)
     assert plan == ChannelPlan.of(model, groups, plan.kept)
@@ -547,10 +547,10 @@ def test_trap_7_a_plan_that_is_used_again_removes_no_more():
 
 def test_trap_8_models_that_are_traced_after_each_other_know_nothing_of_each_other():
     first, again = net("grouped conv"), net("grouped conv")
-    alone = coupled(again, picture())
-    coupled(first, picture())
-    coupled(net("vit"), picture())
-    assert coupled(again, picture()) == coupled(first, picture()) == alone
+    alone = find_groups(again, picture())
+    find_groups(first, picture())
+    find_groups(net("vit"), picture())
+    assert find_groups(again, picture()) == find_groups(first, picture()) == alone
 
 
 @pytest.mark.parametrize("shape", [(6, 1, 1), (1, 6, 1, 1)])
@@ -565,7 +565,7 @@ def test_trap_9_parameters_of_no_layer_are_cut_along_the_dimension_that_holds_ch
 
 def test_trap_10_a_coupled_group_has_one_count_only():
     model = net("resnet")
-    groups, _ = coupled(model, picture())
+    groups, _ = find_groups(model, picture())
     held = [(m.tensor, m.dim, at) for group in groups for m in group.members for where in m.places for at in where]
     assert len(held) == len(set(held))  # no place belongs to two groups
     with pytest.raises(UsageError, match=r"layer1\.conv2"):
@@ -573,14 +573,14 @@ def test_trap_10_a_coupled_group_has_one_count_only():
 
 
 def test_trap_11_a_parametrized_conv_stays_whole_and_so_does_what_it_reads():
-    groups, skipped = coupled(between(nn.utils.parametrizations.weight_norm(conv(6, 6))), picture())
+    groups, skipped = find_groups(between(nn.utils.parametrizations.weight_norm(conv(6, 6))), picture())
     assert not groups and "remove the parametrization" in skipped["first"]
 
 
 def test_trap_12_parameters_of_the_slim_net_are_new_and_the_old_ones_go_on_being_trained():
     model = net("resnet")
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
-    groups, _ = coupled(model, picture())
+    groups, _ = find_groups(model, picture())
     slim = slimmed(model, ChannelPlan.of(model, groups, {group.name: (0, 1) for group in groups}))
     memory = {p.untyped_storage().data_ptr() for p in model.parameters()}
     assert all(p.untyped_storage().data_ptr() not in memory and p.is_leaf for p in slim.parameters())

@@ -35,8 +35,8 @@ from allot.export.runtimes.onnx import onnx_session
 from allot.export.timing.clock import timed
 from allot.network.call import as_arguments, attempt
 from allot.network.channels import ChannelPlan, Group, copied, slimmed
-from allot.network.hooks import hooked, plain_places
-from allot.network.layers import Layer, Scope, places_of
+from allot.network.hooks import hooked
+from allot.network.layers import Layer, Scope
 
 RUNTIMES = ("onnx", "torch")
 SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)  # shares of its channels that a layer is timed with, on either side
@@ -287,9 +287,9 @@ def products_of(model: nn.Module, scope: Scope, example: Any) -> list[Product]:
 
         return hook
 
-    places = places_of(model)
+    places = places_by_parameter(model)
     with ExitStack() as stack:
-        for layer, place in plain_places(scope, places):
+        for layer, place in module_places(scope, places):
             stack.enter_context(hooked(place.module, recorder(layer)))
         attempt(model, example, {})
     products = []

@@ -39,7 +39,7 @@ from allot.methods.layerwise.blocks import chain_of, size_of
 from allot.methods.layerwise.streamed_block import FLAG, Block, Entry, Outside, Part
 from allot.network.batch_norms import is_batch_norm
 from allot.network.call import call
-from allot.network.layers import Layer, Scope, places_of
+from allot.network.layers import Layer, Scope, places_by_parameter
 from allot.network.trees import tensors_in
 from allot.run.problem import Candidate, Method, Metrics, Problem, finished
 from allot.run.store import State
@@ -139,7 +139,7 @@ class _Stream:
         pair = [0, min(1, len(calibration) - 1)]  # of one sample, that sample twice
         self.chain = chain_of(problem.model, calibration.pick(pair[:1]), calibration.pick(pair))
         self.size = size_of(problem.model)
-        self.places = places_of(problem.model)
+        self.places = places_by_parameter(problem.model)
         self.last = len(self.chain.blocks) + 1
         self.part = 0
         self.entries: dict[bool, Entry] = {}

@@ -22,10 +22,10 @@ from allot.methods.training.losses import LOSSES, Outputs, compared, compared_te
 from allot.methods.training.teacher import keep, recalled
 from allot.network.batch_norms import Norms, is_batch_norm
 from allot.network.call import call
-from allot.network.checkpointing import again
+from allot.network.checkpointing import is_second_run
 from allot.network.hooks import hooked
 from allot.network.masking import Masking
-from allot.processes import alone, anyone, processes, total, total_number
+from allot.processes import all_reduce, all_reduce_number, any_process, single_process, world_size
 from allot.run.calibration import cut
 from allot.run.problem import Problem
 from allot.run.store import State
@@ -77,7 +77,7 @@ class Distance:
     def reading(self, problem: Problem) -> State:
         """The part of a state that `loss_of` goes by."""
         _check_blocks(problem.model, self.blocks)
-        repeat = not self.blocks and not anyone(not problem.inputs().repeats())
+        repeat = not self.blocks and not any_process(not problem.inputs().repeats())
         return {"step": 0, "repeat": repeat, "teacher": []}
 
     def loss_of(
@@ -103,7 +103,7 @@ class Distance:
         teacher, wholes, forward = self._taught(problem, state, inputs, positions, pieces)
         leaves = {name: value.detach().requires_grad_() for name, value in tensors.items() if value.requires_grad}
         known = {name: (leaves[name], mask) for name, mask in (masks or {}).items() if name in leaves}
-        masking = Masking(known, remember=not problem.compute.checkpoint) if known else None
+        masking = Masking(known, recompute=not problem.compute.checkpoint) if known else None
         placed = {**tensors, **leaves, **(masking.placed if masking else {})}
         batch = _Batch(inputs, pieces, teacher, wholes, placed, leaves, masking)
         try:
@@ -117,13 +117,13 @@ class Distance:
             ) from error
         if len(pieces) > 1:
             forward += len(positions) * (any(map(is_batch_norm, problem.model.modules())) + bool(self.blocks))
-        if masking and anyone(masking.missed):
+        if masking and any_process(masking.missed):
             raise Unseen
-        if processes() > 1:  # a weight that no sample of this process reaches may be reached elsewhere
+        if world_size() > 1:  # a weight that no sample of this process reaches may be reached elsewhere
             for leaf in leaves.values():
                 leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
         found = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
-        return total_number(loss), dict(zip(found, total(list(found.values())), strict=True)), forward
+        return all_reduce_number(loss), dict(zip(found, all_reduce(list(found.values())), strict=True)), forward
 
     def _learned(self, problem: Problem, state: State, batch: _Batch) -> float:
         """What this process's pieces add to L; their gradients add up in the leaves."""
@@ -188,7 +188,7 @@ class Distance:
             keep(problem, state, [said for said, _ in answers], pieces, positions)
             pushed = len(positions) + probed
         forward = len(positions) + pushed
-        if len(pieces) == processes() == 1:
+        if len(pieces) == world_size() == 1:
             return answers, None, forward
         sizes = torch.tensor(
             [[size(t, self.loss) for t in outputs] + [size(t, "mse") for t in blocks] for outputs, blocks in answers],
@@ -196,7 +196,7 @@ class Distance:
         )
         if len(pieces) > 1:
             answers = [(outputs, []) for outputs, _ in answers]  # blocks are large: they are looked at once more
-        return answers, total([sizes.sum(0)])[0].tolist(), forward
+        return answers, all_reduce([sizes.sum(0)])[0].tolist(), forward
 
     def _answers(self, problem: Problem, inputs: Any) -> Answers:
         blocks: list[Tensor] = []
@@ -220,7 +220,7 @@ class Distance:
         Raises:
             AllotError: the loss is not finite.
         """
-        with alone(), torch.no_grad():  # allocations are tried by one process each
+        with single_process(), torch.no_grad():  # allocations are tried by one process each
             inputs, samples = problem.inputs().batch(k)
             pushed = samples
             if teacher is None:
@@ -244,8 +244,8 @@ class Distance:
         few = batch[: 2 if piece != 2 else 1]  # another number than there are in a piece
         with torch.no_grad():
             outputs = self._read(call(problem.model, {}, problem.inputs().pick(few)))
-        state["repeat"] = not anyone(any(tensor.shape[:1] != (len(few),) for tensor in outputs))
-        return len(few) * processes()
+        state["repeat"] = not any_process(any(tensor.shape[:1] != (len(few),) for tensor in outputs))
+        return len(few) * world_size()
 
     def _compared(self, student: list[Tensor], teacher: list[Tensor], wholes: list[float] | None = None) -> Tensor:
         T = self.temperature
@@ -292,7 +292,7 @@ def _in_range(problem: Problem, state: State, batch: _Batch, learn: Callable[[],
         loss = learn()
         found = [leaf.grad for leaf in batch.leaves.values() if leaf.grad is not None]
         finite = [bool(gradient.isfinite().all()) for gradient in found]
-        if not anyone(not all(finite)):
+        if not any_process(not all(finite)):
             for gradient in found:
                 gradient.div_(state["loss_scale"])
             state["finite"] += 1
@@ -337,7 +337,7 @@ def _watched(model: nn.Module, blocks: tuple[str, ...], seen: list[Tensor]) -> I
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         first = output[0] if isinstance(output, tuple | list) else output
-        if isinstance(first, Tensor) and first.is_floating_point() and not again():
+        if isinstance(first, Tensor) and first.is_floating_point() and not is_second_run():
             seen.append(first)
 
     with ExitStack() as stack:

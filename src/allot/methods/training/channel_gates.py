@@ -14,7 +14,7 @@ from torch import Tensor
 
 from allot.methods.training.losses import compared_tensors
 from allot.network.call import call
-from allot.processes import place, processes, total, total_number
+from allot.processes import all_reduce, all_reduce_number, rank, world_size
 from allot.run.problem import Candidate, Problem
 
 DRAWS = 4  # of labels, for each batch
@@ -63,7 +63,7 @@ def fisher(problem: Problem, candidate: Candidate) -> tuple[dict[str, Tensor], i
                 logits = (logits if logits.dim() < 4 else logits.movedim(1, -1)).flatten(0, -2)  # [n, classes]
                 log_p = logits.log_softmax(-1).gather(-1, _drawn(logits, samples)).sum()
                 found = torch.autograd.grad(log_p, list(gates.values()), allow_unused=True, materialize_grads=True)
-                return total(found)
+                return all_reduce(found)
 
             with torch.enable_grad():
                 found = call(problem.model, gated(problem, dense, gates), inputs, then=likelihood)
@@ -78,8 +78,8 @@ def _drawn(logits: Float[Tensor, "n classes"], samples: int) -> Int[Tensor, "n 1
 
     The rows of the whole batch draw together, so that a row draws the same however the batch is shared out.
     """
-    rows = round(total_number(len(logits)))
-    before = rows * (samples * place() // processes()) // samples
+    rows = round(all_reduce_number(len(logits)))
+    before = rows * (samples * rank() // world_size()) // samples
     u = torch.rand(rows, dtype=torch.float64)[before : before + len(logits), None].to(logits.device)
     reached = logits.detach().double().softmax(-1).cumsum(-1)
     return (reached <= u * reached[:, -1:]).sum(-1, keepdim=True).clamp_max(logits.shape[-1] - 1)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from allot.errors import UsageError
-from allot.processes import processes, total_number
+from allot.processes import all_reduce_number, world_size
 from allot.run.named import function_at
 
 Outputs = Callable[[Any], Any]
@@ -91,7 +91,7 @@ def compared_tensors(output: Any, outputs: str | Outputs | None, loss: str) -> l
 
 def whole_of(teacher: Tensor) -> float | None:
     """The `size` of the batch that `teacher` is this process's share of; None where it is the batch."""
-    return None if processes() == 1 else total_number(size(teacher, "mse"))
+    return None if world_size() == 1 else all_reduce_number(size(teacher, "mse"))
 
 
 def relative_error(

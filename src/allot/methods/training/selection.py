@@ -15,7 +15,7 @@ from allot.network.call import call
 from allot.network.channels import ChannelPlan, Group
 from allot.network.hooks import watched_inputs
 from allot.network.layers import Layer
-from allot.processes import total
+from allot.processes import all_reduce
 from allot.run.patterns import select
 from allot.run.problem import Candidate, Metrics, Problem
 from allot.run.scores import ChannelScore, WeightScore
@@ -159,4 +159,4 @@ class Evidence:
                 inputs, samples = calibration.batch(k)
                 call(problem.model, self.candidate.effective(problem), inputs)
                 forward += samples
-        return dict(zip(sorted(found), total([found[name] for name in sorted(found)]), strict=True)), forward
+        return dict(zip(sorted(found), all_reduce([found[name] for name in sorted(found)]), strict=True)), forward

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from allot.processes import anyone, gathered, processes
+from allot.processes import all_gather_object, any_process, world_size
 from allot.run.problem import Problem
 from allot.run.store import State
 
@@ -42,12 +42,12 @@ def keep(
             for outputs, (start, stop) in zip(answers, pieces, strict=True)
             for t in outputs
         )
-        state["repeat"] = not anyone(each * len(calibration) > problem.compute.cached or not of_samples)
+        state["repeat"] = not any_process(each * len(calibration) > problem.compute.cached or not of_samples)
     if not state["repeat"]:
         return
     answers = [[tensor.cpu() for tensor in outputs] for outputs in answers]
-    if processes() > 1:
-        answers = [outputs for said in gathered(answers) for outputs in said]
+    if world_size() > 1:
+        answers = [outputs for said in all_gather_object(answers) for outputs in said]
     if not state["teacher"]:
         state["teacher"] = [tensor.new_zeros(len(calibration), *tensor.shape[1:]) for tensor in answers[0]]
     shapes = [table.shape[1:] for table in state["teacher"]]

@@ -20,7 +20,7 @@ from torch import Tensor
 from allot.errors import UsageError, check_flag
 from allot.methods.training.distillation import Training, distil
 from allot.methods.training.schedule import Schedule
-from allot.processes import each, processes
+from allot.processes import one_per_process, world_size
 from allot.run.driver import repeatable
 from allot.run.problem import Candidate, Method, Metrics, Problem, finished
 from allot.run.store import State
@@ -124,9 +124,9 @@ class Trial:
             state: of the method that tries: "step" counts, and "trial" is the one under way.
             waiting: give allocations to be tried, with masks where `one_shot`.
         """
-        if processes() > 1:
+        if world_size() > 1:
             state["step"] -= state.pop("trial", {"taken": 0})["taken"]  # of one process: it is made whole once more
-            found = each(waiting, lambda make: self._whole(problem, make(), share, answers))
+            found = one_per_process(waiting, lambda make: self._whole(problem, make(), share, answers))
             state["step"] += sum(taken for *_, taken in found)
             pushed = {key: sum(metrics[key] for metrics, *_ in found) for key in ("forward", "backward")}
             return {**pushed, "loss": found[-1][1]}, [loss for _, loss, _ in found]

@@ -1,1 +1,1 @@
-"""Which channels of a model have to go together: found, then proven on numbers."""
+"""Which channels of a model have to be removed together: traced, then proven on numbers."""

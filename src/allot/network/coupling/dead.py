@@ -1,4 +1,4 @@
-"""Channels that single-weight masks have left without use: a sparse net made smaller, its answers unchanged."""
+"""Channels that single-weight masks leave without use: a sparse net is made smaller, its outputs unchanged."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from torch import Tensor, nn
 from allot.errors import UsageError
 from allot.network.call import call
 from allot.network.channels import ChannelPlan, Group, slimmed
-from allot.network.coupling.find import coupled
+from allot.network.coupling.find import find_groups
 from allot.network.trees import floats_in
 
 TOLERANCE = 1e-5  # of the largest output
 
 
 def without_dead_channels(model: nn.Module, example: Any) -> tuple[nn.Module, ChannelPlan]:
-    """(a copy of `model` without the channels that nothing depends on, the plan by which it was cut).
+    """(a copy of `model` without its dead channels, the plan by which it was cut).
 
-    A channel goes where every weight that reads it is zero, or where it is zero itself: no weight or bias writes it.
-    What goes may leave others without readers, so that this is repeated until nothing changes. Each group keeps one.
+    A channel is dead where every weight that reads it is zero, or where no weight or bias writes it. A removed channel
+    may leave others without readers, so the search is repeated until nothing changes. Each group keeps one channel.
 
     Raises:
         UsageError: the model's channels cannot be followed.
     """
-    groups, _ = coupled(model, example)
+    groups, _ = find_groups(model, example)
     if not groups:
         raise UsageError("no channels can be removed from this model.")
     state = {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}
     for zeros in (True, False):  # an activation that does not keep zero at zero allows only the first kind
-        plan = ChannelPlan.of(model, groups, _alive(model, state, groups, zeros=zeros))
+        plan = ChannelPlan.of(model, groups, _channels_alive(model, state, groups, zeros=zeros))
         slim = slimmed(model, plan)
         with torch.no_grad():
-            ours, theirs = (floats_in(call(net, {}, example)) for net in (slim, model))
-        pairs = list(zip(ours, theirs, strict=True))
+            slim_outputs, dense_outputs = (floats_in(call(net, {}, example)) for net in (slim, model))
+        pairs = list(zip(slim_outputs, dense_outputs, strict=True))
         if all(float((a - b).abs().max()) <= TOLERANCE * float(b.abs().max()) for a, b in pairs if b.numel()):
             return slim, plan
     raise UsageError("the model without its dead channels answers otherwise: it uses them in a way unknown to allot.")
 
 
-def _alive(
+def _channels_alive(
     model: nn.Module, state: Mapping[str, Tensor], groups: Sequence[Group], *, zeros: bool
 ) -> dict[str, list[int]]:
     tensors = dict(state)
@@ -49,19 +49,19 @@ def _alive(
     while True:
         before = sum(map(len, alive.values()))
         for group in groups:
-            read = _uses(tensors, group, reads=True)
-            used = read & _values(model, tensors, group) if zeros else read
+            read = _has_weights(tensors, group, reads=True)
+            used = read & _can_be_nonzero(model, tensors, group) if zeros else read
             alive[group.name] &= set(used.nonzero().flatten().tolist())
             alive[group.name] = alive[group.name] or {0}
         if sum(map(len, alive.values())) == before:
-            return {name: sorted(some) for name, some in alive.items()}
+            return {name: sorted(channels) for name, channels in alive.items()}
         plan = ChannelPlan.of(model, groups, alive)
         for name in plan.tensors:
             tensors[name] = state[name] * plan.mask(name, state[name].shape).to(state[name].device)
 
 
-def _uses(tensors: Mapping[str, Tensor], group: Group, *, reads: bool) -> Tensor:
-    """Whether any weight that reads, or writes, each channel is not zero."""
+def _has_weights(tensors: Mapping[str, Tensor], group: Group, *, reads: bool) -> Tensor:
+    """`[channels]`: whether a weight that reads (writes) the channel is not zero."""
     used = torch.zeros(group.total, dtype=torch.bool)
     for member in group.members:
         tensor = tensors[member.tensor]
@@ -71,9 +71,9 @@ def _uses(tensors: Mapping[str, Tensor], group: Group, *, reads: bool) -> Tensor
     return used
 
 
-def _values(model: nn.Module, tensors: Mapping[str, Tensor], group: Group) -> Tensor:
-    """Whether each channel can be anything but zero: some weight writes it, or a bias, or a norm shifts it."""
-    alive = _uses(tensors, group, reads=False)
+def _can_be_nonzero(model: nn.Module, tensors: Mapping[str, Tensor], group: Group) -> Tensor:
+    """`[channels]`: whether the channel can differ from zero: a weight or bias writes it, or a norm shifts it."""
+    alive = _has_weights(tensors, group, reads=False)
     for member in group.members:
         owner, _, attribute = member.tensor.rpartition(".")
         if (

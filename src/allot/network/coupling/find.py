@@ -1,16 +1,16 @@
-"""Which channels of a model have to go together: traced, then proven on numbers.
+"""Which channels of a model have to be removed together: traced, then proven on numbers.
 
-Torch-Pruning follows autograd's graph from layer to layer and says how indices map between them; nothing else of it is
-used. From there a channel of a layer is a node, two nodes that cannot part are joined (union-find), and what hangs
-together is one channel of a `Group`. Joined are
+Torch-Pruning follows autograd's graph from layer to layer and gives the index mappings between layers; nothing else of
+it is used. Then a channel of a layer is a node, nodes that have to be removed together are joined (union-find), and
+each connected set is one channel of a `Group`. Joined are
 
     channels that the trace maps onto each other          residuals, concatenations, depthwise convs, chunks, flattening
     channels of a grouped conv with one place in its groups        every group keeps the same places, so sizes stay even
     positions of one tensor under several names           tied weights
     rows of queries, keys and values, and columns of the projection behind them, of one attention head
 
-A trace can be wrong, so that it is only a proposal: on a copy of the model with random weights, in float64, removing
-half of every group's channels has to give what zeroing them gives. Groups that fail are left whole, with the reason.
+A trace can be wrong, so it is only a proposal: on a copy of the model with random weights, in float64, removing
+half of every group's channels has to give what zeroing them gives. Groups that fail stay whole, with the reason.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from allot.errors import UsageError
 from allot.network.call import as_arguments, modes
 from allot.network.channels import Group, Member, copied
 from allot.network.coupling.heads import heads_of
-from allot.network.coupling.proof import proven
+from allot.network.coupling.proof import split_proven
 from allot.network.trees import tensors_in
 
-FOLLOWED = 3_000_000  # channels from one layer, in all that hangs on it: more, and the trace runs in circles
+FOLLOWED = 3_000_000  # channels followed from one layer; with more, the trace runs in circles
 
 
-def coupled(model: nn.Module, example: Any) -> tuple[tuple[Group, ...], dict[str, str]]:
-    """(groups of channels that may be removed, {name of a group that may not: why}); `model` is left as it was.
+def find_groups(model: nn.Module, example: Any) -> tuple[tuple[Group, ...], dict[str, str]]:
+    """(groups of channels that can be removed, {name of a group that cannot: reason}); `model` is left as it was.
 
     Args:
         example: a batch of inputs, as for `allot.network.call.call`.
@@ -44,17 +44,17 @@ def coupled(model: nn.Module, example: Any) -> tuple[tuple[Group, ...], dict[str
     """
     probe = copied(model)
     heads = list(heads_of(probe))
-    taken = {(member.tensor, member.dim) for group in heads for member in group.members}
-    modules = _as_they_run(probe, example)
-    found, skipped = _traced(probe, example, modules)
-    groups = [g for g in found if not any((m.tensor, m.dim) in taken for m in g.members)]
+    in_heads = {(member.tensor, member.dim) for group in heads for member in group.members}
+    modules = _modules_in_order(probe, example)
+    traced, skipped = _trace_groups(probe, example, modules)
+    groups = [g for g in traced if not any((m.tensor, m.dim) in in_heads for m in g.members)]
     order = {name: i for i, name in enumerate(modules)}
     groups = sorted((*groups, *heads), key=lambda group: order[_module_of(group.name)])
-    sound, failed = proven(probe, example, groups)
+    passed, failed = split_proven(probe, example, groups)
     reason = (
         "removing channels here does not give what zeroing them gives: the model uses them in a way unknown to allot"
     )
-    return tuple(sound), skipped | dict.fromkeys(failed, reason)
+    return tuple(passed), skipped | dict.fromkeys(failed, reason)
 
 
 def _module_of(name: str) -> str:
@@ -85,8 +85,8 @@ class _Union:
         self.parent[self.find(one)] = self.find(other)
 
 
-def _as_they_run(probe: nn.Module, example: Any) -> dict[str, nn.Module]:
-    """Every module by name, in the order in which a forward pass reaches them, whatever that of their registration."""
+def _modules_in_order(probe: nn.Module, example: Any) -> dict[str, nn.Module]:
+    """Every module by name, in the order in which a forward pass reaches them, not in that of registration."""
     names = {module: name for name, module in probe.named_modules()}
     reached: dict[str, nn.Module] = {}
 
@@ -102,48 +102,50 @@ def _as_they_run(probe: nn.Module, example: Any) -> dict[str, nn.Module]:
     return reached | {name: module for module, name in names.items() if name not in reached}
 
 
-def _traced(probe: nn.Module, example: Any, modules: Mapping[str, nn.Module]) -> tuple[list[Group], dict[str, str]]:
-    graph = _graph(probe, example)
+def _trace_groups(
+    probe: nn.Module, example: Any, modules: Mapping[str, nn.Module]
+) -> tuple[list[Group], dict[str, str]]:
+    graph = _dependency_graph(probe, example)
     names = {id(module): name for name, module in probe.named_modules()}
     parameters = {id(parameter): name for name, parameter in probe.named_parameters()}
     first = {id(tensor): name for name, tensor in (*probe.named_parameters(), *probe.named_buffers())}
     dims = {id(parameter): dim for parameter, dim in graph.unwrapped_parameters}
-    union, unknown = _Union({}), {}
+    union, reasons = _Union({}), {}
     sizes: dict[tuple[str, str], int] = {}
     widest = max((max(tensor.shape, default=1) for tensor in probe.parameters()), default=1)
     for name, module in modules.items():
-        if not _writes(module) or module not in graph.module2node or (name, "out") in sizes:
+        if not _writes_channels(module) or module not in graph.module2node or (name, "out") in sizes:
             continue
         pruner = graph.get_pruner_of_module(module)
         total = pruner.get_out_channels(module)
         followed = 0
-        for node, handler, links in _reached(graph, module, pruner.prune_out_channels, total):
+        for node, handler, links in _follow(graph, module, pruner.prune_out_channels, total):
             followed += len(links)
             if followed > FOLLOWED or not links:
-                unknown[name, "out"] = "hangs together with more than can be followed"
+                reasons[name, "out"] = "hangs together with more than can be followed"
                 break
             target = node.module
             if id(target) in parameters:
                 where = (parameters[id(target)], f"dim {dims.get(id(target), -1)}")
             elif id(target) in names:
-                reads = _writes(target) and not _depthwise(target)
+                reads = _writes_channels(target) and not _depthwise(target)
                 reads = reads and handler == graph.get_pruner_of_module(target).prune_in_channels
                 where = (names[id(target)], "in" if reads else "out")
-                if not _known(target):
-                    unknown[where] = f"reaches {where[0]} ({type(target).__name__}), which {_why(target)}"
+                if not _can_be_cut(target):
+                    reasons[where] = f"reaches {where[0]} ({type(target).__name__}), which {_why_not_cut(target)}"
             else:
                 continue  # additions, concatenations and the like hold no tensors
-            if not all(0 <= at < widest for at, _ in links):
-                unknown[name, "out"] = "is read from an end that the trace does not know"
+            if not all(0 <= channel < widest for channel, _ in links):
+                reasons[name, "out"] = "is read from an end that the trace does not know"
                 break
-            sizes[where] = max(sizes.get(where, 0), 1 + max((at for at, _ in links), default=0))
-            for at, root in links:
-                union.join((*where, at), (name, "out", root))
+            sizes[where] = max(sizes.get(where, 0), 1 + max((channel for channel, _ in links), default=0))
+            for channel, root in links:
+                union.join((*where, channel), (name, "out", root))
         sizes[name, "out"] = total
-    return _grouped(union, modules, sizes, unknown, first)
+    return _groups_of_nodes(union, modules, sizes, reasons, first)
 
 
-def _graph(probe: nn.Module, example: Any) -> Any:
+def _dependency_graph(probe: nn.Module, example: Any) -> Any:
     import torch_pruning  # a second to import
 
     args, kwargs = as_arguments(example)
@@ -166,10 +168,8 @@ def _graph(probe: nn.Module, example: Any) -> Any:
             raise UsageError(f"the channels of this model cannot be traced: {error}") from error
 
 
-def _reached(
-    graph: Any, module: nn.Module, remove: Any, total: int
-) -> Iterator[tuple[Any, Any, list[tuple[int, int]]]]:
-    """(node, what is removed of it, pairs of its channel and the root's channel) for all that hangs on `module`.
+def _follow(graph: Any, module: nn.Module, remove: Any, total: int) -> Iterator[tuple[Any, Any, list[tuple[int, int]]]]:
+    """(node, its pruning function, pairs of its channel and the root's channel) for every node coupled to `module`.
 
     No pairs where the trace fails.
     """
@@ -199,7 +199,7 @@ def _reached(
 # from nodes to groups
 
 
-def _grouped(
+def _groups_of_nodes(
     union: _Union,
     modules: Mapping[str, nn.Module],
     sizes: Mapping[tuple[str, str], int],
@@ -213,7 +213,7 @@ def _grouped(
             reads[tensor, dim] = side == "in"
             for channel in range(size):
                 cells.setdefault((tensor, dim, position(channel)), []).append((name, side, channel))
-        if _bare(modules.get(name)):
+        if _is_bare_norm(modules.get(name)):
             reads[_BARE + name, 0] = False
             for channel in range(size):
                 cells.setdefault((_BARE + name, 0, channel), []).append((name, side, channel))
@@ -231,22 +231,24 @@ def _grouped(
     for (name, side), why in unknown.items():
         reasons.update({union.find((name, side, channel)): why for channel in range(sizes[name, side])})
     kinds: dict[Any, list[Node]] = {}
-    for root, held in units.items():
-        kinds.setdefault(tuple(sorted((key, len(at)) for key, at in held.items())), []).append(root)
+    for root, positions in units.items():
+        kinds.setdefault(tuple(sorted((key, len(at)) for key, at in positions.items())), []).append(root)
     order = {name: i for i, name in enumerate(modules)}
     groups: list[Group] = []
     skipped: dict[str, str] = {}
     writers: dict[tuple[str, int], list[str]] = {}
     for name, side in sorted(sizes, key=lambda where: order.get(where[0], -1)):
-        if side == "out" and _writes(modules.get(name)):
+        if side == "out" and _writes_channels(modules.get(name)):
             for tensor, dim, _ in _tensors_of(modules[name], name, side, first):
                 writers.setdefault((tensor, dim), []).append(name)
-    owned = {kind: sorted({n for k, _ in kind for n in writers.get(k, ())}, key=lambda n: order[n]) for kind in kinds}
-    for kind in sorted((k for k in kinds if owned[k]), key=lambda k: (order[owned[k][0]], k)):
-        roots, owners = kinds[kind], owned[kind]
+    owners_of = {
+        kind: sorted({n for k, _ in kind for n in writers.get(k, ())}, key=lambda n: order[n]) for kind in kinds
+    }
+    for kind in sorted((k for k in kinds if owners_of[k]), key=lambda k: (order[owners_of[k][0]], k)):
+        roots, owners = kinds[kind], owners_of[kind]
         roots.sort(key=lambda root: min(min(at) for at in units[root].values()))
-        alike = sum(owners[0] == other.partition(":")[0] for other in (*(g.name for g in groups), *skipped))
-        name = f"{owners[0]}:{alike + 1}" if alike else owners[0]
+        number_before = sum(owners[0] == other.partition(":")[0] for other in (*(g.name for g in groups), *skipped))
+        name = f"{owners[0]}:{number_before + 1}" if number_before else owners[0]
         if why := next((reasons[root] for root in roots if root in reasons), ""):
             skipped[name] = why
         elif not any(reads[key] for key, _ in kind):
@@ -260,7 +262,7 @@ def _grouped(
                 if not t.startswith(_BARE)
             )
             bare = {t.removeprefix(_BARE): each for (t, _), each in kind if t.startswith(_BARE)}
-            attributes = {n: dict.fromkeys(_counts(modules[n]), each) for n, each in bare.items()}
+            attributes = {n: dict.fromkeys(_size_attributes(modules[n]), each) for n, each in bare.items()}
             groups.append(Group(name, members, attributes, layers=tuple(owners)))
     return groups, skipped
 
@@ -268,46 +270,46 @@ def _grouped(
 def _tensors_of(
     module: nn.Module | None, name: str, side: str, first: Mapping[int, str]
 ) -> Iterator[tuple[str, int, Callable[[int], int]]]:
-    """(tensor, dimension, channel -> position) of what holds a module's channels."""
+    """(tensor, dimension, channel -> position) of each tensor that holds a module's channels."""
 
-    def own(attribute: str) -> Iterator[str]:
+    def first_name(attribute: str) -> Iterator[str]:
         assert module is not None
         tensor = module._parameters.get(attribute, module._buffers.get(attribute))
         if tensor is not None and tensor.dim():
             yield first[id(tensor)]
 
-    def same(channel: int) -> int:
+    def identity(channel: int) -> int:
         return channel
 
     if module is None:  # a parameter that is used directly
-        yield name, int(side.removeprefix("dim ")), same
+        yield name, int(side.removeprefix("dim ")), identity
     elif isinstance(module, _ConvNd):
         transposed = isinstance(module, _ConvTransposeNd)
         each = module.in_channels // module.groups if not transposed else module.out_channels // module.groups
         shared = (side == "out") == transposed  # the dimension that all groups of the conv share
-        for weight in own("weight"):
+        for weight in first_name("weight"):
             if _depthwise(module):
-                yield weight, 0, same
+                yield weight, 0, identity
             else:
                 yield (
                     weight,
                     int(shared) if not transposed else int(side == "out"),
-                    ((lambda channel: channel % each) if shared else same),
+                    ((lambda channel: channel % each) if shared else identity),
                 )
         if side == "out":
-            yield from ((bias, 0, same) for bias in own("bias"))
+            yield from ((bias, 0, identity) for bias in first_name("bias"))
     elif isinstance(module, nn.Linear):
-        yield from ((weight, 0 if side == "out" else 1, same) for weight in own("weight"))
+        yield from ((weight, 0 if side == "out" else 1, identity) for weight in first_name("weight"))
         if side == "out":
-            yield from ((bias, 0, same) for bias in own("bias"))
+            yield from ((bias, 0, identity) for bias in first_name("bias"))
     elif isinstance(module, nn.Embedding):
-        yield from ((weight, 1, same) for weight in own("weight"))
-    elif _known(module):
+        yield from ((weight, 1, identity) for weight in first_name("weight"))
+    elif _can_be_cut(module):
         for attribute in ("weight", "bias", "running_mean", "running_var"):
-            yield from ((tensor, 0, same) for tensor in own(attribute))
+            yield from ((tensor, 0, identity) for tensor in first_name(attribute))
 
 
-def _writes(module: nn.Module | None) -> bool:
+def _writes_channels(module: nn.Module | None) -> bool:
     return isinstance(module, _ConvNd | nn.Linear) and not isinstance(
         module, nn.modules.linear.NonDynamicallyQuantizableLinear
     )
@@ -322,30 +324,30 @@ def _depthwise(module: nn.Module) -> bool:
 _BARE = "channels of "  # stands before the name of a norm where a tensor's name would
 
 
-def _bare(module: nn.Module | None) -> bool:
-    """Whether a norm per channel holds no tensor that tells how many there are."""
+def _is_bare_norm(module: nn.Module | None) -> bool:
+    """Whether a norm per channel holds no tensor whose size is its number of channels."""
     if not isinstance(module, _NormBase | nn.GroupNorm):
         return False
     held = (module._parameters.get("weight"), module._buffers.get("running_mean"))
     return all(tensor is None for tensor in held)
 
 
-def _counts(module: nn.Module) -> tuple[str, ...]:
-    """The attributes by which such a norm says how many channels it has."""
+def _size_attributes(module: nn.Module) -> tuple[str, ...]:
+    """The attributes of such a norm that hold its number of channels."""
     return ("num_groups", "num_channels") if isinstance(module, nn.GroupNorm) else ("num_features",)
 
 
-def _known(module: nn.Module) -> bool:
+def _can_be_cut(module: nn.Module) -> bool:
     if isinstance(module, _ConvNd | nn.Linear) and "weight" not in module._parameters:
         return False
     if isinstance(module, _ConvNd) and module.groups > 1 and module.groups in (module.in_channels, module.out_channels):
-        return _depthwise(module)  # a depthwise conv that multiplies its channels is another thing
+        return _depthwise(module)  # a depthwise conv with several outputs per channel is not supported
     if isinstance(module, nn.GroupNorm):
         return module.num_groups == module.num_channels
     return isinstance(module, _ConvNd | nn.Linear | _NormBase | nn.PReLU | nn.Embedding | nn.GroupNorm)
 
 
-def _why(module: nn.Module) -> str:
+def _why_not_cut(module: nn.Module) -> str:
     if (
         isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.LocalResponseNorm)
         or "norm" in type(module).__name__.lower()

@@ -1,4 +1,4 @@
-"""Whether groups of channels can really go: on random weights, cutting has to give what zeroing gives."""
+"""A test of groups of channels: on random weights, a cut model has to give the outputs of a zeroed one."""
 
 from __future__ import annotations
 
@@ -13,55 +13,55 @@ from allot.network.call import as_arguments, modes
 from allot.network.channels import ChannelPlan, Group, slimmed
 from allot.network.draws import generator, seeded
 from allot.network.masking import masked
-from allot.network.trees import floats_in
+from allot.network.trees import floats_in, map_tensors
 
 TOLERANCE = 1e-5  # of the largest output; a wrong coupling is off by a percent or more
 
 
-def proven(probe: nn.Module, example: Any, groups: Sequence[Group]) -> tuple[list[Group], list[str]]:
-    """(groups that hold, names of those that do not), told apart by halving."""
+def split_proven(probe: nn.Module, example: Any, groups: Sequence[Group]) -> tuple[list[Group], list[str]]:
+    """(groups that can be cut, names of groups that cannot), found by halving."""
     if not groups:
         return [], []
     _randomise(probe)
     probe = probe.double()
-    double = _doubled(example)
+    double = map_tensors(lambda t: t.double() if t.is_floating_point() else t, example)
     try:
         whole = _answers(probe, double)
-    except Exception:  # noqa: BLE001 - a model may insist on its own precision
+    except Exception:  # noqa: BLE001 - a model may require its precision
         probe, double = probe.float(), example
         whole = _answers(probe, double)
 
-    def holds(some: Sequence[Group]) -> bool:
-        return _same(probe, double, groups, some, whole)
+    def passes(tested: Sequence[Group]) -> bool:
+        return _cut_matches(probe, double, groups, tested, whole)
 
-    def sift(some: Sequence[Group]) -> Iterator[Group]:
-        if not some or holds(some):
-            yield from some
-        elif len(some) > 1 and not (len({_kind(group) for group in some}) == 1 and not holds(some[:1])):
-            middle = len(some) // 2
-            yield from sift(some[:middle])
-            yield from sift(some[middle:])
+    def sift(tested: Sequence[Group]) -> Iterator[Group]:
+        if not tested or passes(tested):
+            yield from tested
+        elif len(tested) > 1 and not (len({_name_pattern(group) for group in tested}) == 1 and not passes(tested[:1])):
+            middle = len(tested) // 2
+            yield from sift(tested[:middle])
+            yield from sift(tested[middle:])
 
-    kept: list[Group] = list(sift(sorted(groups, key=_kind)))
-    while len(kept) > 1 and not holds(kept):  # each alone, not all together
+    kept: list[Group] = list(sift(sorted(groups, key=_name_pattern)))
+    while len(kept) > 1 and not passes(kept):  # single groups pass, all together fail
         kept.pop()
     names = {group.name for group in kept}
     return [group for group in groups if group.name in names], [g.name for g in groups if g.name not in names]
 
 
-def _kind(group: Group) -> str:
-    """Blocks that repeat share what holds for the first of them, if it does not hold."""
+def _name_pattern(group: Group) -> str:
+    """The name without numbers of blocks: if the first of repeated blocks fails, all of them do."""
     return re.sub(r"\.\d+(?=\.)", ".#", group.name)
 
 
-def _same(
-    probe: nn.Module, example: Any, groups: Sequence[Group], some: Iterable[Group], whole: Sequence[Tensor]
+def _cut_matches(
+    probe: nn.Module, example: Any, groups: Sequence[Group], tested: Iterable[Group], whole: Sequence[Tensor]
 ) -> bool:
-    """Whether cutting half of the channels of `some` gives the outputs that zeroing them gives.
+    """Whether cutting half of the channels of `tested` gives the outputs that zeroing them gives.
 
-    Three halves: one drawn, the first and the last, which a net that slices or flips its channels cannot pass.
+    Three halves: a random one, the first and the last; a net that slices or flips its channels fails one of them.
     """
-    cut = {group.name for group in some}
+    cut = {group.name for group in tested}
     every = [list(range(group.total)) for group in groups]
     drawn = [torch.randperm(group.total, generator=generator(i)).tolist() for i, group in enumerate(groups)]
     for orders in (drawn, every, [order[::-1] for order in every]):
@@ -82,7 +82,7 @@ def _cut_is_zeroed(probe: nn.Module, example: Any, plan: ChannelPlan, whole: Seq
     try:
         ours = _answers(slimmed(probe, plan), example)
         theirs = _answers(probe, example, zeroed)
-    except Exception:  # noqa: BLE001 - sizes that the model's own code insists on
+    except Exception:  # noqa: BLE001 - the model's code may require the old sizes
         return False
     return all(
         a.shape == b.shape == c.shape
@@ -99,7 +99,7 @@ def _answers(model: nn.Module, example: Any, tensors: Mapping[str, Tensor] | Non
 
 
 def _randomise(model: nn.Module) -> None:
-    """Fill with values that hide nothing: no zero scales, no equal channels, no tiny branches."""
+    """Fill with values that hide no channel: no zero scales, no equal channels, no tiny branches."""
     draw = generator(0)
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -111,14 +111,5 @@ def _randomise(model: nn.Module) -> None:
             elif isinstance(tensor, nn.Parameter) and tensor.dim() > 1:
                 random = random * (tensor.numel() / tensor.shape[0]) ** -0.5
             elif not (isinstance(tensor, nn.Parameter) or name.endswith("running_mean")):
-                continue  # a table of the model's own
+                continue  # a constant table of the model
             tensor.copy_(random)
-
-
-def _doubled(inputs: Any) -> Any:
-    """In float64; unlike `calibration.moved`, lists stay lists: one that is passed as it is, is one argument."""
-    if isinstance(inputs, Tensor):
-        return inputs.double() if inputs.is_floating_point() else inputs
-    if isinstance(inputs, Mapping):
-        return {key: _doubled(value) for key, value in inputs.items()}
-    return type(inputs)(map(_doubled, inputs)) if isinstance(inputs, list | tuple) else inputs
