@@ -35,8 +35,8 @@ from allot.export.runtimes.onnx import onnx_session
 from allot.export.timing.clock import timed
 from allot.network.call import as_arguments, attempt
 from allot.network.channels import ChannelPlan, Group, copied, slimmed
-from allot.network.hooks import hooked
-from allot.network.layers import Layer, Scope
+from allot.network.hooks import hooked, module_places
+from allot.network.layers import Layer, Scope, places_by_parameter
 
 RUNTIMES = ("onnx", "torch")
 SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)  # shares of its channels that a layer is timed with, on either side
