@@ -43,7 +43,7 @@ class Auto:
         """One calibration batch of the trial of one allocation after the other, or whole trials (`Trial.some`)."""
         left = self.among[len(state["tried"]) :]
         waiting = [partial(drive, allocator, problem, candidate) for _, allocator in left]
-        metrics, losses = self.trial.some(problem, state, waiting, 1.0, state["answers"])
+        metrics, losses = self.trial.some(problem, state, waiting, state["answers"])
         for (name, _), make, loss in zip(left, waiting, losses, strict=False):
             state["tried"][name] = {"kept": make().allocation.kept, "loss": loss}
         return metrics

@@ -16,12 +16,12 @@ k-th score. So the density is what is learned, and the budget holds in every ste
 
 and when masks are selected, after `learn_from` T, with u_l = p_l n_l d_l (1 - d_l), <x> = sum u_l x_l / sum u_l:
 
-    r_l = signed clip( (a_l/p_l - <a/p>) / rms(a/p - <a/p>), -2, 2 ) + absolute ( log(b_l/p_l) - <log(b/p)> )
+    r_l = absolute ( log(b_l/p_l) - <log(b/p)> )
     logit d_l <- logit d_l + clip( eta_t r_l, -1/2, 1/2 ),   then d <- Budget.project(d)
 
-eta_t falls as a cosine and adds up to `distance`. Layers that are free move until b/p is the same in all of them (with
-`signed`, a/p: equal marginal gains per unit of cost are what an optimum has). First averages are plain means, prices
-count as at least a thousandth of the largest, A_l ends at a layer's bounds, and d_l above 0.95 moves down from there.
+eta_t falls as a cosine and adds up to `distance`. Layers that are free move until b/p is the same in all of them. At an
+optimum a/p is the same in all of them: it is reported, and moves nothing. First averages are plain means, prices count
+as at least a thousandth of the largest, A_l ends at a layer's bounds, and d_l above 0.95 moves down from there.
 
 `FcptsPaper`, for comparison. With s_l the learnable score of a layer, M_l a scale:
 
@@ -79,7 +79,7 @@ class Fcpts:
         learn_from: share of the steps after which densities move, until `freeze_at`.
         distance: how far a layer moves in all where its r_l stays 1, in units of log-odds; 0 learns nothing.
         window: h over k_l.
-        signed, absolute: weights of the two terms of r_l; the first is off, it brought nothing beside the second.
+        absolute: factor on r_l.
     Raises:
         UsageError: a value out of its range.
     """
@@ -90,7 +90,6 @@ class Fcpts:
     learn_from: float = 0.1
     distance: float = 1.0
     window: float = 0.5
-    signed: float = 0.0
     absolute: float = 1.0
 
     role = "allocate"
@@ -99,7 +98,7 @@ class Fcpts:
 
     def __post_init__(self) -> None:
         check_number("learn_from", self.learn_from, 0, 1)
-        for name in ("distance", "window", "signed", "absolute"):
+        for name in ("distance", "window", "absolute"):
             check_number(name, getattr(self, name), 0)
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
@@ -121,9 +120,7 @@ class Fcpts:
         moving: Metrics = {f"limit.{kind}": ceiling for kind, ceiling in limits.items()}
         if self.schedule.due(t, T):
             if eta := self.distance * self.schedule.share(t, T, self.learn_from):
-                state["density"] = moved(
-                    problem.budget, state["density"], state["a"], state["b"], eta, self.signed, self.absolute
-                )
+                state["density"] = moved(problem.budget, state["density"], state["b"], eta, self.absolute)
             kept = state["kept"] = budget.counts(state["density"])
             low, high = _around(problem.budget, kept, self.window)
             state["masks"] = self.training.select(problem, training, evidence, kept)
@@ -158,28 +155,20 @@ class Fcpts:
         }
 
 
-def moved(
-    budget: Budget, density: Shares, a: Shares, b: Shares, eta: float, signed: float = 0.0, absolute: float = 1.0
-) -> dict[str, float]:
-    """Densities d_l after one update by a_l and b_l, using up the budget; where b_l is 0, proportions stay."""
+def moved(budget: Budget, density: Shares, b: Shares, eta: float, absolute: float = 1.0) -> dict[str, float]:
+    """Densities d_l after one update by b_l, using up the budget; where b_l is 0, proportions stay."""
     price = budget.prices(budget.counts(density))
     least = max(price.values()) * 1e-3 or 1.0  # a layer may cost nothing more
     p = {l: max(price[l], least) for l in density}
     d = {l: min(max(density[l], 1e-9), MOVABLE) for l in density}
     free = [term for term in budget.terms if term.lower < term.upper and b[term.name] > 0]
     u = {term.name: p[term.name] * term.total * d[term.name] * (1 - d[term.name]) for term in free}
-
-    def mean(x: Shares) -> float:
-        return math.fsum(u[l] * x[l] for l in u) / math.fsum(u.values())
-
     new = dict(density)
     if u:
-        gain = {l: a[l] / p[l] for l in u}
         weight = {l: math.log(b[l]) - math.log(p[l]) for l in u}  # b/p may underflow
-        mean_gain, mean_weight = mean(gain), mean(weight)
-        rms = math.sqrt(mean({l: (gain[l] - mean_gain) ** 2 for l in u})) or 1.0
+        mean = math.fsum(u[l] * weight[l] for l in u) / math.fsum(u.values())
         for l in u:
-            r = signed * min(max((gain[l] - mean_gain) / rms, -2), 2) + absolute * (weight[l] - mean_weight)
+            r = absolute * (weight[l] - mean)
             z = math.log(d[l] / (1 - d[l])) + min(max(eta * r, -0.5), 0.5)
             there = 1 / (1 + math.exp(-z))
             new[l] = there if r < 0 else max(there, density[l])

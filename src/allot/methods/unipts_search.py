@@ -14,9 +14,7 @@ Individuals are encoded the other way round, a_l ~ k_l - r_l, so that any alloca
 
     fitness   minus the loss of `allot.methods.training.trial` on held-out calibration samples, the same samples,
               batches and draws for all; kept by counts, so that nothing is tried twice
-    halving   all individuals are tried with the first of `rungs` as their share of steps and samples, the best
-              1/`halving` of them with the next one, and so on; losses of one rung are compared with each other only
-    generation g: parents are the best of all that reached the last rung (the best is never lost);
+    generation g: parents are the best of all that were tried (the best is never lost);
               crossover takes each gene from one of two of them; mutation changes genes with probability `mutation`
 
 `Search` as `unipts-search` has one start, what a short FCPTS learns, and stops there: one individual needs no trial.
@@ -77,8 +75,6 @@ class Search:
         mutation: probability that a gene of a mutant changes.
         strength: standard deviation of a change.
         change: "add" it to the gene, or "multiply" the gene by 1 + it.
-        rungs: shares of steps and samples, ascending, the last one 1.
-        halving: one in how many goes on to the next rung.
         noise: of inputs while individuals are judged, as a share of a sample's standard deviation.
     Raises:
         UsageError: a value out of its range.
@@ -96,8 +92,6 @@ class Search:
     mutation: float = 0.3
     strength: float = 0.5
     change: str = "add"
-    rungs: tuple[float, ...] = (1.0,)
-    halving: int = 2
     noise: float = 0.0
 
     role = "allocate"
@@ -109,35 +103,27 @@ class Search:
         check_flag("relative", self.relative)
         for name in ("generations", "crossovers", "mutants"):
             check_number(name, getattr(self, name), 0, whole=True)
-        for name in ("population", "parents", "halving"):
+        for name in ("population", "parents"):
             check_number(name, getattr(self, name), 1, whole=True)
         check_number("mutation", self.mutation, 0, 1)
         for name in ("strength", "noise"):
             check_number(name, getattr(self, name), 0)
         if self.change not in MUTATIONS:
             raise unknown("change", str(self.change), MUTATIONS)
-        rungs: Any = self.rungs
-        rungs = tuple(rungs) if isinstance(rungs, list | tuple) else (rungs,)
-        shares = all(isinstance(rung, int | float) and 0 < rung <= 1 for rung in rungs)
-        if not shares or list(rungs) != sorted(set(rungs)) or rungs[-1:] != (1,):
-            raise UsageError(f"rungs={list(rungs)}: ascending shares that end with 1 are accepted, like [0.25, 1].")
-        object.__setattr__(self, "rungs", rungs)
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
         """Nothing tried."""
         train = self._training(problem)
         allocating = sum(method.init(train, candidate)["steps"] for _, method in self.starts)
-        sizes = [max(self.population, len(self.starts)), *[self.crossovers + self.mutants] * self.generations]
-        each = [self.trial.steps(problem, candidate, share) for share in self.rungs] if self.tries else []
-        trials = sum(each[i] * self._through(size, i) for size in sizes for i in range(len(each)))
+        individuals = max(self.population, len(self.starts)) + (self.crossovers + self.mutants) * self.generations
+        each = self.trial.steps(problem, candidate) if self.tries else 0
         return {
             "step": 0,
-            "steps": int(allocating + trials),
+            "steps": int(allocating + each * individuals),
             "each": each,
             "starts": [],
-            "pool": [],  # {"name", "x", "kept", "generation", "losses": one a rung}
-            "queue": [],  # places in the pool, of those to be tried on this rung
-            "rung": 0,
+            "pool": [],  # {"name", "x", "kept", "generation", "losses": the one of its trial}
+            "queue": [],  # places in the pool, of those to be tried
             "generation": 0,
             "best": [],
             "answers": {} if problem.inputs().repeats() else None,
@@ -154,13 +140,10 @@ class Search:
         waiting = [
             partial(self._allocated, problem, candidate, state, state["pool"][i]["kept"]) for i in state["queue"]
         ]
-        rung = self.rungs[state["rung"]]
-        metrics, losses = self.trial.some(self._noisy(problem), state, waiting, rung, state["answers"])
+        metrics, losses = self.trial.some(self._noisy(problem), state, waiting, state["answers"])
         generation = state["generation"]
         for loss in losses:
-            place = state["queue"].pop(0)
-            state["pool"][place]["losses"].append(loss)
-            state.setdefault("tried", []).append(place)
+            state["pool"][state["queue"].pop(0)]["losses"].append(loss)
         if losses:
             self._skip(problem, state)
         return metrics | {"forward": metrics["forward"] + forward, "generation": generation}
@@ -215,22 +198,16 @@ class Search:
     def _add(self, state: State, name: str, x: list[float], kept: dict[str, int]) -> None:
         """An individual, to be tried unless its counts were already."""
         if any(row["kept"] == kept for row in state["pool"]):
-            state["steps"] -= state["each"][0]
+            state["steps"] -= state["each"]
             return
         state["queue"].append(len(state["pool"]))
         row = {"name": name, "x": x, "kept": kept, "generation": state["generation"], "losses": []}
         state["pool"].append(row)
 
     def _skip(self, problem: Problem, state: State) -> None:
-        """To the next rung or generation that has anything to try."""
+        """To the next generation that has anything to try."""
         while not state["queue"]:
-            tried = sorted(state.pop("tried", []), key=lambda i: state["pool"][i]["losses"][-1])
-            state["rung"] += 1
-            if state["rung"] < len(self.rungs):
-                state["queue"] = tried[: self._through(len(tried), 1)]
-                continue
-            state["best"].append(self._ranked(state)[0]["losses"][-1])
-            state["rung"] = 0
+            state["best"].append(self._ranked(state)[0]["losses"][0])
             if state["generation"] == self.generations:
                 state["steps"] = state["step"]
                 return
@@ -258,16 +235,8 @@ class Search:
             self._add(state, f"child {g}.{i + 1}", x.tolist(), decoded(problem.budget, base, x.tolist()))
 
     def _ranked(self, state: State) -> list[dict[str, Any]]:
-        """All that reached the last rung, best first; equal losses go to the earlier one."""
-        return sorted(
-            (row for row in state["pool"] if len(row["losses"]) == len(self.rungs)), key=lambda row: row["losses"][-1]
-        )
-
-    def _through(self, individuals: int, rung: int) -> int:
-        """How many of so many individuals reach a rung."""
-        for _ in range(rung):
-            individuals = -(-individuals // self.halving)
-        return individuals
+        """All that were tried, best first; equal losses go to the earlier one."""
+        return sorted((row for row in state["pool"] if row["losses"]), key=lambda row: row["losses"][0])
 
     def _ordered(self, problem: Problem, candidate: Candidate, state: State) -> int:
         """Rank the weights of every layer, once for all trials; samples pushed for that."""

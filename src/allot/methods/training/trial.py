@@ -45,30 +45,22 @@ class Trial:
     def __post_init__(self) -> None:
         check_flag("one_shot", self.one_shot)
 
-    def steps(self, problem: Problem, candidate: Candidate, share: float = 1.0) -> int:
+    def steps(self, problem: Problem, candidate: Candidate) -> int:
         """How many steps a trial takes."""
-        train, judge = halves(problem, share)
+        train, judge = halves(problem)
         after = next((n for m in self.statistics if (n := m.init(train, candidate)["steps"])), 0)
-        return int(after) + judge.inputs().batches + (0 if self.one_shot else self._shortened(share).steps)
+        return int(after) + judge.inputs().batches + (0 if self.one_shot else self.training.steps)
 
-    def begin(self, problem: Problem, candidate: Candidate, share: float = 1.0) -> State:
+    def begin(self, problem: Problem, candidate: Candidate) -> State:
         """The state before the first step.
 
         Args:
             candidate: the allocation to judge, with masks where `one_shot`.
-            share: of samples and steps that are used, in (0, 1].
         Raises:
             UsageError: fewer than 2 calibration samples.
         """
-        state: State = {
-            "stage": -1,
-            "share": share,
-            "candidate": candidate.to_state(),
-            "inner": {},
-            "losses": [],
-            "taken": 0,
-        }
-        self._advance(halves(problem, share)[0], candidate, state)
+        state: State = {"stage": -1, "candidate": candidate.to_state(), "inner": {}, "losses": [], "taken": 0}
+        self._advance(halves(problem)[0], candidate, state)
         return state
 
     def step(self, problem: Problem, state: State, answers: dict[str, list[Tensor]] | None) -> Metrics:
@@ -82,14 +74,13 @@ class Trial:
             return self._taken(problem, state, answers)
 
     def _taken(self, problem: Problem, state: State, answers: dict[str, list[Tensor]] | None) -> Metrics:
-        train, judge = halves(problem, state["share"])
+        train, judge = halves(problem)
         candidate = Candidate.from_state(state["candidate"], problem)
         stage, inner = state["stage"], state["inner"]
         if stage == 0:
-            training = self._shortened(state["share"])
-            metrics = distil(training, self.schedule, train, candidate, inner)
-            if inner["training"]["step"] == training.steps:
-                tensors = training.tensors(problem, candidate, inner["training"])
+            metrics = distil(self.training, self.schedule, train, candidate, inner)
+            if inner["training"]["step"] == self.training.steps:
+                tensors = self.training.tensors(problem, candidate, inner["training"])
                 self._advance(train, replace(candidate, masks=inner["masks"], tensors=tensors), state)
             return metrics
         if stage <= len(self.statistics):
@@ -99,11 +90,10 @@ class Trial:
                 state |= {"stage": self._judging, "candidate": method.finish(train, candidate, inner).to_state()}
             return metrics
         k = len(state["losses"])
-        key = f"{state['share']} {k}"
-        teacher = None if answers is None else answers.get(key)
+        teacher = None if answers is None else answers.get(str(k))
         loss, teacher, forward = self.training.judge(judge, candidate.effective(problem), k, teacher)
         if answers is not None:
-            answers[key] = teacher
+            answers[str(k)] = teacher
         state["losses"].append(loss)
         state["stage"] += len(state["losses"]) == judge.inputs().batches
         return {"forward": forward, "backward": 0, "loss": loss}
@@ -113,7 +103,6 @@ class Trial:
         problem: Problem,
         state: State,
         waiting: Sequence[Callable[[], Candidate]],
-        share: float,
         answers: dict[str, list[Tensor]] | None,
     ) -> tuple[Metrics, list[float]]:
         """(metrics, losses of those of `waiting`, the first ones, that are tried by now): one step of the first trial.
@@ -126,21 +115,21 @@ class Trial:
         """
         if processes() > 1:
             state["step"] -= state.pop("trial", {"taken": 0})["taken"]  # of one process: it is made whole once more
-            found = each(waiting, lambda make: self._whole(problem, make(), share, answers))
+            found = each(waiting, lambda make: self._whole(problem, make(), answers))
             state["step"] += sum(taken for *_, taken in found)
             pushed = {key: sum(metrics[key] for metrics, *_ in found) for key in ("forward", "backward")}
             return {**pushed, "loss": found[-1][1]}, [loss for _, loss, _ in found]
         if "trial" not in state:
-            state["trial"] = self.begin(problem, waiting[0](), share)
+            state["trial"] = self.begin(problem, waiting[0]())
         metrics = self.step(problem, state["trial"], answers)
         state["step"] += 1
         return metrics, [self.loss(state.pop("trial"))] if self.done(state["trial"]) else []
 
     def _whole(
-        self, problem: Problem, candidate: Candidate, share: float, answers: dict[str, list[Tensor]] | None
+        self, problem: Problem, candidate: Candidate, answers: dict[str, list[Tensor]] | None
     ) -> tuple[Metrics, float, int]:
         """(samples pushed, loss, steps) of a trial from its first step to its last."""
-        state = self.begin(problem, candidate, share)
+        state = self.begin(problem, candidate)
         pushed: Metrics = {"forward": 0, "backward": 0}
         while not self.done(state):
             metrics = self.step(problem, state, answers)
@@ -165,8 +154,7 @@ class Trial:
         if state["stage"] == 0:
             if self.one_shot:
                 return self._advance(train, candidate, state)
-            training = self._shortened(state["share"]).begin(train, candidate)
-            state["inner"] = {"training": training, "masks": {}, "squares": {}}
+            state["inner"] = {"training": self.training.begin(train, candidate), "masks": {}, "squares": {}}
         elif state["stage"] < self._judging:
             method = self.statistics[state["stage"] - 1]
             state["inner"] = method.init(train, candidate)
@@ -174,12 +162,9 @@ class Trial:
                 return self._advance(train, candidate, state)
         return None
 
-    def _shortened(self, share: float) -> Training:
-        return replace(self.training, steps=max(1, round(share * self.training.steps)))
 
-
-def halves(problem: Problem, share: float = 1.0) -> tuple[Problem, Problem]:
-    """(problem on the training half of the calibration samples, on the judging half), `share` of each.
+def halves(problem: Problem) -> tuple[Problem, Problem]:
+    """(problem on the training half of the calibration samples, on the judging half).
 
     Raises:
         UsageError: fewer than 2 calibration samples.
@@ -187,9 +172,5 @@ def halves(problem: Problem, share: float = 1.0) -> tuple[Problem, Problem]:
     calibration = problem.inputs()
     if len(calibration) < 2:
         raise UsageError("an allocation is judged on samples that it was not trained on: give 2 or more.")
-    parts = []
-    for i in (0, 1):
-        indices = calibration.indices[i::2]
-        few = indices[: max(2, math.ceil(share * len(indices)))]
-        parts.append(replace(problem, calibration=replace(calibration, indices=few)))
-    return parts[0], parts[1]
+    train, judge = (replace(calibration, indices=calibration.indices[first::2]) for first in (0, 1))
+    return replace(problem, calibration=train), replace(problem, calibration=judge)
