@@ -56,7 +56,7 @@ def test_a_whole_layer_can_give_up_its_weights_and_one_that_matters_stays_whole(
     for matters in (0.01, 100.0):
         density = dict(budget.project({"a": first, "x": 1.0, "y": 1.0}))
         for t in range(250):
-            if share := schedule.share(t, 250, 0.1):
+            if share := schedule.fraction(t, 250, 0.1):
                 density = moved(budget, density, {"a": matters, "x": 1.0, "y": 1.0}, share)
         if matters < 1:
             assert density["a"] < 0.25
@@ -68,7 +68,7 @@ def test_a_whole_layer_can_give_up_its_weights_and_one_that_matters_stays_whole(
 @pytest.mark.parametrize("every", [1, 5])
 def test_the_parts_of_a_change_add_up_to_it(steps: int, every: int):
     schedule = Schedule(every=every)
-    parts = [schedule.share(t, steps, 0.1) for t in range(steps)]
+    parts = [schedule.fraction(t, steps, 0.1) for t in range(steps)]
     assert math.fsum(parts) == pytest.approx(1)
     assert all(part == 0 or (schedule.due(t, steps) and t >= 0.1 * steps) for t, part in enumerate(parts))
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from allot.budget.budget import Budget
 from allot.methods.training import channel_gates as gates
-from allot.methods.training.selection import Evidence, importance
+from allot.methods.training.selection import CollectedEvidence, importance
 from allot.network.channels import Group
 from allot.network.layers import Layer, Scope
 from allot.pruning.setup import pose
@@ -28,9 +28,9 @@ def channel_problem(case: str = "with batch norm") -> Problem:
     return problem_of(case, "params=75%", name="uniform" + ON_CHANNELS)
 
 
-def evidence_of(problem: Problem, **tensors: Tensor) -> Evidence:
+def evidence_of(problem: Problem, **tensors: Tensor) -> CollectedEvidence:
     candidate = Candidate.dense(problem)
-    return Evidence(problem, Candidate(candidate.allocation, tensors=tensors), {})
+    return CollectedEvidence(problem, Candidate(candidate.allocation, tensors=tensors), {})
 
 
 def group_of(problem: Problem, name: str) -> Group:

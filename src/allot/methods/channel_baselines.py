@@ -22,7 +22,7 @@ from allot.budget.channels import ChannelBudget
 from allot.errors import check_number
 from allot.methods.training.channel_gates import gated
 from allot.methods.training.distillation import Training
-from allot.methods.training.selection import Evidence, importance
+from allot.methods.training.selection import CollectedEvidence, importance
 from allot.processes import each
 from allot.run.problem import Candidate, Metrics, Problem
 from allot.run.store import State
@@ -34,7 +34,7 @@ class GlobalChannels:
 
     role = "allocate"
     needs_data = False
-    shares = ("channels",)
+    allocates = ("channels",)
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
         """No group scored."""
@@ -43,7 +43,7 @@ class GlobalChannels:
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         """Score one group."""
         group = problem.scope.groups[state["step"]]
-        evidence = Evidence(problem, candidate, state["squares"])
+        evidence = CollectedEvidence(problem, candidate, state["squares"])
         state["score"][group.name] = importance(problem, group, evidence)
         state["step"] += 1
         return {"forward": evidence.forward, "backward": evidence.backward}
@@ -87,7 +87,7 @@ class Sensitivity:
     role = "allocate"
     needs_data = True
     parallel = True
-    shares = ("channels",)
+    allocates = ("channels",)
 
     def __post_init__(self) -> None:
         check_number("rounds", self.rounds, 1, whole=True)
@@ -96,7 +96,7 @@ class Sensitivity:
         """Everything kept; what each group would give up in the first round."""
         budget = problem.channels
         kept = {term.name: term.upper for term in budget.terms}
-        evidence = Evidence(problem, candidate, {})
+        evidence = CollectedEvidence(problem, candidate, {})
         scores = {group.name: importance(problem, group, evidence) for group in problem.scope.groups}
         state = {
             "step": 0,

@@ -53,8 +53,9 @@ from allot.errors import UsageError, check_flag, check_number, unknown
 from allot.methods.training.channel_costs import Costs
 from allot.methods.training.channel_gates import gated
 from allot.methods.training.distillation import Training
-from allot.methods.training.selection import Evidence, importance
+from allot.methods.training.selection import CollectedEvidence, importance
 from allot.run.problem import Candidate, Metrics, Problem
+from allot.run.scores import ChannelEvidence
 from allot.run.store import State
 
 HOLDS = ("implicit", "lagrangian", "admm")
@@ -88,7 +89,7 @@ class Dsa:
     role = "allocate"
     needs_data = True
     parallel = True
-    shares = ("channels",)
+    allocates = ("channels",)
 
     def __post_init__(self) -> None:
         check_number("rate", self.rate, 1e-9)
@@ -106,11 +107,11 @@ class Dsa:
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
         """Importances of all channels, and logits at the uniform allocation that meets the budget."""
-        evidence = Evidence(problem, candidate, {})
+        evidence = CollectedEvidence(problem, candidate, {})
         own = self.begin(problem, evidence) | {"training": self.training.reading(problem)}
         return own | {"step": 0, "steps": self.training.steps, "asked": [evidence.forward, evidence.backward]}
 
-    def begin(self, problem: Problem, evidence: Evidence) -> State:
+    def begin(self, problem: Problem, evidence: ChannelEvidence) -> State:
         """The part of the state that `masks` and `learn` go by."""
         start = problem.channels.project({group.name: 1.0 for group in problem.scope.groups})
         least, top = self._bounds(problem)
@@ -128,7 +129,7 @@ class Dsa:
             "moved": [],
         }
 
-    def places(self, problem: Problem, evidence: Evidence) -> dict[str, Tensor]:
+    def places(self, problem: Problem, evidence: ChannelEvidence) -> dict[str, Tensor]:
         """What tau is a threshold on, group by group."""
         return {g.name: _place(importance(problem, g, evidence), self.space) for g in problem.scope.groups}
 

@@ -59,7 +59,7 @@ from allot.budget.budget import Budget
 from allot.errors import UsageError, check_number
 from allot.methods.training.distillation import Training
 from allot.methods.training.schedule import Schedule, warm_cosine
-from allot.methods.training.selection import Evidence
+from allot.methods.training.selection import CollectedEvidence
 from allot.run.problem import Candidate, Method, Metrics, Problem, finished
 from allot.run.scores import magnitude
 from allot.run.store import State
@@ -115,11 +115,11 @@ class Fcpts:
         training = state["training"]
         t, T = training["step"], training["steps"]
         budget = problem.budget.widened(self.schedule.factor(t, T))
-        evidence = Evidence(problem, candidate, state["squares"])
+        evidence = CollectedEvidence(problem, candidate, state["squares"])
         limits = {limit.kind: limit.ceiling for limit in budget.limits}
         moving: Metrics = {f"limit.{kind}": ceiling for kind, ceiling in limits.items()}
         if self.schedule.due(t, T):
-            if eta := self.distance * self.schedule.share(t, T, self.learn_from):
+            if eta := self.distance * self.schedule.fraction(t, T, self.learn_from):
                 state["density"] = moved(problem.budget, state["density"], state["b"], eta, self.absolute)
             kept = state["kept"] = budget.counts(state["density"])
             low, high = _around(problem.budget, kept, self.window)
@@ -286,7 +286,7 @@ class FcptsPaper:
         _, shift = bracket(lambda shift: not budget.fits(budget.clip(above(shift))), -40.0, 40.0, rounds=60)
         state["kept"] = budget.counts({l: k / total[l] for l, k in above(shift).items()})
         state["masks"] = self.training.select(
-            problem, state["training"], Evidence(problem, candidate, {}), state["kept"]
+            problem, state["training"], CollectedEvidence(problem, candidate, {}), state["kept"]
         )
         told = {"threshold": {l: float(t) for l, t in thresholds(shift).items()}}
         return _finished(self, "fcpts-paper", problem, candidate, state, told)

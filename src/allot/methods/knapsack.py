@@ -24,7 +24,7 @@ from allot.budget.allocation import Allocation
 from allot.budget.budget import Budget
 from allot.errors import UsageError, check_number
 from allot.methods.training.distillation import Training
-from allot.methods.training.selection import Evidence, scored
+from allot.methods.training.selection import CollectedEvidence, scored
 from allot.network.masking import masked
 from allot.processes import each
 from allot.run.problem import Candidate, Metrics, Problem
@@ -73,7 +73,7 @@ class Knapsack:
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         """One layer at one density; of several processes, as many as there are."""
-        evidence = Evidence(problem, candidate, state["squares"])
+        evidence = CollectedEvidence(problem, candidate, state["squares"])
 
         def tried(place: int) -> tuple[str, float, float, int]:
             i, j = divmod(place, len(self.densities))

@@ -39,9 +39,10 @@ from torch import Tensor
 from allot.errors import check_number, unknown
 from allot.methods.training.distillation import Training, distil
 from allot.methods.training.schedule import Schedule, warm_cosine
-from allot.methods.training.selection import Evidence, scored
+from allot.methods.training.selection import scored
 from allot.network.layers import Layer
 from allot.run.problem import Candidate, Metrics, Problem
+from allot.run.scores import Evidence
 from allot.run.store import State
 
 GROWTH = ("score", "gradient", "saliency")

@@ -49,7 +49,7 @@ from allot.budget.allocation import Allocation
 from allot.budget.bisection import bracket
 from allot.budget.budget import Budget
 from allot.errors import UsageError, check_flag, check_number, unknown
-from allot.methods.training.selection import Evidence, scored
+from allot.methods.training.selection import CollectedEvidence, scored
 from allot.methods.training.trial import Trial, halves
 from allot.network.draws import generator, numbered
 from allot.run.calibration import Noisy
@@ -240,7 +240,7 @@ class Search:
 
     def _ordered(self, problem: Problem, candidate: Candidate, state: State) -> int:
         """Rank the weights of every layer, once for all trials; samples pushed for that."""
-        evidence = Evidence(problem, candidate, {})
+        evidence = CollectedEvidence(problem, candidate, {})
         state["order"] = {
             layer.name: problem.pattern.order(layer, scored(problem, layer, problem.dense[layer.name], evidence))
             for layer in problem.scope

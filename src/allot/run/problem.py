@@ -144,11 +144,11 @@ class Method(Protocol):
 
     Attributes:
         role: "allocate" or "repair".
-        shares: of an allocator, what it can share out: "weights", "channels" or both; a repair does without.
+        allocates: of an allocator, what it can allocate: "weights", "channels" or both; a repair does without.
         needs_data: whether `problem.calibration` has to be there.
         parallel: may be left out. True: where processes share the work, all of them run this method, on shares of
             batches, and it adds up over them what it finds (`allot.processes.total`, or what it uses does: `Training`,
-            `Moments`, `Evidence`). Else one process runs it, on whole batches.
+            `Moments`, `CollectedEvidence`). Else one process runs it, on whole batches.
         streams: of a repair that looks at each layer for itself, how it goes block by block: see
             `allot.methods.layerwise.streamed`. Others do without.
     """
@@ -190,7 +190,7 @@ class Rule:
     """
 
     densities: Callable[[Problem], Mapping[str, float]]
-    shares: tuple[str, ...] = field(default=("weights",), metadata={"option": False})
+    allocates: tuple[str, ...] = field(default=("weights",), metadata={"option": False})
 
     role = "allocate"
     needs_data = False

@@ -27,9 +27,10 @@ from allot.errors import check_number, unknown
 from allot.methods.training.batch_loss import Distance, Unseen, statistics
 from allot.methods.training.losses import wide
 from allot.methods.training.schedule import Schedule, warm_cosine
-from allot.methods.training.selection import Evidence, scored
+from allot.methods.training.selection import CollectedEvidence, scored
 from allot.network.masking import masked
 from allot.run.problem import Candidate, Problem
+from allot.run.scores import Evidence
 from allot.run.store import State
 
 Select = Callable[[Evidence, Mapping[str, int]], dict[str, Tensor]]
@@ -169,13 +170,13 @@ def distil(
     """Metrics of one step that keeps what `candidate` allocates, in place: masks where they are due, then weights.
 
     Args:
-        state: {"training": of `Training.begin`, "masks": layer -> mask, "squares": of `Evidence`}.
+        state: {"training": of `Training.begin`, "masks": layer -> mask, "squares": of `CollectedEvidence`}.
         select: (evidence, kept by layer) -> masks; None: the best-scored of the current weights.
         scale: as in `Training.update`.
     """
     own = state["training"]
     t, T = own["step"], training.steps
-    evidence = Evidence(problem, candidate, state["squares"])
+    evidence = CollectedEvidence(problem, candidate, state["squares"])
     if problem.scope.groups:
         state["masks"] = dict(candidate.masks)  # channels are selected once: a wider budget would move them all
     elif schedule.due(t, T):

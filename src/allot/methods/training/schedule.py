@@ -43,8 +43,8 @@ class Schedule:
         """Whether masks are selected before step t."""
         return t == self.last(steps) or (t % self.every == 0 and t < self.last(steps))
 
-    def share(self, t: int, steps: int, begin: float) -> float:
-        """Which part of a change is made before step t, falling as a cosine; the parts add up to 1.
+    def fraction(self, t: int, steps: int, begin: float) -> float:
+        """The fraction of a change that is made before step t, falling as a cosine; the fractions add up to 1.
 
         Args:
             begin: share of the steps after which it begins; it ends with the last change of masks.

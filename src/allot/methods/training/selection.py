@@ -18,7 +18,7 @@ from allot.network.layers import Layer
 from allot.processes import total
 from allot.run.patterns import select
 from allot.run.problem import Candidate, Metrics, Problem
-from allot.run.scores import ChannelScore, WeightScore
+from allot.run.scores import ChannelEvidence, ChannelScore, Evidence, WeightScore
 from allot.run.store import State
 
 
@@ -40,7 +40,7 @@ class Selection:
         if problem.scope.groups:
             return self._channels(problem, candidate, state)
         layer = problem.scope.layers[state["step"]]
-        evidence = Evidence(problem, candidate, state["squares"])
+        evidence = CollectedEvidence(problem, candidate, state["squares"])
         weight = candidate.tensors.get(layer.name, problem.dense[layer.name])
         kept = candidate.allocation.kept[layer.name]
         score = scored(problem, layer, weight, evidence)
@@ -57,7 +57,7 @@ class Selection:
 
     def _channels(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         group = problem.scope.groups[state["step"]]
-        evidence = Evidence(problem, candidate, state["squares"])
+        evidence = CollectedEvidence(problem, candidate, state["squares"])
         kept = candidate.allocation.kept[group.name]
         mask = select(importance(problem, group, evidence), kept)
         state["channels"][group.name] = mask.nonzero().flatten().tolist()
@@ -77,7 +77,7 @@ def scored(problem: Problem, layer: Layer, weight: Tensor, evidence: Evidence) -
     return score
 
 
-def importance(problem: Problem, group: Group, evidence: Evidence) -> Tensor:
+def importance(problem: Problem, group: Group, evidence: ChannelEvidence) -> Tensor:
     """The problem's score of every channel of a group, checked; `[channels]`, float64.
 
     Raises:
@@ -97,7 +97,7 @@ def channel_masks(problem: Problem, channels: Mapping[str, tuple[int, ...]]) -> 
     return {name: plan.mask(name, parameters[name].shape).to(parameters[name].device) for name in sorted(names)}
 
 
-class Evidence:
+class CollectedEvidence:
     """Answers scores; runs the calibration inputs through the candidate's net once, when first asked.
 
     Args:
