@@ -6,11 +6,11 @@ judged on the other; the lowest wins, equal losses go to the earlier one
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from allot.budget.allocation import Allocation
+from allot.methods.training.selection import allocated
 from allot.methods.training.trial import Trial
 from allot.run.driver import drive
 from allot.run.problem import Candidate, Method, Metrics, Problem
@@ -52,6 +52,5 @@ class Auto:
         """The candidate with the best allocation, not with its tensors: they saw half of the samples."""
         tried = state["tried"]
         best = min(tried, key=lambda name: tried[name]["loss"])
-        allocation = Allocation.of(tried[best]["kept"], candidate.allocation.total)
-        told = {"chosen": best, "loss": {name: row["loss"] for name, row in tried.items()}}
-        return replace(candidate, allocation=allocation, diagnostics={**candidate.diagnostics, "auto": told})
+        report = {"chosen": best, "loss": {name: row["loss"] for name, row in tried.items()}}
+        return allocated(candidate, tried[best]["kept"], {"auto": report})

@@ -11,18 +11,17 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 
-from allot.budget.allocation import Allocation
 from allot.budget.channels import ChannelBudget
 from allot.errors import check_number
 from allot.methods.training.channel_gates import gated
 from allot.methods.training.distillation import Training
-from allot.methods.training.selection import CollectedEvidence, importance
+from allot.methods.training.selection import CollectedEvidence, allocated, importance
 from allot.processes import each
 from allot.run.problem import Candidate, Metrics, Problem
 from allot.run.store import State
@@ -62,8 +61,7 @@ class GlobalChannels:
 
         r = bisect_left(range(1, len(ranked) + 1), True, key=lambda r: not budget.fits(counts(r)))
         total = candidate.allocation.total
-        kept = budget.counts({name: k / total[name] for name, k in counts(r).items()})
-        return replace(candidate, allocation=Allocation.of(kept, total))
+        return allocated(candidate, budget.counts({name: k / total[name] for name, k in counts(r).items()}))
 
 
 def _height(budget: ChannelBudget, kept: Mapping[str, int], name: str, fewer: int) -> float:
@@ -105,8 +103,7 @@ class Sensitivity:
             "round": 0,
             "order": {name: score.argsort(descending=True, stable=True) for name, score in scores.items()},
             "tried": {},
-            "answers": {},
-            "repeats": problem.inputs().repeats(),
+            "answers": {} if problem.inputs().repeats() else None,
             "asked": [evidence.forward, evidence.backward],
         }
         proposals = self._proposals(budget, state)
@@ -125,11 +122,7 @@ class Sensitivity:
                 for group in problem.scope.groups
             }
             tensors = gated(problem, candidate.effective(problem), gates)
-            loss, answers, forward = self.training.judge(
-                problem, tensors, k, state["answers"].get(str(k)), batch_statistics=True
-            )
-            if state["repeats"]:
-                state["answers"][str(k)] = answers
+            loss, forward = self.training.judge(problem, tensors, k, state["answers"], batch_statistics=True)
             return name, fewer, loss, forward
 
         found = each(state["open"], tried)
@@ -149,8 +142,7 @@ class Sensitivity:
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         """The candidate with what is left, and what rounding leaves of the budget handed out."""
         total = candidate.allocation.total
-        kept = problem.budget.counts({name: k / total[name] for name, k in state["kept"].items()})
-        return replace(candidate, allocation=Allocation.of(kept, total))
+        return allocated(candidate, problem.budget.counts({name: k / total[name] for name, k in state["kept"].items()}))
 
     def _proposals(self, budget: ChannelBudget, state: State) -> list[list[Any]]:
         """[group, channels] that would bring the cost down by one step, fewest channels given up; none when it fits."""

@@ -9,9 +9,9 @@ masks stay, and what is kept settles.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from allot.methods.training.distillation import Training, distil
+from allot.methods.training.distillation import Training, distil, distilled, distilling
 from allot.methods.training.schedule import Schedule
 from allot.run.problem import Candidate, Metrics, Problem
 from allot.run.store import State
@@ -30,16 +30,12 @@ class Distill:
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
         """The weights as they came."""
-        training = self.training.begin(problem, candidate)
-        return {"step": 0, "steps": training["steps"], "training": training, "masks": {}, "squares": {}}
+        return distilling(self.training, problem, candidate)
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         """One calibration batch."""
-        metrics = distil(self.training, self.schedule, problem, candidate, state)
-        state["step"] += 1
-        return metrics
+        return distil(self.training, self.schedule, problem, candidate, state)
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         """The candidate with trained tensors, and the masks of the last step."""
-        tensors = self.training.tensors(problem, candidate, state["training"])
-        return replace(candidate, masks=dict(state["masks"]), tensors=tensors)
+        return distilled(self.training, problem, candidate, state)

@@ -40,20 +40,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from allot.budget.allocation import Allocation
 from allot.budget.bisection import bracket, largest
 from allot.errors import UsageError, check_flag, check_number, unknown
 from allot.methods.training.channel_costs import Costs
 from allot.methods.training.channel_gates import gated
 from allot.methods.training.distillation import Training
-from allot.methods.training.selection import CollectedEvidence, importance
+from allot.methods.training.selection import CollectedEvidence, allocated, importance
 from allot.run.problem import Candidate, Metrics, Problem
 from allot.run.scores import ChannelEvidence
 from allot.run.store import State
@@ -180,13 +179,8 @@ class Dsa:
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         """The candidate with whole numbers of channels; how densities moved goes to the report."""
         names = [group.name for group in problem.scope.groups]
-        kept = self.counts(problem, state)
-        told = {"groups": names, "densities": state["moved"]}
-        return replace(
-            candidate,
-            allocation=Allocation.of(kept, candidate.allocation.total),
-            diagnostics={**candidate.diagnostics, "dsa": told},
-        )
+        report = {"groups": names, "densities": state["moved"]}
+        return allocated(candidate, self.counts(problem, state), {"dsa": report})
 
     def counts(self, problem: Problem, state: State) -> dict[str, int]:
         """Whole numbers of channels that meet the budget, nearest to the densities learned."""

@@ -45,7 +45,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -53,13 +53,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from allot.budget.allocation import Allocation
 from allot.budget.bisection import bracket
 from allot.budget.budget import Budget
 from allot.errors import UsageError, check_number
-from allot.methods.training.distillation import Training
+from allot.methods.training.distillation import Training, distilled
 from allot.methods.training.schedule import Schedule, warm_cosine
-from allot.methods.training.selection import CollectedEvidence
+from allot.methods.training.selection import CollectedEvidence, allocated
 from allot.run.problem import Candidate, Method, Metrics, Problem, finished
 from allot.run.scores import magnitude
 from allot.run.store import State
@@ -370,9 +369,5 @@ def _before(method: Fcpts | FcptsPaper, problem: Problem, candidate: Candidate) 
 def _finished(
     method: Fcpts | FcptsPaper, name: str, problem: Problem, candidate: Candidate, state: State, told: Mapping[str, Any]
 ) -> Candidate:
-    allocation = Allocation.of(state["kept"], candidate.allocation.total)
-    tensors = method.training.tensors(problem, candidate, state["training"])
-    diagnostics = {**candidate.diagnostics, **state["started"], name: {"trajectory": state["trajectory"], **told}}
-    return replace(
-        candidate, allocation=allocation, masks=dict(state["masks"]), tensors=tensors, diagnostics=diagnostics
-    )
+    diagnostics = {**state["started"], name: {"trajectory": state["trajectory"], **told}}
+    return distilled(method.training, problem, allocated(candidate, state["kept"], diagnostics), state)

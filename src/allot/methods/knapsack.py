@@ -16,15 +16,14 @@ import itertools
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from allot.budget.allocation import Allocation
 from allot.budget.budget import Budget
 from allot.errors import UsageError, check_number
 from allot.methods.training.distillation import Training
-from allot.methods.training.selection import CollectedEvidence, scored
+from allot.methods.training.selection import CollectedEvidence, allocated, scored
 from allot.network.masking import masked
 from allot.processes import each
 from allot.run.problem import Candidate, Metrics, Problem
@@ -67,8 +66,7 @@ class Knapsack:
             "steps": len(problem.scope) * len(self.densities),
             "error": {layer.name: [] for layer in problem.scope},
             "squares": {},
-            "repeats": problem.inputs().repeats(),
-            "answers": None,
+            "answers": {} if problem.inputs().repeats() else None,
         }
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
@@ -83,8 +81,7 @@ class Knapsack:
             weight = problem.dense[layer.name]
             mask = problem.pattern.mask(layer, scored(problem, layer, weight, evidence), kept)
             pruned = {layer.name: masked(weight, mask)}
-            loss, answers, forward = self.training.judge(problem, pruned, 0, state["answers"])
-            state["answers"] = answers if state["repeats"] else None
+            loss, forward = self.training.judge(problem, pruned, 0, state["answers"])
             return layer.name, kept / layer.total, loss, forward
 
         if not state["step"]:  # what the score asks of the inputs is found once
@@ -99,11 +96,7 @@ class Knapsack:
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         """The candidate with the allocation; the measured curves go to the report."""
         kept = problem.budget.counts(shared_out(problem.budget, state["error"]))
-        return replace(
-            candidate,
-            allocation=Allocation.of(kept, candidate.allocation.total),
-            diagnostics={**candidate.diagnostics, "knapsack": {"error": state["error"]}},
-        )
+        return allocated(candidate, kept, {"knapsack": {"error": state["error"]}})
 
 
 def shared_out(budget: Budget, error: Mapping[str, Curve]) -> dict[str, float]:

@@ -31,13 +31,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from allot.errors import check_number, unknown
-from allot.methods.training.distillation import Training, distil
+from allot.methods.training.distillation import Training, distil, distilled, distilling
 from allot.methods.training.schedule import Schedule, warm_cosine
 from allot.methods.training.selection import scored
 from allot.network.layers import Layer
@@ -82,8 +82,7 @@ class Unipts:
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
         """The weights as they came."""
-        training = self.training.begin(problem, candidate)
-        return {"step": 0, "steps": training["steps"], "training": training, "masks": {}, "squares": {}}
+        return distilling(self.training, problem, candidate)
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         """One calibration batch."""
@@ -100,13 +99,11 @@ class Unipts:
             for name, m in state["masks"].items():
                 w = state["training"]["tensors"][name]
                 w.copy_(torch.where(m, w, shrunk * w))
-        state["step"] += 1
         return metrics
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         """The candidate with trained tensors, and the masks of the last step."""
-        tensors = self.training.tensors(problem, candidate, state["training"])
-        return replace(candidate, masks=dict(state["masks"]), tensors=tensors)
+        return distilled(self.training, problem, candidate, state)
 
     def _mask(self, problem: Problem, state: State, l: Layer, evidence: Evidence, kept: int) -> Tensor:
         w, before = state["training"]["tensors"][l.name], state["masks"].get(l.name)

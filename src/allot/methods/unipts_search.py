@@ -45,11 +45,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from allot.budget.allocation import Allocation
 from allot.budget.bisection import bracket
 from allot.budget.budget import Budget
 from allot.errors import UsageError, check_flag, check_number, unknown
-from allot.methods.training.selection import CollectedEvidence, scored
+from allot.methods.training.selection import CollectedEvidence, allocated, scored
 from allot.methods.training.trial import Trial, halves
 from allot.network.draws import generator, numbered
 from allot.run.calibration import Noisy
@@ -153,13 +152,12 @@ class Search:
         if not self.tries:
             state["pool"] = [row | {"generation": 0, "losses": []} for row in state["starts"]]
         best = self._ranked(state)[0] if self.tries else state["pool"][0]
-        allocation = Allocation.of(best["kept"], candidate.allocation.total)
-        told = {
+        report = {
             "chosen": best["name"],
             "best": state["best"],
             "tried": [{key: row[key] for key in ("name", "generation", "losses", "kept")} for row in state["pool"]],
         }
-        return replace(candidate, allocation=allocation, diagnostics={**candidate.diagnostics, "search": told})
+        return allocated(candidate, best["kept"], {"search": report})
 
     @property
     def tries(self) -> bool:
@@ -249,16 +247,15 @@ class Search:
 
     def _allocated(self, problem: Problem, candidate: Candidate, state: State, kept: Mapping[str, int]) -> Candidate:
         """The candidate with these counts, with masks where the trial is one-shot."""
-        allocated = replace(candidate, allocation=Allocation.of(kept, candidate.allocation.total))
         if not self.trial.one_shot:
-            return allocated
+            return allocated(candidate, kept)
         masks = {}
         for layer in problem.scope:
             mask = torch.zeros(layer.total, dtype=torch.bool, device=state["order"][layer.name].device)
             masks[layer.name] = mask.index_fill(0, state["order"][layer.name][: kept[layer.name]], True).view(
                 layer.shape
             )
-        return replace(allocated, masks=masks)
+        return replace(allocated(candidate, kept), masks=masks)
 
     def _base(self, budget: Budget) -> dict[str, float]:
         return reduced(budget, self.excess, relative=self.relative)

@@ -211,14 +211,14 @@ class Distance:
         problem: Problem,
         tensors: Mapping[str, Tensor],
         k: int,
-        teacher: list[Tensor] | None = None,
+        answers: dict[str, list[Tensor]] | None,
         *,
         batch_statistics: bool = False,
-    ) -> tuple[float, list[Tensor], int]:
-        """(L of the net with `tensors` in place, the dense net's outputs, samples pushed) on batch k, in eval mode.
+    ) -> tuple[float, int]:
+        """(L of the net with `tensors` in place on batch k, in eval mode; samples pushed).
 
         Args:
-            teacher: the dense net's outputs, where they are known.
+            answers: the dense net's outputs by batch, kept from call to call and filled here; None keeps none.
             batch_statistics: whether batch norms of the net with `tensors` normalise by the batch.
         Raises:
             AllotError: the loss is not finite.
@@ -226,13 +226,16 @@ class Distance:
         with alone(), torch.no_grad():  # allocations are tried by one process each
             inputs, samples = problem.inputs().batch(k)
             pushed = samples
+            teacher = None if answers is None else answers.get(str(k))
             if teacher is None:
                 pushed += samples
                 teacher = self._read(call(problem.model, {}, inputs))
+            if answers is not None:
+                answers[str(k)] = teacher
             output = call(problem.model, tensors, inputs, training=is_batch_norm if batch_statistics else None)
             loss = self._compared(self._read(output), teacher)
         check_finite(loss, k)
-        return float(loss), teacher, pushed
+        return float(loss), pushed
 
     def _read(self, output: Any) -> list[Tensor]:
         return compared_tensors(output, self.outputs, self.loss)

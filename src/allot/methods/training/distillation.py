@@ -17,7 +17,7 @@ outputs are kept where the calibration data gives the same inputs again.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -157,6 +157,18 @@ class Training(Distance):
         return found
 
 
+def distilling(training: Training, problem: Problem, candidate: Candidate) -> State:
+    """The state of `distil` before its first step: the candidate's weights as they are."""
+    begun = training.begin(problem, candidate)
+    return {"step": 0, "steps": begun["steps"], "training": begun, "masks": {}, "squares": {}}
+
+
+def distilled(training: Training, problem: Problem, candidate: Candidate, state: State) -> Candidate:
+    """The candidate with trained tensors, and the masks of the last step."""
+    tensors = training.tensors(problem, candidate, state["training"])
+    return replace(candidate, masks=dict(state["masks"]), tensors=tensors)
+
+
 def distil(
     training: Training,
     schedule: Schedule,
@@ -170,20 +182,21 @@ def distil(
     """Metrics of one step that keeps what `candidate` allocates, in place: masks where they are due, then weights.
 
     Args:
-        state: {"training": of `Training.begin`, "masks": layer -> mask, "squares": of `CollectedEvidence`}.
+        state: of `distilling`.
         select: (evidence, kept by layer) -> masks; None: the best-scored of the current weights.
         scale: as in `Training.update`.
     """
-    own = state["training"]
-    t, T = own["step"], training.steps
+    inner = state["training"]
+    t, T = inner["step"], training.steps
     evidence = CollectedEvidence(problem, candidate, state["squares"])
     if problem.scope.groups:
         state["masks"] = dict(candidate.masks)  # channels are selected once: a wider budget would move them all
     elif schedule.due(t, T):
         kept = problem.budget.widened(schedule.factor(t, T)).counts(candidate.allocation)
-        state["masks"] = select(evidence, kept) if select else training.select(problem, own, evidence, kept)
-    gradients, metrics = training.gradients(problem, own, state["masks"])
-    training.update(own, gradients, scale=scale)
+        state["masks"] = select(evidence, kept) if select else training.select(problem, inner, evidence, kept)
+    gradients, metrics = training.gradients(problem, inner, state["masks"])
+    training.update(inner, gradients, scale=scale)
+    state["step"] += 1
     return metrics | {"forward": metrics["forward"] + evidence.forward}
 
 

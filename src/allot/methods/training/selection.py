@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from allot.budget.allocation import Allocation
 from allot.errors import UsageError
 from allot.methods.training.channel_gates import fisher
 from allot.network.call import call
@@ -63,6 +64,12 @@ class Selection:
         state["channels"][group.name] = mask.nonzero().flatten().tolist()
         state["step"] += 1
         return {"forward": evidence.forward, "backward": evidence.backward, "kept": kept}
+
+
+def allocated(candidate: Candidate, kept: Mapping[str, int], diagnostics: Mapping[str, Any] | None = None) -> Candidate:
+    """The candidate that keeps these numbers of weights, or channels, with a method's report about them."""
+    allocation = Allocation.of(kept, candidate.allocation.total)
+    return replace(candidate, allocation=allocation, diagnostics={**candidate.diagnostics, **(diagnostics or {})})
 
 
 def scored(problem: Problem, layer: Layer, weight: Tensor, evidence: Evidence) -> Tensor:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from allot.errors import UsageError, check_flag
-from allot.methods.training.distillation import Training, distil
+from allot.methods.training.distillation import Training, distil, distilled, distilling
 from allot.methods.training.schedule import Schedule
 from allot.processes import each, processes
 from allot.run.driver import repeatable
@@ -79,9 +79,8 @@ class Trial:
         stage, inner = state["stage"], state["inner"]
         if stage == 0:
             metrics = distil(self.training, self.schedule, train, candidate, inner)
-            if inner["training"]["step"] == self.training.steps:
-                tensors = self.training.tensors(problem, candidate, inner["training"])
-                self._advance(train, replace(candidate, masks=inner["masks"], tensors=tensors), state)
+            if finished(inner):
+                self._advance(train, distilled(self.training, train, candidate, inner), state)
             return metrics
         if stage <= len(self.statistics):
             method = self.statistics[stage - 1]
@@ -90,10 +89,7 @@ class Trial:
                 state |= {"stage": self._judging, "candidate": method.finish(train, candidate, inner).to_state()}
             return metrics
         k = len(state["losses"])
-        teacher = None if answers is None else answers.get(str(k))
-        loss, teacher, forward = self.training.judge(judge, candidate.effective(problem), k, teacher)
-        if answers is not None:
-            answers[str(k)] = teacher
+        loss, forward = self.training.judge(judge, candidate.effective(problem), k, answers)
         state["losses"].append(loss)
         state["stage"] += len(state["losses"]) == judge.inputs().batches
         return {"forward": forward, "backward": 0, "loss": loss}
@@ -154,7 +150,7 @@ class Trial:
         if state["stage"] == 0:
             if self.one_shot:
                 return self._advance(train, candidate, state)
-            state["inner"] = {"training": self.training.begin(train, candidate), "masks": {}, "squares": {}}
+            state["inner"] = distilling(self.training, train, candidate)
         elif state["stage"] < self._judging:
             method = self.statistics[state["stage"] - 1]
             state["inner"] = method.init(train, candidate)
