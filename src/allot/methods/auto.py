@@ -24,6 +24,10 @@ class Auto:
     Args:
         among: (name, allocator) pairs; allocators that need no data.
         trial: how they are judged.
+    State:
+        tried: name -> {"kept": layer -> weights, "loss": of its trial}.
+        answers: batch of the judging half -> the dense net's outputs on it; None where inputs do not repeat.
+        trial: as in `Trial`, of the allocation that is tried now.
     """
 
     among: tuple[tuple[str, Method], ...]

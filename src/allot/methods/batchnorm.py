@@ -29,7 +29,11 @@ from allot.run.store import State
 
 @dataclass(frozen=True)
 class BatchNorm:
-    """Re-estimate the running mean and variance of every batch norm; a model without any is left as it is."""
+    """Re-estimate the running mean and variance of every batch norm; a model without any is left as it is.
+
+    State:
+        moments: batch norm -> `Moments` of its inputs so far, each `[C]`, float64.
+    """
 
     role = "repair"
     needs_data = True

@@ -29,7 +29,12 @@ from allot.run.store import State
 
 @dataclass(frozen=True)
 class GlobalChannels:
-    """Keep the channels that score highest, whichever group they are in."""
+    """Keep the channels that score highest, whichever group they are in.
+
+    State:
+        score: group -> importance of its channels, `[C]`.
+        squares: sums that the score asks for, as in `CollectedEvidence`.
+    """
 
     role = "allocate"
     needs_data = False
@@ -77,6 +82,15 @@ class Sensitivity:
         rounds: in how many equal steps of cost the budget is reached, 1 or more.
     Raises:
         UsageError: a value out of its range.
+    State:
+        kept: group -> channels kept so far.
+        drop: how much of the budget each round saves, as a fraction of the budget.
+        round: rounds done.
+        order: group -> its channels, most important first, `[C]`.
+        open: [group, channels kept] of the proposals of this round that were not tried yet.
+        tried: group -> [channels kept, loss] of the others.
+        answers: batch -> the dense net's outputs on it; None where inputs do not repeat.
+        asked: samples that the score pushed [forward, backward] and that no step has reported yet.
     """
 
     training: Training = field(default_factory=Training)

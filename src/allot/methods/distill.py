@@ -19,7 +19,13 @@ from allot.run.store import State
 
 @dataclass(frozen=True)
 class Distill:
-    """Train all weights of the sparse net until it answers like the dense one; how much each layer keeps is fixed."""
+    """Train all weights of the sparse net until it answers like the dense one; how much each layer keeps is fixed.
+
+    State:
+        training: as in `Training`.
+        masks: layer -> mask, bool, shape of the weight; empty before the first step.
+        squares: sums that the score asks for, as in `CollectedEvidence`.
+    """
 
     training: Training = field(default_factory=Training)
     schedule: Schedule = field(default_factory=Schedule)

@@ -75,6 +75,17 @@ class Dsa:
         least: eps, from 0, below 1; a group keeps one channel at least in any case.
     Raises:
         UsageError: a value out of its range.
+    State:
+        training: as in `Distance`.
+        place: group -> x, `[C]`, float64.
+        a: logits of all groups, `[K]`, float64.
+        mean, square: Adam's averages of their gradients, `[K]`, float64.
+        learned: steps of Adam.
+        lambda: lambda of each limit.
+        z, u: Z, U, `[K]`, float64.
+        rho: of the last step; with `hold=admm`, from the first step on.
+        moved: [step, [alpha of each group]] at about fifty steps.
+        asked: samples that the score pushed [forward, backward] and that no step has reported yet.
     """
 
     training: Training = field(default_factory=lambda: Training(steps=100))

@@ -81,6 +81,18 @@ class Fcpts:
         absolute: factor on r_l.
     Raises:
         UsageError: a value out of its range.
+    State:
+        start: state of the start.
+        started: diagnostics of the start.
+        training: as in `Training`.
+        density: layer -> d_l.
+        kept: layer -> k_l.
+        masks: layer -> m_l, bool, shape of the weight.
+        windows: layer -> A_l as flat indices, int32 `[at most 2 h]`.
+        a, b: layer -> a_l, b_l, in units of the loss per weight.
+        seen: how many steps a and b are averages of.
+        squares: sums that the score asks for, as in `CollectedEvidence`.
+        trajectory: {"step", "limit": kind -> ceiling, "kept": layer -> k_l} of every selection.
     """
 
     start: Method
@@ -208,6 +220,15 @@ class FcptsPaper:
         penalty: lambda.
     Raises:
         UsageError: a value out of its range.
+    State:
+        start: state of the start.
+        started: diagnostics of the start.
+        training: as in `Training`.
+        M: layer -> M_l.
+        s: layer -> s_l, 0-dim.
+        speed: layer -> momentum of s_l, 0-dim.
+        trajectory: {"step", "kept": layer -> weights above t_l} of every tenth step.
+        kept, masks: layer -> weights kept, mask; at the end only.
     """
 
     start: Method

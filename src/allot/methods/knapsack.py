@@ -41,6 +41,10 @@ class Knapsack:
         densities: at which each layer is tried, ascending from 0, below 1; at 0 the layer keeps its floor.
     Raises:
         UsageError: a value out of its range.
+    State:
+        error: layer -> [density, e_l(density)] measured so far.
+        squares: sums that the score asks for, as in `CollectedEvidence`.
+        answers: batch -> the dense net's outputs on it; None where inputs do not repeat.
     """
 
     training: Training = field(default_factory=Training)

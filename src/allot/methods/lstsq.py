@@ -37,6 +37,9 @@ class LeastSquares:
         iterations: of conjugate gradients, 1 or more.
     Raises:
         UsageError: a value out of its range.
+    State:
+        order: layers in the order in which the model runs them; empty before the first step.
+        tensors: parameter -> refitted weight or bias, shape of the parameter.
     """
 
     batches: int = 4

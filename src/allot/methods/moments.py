@@ -39,6 +39,9 @@ class OutputMoments:
         limit: largest factor on a row, and the inverse of the smallest; 1 or more.
     Raises:
         UsageError: a limit that is no such number.
+    State:
+        shiftable: layers that have a bias to shift.
+        dense, sparse: layer -> `Moments` of its outputs in this net so far, each `[C_out]`, float64.
     """
 
     scale: bool

@@ -52,6 +52,8 @@ class WeightMoments:
         limit: largest factor on a row, and the inverse of the smallest; 1 or more.
     Raises:
         UsageError: a limit that is no such number.
+    State:
+        tensors: layer -> new weight, shape of the weight.
     """
 
     limit: float = 10.0
@@ -104,6 +106,8 @@ class Layerwise:
         inputs: of the "dense" net or of the "sparse" one as it is by then.
     Raises:
         UsageError: a value out of its range.
+    State:
+        training: as in `Training`.
     """
 
     steps: int = 250

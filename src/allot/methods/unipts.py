@@ -60,6 +60,10 @@ class Unipts:
         exchange: share of the kept weights that the latter two may exchange at first, from 0 to 1.
     Raises:
         UsageError: a value out of its range.
+    State:
+        training: as in `Training`.
+        masks: layer -> m, bool, shape of the weight; empty before the first step.
+        squares: sums that the score asks for, as in `CollectedEvidence`.
     """
 
     training: Training = field(default_factory=Training)

@@ -77,6 +77,17 @@ class Search:
         noise: of inputs while individuals are judged, as a share of a sample's standard deviation.
     Raises:
         UsageError: a value out of its range.
+    State:
+        starts: {"name", "kept": layer -> weights} of the starts that are done.
+        inner: state of the start that runs now.
+        each: steps of one trial; 0 where nothing is tried.
+        pool: {"name", "x": genome, "kept", "generation", "losses": [that of its trial]} of every individual so far.
+        queue: places in the pool of the individuals that wait for their trial.
+        generation: that of the queue.
+        best: lowest loss after each generation.
+        order: layer -> flat indices of its weights, best-scored first, `[n_l]`; where the trial is one-shot.
+        trial: as in `Trial`, of the individual that is tried now.
+        answers: batch of the judging half -> the dense net's outputs on it; None where inputs do not repeat.
     """
 
     starts: tuple[tuple[str, Method], ...]
@@ -121,8 +132,8 @@ class Search:
             "steps": int(allocating + each * individuals),
             "each": each,
             "starts": [],
-            "pool": [],  # {"name", "x", "kept", "generation", "losses": the one of its trial}
-            "queue": [],  # places in the pool, of those to be tried
+            "pool": [],
+            "queue": [],
             "generation": 0,
             "best": [],
             "answers": {} if problem.inputs().repeats() else None,

@@ -140,7 +140,8 @@ class Method(Protocol):
 
     A state is a dict of tensors, numbers and strings (nested dicts and lists allowed) that holds `step` and `steps`;
     the function `step` works on it in place and counts `step` up. The run of a method ends when they are equal; one
-    that ends early lowers `steps`. Methods see no path, clock, progress bar or signal.
+    that ends early lowers `steps`. The docstring of the class names all other keys in a section `State:`. Methods see
+    no path, clock, progress bar or signal.
 
     Attributes:
         role: "allocate" or "repair".
@@ -187,6 +188,9 @@ class Rule:
     """A method whose whole work is one function of the problem: `densities(problem)`, brought to the budget.
 
     Only proportions matter in what the function returns: `Budget.counts` makes whole numbers that meet the budget.
+
+    State:
+        kept: layer -> weights kept, or group -> channels kept; empty before the step.
     """
 
     densities: Callable[[Problem], Mapping[str, float]]

@@ -46,6 +46,12 @@ class Training(Distance):
         optimizer: "adam"; or "sgd" with momentum 0.9, as papers train.
     Raises:
         UsageError: a value out of its range.
+    State:
+        repeat, teacher, loss_scale, finite: as in `Distance`.
+        tensors: parameter, or buffer of a batch norm -> its current value, in float32 or wider.
+        mean, square: parameter -> Adam's averages of its gradients, shape of the parameter; of SGD, `mean` alone.
+        scale: parameter -> root mean square of its values at the start, which steps are a fraction of.
+        late: whether masks are applied where the model uses a weight, not to a copy of all weights.
     """
 
     steps: int = 250

@@ -25,7 +25,13 @@ from allot.run.store import State
 
 @dataclass(frozen=True)
 class Selection:
-    """The method between allocating and repairing: layer by layer, or group by group, where no masks are there yet."""
+    """The method between allocating and repairing: layer by layer, or group by group, where no masks are there yet.
+
+    State:
+        masks: layer -> mask, bool, shape of the weight.
+        channels: group -> channels kept, ascending.
+        squares: sums that the score asks for, as in `CollectedEvidence`.
+    """
 
     role = "select"
     needs_data = False

@@ -35,6 +35,12 @@ class Trial:
         schedule: of masks and budget in it.
         statistics: repairs after it, of which the first is done that has anything to do in this model.
         one_shot: no training; the masks given are judged.
+    State:
+        stage: 0: training; 1 ..: statistics; then judging; then done.
+        candidate: `Candidate.to_state`, after the stages that are done.
+        inner: state of this stage.
+        losses: of each batch of the judging half so far.
+        taken: steps taken.
     """
 
     training: Training = field(default_factory=lambda: Training(steps=40))
