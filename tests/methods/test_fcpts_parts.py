@@ -11,7 +11,7 @@ import torch
 from allot.budget.budget import Budget
 from allot.budget.costs import Term
 from allot.methods import METHODS
-from allot.methods.fcpts import FcptsPaper, _around, _reach, _watch, moved
+from allot.methods.fcpts import FcptsPaper, _threshold_scale, _update_signals, _window_bounds, moved
 from allot.methods.training.distillation import Training
 from allot.methods.training.schedule import Schedule
 from allot.run.problem import Candidate, finished
@@ -75,7 +75,7 @@ def test_the_parts_of_a_change_add_up_to_it(steps: int, every: int):
 
 def test_windows_reach_half_of_what_is_kept_to_both_sides_within_limits_and_bounds():
     budget = Budget(sparsity=0.5).on((Term("a", 10), Term("b", 1_000), Term("c", 200_000)))
-    low, high = _around(budget, {"a": 5, "b": 400, "c": 100_000}, 0.5)
+    low, high = _window_bounds(budget, {"a": 5, "b": 400, "c": 100_000}, 0.5)
     assert (low, high) == ({"a": 1, "b": 200, "c": 83_616}, {"a": 10, "b": 600, "c": 116_384})
 
 
@@ -85,7 +85,7 @@ def test_signals_are_plain_means_at_first_and_running_means_later():
     seen = []
     for k in range(1, 41):
         gradient = torch.tensor([[float(k), 50.0], [1.0, 50.0]])
-        _watch(state, {"w": gradient})
+        _update_signals(state, {"w": gradient})
         seen.append(((-k + 2) / 2, (k + 2) / 2))
     a = b = 0.0
     for k, (gain, weight) in enumerate(seen, 1):
@@ -136,5 +136,5 @@ def test_weights_decay_and_thresholds_do_not():
 
 
 def test_a_threshold_reaches_ten_upper_quartiles_and_at_least_one():
-    assert _reach(torch.linspace(0.01, 4.0, 400)) == pytest.approx(10 * 3.0, rel=0.01)
-    assert _reach(torch.full((50,), 1e-3)) == 1.0
+    assert _threshold_scale(torch.linspace(0.01, 4.0, 400)) == pytest.approx(10 * 3.0, rel=0.01)
+    assert _threshold_scale(torch.full((50,), 1e-3)) == 1.0

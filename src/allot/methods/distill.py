@@ -1,10 +1,10 @@
 """Network-wise distillation of a sparse net with given densities; equations: `methods.training.distillation`.
 
     before step t, where it is due:   m_l = the k_l best-scored of layer l's current weights
-    w <- w - lr_t Adam(G)             G at all entries: what is pruned learns as well, and may take another's place
+    w <- w - lr_t Adam(G)             G at all entries: pruned weights learn as well, and may come back
 
 k_l stays as allocated (with `ramp`, it comes down to that from a wider budget). From `freeze_at` of the steps on the
-masks stay, and what is kept settles.
+masks stay, and the kept weights settle.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Distill:
     parallel = True
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
-        """The weights as they came."""
+        """The candidate's weights as they are."""
         return distilling(self.training, problem, candidate)
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:

@@ -57,7 +57,7 @@ class Unipts:
         decay: lambda, by how much a pruned weight shrinks in a step of learning rate 1.
         growth: what brings a pruned weight back: "score" (magnitude, unless `--score` says another), "gradient" or
             "saliency".
-        exchange: share of the kept weights that the latter two may exchange at first, from 0 to 1.
+        exchange: fraction of the kept weights that "gradient" and "saliency" may exchange at first, from 0 to 1.
     Raises:
         UsageError: a value out of its range.
     State:
@@ -85,7 +85,7 @@ class Unipts:
             raise unknown("growth", str(self.growth), GROWTH)
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
-        """The weights as they came."""
+        """The candidate's weights as they are."""
         return distilling(self.training, problem, candidate)
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
@@ -127,11 +127,11 @@ def scale(t: int, T: int, base_decay: float) -> float:
 
 
 def exchanged(score: Tensor, growth: Tensor, before: Tensor, f: float, kept: int) -> Tensor:
-    """A score whose `kept` best are the best-scored of those kept `before`, f of them given to the best by `growth`.
+    """A score whose `kept` best are the best-scored weights of `before`, a fraction f of them exchanged by `growth`.
 
     Args:
         before: mask; all shapes are those of the weight.
-        f: share of `kept` that may change.
+        f: fraction of `kept` that may change.
     Returns:
         places, the larger the better, in float64: weights that stay come first, then the others by growth.
     """
@@ -139,6 +139,6 @@ def exchanged(score: Tensor, growth: Tensor, before: Tensor, f: float, kept: int
     down = torch.arange(total, 0, -1, dtype=torch.float64, device=score.device)
     places = torch.empty_like(down)
     places[growth.flatten().argsort(descending=True, stable=True)] = down
-    ours = score.flatten().double().masked_fill(~before.flatten(), -math.inf)
-    places[ours.argsort(descending=True, stable=True)[:stay]] = total + down[:stay]
+    of_kept = score.flatten().double().masked_fill(~before.flatten(), -math.inf)
+    places[of_kept.argsort(descending=True, stable=True)[:stay]] = total + down[:stay]
     return places.view_as(score)

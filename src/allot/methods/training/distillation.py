@@ -7,10 +7,10 @@ Shared by every method that trains weights. One step, with w the weights as stor
     G = dL / d(w * m)                 at every entry: pruned weights learn too, and can come back
     w <- w - lr_t rms(w_0) Adam(G)    lr_t: ten steps of warm-up, then a cosine to zero
 
-Steps are a share of each tensor's root mean square at the start (as in Adafactor, Shazeer and Stern 2018), so that the
-same learning rate does for tensors, and models, of any scale.
+Steps are a fraction of each tensor's root mean square at the start (as in Adafactor, Shazeer and Stern 2018), so that
+one learning rate suits tensors, and models, of any scale.
 
-All floating-point parameters are trained. The teacher is the same module with its own tensors, in eval mode; its
+All floating-point parameters are trained. The teacher is the same module with the dense tensors, in eval mode; its
 outputs are kept where the calibration data gives the same inputs again.
 """
 
@@ -38,11 +38,11 @@ Select = Callable[[Evidence, Mapping[str, int]], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Training(Distance):
-    """How weights are trained, beside what `Distance` says; frozen hyperparameters and functions of a state.
+    """How weights are trained, and their outputs compared (`Distance`); frozen hyperparameters, functions of a state.
 
     Args:
         steps: batches, 1 or more.
-        learning_rate: peak step of Adam, as a share of each tensor's root mean square; of SGD, in absolute units.
+        learning_rate: peak step of Adam, as a fraction of each tensor's root mean square; of SGD, in absolute units.
         optimizer: "adam"; or "sgd" with momentum 0.9, as papers train.
     Raises:
         UsageError: a value out of its range.
@@ -66,7 +66,7 @@ class Training(Distance):
             raise unknown("optimizer", str(self.optimizer), ("adam", "sgd"))
 
     def begin(self, problem: Problem, candidate: Candidate) -> State:
-        """The state before the first step: copies of what will change, in float32 where the model has less."""
+        """The state before the first step: copies of the tensors that will change, in float32 or wider."""
         tensors: dict[str, Tensor] = {}
         for name in trained(problem):
             value = candidate.tensors.get(name, problem.dense[name])
@@ -79,7 +79,7 @@ class Training(Distance):
             "tensors": tensors,
             "mean": {name: torch.zeros_like(tensors[name]) for name in trained(problem)},
             "square": {name: torch.zeros_like(tensors[name]) for name in trained(problem)},
-            "scale": {name: _scale(tensors[name]) for name in trained(problem)},
+            "scale": {name: _step_scale(tensors[name]) for name in trained(problem)},
         }
 
     def select(self, problem: Problem, state: State, evidence: Evidence, kept: Mapping[str, int]) -> dict[str, Tensor]:
@@ -103,7 +103,7 @@ class Training(Distance):
         dense, tensors = problem.dense, state["tensors"]
         buffers = {name: value for name, value in tensors.items() if name not in state["mean"]}
 
-        def learned(late: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor], int]:
+        def loss_of(late: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor], int]:
             leaves = {}
             for name in state["mean"]:
                 value = masked(tensors[name], masks[name]) if name in masks and name not in late else tensors[name]
@@ -112,13 +112,13 @@ class Training(Distance):
 
         before = {} if "late" in state else {name: value.clone() for name, value in buffers.items()}
         try:
-            loss, found, forward = learned(masks if state.setdefault("late", problem.compute.lean) else {})
+            loss, by_name, forward = loss_of(masks if state.setdefault("late", problem.compute.lean) else {})
         except Unseen:
-            state["late"] = False  # from now on by copies
+            state["late"] = False  # from now on masked copies
             for name, value in before.items():
                 buffers[name].copy_(value)
-            loss, found, forward = learned({})
-        gradients = {name: gradient.to(tensors[name].dtype) for name, gradient in found.items()}
+            loss, by_name, forward = loss_of({})
+        gradients = {name: gradient.to(tensors[name].dtype) for name, gradient in by_name.items()}
         samples = len(problem.inputs().positions(state["step"]))
         return gradients, {"loss": loss, "forward": forward, "backward": samples}
 
@@ -154,13 +154,13 @@ class Training(Distance):
         state["step"] = t + 1
 
     def tensors(self, problem: Problem, candidate: Candidate, state: State) -> dict[str, Tensor]:
-        """The candidate's tensors after training, in the dtypes of the model; only what differs from it."""
-        found = dict(candidate.tensors)
+        """The candidate's tensors after training, in the model's dtypes; only those that differ from the model's."""
+        tensors = dict(candidate.tensors)
         for name, value in state["tensors"].items():
             value = value.to(problem.dense[name].dtype)
-            if name in found or not torch.equal(value, problem.dense[name]):
-                found[name] = value
-        return found
+            if name in tensors or not torch.equal(value, problem.dense[name]):
+                tensors[name] = value
+        return tensors
 
 
 def distilling(training: Training, problem: Problem, candidate: Candidate) -> State:
@@ -185,7 +185,7 @@ def distil(
     select: Select | None = None,
     scale: float = 1.0,
 ) -> dict[str, float | int]:
-    """Metrics of one step that keeps what `candidate` allocates, in place: masks where they are due, then weights.
+    """Metrics of one step, in place, within the allocation of `candidate`: masks where they are due, then weights.
 
     Args:
         state: of `distilling`.
@@ -207,11 +207,11 @@ def distil(
 
 
 def trained(problem: Problem) -> list[str]:
-    """Names of what is trained: every floating-point parameter, frozen ones included."""
+    """Names of the tensors that are trained: every floating-point parameter, frozen ones included."""
     return [name for name, parameter in problem.model.named_parameters() if parameter.is_floating_point()]
 
 
-def _scale(tensor: Tensor) -> float:
-    """Root mean square, what steps are a share of; biases and the like may start at zero and have to move."""
+def _step_scale(tensor: Tensor) -> float:
+    """Root mean square, which steps are a fraction of; biases and the like may start at zero and have to move."""
     scale = float(tensor.square().mean().sqrt())
     return max(scale, 1e-3) if tensor.dim() < 2 or not scale else scale

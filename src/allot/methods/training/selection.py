@@ -1,4 +1,4 @@
-"""Which weights, or channels, stay: the step between allocating and repairing, and what scores may ask."""
+"""Which weights, or channels, stay: the step between allocating and repairing, and the evidence for scores."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Selection:
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         """Select in one layer, or in one group of channels."""
         if problem.scope.groups:
-            return self._channels(problem, candidate, state)
+            return self._select_channels(problem, candidate, state)
         layer = problem.scope.layers[state["step"]]
         evidence = CollectedEvidence(problem, candidate, state["squares"])
         weight = candidate.tensors.get(layer.name, problem.dense[layer.name])
@@ -62,7 +62,7 @@ class Selection:
         channels = {name: tuple(kept) for name, kept in state["channels"].items()}
         return replace(candidate, masks=channel_masks(problem, channels), channels=channels)
 
-    def _channels(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
+    def _select_channels(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         group = problem.scope.groups[state["step"]]
         evidence = CollectedEvidence(problem, candidate, state["squares"])
         kept = candidate.allocation.kept[group.name]
@@ -103,7 +103,7 @@ def importance(problem: Problem, group: Group, evidence: ChannelEvidence) -> Ten
 
 
 def channel_masks(problem: Problem, channels: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Masks of every layer, and of every other parameter that holds channels that go."""
+    """Masks of every layer, and of every other parameter that holds removed channels."""
     plan = ChannelPlan.of(problem.model, problem.scope.groups, channels)
     parameters = dict(problem.model.named_parameters())
     names = {layer.name for layer in problem.scope} | (plan.tensors.keys() & parameters.keys())
@@ -111,11 +111,13 @@ def channel_masks(problem: Problem, channels: Mapping[str, tuple[int, ...]]) -> 
 
 
 class CollectedEvidence:
-    """Answers scores; runs the calibration inputs through the candidate's net once, when first asked.
+    """The evidence of a candidate's net: runs the calibration inputs through it once, when a score first asks.
 
     Args:
-        squares: "inputs": layer name -> sum of squared inputs, "gates": group -> of squared gradients; filled here:
-            part of a method's state.
+        squares: "inputs": layer -> sum of squared inputs, shape of the weight; "gates": group -> expected squared
+            gradient, `[C]`. Filled here: part of a method's state.
+    Attributes:
+        forward, backward: samples pushed so far.
     """
 
     def __init__(self, problem: Problem, candidate: Candidate, squares: dict[str, dict[str, Tensor]]) -> None:
@@ -149,7 +151,7 @@ class CollectedEvidence:
             UsageError: the layer is never reached.
         """
         if "inputs" not in self.squares:
-            self.squares["inputs"], forward = self._collected()
+            self.squares["inputs"], forward = self._input_squares()
             self.forward += forward
         if layer.name not in self.squares["inputs"]:
             raise UsageError(
@@ -158,18 +160,18 @@ class CollectedEvidence:
             )
         return self.squares["inputs"][layer.name].sqrt()
 
-    def _collected(self) -> tuple[dict[str, Tensor], int]:
+    def _input_squares(self) -> tuple[dict[str, Tensor], int]:
         """(layer -> sum of squared inputs, samples pushed)."""
         problem, calibration = self.problem, self.problem.inputs()
-        found: dict[str, Tensor] = {}
+        sums: dict[str, Tensor] = {}
         forward = 0
 
         def visit(layer: Layer, squares: Tensor) -> None:
-            found[layer.name] = found.get(layer.name, 0) + squares.double()
+            sums[layer.name] = sums.get(layer.name, 0) + squares.double()
 
         with watched_inputs(problem.model, problem.scope, visit), torch.no_grad():
             for k in range(calibration.batches):
                 inputs, samples = calibration.batch(k)
                 call(problem.model, self.candidate.effective(problem), inputs)
                 forward += samples
-        return dict(zip(sorted(found), total([found[name] for name in sorted(found)]), strict=True)), forward
+        return dict(zip(sorted(sums), total([sums[name] for name in sorted(sums)]), strict=True)), forward

@@ -2,11 +2,11 @@
 
     masks       the best-scored weights in the counts of the allocation, selected again while weights train
     training    `steps` steps of distillation on the training half (none where `one_shot`)
-    statistics  batch-norm re-estimation on the training half, say; without batch norm, what stands in for it
+    statistics  batch-norm re-estimation on the training half, say; without batch norm, a correction in its place
     loss        mean loss against the dense net on the judging half, in eval mode
 
 The one-shot loss is no judge at high sparsity: a net that was not trained is near chance there, and the allocations
-that look best starve layers that training would need. So it is with a repair too short to lead away from there.
+that look best starve layers that training would need. The same is true of a repair too short to lead away from chance.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from allot.run.store import State
 
 @dataclass(frozen=True)
 class Trial:
-    """How an allocation is judged; functions of a state, as a method has them.
+    """How an allocation is judged; functions of a state, like those of a method.
 
     Args:
         training: the short repair, and the loss that judges.
-        schedule: of masks and budget in it.
-        statistics: repairs after it, of which the first is done that has anything to do in this model.
-        one_shot: no training; the masks given are judged.
+        schedule: of masks and budget in this training.
+        statistics: repairs after it; the first one that has anything to do in this model is done.
+        one_shot: no training; the masks of the candidate are judged.
     State:
         stage: 0: training; 1 ..: statistics; then judging; then done.
         candidate: `Candidate.to_state`, after the stages that are done.
@@ -54,8 +54,8 @@ class Trial:
     def steps(self, problem: Problem, candidate: Candidate) -> int:
         """How many steps a trial takes."""
         train, judge = halves(problem)
-        after = next((n for m in self.statistics if (n := m.init(train, candidate)["steps"])), 0)
-        return int(after) + judge.inputs().batches + (0 if self.one_shot else self.training.steps)
+        of_statistics = next((n for m in self.statistics if (n := m.init(train, candidate)["steps"])), 0)
+        return int(of_statistics) + judge.inputs().batches + (0 if self.one_shot else self.training.steps)
 
     def begin(self, problem: Problem, candidate: Candidate) -> State:
         """The state before the first step.
@@ -73,13 +73,13 @@ class Trial:
         """One calibration batch, in place.
 
         Args:
-            answers: the dense net's on the judging half, from trial to trial, filled here; None keeps none.
+            answers: as in `Distance.judge`, of the judging half, kept from trial to trial.
         """
         state["taken"] += 1
         with repeatable(problem.model, problem.seed, "trial", state["taken"]):  # the same draws for every individual
-            return self._taken(problem, state, answers)
+            return self._step(problem, state, answers)
 
-    def _taken(self, problem: Problem, state: State, answers: dict[str, list[Tensor]] | None) -> Metrics:
+    def _step(self, problem: Problem, state: State, answers: dict[str, list[Tensor]] | None) -> Metrics:
         train, judge = halves(problem)
         candidate = Candidate.from_state(state["candidate"], problem)
         stage, inner = state["stage"], state["inner"]
@@ -100,34 +100,34 @@ class Trial:
         state["stage"] += len(state["losses"]) == judge.inputs().batches
         return {"forward": forward, "backward": 0, "loss": loss}
 
-    def some(
+    def try_first(
         self,
         problem: Problem,
         state: State,
         waiting: Sequence[Callable[[], Candidate]],
         answers: dict[str, list[Tensor]] | None,
     ) -> tuple[Metrics, list[float]]:
-        """(metrics, losses of those of `waiting`, the first ones, that are tried by now): one step of the first trial.
+        """(metrics, losses of the first of `waiting`): one step of the first trial, whose loss is there at its end.
 
         Where processes share the work, whole trials of the first few, one a process.
 
         Args:
-            state: of the method that tries: "step" counts, and "trial" is the one under way.
-            waiting: give allocations to be tried, with masks where `one_shot`.
+            state: of the method that tries: "step" counts, and "trial" is the current one.
+            waiting: functions that make the candidates to be tried, with masks where `one_shot`.
         """
         if processes() > 1:
-            state["step"] -= state.pop("trial", {"taken": 0})["taken"]  # of one process: it is made whole once more
-            found = each(waiting, lambda make: self._whole(problem, make(), answers))
-            state["step"] += sum(taken for *_, taken in found)
-            pushed = {key: sum(metrics[key] for metrics, *_ in found) for key in ("forward", "backward")}
-            return {**pushed, "loss": found[-1][1]}, [loss for _, loss, _ in found]
+            state["step"] -= state.pop("trial", {"taken": 0})["taken"]  # begun by one process alone: it begins again
+            trials = each(waiting, lambda make: self._whole_trial(problem, make(), answers))
+            state["step"] += sum(taken for *_, taken in trials)
+            pushed = {key: sum(metrics[key] for metrics, *_ in trials) for key in ("forward", "backward")}
+            return {**pushed, "loss": trials[-1][1]}, [loss for _, loss, _ in trials]
         if "trial" not in state:
             state["trial"] = self.begin(problem, waiting[0]())
         metrics = self.step(problem, state["trial"], answers)
         state["step"] += 1
         return metrics, [self.loss(state.pop("trial"))] if self.done(state["trial"]) else []
 
-    def _whole(
+    def _whole_trial(
         self, problem: Problem, candidate: Candidate, answers: dict[str, list[Tensor]] | None
     ) -> tuple[Metrics, float, int]:
         """(samples pushed, loss, steps) of a trial from its first step to its last."""
