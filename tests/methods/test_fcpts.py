@@ -383,7 +383,7 @@ def test_the_penalty_pulls_the_sparsity_to_the_budget():
     candidate = Candidate.dense(problem)
     state = method.init(problem, candidate)
     method.step(problem, candidate, state)
-    begun = method._begun(problem, candidate, state)
+    begun = method._begin_training(problem, candidate, state)
     for name, kept in wide.items():  # begin at 50 % instead of 80 %
         magnitudes = problem.dense[name].abs().flatten()
         t = magnitudes.kthvalue(max(total[name] - kept, 1)).values
