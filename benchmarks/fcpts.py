@@ -41,8 +41,6 @@ ABLATION: dict[str, dict[str, Any]] = {
     "fcpts": {},
     "no learning": {"distance": 0.0},
     "no ramp": {"ramp": 1.0},
-    "signed signal added": {"signed": 1.0},
-    "signed signal alone": {"signed": 1.0, "absolute": 0.0},
     "learning after the ramp": {"learn_from": 0.6},
     "narrow window": {"window": 0.1},
 }

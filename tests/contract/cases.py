@@ -140,12 +140,12 @@ def short(method: Method) -> Method:
 
 
 ON_CHANNELS = " on channels"
-# every allocator for what it can share out, every repair for both
+# every allocator for what it can allocate, every repair for both
 METHODS = {
     name + suffix: short(method)
     for suffix, shared in (("", "weights"), (ON_CHANNELS, "channels"))
     for name, method in methods.METHODS.items()
-    if method.role == "repair" or shared in getattr(method, "shares", ("weights",))
+    if method.role == "repair" or shared in getattr(method, "allocates", ("weights",))
 }
 
 

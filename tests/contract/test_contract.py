@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, fields, is_dataclass
 from pathlib import Path
@@ -18,11 +20,15 @@ from torch import Tensor, nn
 import allot
 from allot.budget.allocation import Allocation
 from allot.errors import Stopped
+from allot.methods.layerwise.streamed import Streamed
+from allot.methods.training.distillation import Training
+from allot.methods.training.selection import Selection
+from allot.methods.training.trial import Trial
 from allot.pruning.assemble import assemble
 from allot.pruning.prune import prune
 from allot.pruning.result import Result
 from allot.run.driver import drive
-from allot.run.problem import Candidate, Problem, finished
+from allot.run.problem import Candidate, Method, Problem, finished
 from allot.run.store import Log, State
 from contract.cases import (
     CASES,
@@ -243,6 +249,39 @@ def _through_a_file(state: State) -> State:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+
+
+@each_method
+def test_a_docstring_names_every_key_of_a_state_at_every_step(name: str):
+    for case in ("attention", "with batch norm"):
+        problem = problem_of(case, name=name)
+        _names_every_key(METHODS[name], problem, before(name, problem))
+
+
+@pytest.mark.parametrize("method", [Selection(), Streamed(allot.METHODS["variance"], torch.device("cpu"))])
+def test_so_do_the_methods_that_have_no_name(method: Method):
+    problem = problem_of("linear chain")
+    candidate = before("uniform" if isinstance(method, Selection) else "variance", problem)
+    _names_every_key(method, problem, candidate)
+
+
+def _names_every_key(method: Method, problem: Problem, candidate: Candidate) -> None:
+    state = method.init(problem, candidate)
+    while True:
+        assert state.keys() <= keys_named_by(type(method)), type(method)
+        for key, kind in (("training", Training), ("trial", Trial)):
+            assert state.get(key, {}).keys() <= keys_named_by(kind), kind
+        if finished(state):
+            return
+        method.step(problem, candidate, state)
+
+
+def keys_named_by(kind: type) -> set[str]:
+    """What the section `State:` of a class names, and `step` and `steps`."""
+    section = re.search(r"^State:\n((?:    .*\n?)+)", inspect.cleandoc(kind.__doc__ or ""), flags=re.MULTILINE)
+    assert section, f"{kind.__name__} has no section State:"
+    entries = re.findall(r"^    (\w+(?:, \w+)*): ", section[1], flags=re.MULTILINE)
+    return {"step", "steps"}.union(*(entry.split(", ") for entry in entries))
 
 
 @each_method

@@ -13,7 +13,7 @@ from torch import Tensor
 from allot.errors import UsageError
 from allot.methods.channel_baselines import GlobalChannels, Sensitivity
 from allot.methods.training.distillation import Training
-from allot.methods.training.selection import Evidence, channel_masks, importance
+from allot.methods.training.selection import CollectedEvidence, channel_masks, importance
 from allot.network.batch_norms import is_batch_norm
 from allot.network.call import call
 from allot.run.driver import Progress, drive
@@ -36,7 +36,7 @@ def told(method: Any, problem: Problem, **more: Any) -> tuple[dict[str, int], li
 
 
 def scores_of(problem: Problem) -> dict[str, Tensor]:
-    evidence = Evidence(problem, Candidate.dense(problem), {})
+    evidence = CollectedEvidence(problem, Candidate.dense(problem), {})
     return {group.name: importance(problem, group, evidence) for group in problem.scope.groups}
 
 

@@ -173,7 +173,7 @@ def test_the_implicit_gradient_is_that_of_finite_differences_through_the_solve(b
     alpha, slope = densities(method, problem, a)
     costs = costs_of(problem, alpha)
     assert max(cost for cost, _ in costs) == pytest.approx(1, abs=1e-9)
-    found = method._total({}, alpha, slope, c, costs, 1.0)
+    found = method._logit_gradient({}, alpha, slope, c, costs, 1.0)
     h = 1e-5
     for k in range(len(a)):
         moved = h * torch.eye(len(a), dtype=torch.float64)[k]
@@ -199,7 +199,7 @@ def test_the_gradient_of_the_other_holds_is_that_of_their_penalty(hold: str, bud
         return loss
 
     alpha, slope = densities(method, problem, a)
-    found = method._total(state, alpha, slope, c, costs_of(problem, alpha), rho)
+    found = method._logit_gradient(state, alpha, slope, c, costs_of(problem, alpha), rho)
     for k in range(len(a)):
         moved = 1e-5 * torch.eye(len(a), dtype=torch.float64)[k]
         expected = (penalised(a + moved) - penalised(a - moved)) / 2e-5

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from allot.budget.budget import Budget
 from allot.budget.costs import Term
 from allot.errors import UsageError
-from allot.methods.knapsack import Knapsack, lower_hull, shared_out
+from allot.methods.knapsack import Knapsack, best_densities, lower_hull
 from allot.network.call import call
 from allot.network.masking import masked
 from allot.run.driver import drive
@@ -47,7 +47,7 @@ def test_convex_errors_are_shared_out_as_the_best_of_all_choices(budget: dict[st
         return scale[name] * (1 - kept / SIZES[name]) ** 2
 
     curves = {name: [[k / n, error(name, k)] for k in range(1, n)] for name, n in SIZES.items()}
-    kept = bound.counts(shared_out(bound, curves))
+    kept = bound.counts(best_densities(bound, curves))
     assert bound.meets(kept)
     every = (
         dict(zip(SIZES, row, strict=True)) for row in itertools.product(*(range(1, n + 1) for n in SIZES.values()))
@@ -62,7 +62,7 @@ def test_what_saves_as_much_at_a_lower_price_goes_first():
     terms = (Term("cheap", 10, macs=10), Term("dear", 10, macs=1_000))
     bound = Budget(macs=520).on(terms)
     curve = [[k / 10, (1 - k / 10) ** 2] for k in range(1, 10)]
-    kept = bound.counts(shared_out(bound, {"cheap": curve, "dear": curve}))
+    kept = bound.counts(best_densities(bound, {"cheap": curve, "dear": curve}))
     assert kept == {"cheap": 10, "dear": 5}
 
 

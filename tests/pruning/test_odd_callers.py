@@ -127,7 +127,9 @@ def test_classes_are_the_first_dimension_of_volumes_too():
     problem = pose(model, allot.Budget(sparsity=0.5), allot.Unstructured(), calibration=Calibration.of(x))
     training = Training(temperature=1.0)
     pruned_weights = {"1.weight": torch.zeros(4, 6, 1, 1, 1)}
-    loss, (y,), _ = training.judge(problem, pruned_weights, 0)
+    answers: dict[str, list[Tensor]] = {}
+    loss, _ = training.judge(problem, pruned_weights, 0, answers)
+    (y,) = answers["0"]
     with torch.no_grad():
         z = torch.func.functional_call(model, pruned_weights, problem.inputs().batch(0)[0])
     expected = (y.softmax(1) * (y.log_softmax(1) - z.log_softmax(1))).sum(1).mean()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from allot.budget.budget import Budget
 from allot.errors import UsageError
 from allot.methods.training import channel_gates as gates
-from allot.methods.training.selection import Evidence, importance
+from allot.methods.training.selection import CollectedEvidence, importance
 from allot.network.channels import Group
 from allot.network.layers import Layer, Scope
 from allot.pruning.setup import pose
@@ -31,9 +31,9 @@ def channel_problem(case: str = "with batch norm") -> Problem:
     return problem_of(case, "params=75%", name="uniform" + ON_CHANNELS)
 
 
-def evidence_of(problem: Problem, **tensors: Tensor) -> Evidence:
+def evidence_of(problem: Problem, **tensors: Tensor) -> CollectedEvidence:
     candidate = Candidate.dense(problem)
-    return Evidence(problem, Candidate(candidate.allocation, tensors=tensors), {})
+    return CollectedEvidence(problem, Candidate(candidate.allocation, tensors=tensors), {})
 
 
 def group_of(problem: Problem, name: str) -> Group:
@@ -199,7 +199,7 @@ def test_taylor_is_the_information_of_every_label_weighted_by_its_probability(
 def test_labels_are_drawn_by_their_probability():
     torch.manual_seed(0)
     logits = torch.tensor([[1.0, -2.0, 0.5, 3.0]])
-    drawn = gates._drawn(logits.expand(100_000, 4), 100_000)
+    drawn = gates._drawn_classes(logits.expand(100_000, 4), 100_000)
     found = torch.bincount(drawn.flatten(), minlength=4) / len(drawn)
     torch.testing.assert_close(found, logits.softmax(1)[0], rtol=0, atol=0.01)
 
@@ -212,7 +212,7 @@ def test_taylor_draws_every_label_as_often_as_the_net_says_it(monkeypatch: pytes
     labels = torch.arange(4).repeat_interleave((share * 300).round().long())
     turn = iter(labels.tolist())
     monkeypatch.setattr(gates, "DRAWS", len(labels))
-    monkeypatch.setattr(gates, "_drawn", lambda logits, samples: torch.full((len(logits), 1), next(turn)))
+    monkeypatch.setattr(gates, "_drawn_classes", lambda logits, samples: torch.full((len(logits), 1), next(turn)))
     evidence = evidence_of(problem)
     for name, expected in information(problem).items():
         found = channel_taylor(group_of(problem, name), evidence) / len(labels)

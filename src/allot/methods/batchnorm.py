@@ -1,4 +1,4 @@
-"""Batch-norm re-estimation: the running statistics that the sparse net would have had.
+"""Batch-norm re-estimation: running statistics of the sparse net in place of the dense net's.
 
 Each calibration batch goes through the sparse net once, batch norms normalising by the batch as in training. The
 inputs x of each batch norm are pooled exactly over batches (count-weighted, spread between batches included):
@@ -29,7 +29,11 @@ from allot.run.store import State
 
 @dataclass(frozen=True)
 class BatchNorm:
-    """Re-estimate the running mean and variance of every batch norm; a model without any is left as it is."""
+    """Re-estimate the running mean and variance of every batch norm; a model without any is left as it is.
+
+    State:
+        moments: batch norm -> `Moments` of its inputs so far, each `[C]`, float64.
+    """
 
     role = "repair"
     needs_data = True
@@ -38,7 +42,11 @@ class BatchNorm:
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
         """No batch seen."""
-        return {"step": 0, "steps": problem.inputs().batches if any(_norms(problem.model)) else 0, "moments": {}}
+        return {
+            "step": 0,
+            "steps": problem.inputs().batches if any(_tracking_norms(problem.model)) else 0,
+            "moments": {},
+        }
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         """One calibration batch."""
@@ -48,17 +56,17 @@ class BatchNorm:
 
         def watch(name: str) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                seen = Moments.of((*args, *kwargs.values())[0].movedim(1, -1))
-                pooled[name] = (Moments(**pooled[name]) + seen if name in pooled else seen).to_state()
+                moments = Moments.of((*args, *kwargs.values())[0].movedim(1, -1))
+                pooled[name] = (Moments(**pooled[name]) + moments if name in pooled else moments).to_state()
 
             return hook
 
         with ExitStack() as stack, torch.no_grad():
-            for name, module in _norms(problem.model):
+            for name, module in _tracking_norms(problem.model):
                 handle = module.register_forward_pre_hook(watch(name), with_kwargs=True)
                 stack.callback(handle.remove)
                 for buffer, value in module.named_buffers(prefix=name, recurse=False):
-                    tensors[buffer] = value.clone()  # the pass writes to these
+                    tensors[buffer] = value.clone()  # the pass writes to it
             try:
                 call(problem.model, tensors, inputs, training=is_batch_norm)
             except ValueError as error:
@@ -71,7 +79,7 @@ class BatchNorm:
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         """The candidate with new running statistics."""
         tensors = dict(candidate.tensors)
-        for name, module in _norms(problem.model):
+        for name, module in _tracking_norms(problem.model):
             if name in state["moments"]:
                 moments = Moments(**state["moments"][name])
                 prefix = f"{name}." if name else ""
@@ -81,7 +89,8 @@ class BatchNorm:
         return replace(candidate, tensors=tensors)
 
 
-def _norms(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def _tracking_norms(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Batch norms that keep running statistics, with their names."""
     for name, module in model.named_modules():
         if is_batch_norm(module) and module.running_mean is not None:
             yield name, module

@@ -2,8 +2,8 @@
 
 global        all channels of the net are ranked together by their score, and the r highest stay; r as large as the
               budget allows (Liu et al., ICCV 2017, rank |gamma| so)
-sensitivity   from the dense net, in rounds of equal cost: each group gives up just enough channels, alone, and the one
-              whose outputs stay nearest to the dense net's is taken (NetAdapt, Yang et al., ECCV 2018, with KL for
+sensitivity   from the dense net, in rounds of equal cost: for each group just enough channels are removed on trial, and
+              the removal that moves the outputs least is made (NetAdapt, Yang et al., ECCV 2018, with KL for
               accuracy and no training between rounds)
 """
 
@@ -11,18 +11,17 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 
-from allot.budget.allocation import Allocation
 from allot.budget.channels import ChannelBudget
 from allot.errors import check_number
 from allot.methods.training.channel_gates import gated
 from allot.methods.training.distillation import Training
-from allot.methods.training.selection import Evidence, importance
+from allot.methods.training.selection import CollectedEvidence, allocated, importance
 from allot.processes import one_per_process
 from allot.run.problem import Candidate, Metrics, Problem
 from allot.run.store import State
@@ -30,11 +29,16 @@ from allot.run.store import State
 
 @dataclass(frozen=True)
 class GlobalChannels:
-    """Keep the channels that score highest, whichever group they are in."""
+    """Keep the channels that score highest, whichever group they are in.
+
+    State:
+        score: group -> importance of its channels, `[C]`.
+        squares: sums that the score asks for, as in `CollectedEvidence`.
+    """
 
     role = "allocate"
     needs_data = False
-    shares = ("channels",)
+    allocates = ("channels",)
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
         """No group scored."""
@@ -43,13 +47,13 @@ class GlobalChannels:
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         """Score one group."""
         group = problem.scope.groups[state["step"]]
-        evidence = Evidence(problem, candidate, state["squares"])
+        evidence = CollectedEvidence(problem, candidate, state["squares"])
         state["score"][group.name] = importance(problem, group, evidence)
         state["step"] += 1
         return {"forward": evidence.forward, "backward": evidence.backward}
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
-        """The candidate with as many channels of each group as are among the highest."""
+        """The candidate that keeps of each group as many channels as are among the highest."""
         names = sorted(state["score"])
         owner = torch.cat([torch.full((len(state["score"][name]),), i) for i, name in enumerate(names)])
         order = torch.cat([state["score"][name] for name in names]).argsort(descending=True, stable=True)
@@ -57,28 +61,32 @@ class GlobalChannels:
         budget = problem.channels
 
         def counts(r: int) -> dict[str, int]:
-            found = torch.bincount(ranked[:r], minlength=len(names)).tolist()
-            return budget.clip(dict(zip(names, found, strict=True)))
+            kept = torch.bincount(ranked[:r], minlength=len(names)).tolist()
+            return budget.clip(dict(zip(names, kept, strict=True)))
 
         r = bisect_left(range(1, len(ranked) + 1), True, key=lambda r: not budget.fits(counts(r)))
         total = candidate.allocation.total
-        kept = budget.counts({name: k / total[name] for name, k in counts(r).items()})
-        return replace(candidate, allocation=Allocation.of(kept, total))
-
-
-def _height(budget: ChannelBudget, kept: Mapping[str, int], name: str, fewer: int) -> float:
-    return budget.height({**kept, name: fewer})
+        return allocated(candidate, budget.counts({name: k / total[name] for name, k in counts(r).items()}))
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Search greedily: in each round the group gives up channels whose loss of them disturbs the outputs least.
+    """Search greedily: in each round that group gives up channels whose loss of them moves the outputs least.
 
     Args:
         training: its loss judges, batch norms normalising by the batch; nothing is trained.
-        rounds: in how many equal steps of cost the budget is reached, 1 or more.
+        rounds: how many equal steps of cost lead to the budget, 1 or more.
     Raises:
         UsageError: a value out of its range.
+    State:
+        kept: group -> channels kept so far.
+        drop: how much of the budget each round saves, as a fraction of the budget.
+        round: rounds done.
+        order: group -> its channels, most important first, `[C]`.
+        open: [group, channels kept] of the proposals of this round that were not tried yet.
+        tried: group -> [channels kept, loss] of the others.
+        answers: batch -> the dense net's outputs on it; None where inputs do not repeat.
+        asked: samples that the score pushed [forward, backward] and that no step has reported yet.
     """
 
     training: Training = field(default_factory=Training)
@@ -87,16 +95,16 @@ class Sensitivity:
     role = "allocate"
     needs_data = True
     parallel = True
-    shares = ("channels",)
+    allocates = ("channels",)
 
     def __post_init__(self) -> None:
         check_number("rounds", self.rounds, 1, whole=True)
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
-        """Everything kept; what each group would give up in the first round."""
+        """Everything kept; the proposals of the first round."""
         budget = problem.channels
         kept = {term.name: term.upper for term in budget.terms}
-        evidence = Evidence(problem, candidate, {})
+        evidence = CollectedEvidence(problem, candidate, {})
         scores = {group.name: importance(problem, group, evidence) for group in problem.scope.groups}
         state = {
             "step": 0,
@@ -105,8 +113,7 @@ class Sensitivity:
             "round": 0,
             "order": {name: score.argsort(descending=True, stable=True) for name, score in scores.items()},
             "tried": {},
-            "answers": {},
-            "repeats": problem.inputs().repeats(),
+            "answers": {} if problem.inputs().repeats() else None,
             "asked": [evidence.forward, evidence.backward],
         }
         proposals = self._proposals(budget, state)
@@ -114,10 +121,10 @@ class Sensitivity:
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         """One group's proposal on one batch, or as many as there are processes; after a round the best is taken."""
-        asked, state["asked"] = state["asked"], [0, 0]
+        (forward, backward), state["asked"] = state["asked"], [0, 0]
         k = state["round"] % problem.inputs().batches
 
-        def tried(proposal: list[Any]) -> tuple[str, int, float, int]:
+        def judged(proposal: list[Any]) -> tuple[str, int, float, int]:
             name, fewer = proposal
             kept = state["kept"] | {name: fewer}
             gates = {
@@ -125,32 +132,27 @@ class Sensitivity:
                 for group in problem.scope.groups
             }
             tensors = gated(problem, candidate.effective(problem), gates)
-            loss, answers, forward = self.training.judge(
-                problem, tensors, k, state["answers"].get(str(k)), batch_statistics=True
-            )
-            if state["repeats"]:
-                state["answers"][str(k)] = answers
-            return name, fewer, loss, forward
+            loss, pushed = self.training.judge(problem, tensors, k, state["answers"], batch_statistics=True)
+            return name, fewer, loss, pushed
 
-        found = one_per_process(state["open"], tried)
-        for name, fewer, loss, _ in found:
+        results = one_per_process(state["open"], judged)
+        for name, fewer, loss, _ in results:
             state["open"].pop(0)
             state["tried"][name] = [fewer, loss]
             state["step"] += 1
-        forward = sum(pushed for *_, pushed in found)
         if not state["open"]:
             best = min(state["tried"], key=lambda group: (state["tried"][group][1], group))
             state["kept"][best] = state["tried"][best][0]
             state["round"] += 1
             state |= {"tried": {}, "open": self._proposals(problem.channels, state)}
             state["steps"] = state["step"] + len(state["open"]) * max(self.rounds - state["round"], 1)
-        return {"forward": forward + asked[0], "backward": asked[1], "loss": found[-1][2]}
+        forward += sum(pushed for *_, pushed in results)
+        return {"forward": forward, "backward": backward, "loss": results[-1][2]}
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
-        """The candidate with what is left, and what rounding leaves of the budget handed out."""
+        """The candidate with the remaining channels; what rounding leaves of the budget is allocated as well."""
         total = candidate.allocation.total
-        kept = problem.budget.counts({name: k / total[name] for name, k in state["kept"].items()})
-        return replace(candidate, allocation=Allocation.of(kept, total))
+        return allocated(candidate, problem.budget.counts({name: k / total[name] for name, k in state["kept"].items()}))
 
     def _proposals(self, budget: ChannelBudget, state: State) -> list[list[Any]]:
         """[group, channels] that would bring the cost down by one step, fewest channels given up; none when it fits."""
@@ -159,13 +161,17 @@ class Sensitivity:
             return []
         drop = state["drop"]
         while drop > 1e-9:
-            found = []
+            proposals = []
             for term in budget.terms:
                 levels = budget.levels(term, kept[term.name])
-                low = bisect_right(levels, height - drop, key=partial(_height, budget, kept, term.name))
+                low = bisect_right(levels, height - drop, key=partial(_height_with, budget, kept, term.name))
                 if low:
-                    found.append([term.name, levels[low - 1]])
-            if found:
-                return found
-            drop /= 2  # no group alone can give that much any more
+                    proposals.append([term.name, levels[low - 1]])
+            if proposals:
+                return proposals
+            drop /= 2  # no group alone can save that much any more
         return []
+
+
+def _height_with(budget: ChannelBudget, kept: Mapping[str, int], name: str, fewer: int) -> float:
+    return budget.height({**kept, name: fewer})

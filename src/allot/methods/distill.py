@@ -1,17 +1,17 @@
 """Network-wise distillation of a sparse net with given densities; equations: `methods.training.distillation`.
 
     before step t, where it is due:   m_l = the k_l best-scored of layer l's current weights
-    w <- w - lr_t Adam(G)             G at all entries: what is pruned learns as well, and may take another's place
+    w <- w - lr_t Adam(G)             G at all entries: pruned weights learn as well, and may come back
 
 k_l stays as allocated (with `ramp`, it comes down to that from a wider budget). From `freeze_at` of the steps on the
-masks stay, and what is kept settles.
+masks stay, and the kept weights settle.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from allot.methods.training.distillation import Training, distil
+from allot.methods.training.distillation import Training, distil, distilled, distilling
 from allot.methods.training.schedule import Schedule
 from allot.run.problem import Candidate, Metrics, Problem
 from allot.run.store import State
@@ -19,7 +19,13 @@ from allot.run.store import State
 
 @dataclass(frozen=True)
 class Distill:
-    """Train all weights of the sparse net until it answers like the dense one; how much each layer keeps is fixed."""
+    """Train all weights of the sparse net until it answers like the dense one; how much each layer keeps is fixed.
+
+    State:
+        training: as in `Training`.
+        masks: layer -> mask, bool, shape of the weight; empty before the first step.
+        squares: sums that the score asks for, as in `CollectedEvidence`.
+    """
 
     training: Training = field(default_factory=Training)
     schedule: Schedule = field(default_factory=Schedule)
@@ -29,17 +35,13 @@ class Distill:
     parallel = True
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
-        """The weights as they came."""
-        training = self.training.begin(problem, candidate)
-        return {"step": 0, "steps": training["steps"], "training": training, "masks": {}, "squares": {}}
+        """The candidate's weights as they are."""
+        return distilling(self.training, problem, candidate)
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         """One calibration batch."""
-        metrics = distil(self.training, self.schedule, problem, candidate, state)
-        state["step"] += 1
-        return metrics
+        return distil(self.training, self.schedule, problem, candidate, state)
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         """The candidate with trained tensors, and the masks of the last step."""
-        tensors = self.training.tensors(problem, candidate, state["training"])
-        return replace(candidate, masks=dict(state["masks"]), tensors=tensors)
+        return distilled(self.training, problem, candidate, state)

@@ -6,7 +6,7 @@
     p_i, tau  soft mask of channel i, threshold of the group;  beta  steepness, from beta_1 to beta_2 in equal ratios
     F, B      cost of an allocation, budget;  h = F / B - 1;  rho, lambda  penalty, multiplier
 
-One number a group becomes a soft mask, through the threshold at which the wanted share is kept on average:
+One number a group becomes a soft mask, through the threshold at which the wanted fraction is kept on average:
 
     p_i = sigma(beta (x_i - tau)),    tau such that sum_i p_i = alpha C                   (the expectation condition)
 
@@ -14,9 +14,9 @@ By the implicit function theorem, with s_i = p_i (1 - p_i),
 
     dp_i / dalpha = C s_i / sum_j s_j       so that  dL/dalpha = C sum_i w_i dL/dp_i,   w = s / sum_j s_j
 
-w is computed as a softmax of ln s, which underflows where beta is large. p gates what every consumer reads of the group
-(`allot.methods.training.channel_gates`); L is the KL of the gated net, batch norms normalising by the batch, to the
-dense one. Three ways to hold the budget, `hold`:
+w is computed as a softmax of ln s, since s underflows where beta is large. p gates the channels where consumers read
+them (`allot.methods.training.channel_gates`); L is the KL of the gated net, batch norms normalising by the batch, to
+the dense one. Three ways to hold the budget, `hold`:
 
     implicit     alpha = eps + (top - eps) sigma(a - mu), mu such that F(alpha) = B: the same trick once more, exact in
                  every step. dL/da_k = s_k (L_k - F_k sum_j s_j L_j / sum_j s_j F_j),  s_k = dalpha_k / da_k
@@ -40,21 +40,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from allot.budget.allocation import Allocation
 from allot.budget.bisection import bracket, largest
 from allot.errors import UsageError, check_flag, check_number, unknown
 from allot.methods.training.channel_costs import Costs
 from allot.methods.training.channel_gates import gated
 from allot.methods.training.distillation import Training
-from allot.methods.training.selection import Evidence, importance
+from allot.methods.training.selection import CollectedEvidence, allocated, importance
 from allot.run.problem import Candidate, Metrics, Problem
+from allot.run.scores import ChannelEvidence
 from allot.run.store import State
 
 HOLDS = ("implicit", "lagrangian", "admm")
@@ -70,11 +70,22 @@ class Dsa:
         rate: step of Adam on the logits a, above 0.
         steepness: beta_1 and beta_2, above 0.
         hold: how the budget is held: "implicit", "lagrangian" or "admm".
-        space: what tau is a threshold on: "rank" or "log" of the importance.
+        space: which x tau is a threshold on: "rank" or "log" of the importance.
         sampled: draw 0 or 1 from p in each step, gradients straight through, as the paper.
         least: eps, from 0, below 1; a group keeps one channel at least in any case.
     Raises:
         UsageError: a value out of its range.
+    State:
+        training: as in `Distance`.
+        place: group -> x, `[C]`, float64.
+        a: logits of all groups, `[K]`, float64.
+        mean, square: Adam's averages of their gradients, `[K]`, float64.
+        learned: steps of Adam.
+        lambda: lambda of each limit.
+        z, u: Z, U, `[K]`, float64.
+        rho: of the last step; with `hold=admm`, from the first step on.
+        moved: [step, [alpha of each group]] at about fifty steps.
+        asked: samples that the score pushed [forward, backward] and that no step has reported yet.
     """
 
     training: Training = field(default_factory=lambda: Training(steps=100))
@@ -88,7 +99,7 @@ class Dsa:
     role = "allocate"
     needs_data = True
     parallel = True
-    shares = ("channels",)
+    allocates = ("channels",)
 
     def __post_init__(self) -> None:
         check_number("rate", self.rate, 1e-9)
@@ -106,16 +117,16 @@ class Dsa:
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
         """Importances of all channels, and logits at the uniform allocation that meets the budget."""
-        evidence = Evidence(problem, candidate, {})
-        own = self.begin(problem, evidence) | {"training": self.training.reading(problem)}
-        return own | {"step": 0, "steps": self.training.steps, "asked": [evidence.forward, evidence.backward]}
+        evidence = CollectedEvidence(problem, candidate, {})
+        state = self.begin(problem, evidence) | {"training": self.training.reading(problem)}
+        return state | {"step": 0, "steps": self.training.steps, "asked": [evidence.forward, evidence.backward]}
 
-    def begin(self, problem: Problem, evidence: Evidence) -> State:
-        """The part of the state that `masks` and `learn` go by."""
+    def begin(self, problem: Problem, evidence: ChannelEvidence) -> State:
+        """The part of the state that `masks` and `learn` read."""
         start = problem.channels.project({group.name: 1.0 for group in problem.scope.groups})
         least, top = self._bounds(problem)
-        share = torch.tensor([start[group.name] for group in problem.scope.groups], dtype=torch.float64)
-        a = _logit(((share - least) / (top - least).clamp_min(1e-9)).clamp(1e-3, 1 - 1e-3))
+        alpha = torch.tensor([start[group.name] for group in problem.scope.groups], dtype=torch.float64)
+        a = _logit(((alpha - least) / (top - least).clamp_min(1e-9)).clamp(1e-3, 1 - 1e-3))
         return {
             "place": self.places(problem, evidence),
             "a": a,
@@ -123,13 +134,13 @@ class Dsa:
             "square": torch.zeros_like(a),
             "learned": 0,
             "lambda": [0.0] * len(problem.channels.limits),
-            "z": share.clone(),
+            "z": alpha.clone(),
             "u": torch.zeros_like(a),
             "moved": [],
         }
 
-    def places(self, problem: Problem, evidence: Evidence) -> dict[str, Tensor]:
-        """What tau is a threshold on, group by group."""
+    def places(self, problem: Problem, evidence: ChannelEvidence) -> dict[str, Tensor]:
+        """x, which tau is a threshold on, group by group."""
         return {g.name: _place(importance(problem, g, evidence), self.space) for g in problem.scope.groups}
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
@@ -140,17 +151,17 @@ class Dsa:
             tensors = gated(problem, candidate.effective(problem), drawn.gates)
         loss, G, forward = self.training.loss_of(problem, state["training"], tensors)
         gates = list(drawn.gates.values())
-        found = torch.autograd.grad([tensors[name] for name in G], gates, list(G.values()), allow_unused=True)
-        spent = self.learn(problem, state, drawn, found)
+        gradients = torch.autograd.grad([tensors[name] for name in G], gates, list(G.values()), allow_unused=True)
+        spent = self.learn(problem, state, drawn, gradients)
         if t % max(T // 50, 1) == 0 or t == T - 1:
             state["moved"].append([t, drawn.alpha.tolist()])
         samples = len(problem.inputs().positions(t))
         state["training"]["step"] = state["step"] = t + 1
-        asked, state["asked"] = state["asked"], [0, 0]
-        return {"loss": loss, "forward": forward + asked[0], "backward": samples + asked[1], "spent": spent}
+        pushed, state["asked"] = state["asked"], [0, 0]
+        return {"loss": loss, "forward": forward + pushed[0], "backward": samples + pushed[1], "spent": spent}
 
     def masks(self, problem: Problem, state: State, progress: float, *, room: float = 1.0) -> Drawn:
-        """The masks of all groups as they are now.
+        """The masks of all groups at the current logits.
 
         Args:
             progress: from 0 to 1: steepness and penalty grow with it.
@@ -159,66 +170,62 @@ class Dsa:
         costs = Costs(problem, room=room)
         alpha, slope = self._densities(problem, costs, state["a"])
         beta = self.steepness[0] * (self.steepness[1] / self.steepness[0]) ** progress
-        table, there = padded([state["place"][group.name] for group in problem.scope.groups])
-        p, w = soft_masks(table, there, alpha, beta)
+        x, filled = padded([state["place"][group.name] for group in problem.scope.groups])
+        p, w = soft_masks(x, filled, alpha, beta)
         draws = torch.bernoulli(p.float()) if self.sampled else p
         gates = {g.name: draws[k, : g.total].float().requires_grad_() for k, g in enumerate(problem.scope.groups)}
-        return Drawn(gates, alpha, slope, there.sum(1)[:, None] * w, costs, 0.5 * 100**progress)
+        return Drawn(gates, alpha, slope, filled.sum(1)[:, None] * w, costs, 0.5 * 100**progress)
 
     def learn(self, problem: Problem, state: State, drawn: Drawn, gradients: Iterable[Tensor | None]) -> float:
-        """One step of Adam on the logits, by the gradients of the gates; what is spent of the budget, as a share."""
+        """One step of Adam on the logits, by the gradients of the gates; returns F / B of the tightest limit."""
         dp = torch.zeros_like(drawn.jacobian)
         for k, (group, gradient) in enumerate(zip(problem.scope.groups, gradients, strict=True)):
             if gradient is not None:
                 dp[k, : group.total] = gradient.double().cpu()
         spent = drawn.costs(drawn.alpha)
-        self._adam(state, self._total(state, drawn.alpha, drawn.slope, (drawn.jacobian * dp).sum(1), spent, drawn.rho))
-        self._dual(problem, state, drawn.costs, drawn.rho)
+        dalpha = (drawn.jacobian * dp).sum(1)
+        self._adam_step(state, self._logit_gradient(state, drawn.alpha, drawn.slope, dalpha, spent, drawn.rho))
+        self._update_dual(problem, state, drawn.costs, drawn.rho)
         return max(cost for cost, _ in spent)
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
-        """The candidate with whole numbers of channels; how densities moved goes to the report."""
+        """The candidate with whole numbers of channels; the path of the densities goes to the report."""
         names = [group.name for group in problem.scope.groups]
-        kept = self.counts(problem, state)
-        told = {"groups": names, "densities": state["moved"]}
-        return replace(
-            candidate,
-            allocation=Allocation.of(kept, candidate.allocation.total),
-            diagnostics={**candidate.diagnostics, "dsa": told},
-        )
+        report = {"groups": names, "densities": state["moved"]}
+        return allocated(candidate, self.counts(problem, state), {"dsa": report})
 
     def counts(self, problem: Problem, state: State) -> dict[str, int]:
-        """Whole numbers of channels that meet the budget, nearest to the densities learned."""
+        """Whole numbers of channels that meet the budget, nearest to the learned densities."""
         alpha = state["z"] if self.hold == "admm" else self._densities(problem, Costs(problem), state["a"])[0]
         names = [group.name for group in problem.scope.groups]
         return problem.budget.counts(dict(zip(names, alpha.tolist(), strict=True)))
 
     def _bounds(self, problem: Problem) -> tuple[Tensor, Tensor]:
-        """Lower and upper bound of every alpha: of rules, one channel, and eps; of rules, and what a solver needs."""
-        terms = {term.name: term for term in problem.budget.terms}
-        own = [terms[group.name] for group in problem.scope.groups]
-        top = [min(term.upper / term.total, 0.999) for term in own]
-        least = [min(max(term.lower / term.total, self.least), t) for term, t in zip(own, top, strict=True)]
+        """Lower and upper bound of every alpha: of rules, one channel, and eps; of rules, and 0.999 for the solver."""
+        by_name = {term.name: term for term in problem.budget.terms}
+        terms = [by_name[group.name] for group in problem.scope.groups]
+        top = [min(term.upper / term.total, 0.999) for term in terms]
+        least = [min(max(term.lower / term.total, self.least), t) for term, t in zip(terms, top, strict=True)]
         return torch.tensor(least, dtype=torch.float64), torch.tensor(top, dtype=torch.float64)
 
     def _densities(self, problem: Problem, costs: Costs, a: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha, dalpha/da at fixed mu)."""
         least, top = self._bounds(problem)
 
-        def at(mu: float) -> Tensor:
+        def alpha_at(mu: float) -> Tensor:
             return least + (top - least) * torch.sigmoid(a - mu)
 
         mu = 0.0
         if self.hold == "implicit":
             low, high = float(a.min()) - 40, float(a.max()) + 40
-            mu = high - largest(lambda room: costs.fits(at(high - room)), high - low)
-        share = torch.sigmoid(a - mu)
-        return at(mu), (top - least) * share * (1 - share)
+            mu = high - largest(lambda room: costs.fits(alpha_at(high - room)), high - low)
+        sigma = torch.sigmoid(a - mu)
+        return alpha_at(mu), (top - least) * sigma * (1 - sigma)
 
-    def _total(
+    def _logit_gradient(
         self, state: State, alpha: Tensor, slope: Tensor, dalpha: Tensor, spent: list[tuple[float, Tensor]], rho: float
     ) -> Tensor:
-        """The gradient by a."""
+        """dL/da."""
         if self.hold == "implicit":
             price = max(spent, key=lambda cost: cost[0])[1]  # of the limit that binds
             level = (slope * dalpha).sum() / (slope * price).sum().clamp_min(1e-30)
@@ -229,7 +236,7 @@ class Dsa:
             return slope * dalpha
         return slope * (dalpha + rho * (alpha - state["z"] + state["u"]))
 
-    def _dual(self, problem: Problem, state: State, costs: Costs, rho: float) -> None:
+    def _update_dual(self, problem: Problem, state: State, costs: Costs, rho: float) -> None:
         if self.hold == "lagrangian":
             pairs = zip(state["lambda"], costs(self._densities(problem, costs, state["a"])[0]), strict=True)
             state["lambda"] = [max(0.0, value + 0.2 * rho * (cost - 1)) for value, (cost, _) in pairs]
@@ -239,7 +246,7 @@ class Dsa:
             grown = rho / state.get("rho", rho)  # the dual is scaled by rho
             state |= {"u": state["u"] / grown + alpha - state["z"], "rho": rho}
 
-    def _adam(self, state: State, gradient: Tensor) -> None:
+    def _adam_step(self, state: State, gradient: Tensor) -> None:
         t = state["learned"] = state["learned"] + 1
         state["mean"].mul_(0.9).add_(0.1 * gradient)
         state["square"].mul_(0.99).add_(0.01 * gradient.square())
@@ -249,7 +256,7 @@ class Dsa:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Masks of one step: gates by group, alpha, dalpha/da, dp/dalpha, what alpha costs, and the penalty rho."""
+    """Masks of one step: gates by group, alpha, dalpha/da, dp/dalpha, the costs of alpha, and the penalty rho."""
 
     gates: dict[str, Tensor]
     alpha: Tensor
@@ -260,7 +267,7 @@ class Drawn:
 
 
 def soft_masks(
-    x: Float[Tensor, "K C"], there: Float[Tensor, "K C"], alpha: Float[Tensor, " K"], beta: float
+    x: Float[Tensor, "K C"], filled: Float[Tensor, "K C"], alpha: Float[Tensor, " K"], beta: float
 ) -> tuple[Float[Tensor, "K C"], Float[Tensor, "K C"]]:
     """(p, w): soft masks whose sum is alpha C in every group, and dp/dalpha = C w; float64.
 
@@ -268,17 +275,17 @@ def soft_masks(
 
     Args:
         x: importances, one row a group.
-        there: 1 where a row has a channel, 0 where it is filled up.
+        filled: 1 where a row has a channel, 0 in its padding.
         alpha: in (0, 1).
         beta: above 0.
     """
-    count = there.sum(1)
-    far = torch.where(there > 0, x, math.nan)
+    count = filled.sum(1)
+    channels = torch.where(filled > 0, x, math.nan)
     shift = ((1 - alpha) / alpha).log() / beta
-    low, high = far.nan_to_num(math.inf).amin(1) + shift, far.nan_to_num(-math.inf).amax(1) + shift
+    low, high = channels.nan_to_num(math.inf).amin(1) + shift, channels.nan_to_num(-math.inf).amax(1) + shift
     tau = (low + high) / 2
     for _ in range(200):
-        p = torch.sigmoid(beta * (x - tau[:, None])) * there
+        p = torch.sigmoid(beta * (x - tau[:, None])) * filled
         error = p.sum(1) - alpha * count
         if bool((error.abs() < 1e-11 * count).all()):
             break
@@ -287,16 +294,20 @@ def soft_masks(
         tau = torch.where((newton > low) & (newton < high), newton, (low + high) / 2)
     z = beta * (x - tau[:, None])
     log_s = torch.nn.functional.logsigmoid(z) + torch.nn.functional.logsigmoid(-z)
-    return torch.sigmoid(z) * there, torch.softmax(log_s.masked_fill(there == 0, -math.inf), 1)
+    return torch.sigmoid(z) * filled, torch.softmax(log_s.masked_fill(filled == 0, -math.inf), 1)
 
 
 def padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Rows of several lengths as one table, and where it is filled: float64 `[K, C]` both."""
+    """Rows of several lengths as one table, and 1 where it is filled, 0 elsewhere: float64 `[K, C]` both.
+
+    >>> padded([torch.ones(1), torch.ones(2)])[1].tolist()
+    [[1.0, 0.0], [1.0, 1.0]]
+    """
     width = max(map(len, rows))
-    table, there = torch.zeros(2, len(rows), width, dtype=torch.float64).unbind()
+    table, filled = torch.zeros(2, len(rows), width, dtype=torch.float64).unbind()
     for k, row in enumerate(rows):
-        table[k, : len(row)], there[k, : len(row)] = row, 1.0
-    return table, there
+        table[k, : len(row)], filled[k, : len(row)] = row, 1.0
+    return table, filled
 
 
 def projected(costs: Costs, wished: Tensor, least: Tensor, top: Tensor) -> Tensor:
@@ -308,7 +319,7 @@ def projected(costs: Costs, wished: Tensor, least: Tensor, top: Tensor) -> Tenso
     nu = [0.0] * len(costs.weights)
     z = wished.clamp(min=least, max=top)
 
-    def at(values: list[float], z: Tensor) -> Tensor:
+    def z_at(values: list[float], z: Tensor) -> Tensor:
         for _ in range(40):
             pull = torch.stack([v * price for v, (_, price) in zip(values, costs(z), strict=True)]).sum(0)
             new = (wished - pull).clamp(min=least, max=top)
@@ -318,7 +329,7 @@ def projected(costs: Costs, wished: Tensor, least: Tensor, top: Tensor) -> Tenso
         return z
 
     def over(values: list[float], limit: int) -> bool:
-        return costs(at(values, z))[limit][0] > 1
+        return costs(z_at(values, z))[limit][0] > 1
 
     for _ in range(8 if len(nu) > 1 else 1):  # limits pull on each other
         before = list(nu)
@@ -330,14 +341,14 @@ def projected(costs: Costs, wished: Tensor, least: Tensor, top: Tensor) -> Tenso
             while over([*nu[:i], high, *nu[i + 1 :]], i) and high < 1e6:
                 low, high = high, 2 * high
             nu[i] = bracket(lambda value: over([*nu[:i], value, *nu[i + 1 :]], i), low, high, rounds=30)[1]  # noqa: B023
-        z = at(nu, z)
+        z = z_at(nu, z)
         if all(abs(new - old) <= 1e-6 * max(new, 1e-9) for new, old in zip(nu, before, strict=True)):
             break
     return z
 
 
 def _place(score: Tensor, space: str) -> Tensor:
-    """Importances as what tau is a threshold on; equal ones go to the lower index."""
+    """X of importances, which tau is a threshold on; of equal ones the lower index is larger."""
     if space == "log":
         floor = score.max().clamp_min(1e-30) * 1e-6
         return score.clamp_min(floor).log()
@@ -347,5 +358,5 @@ def _place(score: Tensor, space: str) -> Tensor:
     return (rank + 0.5) / len(score) * 4 - 2
 
 
-def _logit(share: Tensor) -> Tensor:
-    return (share / (1 - share)).log()
+def _logit(fraction: Tensor) -> Tensor:
+    return (fraction / (1 - fraction)).log()

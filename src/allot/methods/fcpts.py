@@ -16,12 +16,12 @@ k-th score. So the density is what is learned, and the budget holds in every ste
 
 and when masks are selected, after `learn_from` T, with u_l = p_l n_l d_l (1 - d_l), <x> = sum u_l x_l / sum u_l:
 
-    r_l = signed clip( (a_l/p_l - <a/p>) / rms(a/p - <a/p>), -2, 2 ) + absolute ( log(b_l/p_l) - <log(b/p)> )
+    r_l = absolute ( log(b_l/p_l) - <log(b/p)> )
     logit d_l <- logit d_l + clip( eta_t r_l, -1/2, 1/2 ),   then d <- Budget.project(d)
 
-eta_t falls as a cosine and adds up to `distance`. Layers that are free move until b/p is the same in all of them (with
-`signed`, a/p: equal marginal gains per unit of cost are what an optimum has). First averages are plain means, prices
-count as at least a thousandth of the largest, A_l ends at a layer's bounds, and d_l above 0.95 moves down from there.
+eta_t falls as a cosine and adds up to `distance`. Layers that are free move until b/p is the same in all of them. At an
+optimum a/p is the same in all of them: it is reported, and moves nothing. First averages are plain means, prices count
+as at least a thousandth of the largest, A_l ends at a layer's bounds, and d_l above 0.95 moves down from there.
 
 `FcptsPaper`, for comparison. With s_l the learnable score of a layer, M_l a scale:
 
@@ -45,7 +45,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -53,20 +53,19 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from allot.budget.allocation import Allocation
 from allot.budget.bisection import bracket
 from allot.budget.budget import Budget
 from allot.errors import UsageError, check_number
-from allot.methods.training.distillation import Training
+from allot.methods.training.distillation import Training, distilled
 from allot.methods.training.schedule import Schedule, warm_cosine
-from allot.methods.training.selection import Evidence
+from allot.methods.training.selection import CollectedEvidence, allocated
 from allot.run.problem import Candidate, Method, Metrics, Problem, finished
 from allot.run.scores import magnitude
 from allot.run.store import State
 
-Shares = Mapping[str, float]  # layer -> number
-MOVABLE = 0.95  # where whole layers move down from: their log-odds are infinite
-SAMPLED = 65_536  # most weights of a layer that its density is estimated from
+PerLayer = Mapping[str, float]  # layer -> number
+MOVABLE = 0.95  # the density that whole layers move down from: their log-odds are infinite
+SAMPLED = 65_536  # the most weights of a layer that its bridge is estimated from
 STEEPEST = 10.0  # norm of all gradients together, above which they are scaled down
 
 
@@ -76,12 +75,24 @@ class Fcpts:
 
     Args:
         start: allocator whose densities learning starts from.
-        learn_from: share of the steps after which densities move, until `freeze_at`.
+        learn_from: fraction of the steps after which densities move, until `freeze_at`.
         distance: how far a layer moves in all where its r_l stays 1, in units of log-odds; 0 learns nothing.
         window: h over k_l.
-        signed, absolute: weights of the two terms of r_l; the first is off, it brought nothing beside the second.
+        absolute: factor on r_l.
     Raises:
         UsageError: a value out of its range.
+    State:
+        start: state of the start.
+        started: diagnostics of the start.
+        training: as in `Training`.
+        density: layer -> d_l.
+        kept: layer -> k_l.
+        masks: layer -> m_l, bool, shape of the weight.
+        windows: layer -> A_l as flat indices, int32 `[at most 2 h]`.
+        a, b: layer -> a_l, b_l, in units of the loss per weight.
+        seen: how many steps a and b are averages of.
+        squares: sums that the score asks for, as in `CollectedEvidence`.
+        trajectory: {"step", "limit": kind -> ceiling, "kept": layer -> k_l} of every selection.
     """
 
     start: Method
@@ -90,7 +101,6 @@ class Fcpts:
     learn_from: float = 0.1
     distance: float = 1.0
     window: float = 0.5
-    signed: float = 0.0
     absolute: float = 1.0
 
     role = "allocate"
@@ -99,12 +109,12 @@ class Fcpts:
 
     def __post_init__(self) -> None:
         check_number("learn_from", self.learn_from, 0, 1)
-        for name in ("distance", "window", "signed", "absolute"):
+        for name in ("distance", "window", "absolute"):
             check_number(name, getattr(self, name), 0)
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
-        """Before the start is known."""
-        return _before(self, problem, candidate)
+        """Before the first step of the start."""
+        return _first_state(self, problem, candidate)
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         """One step of the start, or one calibration batch."""
@@ -112,39 +122,39 @@ class Fcpts:
         if not finished(state["start"]):
             return self.start.step(problem, candidate, state["start"])
         if "training" not in state:
-            state |= self._begun(problem, candidate, state)
+            state |= self._begin_training(problem, candidate, state)
         training = state["training"]
         t, T = training["step"], training["steps"]
         budget = problem.budget.widened(self.schedule.factor(t, T))
-        evidence = Evidence(problem, candidate, state["squares"])
+        evidence = CollectedEvidence(problem, candidate, state["squares"])
         limits = {limit.kind: limit.ceiling for limit in budget.limits}
-        moving: Metrics = {f"limit.{kind}": ceiling for kind, ceiling in limits.items()}
+        allocation: Metrics = {f"limit.{kind}": ceiling for kind, ceiling in limits.items()}
         if self.schedule.due(t, T):
-            if eta := self.distance * self.schedule.share(t, T, self.learn_from):
-                state["density"] = moved(
-                    problem.budget, state["density"], state["a"], state["b"], eta, self.signed, self.absolute
-                )
+            if eta := self.distance * self.schedule.fraction(t, T, self.learn_from):
+                state["density"] = moved(problem.budget, state["density"], state["b"], eta, self.absolute)
             kept = state["kept"] = budget.counts(state["density"])
-            low, high = _around(problem.budget, kept, self.window)
+            low, high = _window_bounds(problem.budget, kept, self.window)
             state["masks"] = self.training.select(problem, training, evidence, kept)
-            wide, narrow = (self.training.select(problem, training, evidence, some) for some in (high, low))
+            wide, narrow = (self.training.select(problem, training, evidence, bound) for bound in (high, low))
             state["windows"] = {l: (wide.pop(l) & ~narrow.pop(l)).flatten().nonzero().flatten().int() for l in kept}
-            moving |= {f"density.{name}": kept[name] / total for name, total in candidate.allocation.total.items()}
+            allocation |= {f"density.{name}": kept[name] / total for name, total in candidate.allocation.total.items()}
             state["trajectory"].append({"step": t, "limit": limits, "kept": kept})
         gradients, metrics = self.training.gradients(problem, training, state["masks"])
         if t < self.schedule.last(T):
-            _watch(state, gradients)
+            _update_signals(state, gradients)
         self.training.update(training, gradients)
-        moving |= {f"cost.{kind}": budget.cost(kind, state["kept"]) for kind in limits}
-        return metrics | moving | {"forward": metrics["forward"] + evidence.forward}
+        allocation |= {f"cost.{kind}": budget.cost(kind, state["kept"]) for kind in limits}
+        return metrics | allocation | {"forward": metrics["forward"] + evidence.forward}
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         """The candidate with the learned allocation, its masks, and trained tensors."""
         p = problem.budget.prices(state["kept"])
-        told = {word: {l: state[x][l] / p[l] for l in p if p[l]} for word, x in (("gain", "a"), ("sensitivity", "b"))}
-        return _finished(self, "fcpts", problem, candidate, state, told)
+        signals = {
+            word: {l: state[x][l] / p[l] for l in p if p[l]} for word, x in (("gain", "a"), ("sensitivity", "b"))
+        }
+        return _learned_candidate(self, "fcpts", problem, candidate, state, signals)
 
-    def _begun(self, problem: Problem, candidate: Candidate, state: State) -> State:
+    def _begin_training(self, problem: Problem, candidate: Candidate, state: State) -> State:
         started = self.start.finish(problem, candidate, state["start"])
         return {
             "training": self.training.begin(problem, candidate),
@@ -158,41 +168,33 @@ class Fcpts:
         }
 
 
-def moved(
-    budget: Budget, density: Shares, a: Shares, b: Shares, eta: float, signed: float = 0.0, absolute: float = 1.0
-) -> dict[str, float]:
-    """Densities d_l after one update by a_l and b_l, using up the budget; where b_l is 0, proportions stay."""
+def moved(budget: Budget, density: PerLayer, b: PerLayer, eta: float, absolute: float = 1.0) -> dict[str, float]:
+    """Densities d_l after one update by b_l, using up the budget; where b_l is 0, proportions stay."""
     price = budget.prices(budget.counts(density))
     least = max(price.values()) * 1e-3 or 1.0  # a layer may cost nothing more
     p = {l: max(price[l], least) for l in density}
     d = {l: min(max(density[l], 1e-9), MOVABLE) for l in density}
     free = [term for term in budget.terms if term.lower < term.upper and b[term.name] > 0]
     u = {term.name: p[term.name] * term.total * d[term.name] * (1 - d[term.name]) for term in free}
-
-    def mean(x: Shares) -> float:
-        return math.fsum(u[l] * x[l] for l in u) / math.fsum(u.values())
-
     new = dict(density)
     if u:
-        gain = {l: a[l] / p[l] for l in u}
         weight = {l: math.log(b[l]) - math.log(p[l]) for l in u}  # b/p may underflow
-        mean_gain, mean_weight = mean(gain), mean(weight)
-        rms = math.sqrt(mean({l: (gain[l] - mean_gain) ** 2 for l in u})) or 1.0
+        mean = math.fsum(u[l] * weight[l] for l in u) / math.fsum(u.values())
         for l in u:
-            r = signed * min(max((gain[l] - mean_gain) / rms, -2), 2) + absolute * (weight[l] - mean_weight)
+            r = absolute * (weight[l] - mean)
             z = math.log(d[l] / (1 - d[l])) + min(max(eta * r, -0.5), 0.5)
-            there = 1 / (1 + math.exp(-z))
-            new[l] = there if r < 0 else max(there, density[l])
+            shifted = 1 / (1 + math.exp(-z))
+            new[l] = shifted if r < 0 else max(shifted, density[l])
     return dict(budget.project(new))
 
 
-def _around(budget: Budget, kept: Mapping[str, int], window: float) -> tuple[dict[str, int], dict[str, int]]:
+def _window_bounds(budget: Budget, kept: Mapping[str, int], window: float) -> tuple[dict[str, int], dict[str, int]]:
     """k_l - h and k_l + h, whole steps of the pattern, within each layer's bounds."""
     h = {t.name: -(-min(max(16, math.ceil(window * kept[t.name])), 16_384) // t.step) * t.step for t in budget.terms}
     return budget.clip({l: kept[l] - h[l] for l in h}), budget.clip({l: kept[l] + h[l] for l in h})
 
 
-def _watch(state: State, gradients: Mapping[str, Tensor]) -> None:
+def _update_signals(state: State, gradients: Mapping[str, Tensor]) -> None:
     """Bring a_l and b_l up to date; one transfer from the device for all layers."""
     reached = {name: index for name, index in state["windows"].items() if name in gradients and len(index)}
     state["seen"] += 1
@@ -220,6 +222,15 @@ class FcptsPaper:
         penalty: lambda.
     Raises:
         UsageError: a value out of its range.
+    State:
+        start: state of the start.
+        started: diagnostics of the start.
+        training: as in `Training`.
+        M: layer -> M_l.
+        s: layer -> s_l, 0-dim.
+        speed: layer -> momentum of s_l, 0-dim.
+        trajectory: {"step", "kept": layer -> weights above t_l} of every tenth step.
+        kept, masks: layer -> weights kept, mask; at the end only.
     """
 
     start: Method
@@ -238,14 +249,14 @@ class FcptsPaper:
         check_number("penalty", self.penalty, 0)
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
-        """Before the start is known.
+        """Before the first step of the start.
 
         Raises:
             UsageError: a score other than magnitude, which thresholds on |w| cannot follow.
         """
         if problem.score is not magnitude:
             raise UsageError("fcpts-paper has thresholds on magnitudes: use --score magnitude, or --method fcpts.")
-        return _before(self, problem, candidate)
+        return _first_state(self, problem, candidate)
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         """One step of the start, or one calibration batch."""
@@ -253,7 +264,7 @@ class FcptsPaper:
         if not finished(state["start"]):
             return self.start.step(problem, candidate, state["start"])
         if "training" not in state:
-            state |= self._begun(problem, candidate, state)
+            state |= self._begin_training(problem, candidate, state)
         training, M, tensors = state["training"], state["M"], state["training"]["tensors"]
         w = {name: tensors[name].detach().requires_grad_() for name in training["mean"]}
         s = {name: value.detach().requires_grad_() for name, value in state["s"].items()}
@@ -261,25 +272,25 @@ class FcptsPaper:
             t = {name: M[name] * torch.sigmoid(s[name]) for name in s}
             wm = {name: w[name] * keep((w[name].abs() - t[name]) / M[name]) for name in s}
             S = {name: pruned(t[name], w[name].detach().abs()) for name in s}
-            inside = {name: value.to(problem.dense[name].dtype) for name, value in (tensors | w | wm).items()}
-            off, sparsity = _missed(problem.budget, S)
-        loss, G, forward = self.training.loss_of(problem, training, inside)
-        outputs, weights = [*(inside[name] for name in G), off], [*G.values(), torch.full_like(off, self.penalty)]
-        found = torch.autograd.grad(outputs, [*w.values(), *s.values()], weights, allow_unused=True)
+            placed = {name: value.to(problem.dense[name].dtype) for name, value in (tensors | w | wm).items()}
+            off, sparsity = _missed_cost(problem.budget, S)
+        loss, G, forward = self.training.loss_of(problem, training, placed)
+        outputs, weights = [*(placed[name] for name in G), off], [*G.values(), torch.full_like(off, self.penalty)]
+        gradients = torch.autograd.grad(outputs, [*w.values(), *s.values()], weights, allow_unused=True)
         moving = [(tensors[name], training["mean"][name], self.decay) for name in w]
         moving += [(state["s"][name], state["speed"][name], 0.0) for name in s]
-        norm = float(get_total_norm([gradient for gradient in found if gradient is not None]))
+        norm = float(get_total_norm([gradient for gradient in gradients if gradient is not None]))
         lr = self.training.learning_rate * warm_cosine(training["step"], training["steps"])
-        for (value, speed, decay), gradient in zip(moving, found, strict=True):
+        for (value, speed, decay), gradient in zip(moving, gradients, strict=True):
             if gradient is not None:
                 speed.mul_(self.momentum).add_(gradient / max(norm / STEEPEST, 1.0) + decay * value)
                 value.sub_(lr * speed)
-        told = {"loss": loss, "penalty": float(off.detach()), "sparsity": sparsity}
-        told |= {"forward": forward, "backward": len(problem.inputs().positions(training["step"]))}
+        metrics = {"loss": loss, "penalty": float(off.detach()), "sparsity": sparsity}
+        metrics |= {"forward": forward, "backward": len(problem.inputs().positions(training["step"]))}
         if training["step"] % 10 == 0:
             state["trajectory"].append({"step": training["step"], "kept": _counts(S, problem.budget)})
         training["step"] += 1
-        return told
+        return metrics
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         """The candidate after the exact projection: a common shift of all s_l, then whole numbers."""
@@ -297,21 +308,21 @@ class FcptsPaper:
         _, shift = bracket(lambda shift: not budget.fits(budget.clip(above(shift))), -40.0, 40.0, rounds=60)
         state["kept"] = budget.counts({l: k / total[l] for l, k in above(shift).items()})
         state["masks"] = self.training.select(
-            problem, state["training"], Evidence(problem, candidate, {}), state["kept"]
+            problem, state["training"], CollectedEvidence(problem, candidate, {}), state["kept"]
         )
-        told = {"threshold": {l: float(t) for l, t in thresholds(shift).items()}}
-        return _finished(self, "fcpts-paper", problem, candidate, state, told)
+        at_end = {"threshold": {l: float(t) for l, t in thresholds(shift).items()}}
+        return _learned_candidate(self, "fcpts-paper", problem, candidate, state, at_end)
 
-    def _begun(self, problem: Problem, candidate: Candidate, state: State) -> State:
+    def _begin_training(self, problem: Problem, candidate: Candidate, state: State) -> State:
         started = self.start.finish(problem, candidate, state["start"])
         training = self.training.begin(problem, candidate)
         M, s = {}, {}
         for name, kept in started.allocation.kept.items():
             magnitudes = training["tensors"][name].abs().flatten()
-            M[name] = _reach(magnitudes)
-            # a weight at the threshold is pruned: it is the largest of those to go
-            going = len(magnitudes) - kept
-            t = magnitudes.kthvalue(going).values if going else magnitudes.min() / 2
+            M[name] = _threshold_scale(magnitudes)
+            # a weight at the threshold is pruned: it is the largest of the removed ones
+            removed = len(magnitudes) - kept
+            t = magnitudes.kthvalue(removed).values if removed else magnitudes.min() / 2
             s[name] = torch.logit((t / M[name]).clamp(1e-12, 1 - 1e-3))
         return {
             "training": training,
@@ -323,8 +334,8 @@ class FcptsPaper:
         }
 
 
-def _missed(budget: Budget, S: Mapping[str, Tensor]) -> tuple[Tensor, float]:
-    """(share of the dense cost by which the tightest limit is missed, sparsity)."""
+def _missed_cost(budget: Budget, S: Mapping[str, Tensor]) -> tuple[Tensor, float]:
+    """(fraction of the dense cost by which the tightest limit is missed, sparsity)."""
     total = {term.name: term.total for term in budget.terms}
     kept = _counts(S, budget)
     limit = max(budget.limits, key=lambda limit: budget.cost(limit.kind, kept) / max(limit.ceiling, 1))
@@ -346,7 +357,7 @@ def keep(u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 
 def pruned(t: Float[Tensor, ""], magnitudes: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
-    """S(t), the exact share of magnitudes not above t; its gradient is the bridge."""
+    """S(t), the exact fraction of magnitudes not above t; its gradient is the bridge."""
     return (magnitudes <= t).to(t.dtype).mean() + bridge(t.detach(), magnitudes) * (t - t.detach())
 
 
@@ -355,35 +366,36 @@ def bridge(t: Float[Tensor, ""], magnitudes: Float[Tensor, "*shape"]) -> Float[T
 
     From at most 65,536 weights, evenly spaced; h is at least a hundredth of t, where weights are few or equal.
     """
-    x = _spaced(magnitudes)
+    x = _evenly_spaced(magnitudes)
     low, high = torch.quantile(x, x.new_tensor([0.25, 0.75]))
     h = torch.maximum(0.9 * (high - low) / 1.34 * len(x) ** -0.2, t.abs() / 100).clamp_min(1e-12)
     kernels = torch.exp(-(((t - x) / h) ** 2) / 2) + torch.exp(-(((t + x) / h) ** 2) / 2)
     return (kernels.mean() / (h * math.sqrt(2 * math.pi))).to(t.dtype)
 
 
-def _spaced(magnitudes: Tensor) -> Tensor:
+def _evenly_spaced(magnitudes: Tensor) -> Tensor:
     flat = magnitudes.flatten().double()
     return flat[:: -(-len(flat) // SAMPLED)]
 
 
-def _reach(magnitudes: Tensor) -> float:
-    """M_l: how far a threshold can go; from a quartile, which one outlier does not move."""
-    x = _spaced(magnitudes)
+def _threshold_scale(magnitudes: Tensor) -> float:
+    """M_l, the largest threshold; from a quartile, which one outlier does not move."""
+    x = _evenly_spaced(magnitudes)
     return max(1.0, 10 * float(torch.quantile(x[x > 0], 0.75))) if bool((x > 0).any()) else 1.0
 
 
-def _before(method: Fcpts | FcptsPaper, problem: Problem, candidate: Candidate) -> State:
-    begun = method.start.init(problem, candidate)
-    return {"step": 0, "steps": begun["steps"] + method.training.steps, "start": begun}
+def _first_state(method: Fcpts | FcptsPaper, problem: Problem, candidate: Candidate) -> State:
+    start = method.start.init(problem, candidate)
+    return {"step": 0, "steps": start["steps"] + method.training.steps, "start": start}
 
 
-def _finished(
-    method: Fcpts | FcptsPaper, name: str, problem: Problem, candidate: Candidate, state: State, told: Mapping[str, Any]
+def _learned_candidate(
+    method: Fcpts | FcptsPaper,
+    name: str,
+    problem: Problem,
+    candidate: Candidate,
+    state: State,
+    report: Mapping[str, Any],
 ) -> Candidate:
-    allocation = Allocation.of(state["kept"], candidate.allocation.total)
-    tensors = method.training.tensors(problem, candidate, state["training"])
-    diagnostics = {**candidate.diagnostics, **state["started"], name: {"trajectory": state["trajectory"], **told}}
-    return replace(
-        candidate, allocation=allocation, masks=dict(state["masks"]), tensors=tensors, diagnostics=diagnostics
-    )
+    diagnostics = {**state["started"], name: {"trajectory": state["trajectory"], **report}}
+    return distilled(method.training, problem, allocated(candidate, state["kept"], diagnostics), state)

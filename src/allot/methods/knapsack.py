@@ -1,13 +1,14 @@
-"""Separable sensitivity: each layer is pruned alone, at a few densities; the errors are added up and shared out.
+"""Separable sensitivity: each layer is pruned alone, at a few densities; the sum of the errors is minimised.
 
     e_l(d)   loss against the dense net, in eval mode, when layer l alone keeps the best-scored d of its weights
     min over d_1..d_L:  sum_l e_l(d_l),   the cost of d within the budget
 
-e_l is replaced by its lower convex hull, whose slopes say what one unit of cost more saves. Slopes are taken from the
-steepest down until the budget is used up; that is the optimum of the hulls (the multiple-choice knapsack relaxed).
+e_l is replaced by its lower convex hull, whose slopes are the error that one unit of cost more saves. Slopes are taken
+from the steepest down until the budget is used up; that is the optimum of the hulls (the multiple-choice knapsack
+relaxed).
 
-The errors are measured with all other layers dense, where the loss still tells layers apart; around a net that is
-sparse already they do not. Layers act together at high sparsity, which a sum cannot see.
+The errors are measured with all other layers dense, where the loss still differs from layer to layer; around a net that
+is sparse already it does not. Layers act together at high sparsity, which a sum cannot see.
 """
 
 from __future__ import annotations
@@ -16,15 +17,14 @@ import itertools
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from allot.budget.allocation import Allocation
 from allot.budget.budget import Budget
 from allot.errors import UsageError, check_number
 from allot.methods.training.distillation import Training
-from allot.methods.training.selection import Evidence, scored
+from allot.methods.training.selection import CollectedEvidence, allocated, scored
 from allot.network.masking import masked
 from allot.processes import one_per_process
 from allot.run.problem import Candidate, Metrics, Problem
@@ -35,13 +35,17 @@ Curve = list[Sequence[float]]  # [density, error], densities ascending
 
 @dataclass(frozen=True)
 class Knapsack:
-    """Share the budget out by how much each layer's pruning alone disturbs the outputs.
+    """Allocate the budget by how much the pruning of each layer alone moves the outputs.
 
     Args:
         training: its loss judges, on one calibration batch; nothing is trained.
         densities: at which each layer is tried, ascending from 0, below 1; at 0 the layer keeps its floor.
     Raises:
         UsageError: a value out of its range.
+    State:
+        error: layer -> [[density, e_l(density)], ...] measured so far.
+        squares: sums that the score asks for, as in `CollectedEvidence`.
+        answers: batch -> the dense net's outputs on it; None where inputs do not repeat.
     """
 
     training: Training = field(default_factory=Training)
@@ -67,50 +71,44 @@ class Knapsack:
             "steps": len(problem.scope) * len(self.densities),
             "error": {layer.name: [] for layer in problem.scope},
             "squares": {},
-            "repeats": problem.inputs().repeats(),
-            "answers": None,
+            "answers": {} if problem.inputs().repeats() else None,
         }
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         """One layer at one density; of several processes, as many as there are."""
-        evidence = Evidence(problem, candidate, state["squares"])
+        evidence = CollectedEvidence(problem, candidate, state["squares"])
 
-        def tried(place: int) -> tuple[str, float, float, int]:
-            i, j = divmod(place, len(self.densities))
+        def measured(index: int) -> tuple[str, float, float, int]:
+            i, j = divmod(index, len(self.densities))
             layer = problem.scope.layers[i]
             step, fewest, most = problem.pattern.feasible(layer)
             kept = min(max(round(self.densities[j] * layer.total / step) * step, fewest), most)
             weight = problem.dense[layer.name]
             mask = problem.pattern.mask(layer, scored(problem, layer, weight, evidence), kept)
             pruned = {layer.name: masked(weight, mask)}
-            loss, answers, forward = self.training.judge(problem, pruned, 0, state["answers"])
-            state["answers"] = answers if state["repeats"] else None
+            loss, forward = self.training.judge(problem, pruned, 0, state["answers"])
             return layer.name, kept / layer.total, loss, forward
 
-        if not state["step"]:  # what the score asks of the inputs is found once
+        if not state["step"]:  # the sums that the score asks for are collected once
             scored(problem, problem.scope.layers[0], problem.dense[problem.scope.layers[0].name], evidence)
-        found = one_per_process(range(state["step"], state["steps"]), tried)
-        for name, density, loss, _ in found:
+        results = one_per_process(range(state["step"], state["steps"]), measured)
+        for name, density, loss, _ in results:
             state["error"][name].append([density, loss])
-        state["step"] += len(found)
-        forward = evidence.forward + sum(pushed for *_, pushed in found)
-        return {"forward": forward, "backward": 0, "loss": found[-1][2]}
+        state["step"] += len(results)
+        forward = evidence.forward + sum(pushed for *_, pushed in results)
+        return {"forward": forward, "backward": 0, "loss": results[-1][2]}
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         """The candidate with the allocation; the measured curves go to the report."""
-        kept = problem.budget.counts(shared_out(problem.budget, state["error"]))
-        return replace(
-            candidate,
-            allocation=Allocation.of(kept, candidate.allocation.total),
-            diagnostics={**candidate.diagnostics, "knapsack": {"error": state["error"]}},
-        )
+        kept = problem.budget.counts(best_densities(problem.budget, state["error"]))
+        return allocated(candidate, kept, {"knapsack": {"error": state["error"]}})
 
 
-def shared_out(budget: Budget, error: Mapping[str, Curve]) -> dict[str, float]:
+def best_densities(budget: Budget, error: Mapping[str, Curve]) -> dict[str, float]:
     """Densities that minimise the sum of the curves' lower hulls within the budget.
 
     Args:
-        error: layer -> [density, error], densities ascending from the floor; a whole layer has error 0.
+        error: layer -> [[density, error], ...], densities ascending from the floor; a whole layer has error 0.
     """
     terms = {term.name: term for term in budget.terms}
     kept = {name: term.lower for name, term in terms.items()}
@@ -135,7 +133,11 @@ def shared_out(budget: Budget, error: Mapping[str, Curve]) -> dict[str, float]:
 
 
 def lower_hull(points: Iterable[Sequence[float]]) -> Curve:
-    """The lower convex hull of points (x, y) with ascending x; of equal x the first counts."""
+    """The lower convex hull of points (x, y) with ascending x; of equal x the first counts.
+
+    >>> lower_hull([(0, 4), (1, 3), (2, 0)])
+    [[0, 4], [2, 0]]
+    """
     hull: Curve = []
     for x, y in points:
         if hull and x <= hull[-1][0]:

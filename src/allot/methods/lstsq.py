@@ -1,15 +1,15 @@
-"""Least squares: layer after layer, what is kept of a weight is refitted until the layer answers as in the dense net.
+"""Least squares: layer after layer, the kept weights are refitted until the layer's outputs are the dense net's.
 
     min over W, b:  sum over samples | A(m W, b) - Y |^2      A the layer on the inputs that it has in the sparse net by
                                                               now, m its mask, Y its outputs in the dense net
 
-Layers are taken in the order in which the model runs them, so that each makes up for what went before it. This is the
+Layers are taken in the order in which the model runs them, so that each makes up for the layers before it. This is the
 reconstruction of He et al. (ICCV 2017, arXiv:1707.06168) for the consumers of removed channels, for any mask. Solved by
 conjugate gradients on the normal equations (CGLS), which need of a layer only A and its transpose: convolutions of any
-kind and attention are as good as matrices. Few iterations from the weights as they are regularise as a ridge would.
+kind and attention are as good as matrices. Few iterations from the current weights regularise as a ridge would.
 
-Twenty of them magnify rounding a thousandfold and more, so that processes do not share this work: one does it, and the
-result is the same whatever their number.
+Twenty iterations magnify rounding a thousandfold and more, so that processes do not share this work: one of them does
+it, and the result is the same whatever their number.
 """
 
 from __future__ import annotations
@@ -30,13 +30,16 @@ from allot.run.store import State
 
 @dataclass(frozen=True)
 class LeastSquares:
-    """Refit what is kept of every layer to the dense net's outputs, front to back; no gradient crosses a layer.
+    """Refit the kept weights of every layer to the dense net's outputs, front to back; no gradient crosses a layer.
 
     Args:
         batches: of calibration data that each layer is fitted to, 1 or more.
         iterations: of conjugate gradients, 1 or more.
     Raises:
         UsageError: a value out of its range.
+    State:
+        order: layers in the order in which the model runs them; empty before the first step.
+        tensors: parameter -> refitted weight or bias, shape of the parameter.
     """
 
     batches: int = 4
@@ -51,17 +54,17 @@ class LeastSquares:
         check_number("iterations", self.iterations, 1, whole=True)
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
-        """Nothing refitted; the order of layers is seen in the first step."""
+        """Nothing refitted; the first step finds the order of layers."""
         return {"step": 0, "steps": 1 + len(problem.scope), "order": [], "tensors": {}}
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         """First the order in which layers run; then one layer."""
         if not state["step"]:
-            return self._ordered(problem, candidate, state)
+            return self._find_order(problem, candidate, state)
         name = state["order"][state["step"] - 1]
         scope = replace(problem.scope, layers=(problem.scope[name],))
         bias = biases_of(problem.model, scope).get(name)
-        now = replace(candidate, tensors={**candidate.tensors, **state["tensors"]})
+        current = replace(candidate, tensors={**candidate.tensors, **state["tensors"]})
         targets: list[Tensor] = []
         applied: list[Apply] = []
         forward = 0
@@ -71,21 +74,21 @@ class LeastSquares:
                 with watched_layers(problem.model, scope, lambda _, apply, output: targets.append(output.clone())):
                     call(problem.model, {}, inputs)
                 with watched_layers(problem.model, scope, lambda _, apply, output: applied.append(apply)):
-                    call(problem.model, now.effective(problem), inputs)
+                    call(problem.model, current.effective(problem), inputs)
                 forward += 2 * samples
         mask = candidate.masks[name]
-        weight = now.effective(problem)[name]
+        weight = current.effective(problem)[name]
         value = None
         if bias:
-            value = now.tensors.get(bias[0], problem.dense[bias[0]])[bias[1]]
+            value = current.tensors.get(bias[0], problem.dense[bias[0]])[bias[1]]
         # a tied weight may be used beside several biases, and a layer more often in one net than in the other
         if len(targets) == len(applied) and not (bias and scope.layers[0].aliases):
-            weight, value = _fitted(applied, targets, weight, value, mask, self.iterations)
+            weight, value = _refitted(applied, targets, weight, value, mask, self.iterations)
             state["tensors"][name] = weight
             if bias and value is not None:
-                whole = now.tensors.get(bias[0], problem.dense[bias[0]]).clone()
-                whole[bias[1]] = value
-                state["tensors"][bias[0]] = whole
+                parameter = current.tensors.get(bias[0], problem.dense[bias[0]]).clone()
+                parameter[bias[1]] = value
+                state["tensors"][bias[0]] = parameter
         state["step"] += 1
         return {"forward": forward, "backward": 0}
 
@@ -93,7 +96,7 @@ class LeastSquares:
         """The candidate with refitted weights and biases."""
         return replace(candidate, tensors={**candidate.tensors, **state["tensors"]})
 
-    def _ordered(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
+    def _find_order(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         inputs, samples = problem.inputs().batch(0)
         order: dict[str, None] = {}
 
@@ -106,11 +109,11 @@ class LeastSquares:
         return {"forward": samples, "backward": 0}
 
 
-def _fitted(
+def _refitted(
     applied: list[Apply], targets: list[Tensor], weight: Tensor, bias: Tensor | None, mask: Tensor, iterations: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias after CGLS from where they are: residual r, gradient s, direction d."""
-    own, dtype = weight.dtype, targets[0].dtype
+    """Weight and bias after CGLS from their current values: residual r, gradient s, direction d."""
+    dtype = targets[0].dtype
     W, b = weight.to(dtype), None if bias is None else bias.to(dtype)
 
     def transposed(r: list[Tensor]) -> list[Tensor]:
@@ -120,8 +123,8 @@ def _fitted(
         with torch.enable_grad():
             parts = [(apply(*_padded(leaves)) * part).sum() for apply, part in zip(applied, r, strict=True)]
             product = torch.stack(parts).sum()
-            found = list(torch.autograd.grad(product, leaves))
-        return [masked(found[0], mask), *found[1:]]
+            gradients = list(torch.autograd.grad(product, leaves))
+        return [masked(gradients[0], mask), *gradients[1:]]
 
     def forward(leaves: list[Tensor]) -> list[Tensor]:
         with torch.no_grad():
@@ -144,7 +147,7 @@ def _fitted(
         d = [new + size / before * way for new, way in zip(s, d, strict=True)]
     if not all(bool(torch.isfinite(value).all()) for value in x):
         return weight, bias
-    return x[0].to(own), None if bias is None else x[1].to(bias.dtype)
+    return x[0].to(weight.dtype), None if bias is None else x[1].to(bias.dtype)
 
 
 def _padded(leaves: list[Tensor]) -> tuple[Tensor, Tensor | None]:

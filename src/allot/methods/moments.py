@@ -9,7 +9,7 @@ with moments over samples and positions, d of the dense net, s of the sparse one
 the shift into the bias where the layer has one; without a bias only s applies. Zeros stay zeros.
 
 Differences from correcting layer by layer, one pass each: the second pass corrects every layer by the moments pooled
-so far while it runs, so that a layer sees inputs that are corrected already. Two passes for any depth.
+so far while it runs, so that the inputs of a layer are corrected already. Two passes for any depth.
 """
 
 from __future__ import annotations
@@ -31,14 +31,17 @@ from allot.run.store import State
 class OutputMoments:
     """Match the mean of each output channel (`bias`), and its spread as well (`variance`).
 
-    Left alone are tied layers, and layers whose output goes straight into a batch norm: its statistics belong to the
-    output as it is (repair `bn`), and a new scale would make them wrong.
+    Tied layers stay as they are, and so do layers whose output goes straight into a batch norm: the statistics of the
+    batch norm belong to the output as it is (repair `bn`), and a new scale would make them wrong.
 
     Args:
         scale: correct the spread as well.
         limit: largest factor on a row, and the inverse of the smallest; 1 or more.
     Raises:
         UsageError: a limit that is no such number.
+    State:
+        shiftable: layers that have a bias to shift.
+        dense, sparse: layer -> `Moments` of its outputs in this net so far, each `[C_out]`, float64.
     """
 
     scale: bool
@@ -66,8 +69,8 @@ class OutputMoments:
         pooled = state["dense" if dense else "sparse"]
         shiftable = set(state["shiftable"])
 
-        def visit(layer: Layer, seen: Moments) -> Affine | None:
-            moments = Moments(**pooled[layer.name]) + seen if layer.name in pooled else seen
+        def visit(layer: Layer, moments: Moments) -> Affine | None:
+            moments = Moments(**pooled[layer.name]) + moments if layer.name in pooled else moments
             pooled[layer.name] = moments.to_state()
             if dense or layer.name not in state["dense"]:
                 return None
@@ -106,12 +109,12 @@ class OutputMoments:
         scale = torch.ones_like(dense.mean)
         if self.scale:
             # a channel that is constant in either net, but for rounding, has no spread to match
-            live = _spread(dense) & _spread(sparse)
-            wanted = (dense.variance / sparse.variance.where(live, scale)).sqrt()
-            scale = torch.where(live, wanted.clamp(1 / self.limit, self.limit), scale)
+            varies = _varies(dense) & _varies(sparse)
+            ratio = (dense.variance / sparse.variance.where(varies, scale)).sqrt()
+            scale = torch.where(varies, ratio.clamp(1 / self.limit, self.limit), scale)
         return scale, dense.mean - scale * sparse.mean
 
 
-def _spread(moments: Moments) -> Tensor:
+def _varies(moments: Moments) -> Tensor:
     """Channels whose values vary by more than float32 rounds them; whatever their scale."""
     return moments.variance > 1e-10 * moments.mean.square()

@@ -1,4 +1,4 @@
-"""POT: what is left of each layer, adjusted on its own (Lazarevich et al., ICCV Workshops 2021).
+"""POT: the remaining weights of each layer, adjusted layer by layer (Lazarevich et al., ICCV Workshops 2021).
 
     w, m     weight as stored and its mask;  w_c row c, an output channel;  x input, y output of a dense layer
 
@@ -52,6 +52,8 @@ class WeightMoments:
         limit: largest factor on a row, and the inverse of the smallest; 1 or more.
     Raises:
         UsageError: a limit that is no such number.
+    State:
+        tensors: layer -> new weight, shape of the weight.
     """
 
     limit: float = 10.0
@@ -81,29 +83,31 @@ class WeightMoments:
         return replace(candidate, tensors={**candidate.tensors, **state["tensors"]})
 
     def matched(self, w: Tensor, m: Tensor) -> Tensor:
-        """r_c w_c + d_c where m `[rows, cols]`; what is masked stays as stored."""
+        """r_c w_c + d_c where m `[rows, cols]`; masked weights stay as stored."""
         dense = w.double()
-        left = masked(dense, m)
-        before, after = (rows.std(1, correction=0) for rows in (dense, left))
-        live = (after > 1e-9 * dense.abs().amax(1)) & (before > 0)
-        r = torch.where(live, before / after.where(live, torch.ones_like(after)), torch.ones_like(after))
+        sparse = masked(dense, m)
+        before, after = (rows.std(1, correction=0) for rows in (dense, sparse))
+        varies = (after > 1e-9 * dense.abs().amax(1)) & (before > 0)
+        r = torch.where(varies, before / after.where(varies, torch.ones_like(after)), torch.ones_like(after))
         r = r.clamp(1 / self.limit, self.limit)
-        d = torch.where(live, dense.mean(1) - r * left.mean(1), torch.zeros_like(r))
+        d = torch.where(varies, dense.mean(1) - r * sparse.mean(1), torch.zeros_like(r))
         return torch.where(m, (r[:, None] * dense + d[:, None]).to(w.dtype), w)
 
 
 @dataclass(frozen=True)
 class Layerwise:
-    """Train what is left of every layer until it gives what the whole layer gave; masks stay.
+    """Train the remaining weights of every layer until its outputs are those of the dense layer; masks stay.
 
     No gradient passes from layer to layer, so that none of the samples counts as pushed backward.
 
     Args:
         steps: batches, 1 or more.
-        learning_rate: peak step of Adam, as a share of each tensor's root mean square.
-        inputs: of the "dense" net or of the "sparse" one as it is by then.
+        learning_rate: peak step of Adam, as a fraction of each tensor's root mean square.
+        inputs: of the "dense" net, or of the "sparse" one with its current weights.
     Raises:
         UsageError: a value out of its range.
+    State:
+        training: as in `Training`.
     """
 
     steps: int = 250
@@ -121,7 +125,7 @@ class Layerwise:
             raise unknown("inputs", str(self.inputs), INPUTS)
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
-        """The weights as they came."""
+        """The candidate's weights as they are."""
         return {"step": 0, "steps": self.steps, "training": self._training().begin(problem, candidate)}
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
@@ -134,7 +138,7 @@ class Layerwise:
         rebuild = self._rebuild(problem, candidate, state, losses, gradients)
 
         def keep(layer: Layer, apply: Apply, output: Tensor) -> None:
-            targets.setdefault(layer.name, []).append(output.clone())  # the net may go on in place
+            targets.setdefault(layer.name, []).append(output.clone())  # the net may change it in place
 
         def compare(layer: Layer, apply: Apply, output: Tensor) -> None:
             if not targets.get(layer.name):
@@ -148,19 +152,19 @@ class Layerwise:
             with watched_layers(problem.model, problem.scope, rebuild if dense else keep):
                 call(problem.model, {}, inputs)
             if not dense:
-                now = {
+                current = {
                     name: masked(value, candidate.masks[name]) if name in candidate.masks else value
                     for name, value in training["tensors"].items()
                 }
                 with watched_layers(problem.model, problem.scope, compare):
-                    call(problem.model, {n: v.to(problem.dense[n].dtype) for n, v in now.items()}, inputs)
+                    call(problem.model, {n: v.to(problem.dense[n].dtype) for n, v in current.items()}, inputs)
         gradients = dict(
             zip(sorted(gradients), all_reduce([gradients[name] for name in sorted(gradients)]), strict=True)
         )
         self._training().update(training, gradients)
         state["step"] += 1
-        every = [loss for some in losses.values() for loss in some]
-        loss = all_reduce_number(sum(every)) / max(len(every), 1)
+        every_loss = [loss for of_layer in losses.values() for loss in of_layer]
+        loss = all_reduce_number(sum(every_loss)) / max(len(every_loss), 1)
         return {"loss": loss, "forward": samples * (1 if dense else 2), "backward": 0}
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
@@ -178,9 +182,9 @@ class Layerwise:
         losses: dict[str, list[float]],
         gradients: dict[str, Tensor],
     ) -> Callable[[Layer, Apply, Tensor], None]:
-        """What to do at a layer: compare it with a target, and add up the gradients of its weight and bias."""
+        """The visit of a layer: compare its output with a target, and add up the gradients of its weight and bias."""
         tensors = state["training"]["tensors"]
-        # a tied weight may be used beside several biases: each keeps its own
+        # a tied weight may be used beside several biases: these stay as they are
         biases = biases_of(problem.model, [layer for layer in problem.scope if not layer.aliases])
 
         def rebuild(layer: Layer, apply: Apply, target: Tensor) -> None:
@@ -191,12 +195,12 @@ class Layerwise:
             with torch.enable_grad():
                 loss = relative_error(apply(w, b), target, whole_of(target))
                 check_finite(loss, state["step"])
-                found = torch.autograd.grad(loss, [w] if b is None else [w, b])
+                of_weight, *of_bias = torch.autograd.grad(loss, [w] if b is None else [w, b])
             losses.setdefault(layer.name, []).append(float(loss.detach()))
-            G = masked(found[0].to(tensors[layer.name].dtype), mask)
+            G = masked(of_weight.to(tensors[layer.name].dtype), mask)
             gradients[layer.name] = gradients[layer.name] + G if layer.name in gradients else G
-            if b is not None:
-                whole = gradients.setdefault(name, torch.zeros_like(tensors[name]))
-                whole[part] += found[1].to(whole.dtype)
+            for gradient in of_bias:
+                parameter = gradients.setdefault(name, torch.zeros_like(tensors[name]))
+                parameter[part] += gradient.to(parameter.dtype)
 
         return rebuild

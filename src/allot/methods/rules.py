@@ -24,17 +24,17 @@ def erk(problem: Problem) -> dict[str, float]:
         d_l = c * sum(shape_l) / prod(shape_l)          shape_l = (C_out, C_in/groups, k_1, ..) as the weight is stored
 
     Small and narrow layers keep more. c is the largest price that the budget allows, with d_l cut at 1
-    (`Budget.project`): the cut layers stay dense and the others share what is left, which is what RigL's loop over
-    dense layers arrives at. Mocanu et al. 2018; Evci et al., RigL, ICML 2020, appendix.
+    (`Budget.project`): the cut layers stay dense and the others share the rest of the budget, as after RigL's loop over
+    dense layers. Mocanu et al. 2018; Evci et al., RigL, ICML 2020, appendix.
     """
     return {layer.name: sum(layer.shape) / layer.total for layer in problem.scope}
 
 
 @dataclass(frozen=True)
 class Given:
-    """Densities in the proportions of `wished`; where they use the budget up already, exactly these.
+    """Densities in the proportions of `wished`; where these use the budget up already, exactly these.
 
-    A table from an earlier run, edited by hand or not, is replayed this way.
+    So a table from an earlier run, edited by hand or not, is replayed.
 
     Args:
         wished: name -> density of all layers in scope, or of all groups of channels.
@@ -43,7 +43,7 @@ class Given:
     wished: Mapping[str, float]
 
     def __call__(self, problem: Problem) -> Mapping[str, float]:
-        """The wish, for `Rule`."""
+        """The wished densities, for `Rule`."""
         return self.wished
 
 
@@ -52,29 +52,29 @@ def lamp(problem: Problem) -> dict[str, float]:
 
         s_i = w_i^2 / sum_{j in l: |w_j| >= |w_i|} w_j^2
 
-    The sum is the energy of the weights that are still there when w_i goes, in ascending order: these are the ones
-    not smaller than it.
+    The sum is the energy of the weights that remain when w_i is removed in ascending order: of the weights that are
+    not smaller than w_i.
     """
-    return _survivors(problem, lamp_score)
+    return _survivor_densities(problem, lamp_score)
 
 
 def global_magnitude(problem: Problem) -> dict[str, float]:
     """Survivors of the global ranking by s_i = |w_i| (Han et al. 2015)."""
-    return _survivors(problem, lambda weight: weight.abs())
+    return _survivor_densities(problem, lambda weight: weight.abs())
 
 
 def global_normalised(problem: Problem) -> dict[str, float]:
     """Survivors of the global ranking by s_i = |w_i| / ||w_l||_2, POT's and FCPTS' L2-normalised allocation."""
-    return _survivors(problem, lambda weight: weight.abs() / weight.norm().clamp_min(1e-300))
+    return _survivor_densities(problem, lambda weight: weight.abs() / weight.norm().clamp_min(1e-300))
 
 
-def _survivors(problem: Problem, score: Callable[[Tensor], Tensor]) -> dict[str, float]:
-    """How much of each layer survives when all weights of the net are ranked together.
+def _survivor_densities(problem: Problem, score: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    """Densities of the layers when all weights of the net are ranked together.
 
         k_l = #{i in layer l : s_i among the r highest scores of the net},   r as large as the budget allows
 
-    Equal scores go to the layer first by name, then to the lower index. Bounds of a layer cut its k_l; what that frees
-    or takes is made up by r, and the last rounding by `Budget.counts`.
+    Equal scores go to the layer first by name, then to the lower index. Bounds of a layer cut its k_l: r makes up for
+    the weights that this frees or takes, and `Budget.counts` for the last rounding.
     """
     layers = sorted(problem.scope, key=lambda layer: layer.name)
     scores = [score(problem.dense[layer.name].flatten().cpu().double()) for layer in layers]

@@ -31,17 +31,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from allot.errors import check_number, unknown
-from allot.methods.training.distillation import Training, distil
+from allot.methods.training.distillation import Training, distil, distilled, distilling
 from allot.methods.training.schedule import Schedule, warm_cosine
-from allot.methods.training.selection import Evidence, scored
+from allot.methods.training.selection import scored
 from allot.network.layers import Layer
 from allot.run.problem import Candidate, Metrics, Problem
+from allot.run.scores import Evidence
 from allot.run.store import State
 
 GROWTH = ("score", "gradient", "saliency")
@@ -56,9 +57,13 @@ class Unipts:
         decay: lambda, by how much a pruned weight shrinks in a step of learning rate 1.
         growth: what brings a pruned weight back: "score" (magnitude, unless `--score` says another), "gradient" or
             "saliency".
-        exchange: share of the kept weights that the latter two may exchange at first, from 0 to 1.
+        exchange: fraction of the kept weights that "gradient" and "saliency" may exchange at first, from 0 to 1.
     Raises:
         UsageError: a value out of its range.
+    State:
+        training: as in `Training`.
+        masks: layer -> m, bool, shape of the weight; empty before the first step.
+        squares: sums that the score asks for, as in `CollectedEvidence`.
     """
 
     training: Training = field(default_factory=Training)
@@ -80,9 +85,8 @@ class Unipts:
             raise unknown("growth", str(self.growth), GROWTH)
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
-        """The weights as they came."""
-        training = self.training.begin(problem, candidate)
-        return {"step": 0, "steps": training["steps"], "training": training, "masks": {}, "squares": {}}
+        """The candidate's weights as they are."""
+        return distilling(self.training, problem, candidate)
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         """One calibration batch."""
@@ -99,13 +103,11 @@ class Unipts:
             for name, m in state["masks"].items():
                 w = state["training"]["tensors"][name]
                 w.copy_(torch.where(m, w, shrunk * w))
-        state["step"] += 1
         return metrics
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         """The candidate with trained tensors, and the masks of the last step."""
-        tensors = self.training.tensors(problem, candidate, state["training"])
-        return replace(candidate, masks=dict(state["masks"]), tensors=tensors)
+        return distilled(self.training, problem, candidate, state)
 
     def _mask(self, problem: Problem, state: State, l: Layer, evidence: Evidence, kept: int) -> Tensor:
         w, before = state["training"]["tensors"][l.name], state["masks"].get(l.name)
@@ -125,11 +127,11 @@ def scale(t: int, T: int, base_decay: float) -> float:
 
 
 def exchanged(score: Tensor, growth: Tensor, before: Tensor, f: float, kept: int) -> Tensor:
-    """A score whose `kept` best are the best-scored of those kept `before`, f of them given to the best by `growth`.
+    """A score whose `kept` best are the best-scored weights of `before`, a fraction f of them exchanged by `growth`.
 
     Args:
         before: mask; all shapes are those of the weight.
-        f: share of `kept` that may change.
+        f: fraction of `kept` that may change.
     Returns:
         places, the larger the better, in float64: weights that stay come first, then the others by growth.
     """
@@ -137,6 +139,6 @@ def exchanged(score: Tensor, growth: Tensor, before: Tensor, f: float, kept: int
     down = torch.arange(total, 0, -1, dtype=torch.float64, device=score.device)
     places = torch.empty_like(down)
     places[growth.flatten().argsort(descending=True, stable=True)] = down
-    ours = score.flatten().double().masked_fill(~before.flatten(), -math.inf)
-    places[ours.argsort(descending=True, stable=True)[:stay]] = total + down[:stay]
+    of_kept = score.flatten().double().masked_fill(~before.flatten(), -math.inf)
+    places[of_kept.argsort(descending=True, stable=True)[:stay]] = total + down[:stay]
     return places.view_as(score)

@@ -9,26 +9,25 @@ An individual is decoded by reducing and regrowing:
               r_l = u_l - e n_l        the paper's form, e = 0.05, where `relative` is off
     regrow    k_l = min(r_l + c a_l, most that l may keep),  c the largest number that the budget allows
 
-so that what does not fit into a full layer goes to the others (water-filling), then to whole numbers (`Budget.counts`).
-Individuals are encoded the other way round, a_l ~ k_l - r_l, so that any allocation can start the search.
+so that weights that do not fit into a full layer go to the others (water-filling), then to whole numbers
+(`Budget.counts`). Individuals are encoded the other way round, a_l ~ k_l - r_l, so that any allocation can start the
+search.
 
     fitness   minus the loss of `allot.methods.training.trial` on held-out calibration samples, the same samples,
               batches and draws for all; kept by counts, so that nothing is tried twice
-    halving   all individuals are tried with the first of `rungs` as their share of steps and samples, the best
-              1/`halving` of them with the next one, and so on; losses of one rung are compared with each other only
-    generation g: parents are the best of all that reached the last rung (the best is never lost);
+    generation g: parents are the best of all that were tried (the best is never lost);
               crossover takes each gene from one of two of them; mutation changes genes with probability `mutation`
 
-`Search` as `unipts-search` has one start, what a short FCPTS learns, and stops there: one individual needs no trial.
-More starts and `generations` make it search on; at the sparsities where allocation matters, trials of 16 steps cannot
-tell individuals apart, and chose worse (docs/methods/unipts.md). As `unipts-paper` it has the paper's schedule: 25
-individuals, 25 generations, no training in the fitness.
+`Search` as `unipts-search` has one start, the densities that a short FCPTS learns, and stops there: one individual
+needs no trial. With more starts and `generations` it searches further; at the sparsities where allocation matters,
+trials of 16 steps cannot distinguish individuals, and chose worse (docs/methods/unipts.md). As `unipts-paper` it has
+the paper's schedule: 25 individuals, 25 generations, no training in the fitness.
 
 Differences from the authors' code:
     - the fitness is the KL to the dense net on held-out samples; there, top-1 on those that are trained on later;
     - clipped shares go to other layers; there, they are lost and the net is sparser than asked. Where P + e exceeds 1,
       layers are reduced to their floor; there, they are emptied;
-    - the best is never lost, and told by its known fitness; there, the last children are drawn and judged once more;
+    - the best is never lost, and chosen by its fitness; there, the last children are drawn and judged once more;
     - statistics by exact pooling, as in `bn`; there, by momentum, over the last batches. Without batch norm, mean and
       spread of outputs are corrected in its place;
     - input noise is a share of each sample's standard deviation; there, 1e-6 in absolute units, which float32 swallows;
@@ -47,11 +46,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from allot.budget.allocation import Allocation
 from allot.budget.bisection import bracket
 from allot.budget.budget import Budget
 from allot.errors import UsageError, check_flag, check_number, unknown
-from allot.methods.training.selection import Evidence, scored
+from allot.methods.training.selection import CollectedEvidence, allocated, scored
 from allot.methods.training.trial import Trial, halves
 from allot.network.draws import generator, numbered
 from allot.run.calibration import Noisy
@@ -67,7 +65,7 @@ class Search:
     """Evolve how much each layer keeps; every individual meets the budget.
 
     Args:
-        starts: (name, allocator) pairs; where individuals are tried they see the training half of the samples.
+        starts: (name, allocator) pairs; where individuals are tried, starts run on the training half of the samples.
         trial: the fitness.
         excess: e, above 0, at most 1.
         relative: whether e is a share of the weights kept or, as in the paper, of all weights.
@@ -77,11 +75,20 @@ class Search:
         mutation: probability that a gene of a mutant changes.
         strength: standard deviation of a change.
         change: "add" it to the gene, or "multiply" the gene by 1 + it.
-        rungs: shares of steps and samples, ascending, the last one 1.
-        halving: one in how many goes on to the next rung.
         noise: of inputs while individuals are judged, as a share of a sample's standard deviation.
     Raises:
         UsageError: a value out of its range.
+    State:
+        starts: {"name", "kept": layer -> weights} of the starts that are done.
+        inner: state of the start that runs now.
+        each: steps of one trial; 0 where nothing is tried.
+        pool: {"name", "x": genome, "kept", "generation", "losses": [that of its trial]} of every individual so far.
+        queue: places in the pool of the individuals that wait for their trial.
+        generation: that of the queue.
+        best: lowest loss after each generation.
+        order: layer -> flat indices of its weights, best-scored first, `[n_l]`; where the trial is one-shot.
+        trial: as in `Trial`, of the individual that is tried now.
+        answers: batch of the judging half -> the dense net's outputs on it; None where inputs do not repeat.
     """
 
     starts: tuple[tuple[str, Method], ...]
@@ -96,8 +103,6 @@ class Search:
     mutation: float = 0.3
     strength: float = 0.5
     change: str = "add"
-    rungs: tuple[float, ...] = (1.0,)
-    halving: int = 2
     noise: float = 0.0
 
     role = "allocate"
@@ -109,86 +114,74 @@ class Search:
         check_flag("relative", self.relative)
         for name in ("generations", "crossovers", "mutants"):
             check_number(name, getattr(self, name), 0, whole=True)
-        for name in ("population", "parents", "halving"):
+        for name in ("population", "parents"):
             check_number(name, getattr(self, name), 1, whole=True)
         check_number("mutation", self.mutation, 0, 1)
         for name in ("strength", "noise"):
             check_number(name, getattr(self, name), 0)
         if self.change not in MUTATIONS:
             raise unknown("change", str(self.change), MUTATIONS)
-        rungs: Any = self.rungs
-        rungs = tuple(rungs) if isinstance(rungs, list | tuple) else (rungs,)
-        shares = all(isinstance(rung, int | float) and 0 < rung <= 1 for rung in rungs)
-        if not shares or list(rungs) != sorted(set(rungs)) or rungs[-1:] != (1,):
-            raise UsageError(f"rungs={list(rungs)}: ascending shares that end with 1 are accepted, like [0.25, 1].")
-        object.__setattr__(self, "rungs", rungs)
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
         """Nothing tried."""
-        train = self._training(problem)
+        train = self._problem_of_starts(problem)
         allocating = sum(method.init(train, candidate)["steps"] for _, method in self.starts)
-        sizes = [max(self.population, len(self.starts)), *[self.crossovers + self.mutants] * self.generations]
-        each = [self.trial.steps(problem, candidate, share) for share in self.rungs] if self.tries else []
-        trials = sum(each[i] * self._through(size, i) for size in sizes for i in range(len(each)))
+        individuals = max(self.population, len(self.starts)) + (self.crossovers + self.mutants) * self.generations
+        each = self.trial.steps(problem, candidate) if self.tries else 0
         return {
             "step": 0,
-            "steps": int(allocating + trials),
+            "steps": int(allocating + each * individuals),
             "each": each,
             "starts": [],
-            "pool": [],  # {"name", "x", "kept", "generation", "losses": one a rung}
-            "queue": [],  # places in the pool, of those to be tried on this rung
-            "rung": 0,
+            "pool": [],
+            "queue": [],
             "generation": 0,
             "best": [],
             "answers": {} if problem.inputs().repeats() else None,
         }
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
-        """One step of a start, or one calibration batch of a trial, or whole trials (`Trial.some`)."""
+        """One step of a start, or one calibration batch of a trial, or whole trials (`Trial.try_first`)."""
         if len(state["starts"]) < len(self.starts):
             state["step"] += 1
-            return self._started(problem, candidate, state)
+            return self._step_of_start(problem, candidate, state)
         if not state["pool"]:
             self._populate(problem, state)
-        forward = self._ordered(problem, candidate, state) if self.trial.one_shot and "order" not in state else 0
+        forward = self._rank_weights(problem, candidate, state) if self.trial.one_shot and "order" not in state else 0
         waiting = [
-            partial(self._allocated, problem, candidate, state, state["pool"][i]["kept"]) for i in state["queue"]
+            partial(self._individual, problem, candidate, state, state["pool"][i]["kept"]) for i in state["queue"]
         ]
-        rung = self.rungs[state["rung"]]
-        metrics, losses = self.trial.some(self._noisy(problem), state, waiting, rung, state["answers"])
+        metrics, losses = self.trial.try_first(self._with_noise(problem), state, waiting, state["answers"])
         generation = state["generation"]
         for loss in losses:
-            place = state["queue"].pop(0)
-            state["pool"][place]["losses"].append(loss)
-            state.setdefault("tried", []).append(place)
+            state["pool"][state["queue"].pop(0)]["losses"].append(loss)
         if losses:
-            self._skip(problem, state)
+            self._fill_queue(problem, state)
         return metrics | {"forward": metrics["forward"] + forward, "generation": generation}
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
-        """The candidate with the best allocation ever tried, not with the tensors of its trial."""
+        """The candidate with the best allocation of all, not with the tensors of its trial."""
         if not self.tries:
             state["pool"] = [row | {"generation": 0, "losses": []} for row in state["starts"]]
         best = self._ranked(state)[0] if self.tries else state["pool"][0]
-        allocation = Allocation.of(best["kept"], candidate.allocation.total)
-        told = {
+        report = {
             "chosen": best["name"],
             "best": state["best"],
             "tried": [{key: row[key] for key in ("name", "generation", "losses", "kept")} for row in state["pool"]],
         }
-        return replace(candidate, allocation=allocation, diagnostics={**candidate.diagnostics, "search": told})
+        return allocated(candidate, best["kept"], {"search": report})
 
     @property
     def tries(self) -> bool:
         """Whether there is anything to choose from."""
         return len(self.starts) > 1 or self.population > 1 or self.generations > 0
 
-    def _training(self, problem: Problem) -> Problem:
+    def _problem_of_starts(self, problem: Problem) -> Problem:
         return halves(problem)[0] if self.tries else problem
 
-    def _started(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
+    def _step_of_start(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         name, method = self.starts[len(state["starts"])]
-        train = self._training(problem)
+        train = self._problem_of_starts(problem)
         try:
             if "inner" not in state:
                 state["inner"] = method.init(train, candidate)
@@ -210,27 +203,21 @@ class Search:
         for i in range(self.population - len(state["starts"])):
             x = torch.rand(len(base), generator=draw, dtype=torch.float64).tolist()
             self._add(state, f"random {i + 1}", x, decoded(problem.budget, base, x))
-        self._skip(problem, state)
+        self._fill_queue(problem, state)
 
     def _add(self, state: State, name: str, x: list[float], kept: dict[str, int]) -> None:
         """An individual, to be tried unless its counts were already."""
         if any(row["kept"] == kept for row in state["pool"]):
-            state["steps"] -= state["each"][0]
+            state["steps"] -= state["each"]
             return
         state["queue"].append(len(state["pool"]))
         row = {"name": name, "x": x, "kept": kept, "generation": state["generation"], "losses": []}
         state["pool"].append(row)
 
-    def _skip(self, problem: Problem, state: State) -> None:
-        """To the next rung or generation that has anything to try."""
+    def _fill_queue(self, problem: Problem, state: State) -> None:
+        """Go to the next generation that has anything to try; after the last one the search ends."""
         while not state["queue"]:
-            tried = sorted(state.pop("tried", []), key=lambda i: state["pool"][i]["losses"][-1])
-            state["rung"] += 1
-            if state["rung"] < len(self.rungs):
-                state["queue"] = tried[: self._through(len(tried), 1)]
-                continue
-            state["best"].append(self._ranked(state)[0]["losses"][-1])
-            state["rung"] = 0
+            state["best"].append(self._ranked(state)[0]["losses"][0])
             if state["generation"] == self.generations:
                 state["steps"] = state["step"]
                 return
@@ -243,58 +230,48 @@ class Search:
         draw = generator(numbered(problem.seed, g))
         parents = [torch.tensor(row["x"], dtype=torch.float64) for row in self._ranked(state)[: self.parents]]
 
-        def parent() -> Tensor:
+        def drawn_parent() -> Tensor:
             return parents[int(torch.randint(len(parents), (), generator=draw))]
 
         for i in range(self.crossovers + self.mutants):
             if i < self.crossovers:
-                one, other = parent(), parent()
+                one, other = drawn_parent(), drawn_parent()
                 x = torch.where(torch.rand(len(one), generator=draw) < 0.5, one, other)
             else:
-                one = parent()
-                moved = self.strength * torch.randn(len(one), generator=draw, dtype=torch.float64)
-                moved = moved.where(torch.rand(len(one), generator=draw) < self.mutation, 0.0)
-                x = one + moved if self.change == "add" else one * (1 + moved)
+                one = drawn_parent()
+                change = self.strength * torch.randn(len(one), generator=draw, dtype=torch.float64)
+                change = change.where(torch.rand(len(one), generator=draw) < self.mutation, 0.0)
+                x = one + change if self.change == "add" else one * (1 + change)
             self._add(state, f"child {g}.{i + 1}", x.tolist(), decoded(problem.budget, base, x.tolist()))
 
     def _ranked(self, state: State) -> list[dict[str, Any]]:
-        """All that reached the last rung, best first; equal losses go to the earlier one."""
-        return sorted(
-            (row for row in state["pool"] if len(row["losses"]) == len(self.rungs)), key=lambda row: row["losses"][-1]
-        )
+        """All that were tried, best first; equal losses go to the earlier one."""
+        return sorted((row for row in state["pool"] if row["losses"]), key=lambda row: row["losses"][0])
 
-    def _through(self, individuals: int, rung: int) -> int:
-        """How many of so many individuals reach a rung."""
-        for _ in range(rung):
-            individuals = -(-individuals // self.halving)
-        return individuals
-
-    def _ordered(self, problem: Problem, candidate: Candidate, state: State) -> int:
-        """Rank the weights of every layer, once for all trials; samples pushed for that."""
-        evidence = Evidence(problem, candidate, {})
+    def _rank_weights(self, problem: Problem, candidate: Candidate, state: State) -> int:
+        """Rank the weights of every layer, once for all trials; returns the samples that the score pushed."""
+        evidence = CollectedEvidence(problem, candidate, {})
         state["order"] = {
             layer.name: problem.pattern.order(layer, scored(problem, layer, problem.dense[layer.name], evidence))
             for layer in problem.scope
         }
         return evidence.forward
 
-    def _allocated(self, problem: Problem, candidate: Candidate, state: State, kept: Mapping[str, int]) -> Candidate:
+    def _individual(self, problem: Problem, candidate: Candidate, state: State, kept: Mapping[str, int]) -> Candidate:
         """The candidate with these counts, with masks where the trial is one-shot."""
-        allocated = replace(candidate, allocation=Allocation.of(kept, candidate.allocation.total))
         if not self.trial.one_shot:
-            return allocated
+            return allocated(candidate, kept)
         masks = {}
         for layer in problem.scope:
-            mask = torch.zeros(layer.total, dtype=torch.bool, device=state["order"][layer.name].device)
-            masks[layer.name] = mask.index_fill(0, state["order"][layer.name][: kept[layer.name]], True).view(
-                layer.shape
-            )
-        return replace(allocated, masks=masks)
+            order = state["order"][layer.name]
+            mask = torch.zeros(layer.total, dtype=torch.bool, device=order.device)
+            masks[layer.name] = mask.index_fill(0, order[: kept[layer.name]], True).view(layer.shape)
+        return replace(allocated(candidate, kept), masks=masks)
 
     def _base(self, budget: Budget) -> dict[str, float]:
         return reduced(budget, self.excess, relative=self.relative)
 
-    def _noisy(self, problem: Problem) -> Problem:
+    def _with_noise(self, problem: Problem) -> Problem:
         if not self.noise:
             return problem
         calibration = problem.inputs()
@@ -306,14 +283,14 @@ class Search:
 def reduced(budget: Budget, excess: float, *, relative: bool) -> dict[str, float]:
     """r_l of every layer, in weights."""
     uniform = budget.project({term.name: 1.0 for term in budget.terms})
-    left = {
+    densities = {
         term: uniform[term.name] * (1 - excess) if relative else uniform[term.name] - excess for term in budget.terms
     }
-    return {term.name: max(density * term.total, float(term.lower)) for term, density in left.items()}
+    return {term.name: max(density * term.total, float(term.lower)) for term, density in densities.items()}
 
 
 def decoded(budget: Budget, base: Mapping[str, float], x: list[float]) -> dict[str, int]:
-    """Counts k_l of a genome: base, grown by shares softmax(x) until the budget is used up.
+    """Counts k_l of a genome: the base, grown in proportion to softmax(x) until the budget is used up.
 
     Args:
         base: r_l by layer; x has the order of the budget's terms.
@@ -341,7 +318,7 @@ def equal_counts(problem: Problem) -> dict[str, float]:
 
 
 def encoded(budget: Budget, base: Mapping[str, float], kept: Mapping[str, int]) -> list[float]:
-    """The genome whose counts are `kept`, or nearest to it where a layer keeps less than its base."""
+    """The genome whose counts are `kept`, or the nearest one where a layer keeps less than its base."""
     above = [max(kept[term.name] - base[term.name], 0.0) for term in budget.terms]
     least = max(math.fsum(above) * 1e-6, 1e-9)
     return [math.log(max(grown, least)) for grown in above]

@@ -122,7 +122,7 @@ _BOTH = ("weights", "channels")
 
 def _shares(method: Method) -> tuple[str, ...]:
     """What an allocator can share out; one that does not say so is of single weights."""
-    return getattr(method, "shares", ("weights",))
+    return getattr(method, "allocates", ("weights",))
 
 
 SETTABLE = ("starts", "among")  # fields of several allocators that a recipe can name

@@ -27,7 +27,7 @@ from allot.errors import UsageError, check_number, unknown
 from allot.methods.dsa import Dsa
 from allot.methods.rules import uniform
 from allot.methods.training.channel_gates import gated
-from allot.methods.training.selection import Evidence, Selection
+from allot.methods.training.selection import CollectedEvidence, Selection
 from allot.network.call import as_arguments, call
 from allot.network.channels import ChannelPlan, copied, slimmed
 from allot.network.draws import generator, numbered
@@ -297,8 +297,8 @@ def _stepped(optimizer: torch.optim.Optimizer, recipe: Scratch, t: int) -> None:
     optimizer.step()
 
 
-def _evidence(problem: Problem) -> Evidence:
-    return Evidence(problem, Candidate.dense(problem), {})
+def _evidence(problem: Problem) -> CollectedEvidence:
+    return CollectedEvidence(problem, Candidate.dense(problem), {})
 
 
 def _every(module: nn.Module) -> bool:

@@ -141,15 +141,16 @@ class Method(Protocol):
 
     A state is a dict of tensors, numbers and strings (nested dicts and lists allowed) that holds `step` and `steps`;
     the function `step` works on it in place and counts `step` up. The run of a method ends when they are equal; one
-    that ends early lowers `steps`. Methods see no path, clock, progress bar or signal.
+    that ends early lowers `steps`. The docstring of the class names all other keys in a section `State:`. Methods see
+    no path, clock, progress bar or signal.
 
     Attributes:
         role: "allocate" or "repair".
-        shares: of an allocator, the units that it can allocate: "weights", "channels" or both; repairs have none.
+        allocates: of an allocator, the units that it can allocate: "weights", "channels" or both; repairs have none.
         needs_data: whether `problem.calibration` has to be there.
         parallel: optional. True: with several processes, all of them run this method, each on its part of every batch,
             and it sums its results over them (by `allot.processes.all_reduce`, or by `Training`, `Moments` or
-            `Evidence`, which do so). Otherwise one process runs it, on whole batches.
+            `CollectedEvidence`, which do so). Otherwise one process runs it, on whole batches.
         streams: of a repair that treats each layer by itself, its form that goes block by block: see
             `allot.methods.layerwise.streamed`; other methods have none.
     """
@@ -194,10 +195,13 @@ class Rule:
     """A method that is one function of the problem: `densities(problem)`, projected onto the budget.
 
     Only proportions of the densities matter: `Budget.counts` makes whole numbers that meet the budget.
+
+    State:
+        kept: layer -> weights kept, or group -> channels kept; empty before the step.
     """
 
     densities: Callable[[Problem], Mapping[str, float]]
-    shares: tuple[str, ...] = field(default=("weights",), metadata={"option": False})
+    allocates: tuple[str, ...] = field(default=("weights",), metadata={"option": False})
 
     role = "allocate"
     needs_data = False

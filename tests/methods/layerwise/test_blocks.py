@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from allot import UsageError
-from allot.methods.layerwise.blocks import Chain, chain_of, size_of
+from allot.methods.layerwise.blocks import BlockSequence, find_blocks, size_of
 from allot.run.calibration import Calibration
 from methods.layerwise.nets import NETS, TRANSFORMERS, Case, Encoder
 
 
-def chain(case: Case) -> Chain:
+def blocks_of(case: Case) -> BlockSequence:
     inputs = Calibration.of(case.inputs())
-    return chain_of(case.model(), inputs.pick([0]), inputs.pick([0, 1]))
+    return find_blocks(case.model(), inputs.pick([0]), inputs.pick([0, 1]))
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def chain(case: Case) -> Chain:
     ],
 )
 def test_blocks_are_elements_of_containers_each_with_its_own_weights(name: str, blocks: list[list[str]]):
-    assert [[link.name for link in block] for block in chain(NETS[name]).blocks] == blocks
+    assert [[module_call.name for module_call in block] for block in blocks_of(NETS[name]).blocks] == blocks
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_blocks_are_elements_of_containers_each_with_its_own_weights(name: str, 
     ],
 )
 def test_blocks_of_transformers_are_found(name: str, first: str, count: int):
-    found = chain(TRANSFORMERS[name])
+    found = blocks_of(TRANSFORMERS[name])
     assert len(found.blocks) == count
     assert found.blocks[0][0].name.endswith((first, first.replace("vit.", "vit.encoder.").replace("layers", "layer")))
 
@@ -58,16 +58,16 @@ def test_blocks_of_transformers_are_found(name: str, first: str, count: int):
 def test_blocks_of_vision_models_are_found(name: str, make: Callable[..., nn.Module], first: str, count: int):
     model = make(pytest.importorskip(name)).eval()
     side = 32 if name == "torchvision" else 16
-    found = chain_of(model, torch.randn(1, 3, side, side), torch.randn(2, 3, side, side))
+    found = find_blocks(model, torch.randn(1, 3, side, side), torch.randn(2, 3, side, side))
     assert (found.blocks[0][0].name, len(found.blocks)) == (first, count)
     inside = [size_of(model.get_submodule(block[0].name)) for block in found.blocks]
     assert found.size == max(*inside, size_of(model) - sum(inside))
 
 
 def test_arguments_beside_the_hidden_are_known_by_what_they_belong_to():
-    found = chain(NETS["encoder"])
+    found = blocks_of(NETS["encoder"])
     assert found.slots == (None, 0)  # one mask for all, a factor for every sample
-    assert {link.slots for link in found.links} == {(0, 1)}
+    assert {module_call.slots for module_call in found.calls} == {(0, 1)}
     assert "into" in found.before and "head" not in found.before and "layers.0.mlp" not in found.before
     assert found.block_of("layers.10.mlp") is None and found.block_of("layers.1.mlp.0.weight") == 1
 
@@ -110,9 +110,9 @@ class Tied(Encoder):
 @pytest.mark.parametrize("make", [Shared, Between, lambda: nn.Linear(4, 4)])
 def test_a_model_without_such_blocks_is_refused_in_words(make: Callable[[], nn.Module]):
     with pytest.raises(UsageError, match="no blocks that run one after another"):
-        chain_of(make().eval(), torch.randn(1, 4), torch.randn(2, 4))
+        find_blocks(make().eval(), torch.randn(1, 4), torch.randn(2, 4))
 
 
 def test_blocks_that_share_weights_are_none():
     with pytest.raises(UsageError, match="no blocks"):
-        chain(Case(Tied, NETS["encoder"].inputs))
+        blocks_of(Case(Tied, NETS["encoder"].inputs))

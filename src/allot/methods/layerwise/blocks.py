@@ -1,12 +1,12 @@
-"""Blocks of a model that run one after another, found by watching it run.
+"""Blocks of a model that run one after another, found by watching the model run.
 
-A chain is a row of modules m_1 .. m_n, each an element of a ModuleList or Sequential (of any of them: the stages of a
-ResNet are several), run once, whose first argument is the very tensor that m_{i-1} gave. Of all chains the one is
-taken that needs the least room where one part at a time is held:
+A sequence is modules m_1 .. m_n, each an element of a ModuleList or Sequential (of any of them: the stages of a ResNet
+are several), run once, whose first argument, the hidden, is the very tensor that m_{i-1} returned. Of all sequences the
+one is taken that needs the least memory where one part at a time is held:
 
-    max( size of the largest m_i, size of everything outside of the chain )      size: bytes of parameters and buffers
+    max( size of the largest m_i, size of everything outside the sequence )      size: bytes of parameters and buffers
 
-Elements without a matrix or kernel of their own, such as activations and norms, go with the element before them.
+Elements without a matrix or kernel, such as activations and norms, join the block of the element before them.
 """
 
 from __future__ import annotations
@@ -28,59 +28,60 @@ LEAF = object()  # where a tensor, or an object, stands among arguments
 
 
 @dataclass(frozen=True)
-class Link:
-    """One module of the chain and how it is called.
+class ModuleCall:
+    """One module of the sequence and how it is called.
 
     Attributes:
         name: of the module.
         spec: its positional and keyword arguments, `LEAF` where a tensor or an object stands; the first is the hidden.
         slots: which slot each leaf after the first takes its value from.
-        within: what its output looks like where it is no tensor: a tuple or list whose first place is the hidden.
-        enters, leaves: dimension of the hidden that counts samples, on the way in and out.
+        rest: where its output is a tuple or list whose first entry is the hidden, None for each entry after it; None
+            where the output is the hidden itself.
+        dim_in, dim_out: dimension of the hidden that counts samples, before and after the module.
     """
 
     name: str
     spec: Any
     slots: tuple[int, ...]
-    within: tuple[Any, ...] | None
-    enters: int
-    leaves: int
+    rest: tuple[Any, ...] | None
+    dim_in: int
+    dim_out: int
 
-    def given(self, output: Any) -> Tensor:
+    def hidden_of(self, output: Any) -> Tensor:
         """The hidden in an output."""
-        return output if self.within is None else output[0]
+        return output if self.rest is None else output[0]
 
-    def formed(self, hidden: Tensor) -> Any:
+    def output_of(self, hidden: Tensor) -> Any:
         """An output of the module's form that holds this hidden and nothing else."""
-        return hidden if self.within is None else (hidden, *self.within)
+        return hidden if self.rest is None else (hidden, *self.rest)
 
 
 @dataclass(frozen=True)
-class Chain:
+class BlockSequence:
     """A model cut into blocks.
 
     Attributes:
         blocks: modules that one block runs, in order.
-        slots: of each value that blocks get beside the hidden, the dimension that counts samples; None: the same value
-            for all samples.
+        slots: of each value that blocks take beside the hidden, the dimension that counts samples; None: the same
+            value for all samples.
         before: names of the modules outside that begin before the first block does.
-        size: bytes of the largest part: of a block, or of what lies outside.
+        size: bytes of the largest part: of a block, or of everything outside.
     """
 
-    blocks: tuple[tuple[Link, ...], ...]
+    blocks: tuple[tuple[ModuleCall, ...], ...]
     slots: tuple[int | None, ...]
     before: frozenset[str]
     size: int
 
     @property
-    def links(self) -> tuple[Link, ...]:
-        """All modules of the chain, in order."""
-        return tuple(link for block in self.blocks for link in block)
+    def calls(self) -> tuple[ModuleCall, ...]:
+        """All modules of the sequence, in order."""
+        return tuple(module_call for block in self.blocks for module_call in block)
 
     def block_of(self, name: str) -> int | None:
         """Which block holds the parameter, buffer or module of this name; None: it lies outside."""
         for number, block in enumerate(self.blocks):
-            if any(f"{name}.".startswith(f"{link.name}.") for link in block):
+            if any(f"{name}.".startswith(f"{module_call.name}.") for module_call in block):
                 return number
         return None
 
@@ -109,54 +110,61 @@ def unflat(spec: Any, leaves: Iterator[Any]) -> Any:
 
 
 def size_of(module: nn.Module) -> int:
-    """Bytes of its parameters and buffers, each once."""
+    """Bytes of its parameters and buffers, each once.
+
+    >>> size_of(nn.Linear(3, 2))
+    32
+    """
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
-def chain_of(model: nn.Module, single: Any, pair: Any) -> Chain:
-    """The chain of `model`, seen on a batch of one sample and on one of two.
+def find_blocks(model: nn.Module, single: Any, pair: Any) -> BlockSequence:
+    """The blocks of `model`, found from its passes over a batch of one sample and a batch of two.
 
     Args:
         single, pair: batches of inputs, as `call` takes them.
     Raises:
         UsageError: no two modules run one after another, or they hold less than a quarter of the model.
     """
-    elements = _elements(model)
-    before, seen = _watched(model, single, elements), _watched(model, pair, elements)
-    candidates = []
-    given = {id(tensor) for run in seen for tensor in tensors_in(run.output)}
-    for run in _once(model, seen, elements):
-        if any(id(leaf) in given for leaf in run.leaves[1:]):
-            continue  # what another element gave, beside the hidden: no value that is there from the start
-        first = next((other for other in before if other.name == run.name), None)
-        if first is not None and (found := _known(first, run)):
-            candidates.append(found)
+    element_ids = _element_ids(model)
+    single_passes, pair_passes = _passes_of(model, single, element_ids), _passes_of(model, pair, element_ids)
+    elements = []
+    output_ids = {id(tensor) for passed in pair_passes for tensor in tensors_in(passed.output)}
+    for passed in _separate_passes(model, pair_passes, element_ids):
+        if any(id(leaf) in output_ids for leaf in passed.leaves[1:]):
+            continue  # beside the hidden it takes the output of another element: no value that is there from the start
+        counterpart = next((other for other in single_passes if other.name == passed.name), None)
+        if counterpart is not None and (element := _element_of(counterpart, passed)):
+            elements.append(element)
     total = size_of(model)
-    best = _best(candidates, total)
-    held = sum(node.size for node in best)
-    if len(best) < 2 or 4 * held < total:
-        what = f"; the best row, {best[0].run.name} to {best[-1].run.name}, holds {held / total:.0%}" if best else ""
+    best = _best_sequence(elements, total)
+    inside = sum(element.size for element in best)
+    if len(best) < 2 or 4 * inside < total:
+        names = f"{best[0].passed.name} to {best[-1].passed.name}" if best else ""
+        longest = f"; the best row, {names}, holds {inside / total:.0%}" if best else ""
         raise UsageError(
-            f"{type(model).__name__} has no blocks that run one after another and hold a quarter of it{what}. "
+            f"{type(model).__name__} has no blocks that run one after another and hold a quarter of it{longest}. "
             "Elements of a ModuleList or Sequential are looked at, run once each, the first argument of each being "
             "the output of the one before. Leave stream out."
         )
-    links, slots = _linked(best)
-    blocks: list[list[Link]] = []
-    for link, node in zip(links, best, strict=True):
-        own = any(parameter.dim() > 1 for parameter in node.run.module.parameters())
-        if not blocks or (own and any(p.dim() > 1 for n in blocks[-1] for p in _module(model, n).parameters())):
+    calls, slots = _calls_of(best)
+    blocks: list[list[ModuleCall]] = []
+    for module_call in calls:
+        if not blocks or (_has_matrix(model, module_call) and any(_has_matrix(model, c) for c in blocks[-1])):
             blocks.append([])
-        blocks[-1].append(link)
-    sizes = [sum(size_of(_module(model, link)) for link in block) for block in blocks]
-    started = best[0].run.started
-    inside = tuple(f"{node.run.name}." for node in best)
-    early = {run.name for run in seen if run.started < started and not f"{run.name}.".startswith(inside)}
-    return Chain(tuple(map(tuple, blocks)), slots, frozenset(early), max(*sizes, total - held))
+        blocks[-1].append(module_call)
+    sizes = [sum(size_of(model.get_submodule(module_call.name)) for module_call in block) for block in blocks]
+    prefixes = tuple(f"{element.passed.name}." for element in best)
+    before = {
+        passed.name
+        for passed in pair_passes
+        if passed.started < best[0].passed.started and not f"{passed.name}.".startswith(prefixes)
+    }
+    return BlockSequence(tuple(map(tuple, blocks)), slots, frozenset(before), max(*sizes, total - inside))
 
 
 @dataclass
-class _Run:
+class _Pass:
     """One pass through a module."""
 
     name: str
@@ -164,42 +172,42 @@ class _Run:
     started: int
     spec: Any
     leaves: list[Any]
-    version: int
+    version_in: int  # of the hidden
     ended: int = -1
     output: Any = None
-    left: int = -1  # version of the hidden on the way out
+    version_out: int = -1
 
 
 @dataclass(frozen=True)
-class _Node:
-    """A module that may be part of a chain; `slots` tells of each leaf after the hidden how it counts samples."""
+class _Element:
+    """A module that may be part of a sequence; `slots`: of each leaf after the hidden, how it counts samples."""
 
-    run: _Run
-    enters: int
-    leaves: int
+    passed: _Pass
+    dim_in: int
+    dim_out: int
     slots: tuple[int | None, ...]
     size: int = field(compare=False)
 
 
-def _watched(model: nn.Module, inputs: Any, elements: set[int]) -> list[_Run]:
-    """Every pass through every module of the model, in the order in which they begin; what elements get and give."""
-    runs: list[_Run] = []
-    open_runs: list[_Run] = []
+def _passes_of(model: nn.Module, inputs: Any, element_ids: set[int]) -> list[_Pass]:
+    """Every pass through every module, in the order in which they begin; of elements with arguments and outputs."""
+    passes: list[_Pass] = []
+    open_passes: list[_Pass] = []
 
     def begin(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            spec, leaves = flat((tuple(args), dict(kwargs))) if id(module) in elements else (None, [])
-            run = _Run(name, module, len(runs), spec, leaves, _version(leaves[0] if leaves else None))
-            runs.append(run)
-            open_runs.append(run)
+            spec, leaves = flat((tuple(args), dict(kwargs))) if id(module) in element_ids else (None, [])
+            passed = _Pass(name, module, len(passes), spec, leaves, _version(leaves[0] if leaves else None))
+            passes.append(passed)
+            open_passes.append(passed)
 
         return hook
 
     def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        run = open_runs.pop()
-        run.ended = len(runs)
-        if id(module) in elements:  # what others gave is let go
-            run.output, run.left = output, _version(_first(output))
+        passed = open_passes.pop()
+        passed.ended = len(passes)
+        if id(module) in element_ids:  # outputs of other modules are not kept alive
+            passed.output, passed.version_out = output, _version(_first(output))
 
     with ExitStack() as stack, torch.no_grad():
         for name, module in model.named_modules():
@@ -207,49 +215,46 @@ def _watched(model: nn.Module, inputs: Any, elements: set[int]) -> list[_Run]:
             stack.callback(handle.remove)
             stack.callback(module.register_forward_hook(end, with_kwargs=True).remove)
         call(model, {}, inputs)
-    return runs
+    return passes
 
 
-def _elements(model: nn.Module) -> set[int]:
+def _element_ids(model: nn.Module) -> set[int]:
     """Ids of the modules that stand in a ModuleList or Sequential."""
-    rows = (module for module in model.modules() if isinstance(module, nn.ModuleList | nn.Sequential))
-    return {id(child) for module in rows for child in module.children()}
+    containers = (module for module in model.modules() if isinstance(module, nn.ModuleList | nn.Sequential))
+    return {id(child) for container in containers for child in container.children()}
 
 
-def _once(model: nn.Module, runs: list[_Run], elements: set[int]) -> Iterator[_Run]:
-    """Passes through elements that run once and share no parameter with what lies outside of them."""
-    places: dict[int, list[str]] = {}
+def _separate_passes(model: nn.Module, passes: list[_Pass], element_ids: set[int]) -> Iterator[_Pass]:
+    """Passes through elements that run once and share no parameter with a module outside of them."""
+    names_of: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        places.setdefault(id(parameter), []).append(name)
-    times = Counter(run.name for run in runs)
-    for run in runs:
-        own = f"{run.name}."
-        names = (n for parameter in run.module.parameters() for n in places[id(parameter)])
-        if id(run.module) in elements and times[run.name] == 1 and all(n.startswith(own) for n in names):
-            yield run
+        names_of.setdefault(id(parameter), []).append(name)
+    times = Counter(passed.name for passed in passes)
+    for passed in passes:
+        prefix = f"{passed.name}."
+        names = (n for parameter in passed.module.parameters() for n in names_of[id(parameter)])
+        if id(passed.module) in element_ids and times[passed.name] == 1 and all(n.startswith(prefix) for n in names):
+            yield passed
 
 
-def _known(single: _Run, pair: _Run) -> _Node | None:
-    """The module as a node, where its first argument and output are tensors that count samples."""
+def _element_of(single: _Pass, pair: _Pass) -> _Element | None:
+    """The module as an element, where its first argument and output are tensors that count samples."""
     if single.spec != pair.spec or not pair.leaves or not _is_hidden_first(pair.spec):
         return None
-    hidden, out = (_counting(a, b) for a, b in ((single.leaves[0], pair.leaves[0]), _outputs(single, pair)))
-    if hidden is None or out is None or hidden < 0 or out < 0:
+    dim_in = _sample_dim(single.leaves[0], pair.leaves[0])
+    dim_out = _sample_dim(_first(single.output), _first(pair.output))
+    if dim_in is None or dim_out is None or dim_in < 0 or dim_out < 0:
         return None
     slots = []
     for one, two in zip(single.leaves[1:], pair.leaves[1:], strict=True):
-        dim = _counting(one, two)
+        dim = _sample_dim(one, two)
         if dim is not None and dim < 0 and isinstance(two, Tensor):
             return None
         slots.append(dim)
-    return _Node(pair, hidden, out, tuple(slots), size_of(pair.module))
+    return _Element(pair, dim_in, dim_out, tuple(slots), size_of(pair.module))
 
 
-def _outputs(single: _Run, pair: _Run) -> tuple[Any, Any]:
-    return _first(single.output), _first(pair.output)
-
-
-def _counting(one: Any, two: Any) -> int | None:
+def _sample_dim(one: Any, two: Any) -> int | None:
     """The dimension that counts samples; None: there is none; -1: shapes differ otherwise, or it is no tensor."""
     if not isinstance(one, Tensor) or not isinstance(two, Tensor):
         return None if not isinstance(one, Tensor) and type(one) is type(two) else -1
@@ -275,53 +280,57 @@ def _version(value: Any) -> int:
     return value._version if isinstance(value, Tensor) and not value.is_inference() else -1
 
 
-def _best(nodes: list[_Node], total: int) -> list[_Node]:
-    """The chain whose largest part, or rest, is smallest; of equals the one with more elements."""
-    after: dict[tuple[int, int], list[int]] = {}
-    for number, node in enumerate(nodes):
-        hidden = node.run.leaves[0]
-        after.setdefault((id(hidden), node.run.version), []).append(number)
-    found: tuple[int, int, list[_Node]] = (total + 1, 0, [])
-    for cap in sorted({node.size for node in nodes}):
-        ways: dict[int, tuple[int, int, int | None]] = {}  # from here on: size, elements, the next one
-        for number in reversed(range(len(nodes))):
-            node = nodes[number]
-            if node.size > cap:
+def _best_sequence(elements: list[_Element], total: int) -> list[_Element]:
+    """The sequence whose largest part, or rest, is smallest; of equal ones the one with more elements."""
+    readers: dict[tuple[int, int], list[int]] = {}  # (id, version) of a hidden -> the elements that take it
+    for number, element in enumerate(elements):
+        hidden = element.passed.leaves[0]
+        readers.setdefault((id(hidden), element.passed.version_in), []).append(number)
+    best: tuple[int, int, list[_Element]] = (total + 1, 0, [])  # bytes of the largest part, minus length, sequence
+    for largest in sorted({element.size for element in elements}):
+        ways: dict[int, tuple[int, int, int | None]] = {}  # from here on: size, number of elements, the next one
+        for number in reversed(range(len(elements))):
+            element = elements[number]
+            if element.size > largest:
                 continue
-            key = (id(_first(node.run.output)), node.run.left)
-            following = [n for n in after.get(key, ()) if n in ways and nodes[n].run.started >= node.run.ended]
-            best = max(following, key=lambda n: ways[n][:2], default=None)
-            size, count = ways[best][:2] if best is not None else (0, 0)
-            ways[number] = (size + node.size, count + 1, best)
-        start = max(ways, key=lambda n: ways[n][:2])
-        row: list[_Node] = []
-        at: int | None = start
-        while at is not None:
-            row.append(nodes[at])
-            at = ways[at][2]
-        room = max(max(node.size for node in row), total - sum(node.size for node in row))
-        if (room, -len(row)) < found[:2]:
-            found = (room, -len(row), row)
-    return found[2]
+            key = (id(_first(element.passed.output)), element.passed.version_out)
+            after = [
+                n for n in readers.get(key, ()) if n in ways and elements[n].passed.started >= element.passed.ended
+            ]
+            following = max(after, key=lambda n: ways[n][:2], default=None)
+            size, count = ways[following][:2] if following is not None else (0, 0)
+            ways[number] = (size + element.size, count + 1, following)
+        sequence: list[_Element] = []
+        current: int | None = max(ways, key=lambda n: ways[n][:2])
+        while current is not None:
+            sequence.append(elements[current])
+            current = ways[current][2]
+        sizes = [element.size for element in sequence]
+        room = max(*sizes, total - sum(sizes))
+        if (room, -len(sequence)) < best[:2]:
+            best = (room, -len(sequence), sequence)
+    return best[2]
 
 
-def _linked(nodes: Iterable[_Node]) -> tuple[list[Link], tuple[int | None, ...]]:
-    """The chain's links; values that several of them get are one slot."""
-    numbers: dict[int, int] = {}
+def _calls_of(elements: Iterable[_Element]) -> tuple[list[ModuleCall], tuple[int | None, ...]]:
+    """The calls of a sequence, and the dimension that counts samples in each slot; one value is one slot for all."""
+    slot_of: dict[int, int] = {}
     dims: list[int | None] = []
-    links = []
-    for node in nodes:
+    calls = []
+    for element in elements:
         slots = []
-        for leaf, dim in zip(node.run.leaves[1:], node.slots, strict=True):
-            if id(leaf) not in numbers:
-                numbers[id(leaf)] = len(dims)
+        for leaf, dim in zip(element.passed.leaves[1:], element.slots, strict=True):
+            if id(leaf) not in slot_of:
+                slot_of[id(leaf)] = len(dims)
                 dims.append(dim)
-            slots.append(numbers[id(leaf)])
-        output = node.run.output
-        within = tuple(None for _ in output[1:]) if isinstance(output, tuple | list) else None
-        links.append(Link(node.run.name, node.run.spec, tuple(slots), within, node.enters, node.leaves))
-    return links, tuple(dims)
+            slots.append(slot_of[id(leaf)])
+        output = element.passed.output
+        rest = tuple(None for _ in output[1:]) if isinstance(output, tuple | list) else None
+        spec = element.passed.spec
+        calls.append(ModuleCall(element.passed.name, spec, tuple(slots), rest, element.dim_in, element.dim_out))
+    return calls, tuple(dims)
 
 
-def _module(model: nn.Module, link: Link) -> nn.Module:
-    return model.get_submodule(link.name)
+def _has_matrix(model: nn.Module, module_call: ModuleCall) -> bool:
+    """Whether the module holds a matrix or kernel."""
+    return any(parameter.dim() > 1 for parameter in model.get_submodule(module_call.name).parameters())

@@ -1,28 +1,29 @@
 """Layer-wise repairs block by block: the model stays on the host, one block at a time is on the device.
 
-A repair that looks at every layer for itself needs of the net only what enters a block. `Streamed` cuts the model into
-a chain of blocks (`allot.methods.layerwise.blocks`), runs what comes before them over all calibration samples once, and
-keeps on the host
+A repair that looks at every layer for itself needs of the net only the inputs of a block. `Streamed` cuts the model
+into a sequence of blocks (`allot.methods.layerwise.blocks`), runs the modules before them over all calibration samples
+once, and keeps on the host
 
-    x_d, x_s     what enters a block, of every sample, in the dense net and in the sparse one: N times one sample's
+    x_d, x_s     the inputs of a block, of every sample, in the dense net and in the sparse one: N times one sample's
                  hidden state, in its dtype, for each net, twice while the next block's are made
 
 and then for each block, front to back: the block comes to the device, the repair runs on it as if it were the model,
-its new tensors go back to the host, x_d and x_s become what the block gives, and the block leaves. The device holds one
-block, what the repair keeps of it, and a batch. What lies outside of the blocks (embeddings before, a head behind) is
-on the device together, without the blocks, and only while a layer or batch norm there is repaired; such layers are
-repaired as well, before the first block and after the last one.
+its new tensors go back to the host, x_d and x_s become the block's outputs, and the block leaves. The device holds one
+block, the tensors that the repair keeps of it, and a batch. The modules outside the blocks (embeddings before, a head
+behind) are on the device together, without the blocks, and only while a layer or batch norm among them is repaired:
+before the first block and after the last one.
 
 A method says how it may be streamed by an attribute `streams`:
 
-    "passes"   once through the samples (for each net), and what a layer gives then is what the next one gets: so it is
-               here, x_s of the next block is what the block gave while the repair ran. As in the whole net, to the
-               order of sums.
-    "result"   the next block gets what the repaired block gives. As in the whole net where layers do not wait for each
-               other (`layerwise` on dense inputs), or wait from front to back (`lstsq`). `layerwise` on sparse inputs
-               trains all layers side by side in the whole net; here a block begins when those before it are done.
+    "passes"   once through the samples (for each net), where the output of a layer in this pass is the input of the
+               next one: so x_s of the next block is the block's output while the repair ran. As in the whole net, to
+               the order of sums.
+    "result"   the inputs of the next block are the outputs of the repaired block. As in the whole net where layers do
+               not wait for each other (`layerwise` on dense inputs), or wait from front to back (`lstsq`). `layerwise`
+               on sparse inputs trains all layers side by side in the whole net; here a block begins when the blocks
+               before it are done.
 
-x_d and x_s are not in the state, which is saved often: a run that goes on makes them again, a block a step.
+x_d and x_s are not in the state, which is saved often: a resumed run makes them again, a block a step.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ import torch
 from torch import Tensor, nn
 
 from allot.errors import UsageError, first_line
-from allot.methods.layerwise.blocks import chain_of, size_of
-from allot.methods.layerwise.streamed_block import FLAG, Block, Entry, Outside, Part
+from allot.methods.layerwise.blocks import find_blocks, size_of
+from allot.methods.layerwise.streamed_block import FLAG, BlockPart, ModelPart, OutsidePart, PartInputs
 from allot.network.batch_norms import is_batch_norm
 from allot.network.call import call
 from allot.network.layers import Layer, Scope, places_by_parameter
@@ -56,6 +57,12 @@ class Streamed:
         device: where blocks go; the model stays where it is.
     Raises:
         UsageError: a method that does not stream, or a device that is not there. From `init`: a model without blocks.
+    State:
+        lengths: steps of each part of the model, front to back.
+        part: number of the part that is repaired now.
+        inner: the method's state on this part; empty before the part begins.
+        tensors: parameter -> repaired tensor, in the model's shapes, on the host.
+        pushed: samples pushed through a part, times the part's bytes.
     """
 
     method: Method
@@ -69,41 +76,41 @@ class Streamed:
         if getattr(self.method, "streams", None) not in WAYS:
             raise UsageError(f"{type(self.method).__name__} needs the whole net at once: it cannot be streamed.")
         object.__setattr__(self, "device", usable(self.device))
-        object.__setattr__(self, "_live", {})  # the stream of the state that is worked on
+        object.__setattr__(self, "_live", {})  # the run whose state is worked on
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
         """No block begun; how many steps each of them takes is known."""
-        stream = _Stream(self, problem, candidate)
-        lengths = stream.lengths()
+        run = _StreamedRun(self, problem, candidate)
+        lengths = run.lengths()
         state: State = {"step": 0, "steps": sum(lengths), "lengths": lengths, "part": 0, "inner": {}, "tensors": {}}
         state["pushed"] = 0
-        self._live.update(state=state, problem=problem, candidate=candidate, stream=stream)
+        self._live.update(state=state, problem=problem, candidate=candidate, run=run)
         return state
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
-        """One step of the repair on the block at hand; after its last one the next block's inputs are made."""
-        stream = self._stream(problem, candidate, state)
-        before = state["pushed"] // stream.size
-        if stream.part < state["part"]:
-            again = stream.part
-            stream.again(state)
-            return {"forward": state["pushed"] // stream.size - before, "backward": 0, "again": again}
-        metrics = stream.step(state)
-        return {**metrics, "forward": state["pushed"] // stream.size - before, "backward": 0}
+        """One step of the repair on the current block; after its last one the next block's inputs are made."""
+        run = self._run_of(problem, candidate, state)
+        before = state["pushed"] // run.size
+        if run.number < state["part"]:
+            again = run.number
+            run.repeat_part(state)
+            return {"forward": state["pushed"] // run.size - before, "backward": 0, "again": again}
+        metrics = run.step(state)
+        return {**metrics, "forward": state["pushed"] // run.size - before, "backward": 0}
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         """The candidate with the tensors of all blocks."""
         self._live.clear()
         return replace(candidate, tensors={**candidate.tensors, **state["tensors"]})
 
-    def _stream(self, problem: Problem, candidate: Candidate, state: State) -> _Stream:
-        """The stream that this state belongs to; a new one at the first block where the state was loaded."""
+    def _run_of(self, problem: Problem, candidate: Candidate, state: State) -> _StreamedRun:
+        """The run that this state belongs to; a new one at the first part where the state was loaded."""
         live: dict[str, Any] = self._live
-        known = {"state": state, "problem": problem, "candidate": candidate}
-        if any(live.get(key) is not value for key, value in known.items()):
+        arguments = {"state": state, "problem": problem, "candidate": candidate}
+        if any(live.get(key) is not value for key, value in arguments.items()):
             live.clear()
-            live.update(known, stream=_Stream(self, problem, candidate))
-        return live["stream"]
+            live.update(arguments, run=_StreamedRun(self, problem, candidate))
+        return live["run"]
 
 
 def usable(device: str | torch.device) -> torch.device:
@@ -113,21 +120,21 @@ def usable(device: str | torch.device) -> torch.device:
         UsageError: it has not.
     """
     try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
+        usable_device = torch.device(device)
+        torch.empty(0, device=usable_device)
     except (RuntimeError, AssertionError, TypeError) as error:
-        said = first_line(error)
-        raise UsageError(f"stream={str(device)!r}: this machine has no such device ({said}).") from error
-    return found
+        reason = first_line(error)
+        raise UsageError(f"stream={str(device)!r}: this machine has no such device ({reason}).") from error
+    return usable_device
 
 
-Posed = tuple[Part, Problem, Candidate]  # what a method is run on in one part
+PartTask = tuple[ModelPart, Problem, Candidate]  # a part, with problem and candidate as the method gets them
 
 
-class _Stream:
-    """Where one run is: the chain, what enters the part at hand, and this part while it is on the device.
+class _StreamedRun:
+    """The progress of one run: the blocks, the inputs of the current part, and this part while it is on the device.
 
-    Part 0 is what comes before the blocks, part i block i, the last one what comes after.
+    Part 0 is the modules before the blocks, part i block i, the last one the modules after the blocks.
     """
 
     def __init__(self, streamed: Streamed, problem: Problem, candidate: Candidate) -> None:
@@ -136,192 +143,200 @@ class _Stream:
         self.problem, self.candidate = problem, candidate
         self.host = next(iter(problem.dense.values())).device
         calibration = problem.inputs()
-        pair = [0, min(1, len(calibration) - 1)]  # of one sample, that sample twice
-        self.chain = chain_of(problem.model, calibration.pick(pair[:1]), calibration.pick(pair))
+        pair = [0, min(1, len(calibration) - 1)]  # where there is one sample, that sample twice
+        self.sequence = find_blocks(problem.model, calibration.pick(pair[:1]), calibration.pick(pair))
         self.size = size_of(problem.model)
         self.places = places_by_parameter(problem.model)
-        self.last = len(self.chain.blocks) + 1
-        self.part = 0
-        self.entries: dict[bool, Entry] = {}
-        self.posed: Posed | None = None
-        self._prove(pair)
+        self.last = len(self.sequence.blocks) + 1
+        self.number = 0  # of the current part
+        self.inputs: dict[bool, PartInputs] = {}
+        self.task: PartTask | None = None
+        self._check_parts_match_model(pair)
 
     def lengths(self) -> list[int]:
         """How many steps the method takes in each part; 0 where there is nothing for it."""
-        found = []
-        for part in range(self.last + 1):
-            _, problem, candidate = self._posed(part, self.host, {})
-            repaired = len(problem.scope) or any(self._norms(part))
-            found.append(int(self.method.init(problem, candidate)["steps"]) if repaired else 0)
-        return found
+        lengths = []
+        for number in range(self.last + 1):
+            _, problem, candidate = self._task_on(number, self.host, {})
+            repaired = len(problem.scope) or any(self._batch_norms_in(number))
+            lengths.append(int(self.method.init(problem, candidate)["steps"]) if repaired else 0)
+        return lengths
 
     def step(self, state: State) -> Metrics:
         """One step of the method, after parts that need none were passed."""
-        while not state["lengths"][self.part]:
-            self._go_on(state, self._posed(self.part, self._place(self.part), state["tensors"]))
-            state["part"] = self.part
-        if self.posed is None:
-            self.posed = self._posed(self.part, self.device, state["tensors"])
+        while not state["lengths"][self.number]:
+            self._leave_part(state, self._task_on(self.number, self._device_of(self.number), state["tensors"]))
+            state["part"] = self.number
+        if self.task is None:
+            self.task = self._task_on(self.number, self.device, state["tensors"])
             inner = state["inner"]
             done = inner.get("step", 0)
-            state["inner"] = _on(inner, self.device) if inner and not self.passes else self.method.init(*self.posed[1:])
-            while state["inner"]["step"] < done:  # what its first steps gave was noted, but not kept in the state
-                self._step(state, self.posed, state["inner"])
-        metrics = self._step(state, self.posed, state["inner"])
+            state["inner"] = (
+                _moved_to(self.device, inner) if inner and not self.passes else self.method.init(*self.task[1:])
+            )
+            while state["inner"]["step"] < done:  # its first steps recorded inputs that the state does not keep
+                self._method_step(state, self.task, state["inner"])
+        metrics = self._method_step(state, self.task, state["inner"])
         state["step"] += 1
-        state["lengths"][self.part] = state["inner"]["steps"]  # some learn in their first step what there is to do
+        state["lengths"][self.number] = state["inner"]["steps"]  # some methods learn in their first step how many
         state["steps"] = sum(state["lengths"])
         if finished(state["inner"]):
-            part, problem, candidate = self.posed
-            candidate, self.posed = replace(candidate), None  # its masked weights make room
+            part, problem, candidate = self.task
+            candidate, self.task = replace(candidate), None  # frees its masked weights
             better = self.method.finish(problem, candidate, state["inner"])
             for name, value in better.tensors.items():
                 if name != FLAG and value is not candidate.tensors.get(name):
-                    state["tensors"][part.outer(name)] = value.to(self.host)
+                    state["tensors"][part.outer_name(name)] = value.to(self.host)
             state["inner"] = {}
-            self._go_on(state, (part, problem, better))
-            state["part"] = self.part
+            self._leave_part(state, (part, problem, better))
+            state["part"] = self.number
         return metrics
 
-    def again(self, state: State) -> None:
-        """A part that is done already, for what enters the next one."""
-        if not (state["lengths"][self.part] and self.passes):
-            self._go_on(state, self._posed(self.part, self._place(self.part), state["tensors"]))
+    def repeat_part(self, state: State) -> None:
+        """Run a part that is repaired already, for the inputs of the next one."""
+        if not (state["lengths"][self.number] and self.passes):
+            self._leave_part(state, self._task_on(self.number, self._device_of(self.number), state["tensors"]))
             return
-        posed = part, problem, candidate = self._posed(self.part, self.device, {})  # as it came to the method
+        task = part, problem, candidate = self._task_on(self.number, self.device, {})  # as the method first got it
         inner = self.method.init(problem, candidate)
         while not finished(inner):
-            self._step(state, posed, inner)
-        self._go_on(state, (part, problem, self.method.finish(problem, candidate, inner)))
+            self._method_step(state, task, inner)
+        self._leave_part(state, (part, problem, self.method.finish(problem, candidate, inner)))
 
-    def _step(self, state: State, posed: Posed, inner: State) -> Metrics:
-        part, problem, candidate = posed
-        with part.noting(self.passes):
+    def _method_step(self, state: State, task: PartTask, inner: State) -> Metrics:
+        part, problem, candidate = task
+        with part.recording(self.passes):
             metrics = self.method.step(problem, candidate, inner)
-        state["pushed"] += int(metrics["forward"]) * self._size(self.part)
+        state["pushed"] += int(metrics["forward"]) * self._part_size(self.number)
         return metrics
 
-    def _go_on(self, state: State, posed: Posed) -> None:
-        """To the next part, with what this one gives, where there is a part left to repair."""
-        part, problem, candidate = posed
-        if any(state["lengths"][self.part + 1 :]):
-            self.entries = self._given(state, part, problem, candidate)
-        part.leave()
-        self.part += 1
+    def _leave_part(self, state: State, task: PartTask) -> None:
+        """Make the inputs of the next part, where there is a part left to repair, and go to it."""
+        part, problem, candidate = task
+        if any(state["lengths"][self.number + 1 :]):
+            self.inputs = self._next_inputs(state, part, problem, candidate)
+        part.release()
+        self.number += 1
 
-    def _given(self, state: State, part: Part, problem: Problem, candidate: Candidate) -> dict[bool, Entry]:
-        """What leaves the part in both nets; one where they are alike so far."""
-        touched = part.touched({*candidate.tensors, *candidate.masks})
-        alike = part.entries.get(False) is part.entries.get(True) and not part.exits and not touched
+    def _next_inputs(
+        self, state: State, part: ModelPart, problem: Problem, candidate: Candidate
+    ) -> dict[bool, PartInputs]:
+        """The inputs of the next part in both nets; the same ones where the nets do not differ so far."""
+        changed = part.changes_with({*candidate.tensors, *candidate.masks})
+        alike = part.inputs.get(False) is part.inputs.get(True) and not part.next_inputs and not changed
         size = problem.inputs().batch_size
         for sparse in (False,) if alike else (False, True):
-            if sparse in part.exits and part.exits[sparse].whole:
+            if sparse in part.next_inputs and part.next_inputs[sparse].complete:
                 continue
-            with part.noting(True), torch.no_grad():
+            with part.recording(True), torch.no_grad():
                 for numbers in torch.arange(len(problem.inputs())).split(size):
                     call(part, candidate.effective(problem) if sparse else {}, numbers)
-                    state["pushed"] += len(numbers) * self._size(self.part)
-        return dict.fromkeys((False, True), part.exits[False]) if alike else part.exits
+                    state["pushed"] += len(numbers) * self._part_size(self.number)
+        return dict.fromkeys((False, True), part.next_inputs[False]) if alike else part.next_inputs
 
-    def _posed(self, number: int, device: torch.device, tensors: Mapping[str, Tensor]) -> Posed:
-        """A part on a device, and problem and candidate as they look from within."""
+    def _task_on(self, number: int, device: torch.device, tensors: Mapping[str, Tensor]) -> PartTask:
+        """A part on a device, and problem and candidate in the names of the part."""
         problem, candidate = self.problem, self.candidate
         calibration = problem.inputs()
-        part = self._made(number, device, len(calibration), calibration.pick)
-        part.entries = self.entries
+        part = self._part(number, device, len(calibration), calibration.pick)
+        part.inputs = self.inputs
 
         def within(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            named = ((part.inner(name), value) for name, value in values.items())
-            return {name: value.to(device) for name, value in named if name is not None}
+            renamed = ((part.inner_name(name), value) for name, value in values.items())
+            return {name: value.to(device) for name, value in renamed if name is not None}
 
         layers = tuple(
-            replace(layer, name=str(part.inner(layer.name)), aliases=tuple(str(part.inner(a)) for a in layer.aliases))
+            replace(
+                layer,
+                name=str(part.inner_name(layer.name)),
+                aliases=tuple(str(part.inner_name(alias)) for alias in layer.aliases),
+            )
             for layer in problem.scope
             if self._part_of(layer) == number
         )
         every = tuple(range(part.count))
         numbers = replace(calibration, source=every, indices=every, device=torch.device("cpu"), dtype=None, workers=0)
-        posed = replace(problem, model=part, scope=Scope(layers, {}), calibration=numbers, example=None)
-        own = {**within({**candidate.tensors, **tensors}), FLAG: torch.ones((), device=device)}
-        return part, posed, replace(candidate, masks=within(candidate.masks), tensors=own, channels={}, diagnostics={})
+        inner = replace(problem, model=part, scope=Scope(layers, {}), calibration=numbers, example=None)
+        current = {**within({**candidate.tensors, **tensors}), FLAG: torch.ones((), device=device)}
+        masks = within(candidate.masks)
+        return part, inner, replace(candidate, masks=masks, tensors=current, channels={}, diagnostics={})
 
-    def _made(self, number: int, device: torch.device, count: int, pick: Callable[[Sequence[int]], Any]) -> Part:
-        model, chain = self.problem.model, self.chain
+    def _part(self, number: int, device: torch.device, count: int, pick: Callable[[Sequence[int]], Any]) -> ModelPart:
+        model, sequence = self.problem.model, self.sequence
         if 0 < number < self.last:
-            return Block(model, chain, number - 1, count, device, self.host)
-        return Outside(model, chain, pick, count, device, self.host, ends=not number)
+            return BlockPart(model, sequence, number - 1, count, device, self.host)
+        return OutsidePart(model, sequence, pick, count, device, self.host, stops=not number)
 
     def _part_of(self, layer: Layer) -> int:
-        block = self.chain.block_of(layer.name)
+        block = self.sequence.block_of(layer.name)
         if block is not None:
             return block + 1
         used = [place for place in self.places[layer.name] if place.kind]
-        return 0 if all(self._early(place.module_name) for place in used) else self.last
+        return 0 if all(self._is_before(place.module_name) for place in used) else self.last
 
-    def _early(self, name: str) -> bool:
+    def _is_before(self, name: str) -> bool:
         """Whether a module outside begins before the first block; the projection in an attention goes with it."""
         parent = name.rpartition(".")[0]
-        inside = isinstance(self.problem.model.get_submodule(parent), nn.MultiheadAttention)
-        return (parent if inside else name) in self.chain.before
+        in_attention = isinstance(self.problem.model.get_submodule(parent), nn.MultiheadAttention)
+        return (parent if in_attention else name) in self.sequence.before
 
-    def _norms(self, number: int) -> Iterator[str]:
-        """Batch norms of a part."""
+    def _batch_norms_in(self, number: int) -> Iterator[str]:
+        """Names of the batch norms of a part."""
         for name, module in self.problem.model.named_modules():
             if is_batch_norm(module):
-                block = self.chain.block_of(name)
-                outside = 0 if name in self.chain.before else self.last
+                block = self.sequence.block_of(name)
+                outside = 0 if name in self.sequence.before else self.last
                 if number == (outside if block is None else block + 1):
                     yield name
 
-    def _place(self, number: int) -> torch.device:
-        """What comes before the blocks and is not repaired runs where the model is."""
+    def _device_of(self, number: int) -> torch.device:
+        """Where a part runs that is not repaired: the modules before the blocks run where the model is."""
         return self.device if number else self.host
 
-    def _size(self, number: int) -> int:
-        """Bytes of a part: what a pass through it is counted as of a pass through the model."""
-        inside = [sum(size_of(self.problem.model.get_submodule(x.name)) for x in b) for b in self.chain.blocks]
-        return inside[number - 1] if 0 < number < self.last else self.size - sum(inside)
+    def _part_size(self, number: int) -> int:
+        """Bytes of a part: the weight of a pass through the part, where one through the model weighs all bytes."""
+        model = self.problem.model
+        sizes = [sum(size_of(model.get_submodule(c.name)) for c in block) for block in self.sequence.blocks]
+        return sizes[number - 1] if 0 < number < self.last else self.size - sum(sizes)
 
-    def _prove(self, pair: list[int]) -> None:
-        """Two samples, part after part, give what the model gives for them.
-
-        Raises:
-            UsageError: they do not.
+    def _check_parts_match_model(self, pair: list[int]) -> None:
+        """Raises:
+        UsageError: two samples, part after part, do not give the model's outputs for them.
         """
         pick, numbers = self.problem.inputs().pick, torch.arange(2)
-        entries: dict[bool, Entry] = {}
+        inputs: dict[bool, PartInputs] = {}
         output: Any = None
         with torch.no_grad():
             wanted = list(tensors_in(call(self.problem.model, {}, pick(pair))))
             for number in range(self.last + 1):
-                part = self._made(number, self.host, 2, lambda some: pick([pair[i] for i in some]))
-                part.entries = entries
-                with part.noting(True):
+                part = self._part(number, self.host, 2, lambda picked: pick([pair[i] for i in picked]))
+                part.inputs = inputs
+                with part.recording(True):
                     output = call(part, {}, numbers)
-                entries = part.exits
-        found = list(tensors_in(output))
-        if len(found) != len(wanted) or not all(map(_close, found, wanted)):
-            links = self.chain.links
+                inputs = part.next_inputs
+        outputs = list(tensors_in(output))
+        if len(outputs) != len(wanted) or not all(map(_is_close, outputs, wanted)):
+            calls = self.sequence.calls
             raise UsageError(
-                f"streaming: {links[0].name} to {links[-1].name} run one after another, but by themselves they do not "
+                f"streaming: {calls[0].name} to {calls[-1].name} run one after another, but by themselves they do not "
                 "give what the model gives: blocks may depend on their arguments and the one before alone."
             )
 
 
-def _close(found: Tensor, wanted: Tensor) -> bool:
-    if found.shape != wanted.shape:
+def _is_close(output: Tensor, wanted: Tensor) -> bool:
+    if output.shape != wanted.shape:
         return False
     if not wanted.is_floating_point():
-        return torch.equal(found, wanted)
+        return torch.equal(output, wanted)
     scale = float(wanted.float().abs().nan_to_num(posinf=0.0).max()) if wanted.numel() else 0.0
-    width = 1e-4 if torch.finfo(wanted.dtype).eps < 1e-5 else 0.05
-    return torch.allclose(found.float(), wanted.float(), rtol=width, atol=width * scale, equal_nan=True)
+    tolerance = 1e-4 if torch.finfo(wanted.dtype).eps < 1e-5 else 0.05
+    return torch.allclose(output.float(), wanted.float(), rtol=tolerance, atol=tolerance * scale, equal_nan=True)
 
 
-def _on(value: Any, device: torch.device) -> Any:
+def _moved_to(device: torch.device, value: Any) -> Any:
     """Nested dicts and lists with their tensors on the device."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, dict):
-        return {key: _on(part, device) for key, part in value.items()}
-    return [_on(part, device) for part in value] if isinstance(value, list) else value
+        return {key: _moved_to(device, part) for key, part in value.items()}
+    return [_moved_to(device, part) for part in value] if isinstance(value, list) else value

@@ -1,8 +1,8 @@
-"""What flows between the parts of a streamed model, and the parts as modules that are called with numbers of samples.
+"""The parts of a streamed model, as modules that are called with numbers of samples, and the tensors between them.
 
-A part is a copy of some modules on the device. It finds what enters it by the numbers of the samples, and notes what
-leaves it. Which of the two nets runs shows in a parameter `sparse` of the part: 0 as it is, 1 among the candidate's
-tensors, so that whoever puts these in place gets the sparse net's inputs with them.
+A part is a copy of some of the model's modules on the device. It reads its inputs by the numbers of the samples, and
+records the inputs of the next part. Which of the two nets runs is a parameter `sparse` of the part: 0 as it is, 1 among
+the candidate's tensors, so that putting these in place also selects the inputs of the sparse net.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from allot.errors import UsageError
-from allot.methods.layerwise.blocks import Chain, Link, flat, unflat
+from allot.methods.layerwise.blocks import BlockSequence, ModuleCall, flat, unflat
 from allot.network.call import as_arguments
 from allot.run.calibration import moved
 
 FLAG = "sparse"  # the parameter's name
 
 
-class Rows:
+class SampleTensor:
     """A tensor of every sample, on the host; `dim` counts samples."""
 
     def __init__(self, count: int, dim: int, host: torch.device) -> None:
         self.dim, self.host = dim, host
-        self.values: Tensor | None = None
-        self.seen = torch.zeros(count, dtype=torch.bool)
+        self.rows: Tensor | None = None
+        self.filled = torch.zeros(count, dtype=torch.bool)
 
     def put(self, numbers: Tensor, value: Tensor) -> None:
         """Keep `value` for the samples of these numbers.
@@ -38,123 +38,133 @@ class Rows:
             UsageError: samples differ in shape.
         """
         rows = value.detach().movedim(self.dim, 0).to(self.host)
-        if self.values is None:
-            self.values = torch.empty((len(self.seen), *rows.shape[1:]), dtype=rows.dtype, device=self.host)
-        if rows.shape != (len(numbers), *self.values.shape[1:]):
+        if self.rows is None:
+            self.rows = torch.empty((len(self.filled), *rows.shape[1:]), dtype=rows.dtype, device=self.host)
+        if rows.shape != (len(numbers), *self.rows.shape[1:]):
             raise UsageError(
-                f"streaming: samples of shapes {list(self.values.shape[1:])} and {list(rows.shape[1:])} enter a block, "
+                f"streaming: samples of shapes {list(self.rows.shape[1:])} and {list(rows.shape[1:])} enter a block, "
                 "one shape for all is accepted."
             )
-        self.values[numbers] = rows
-        self.seen[numbers] = True
+        self.rows[numbers] = rows
+        self.filled[numbers] = True
 
     def get(self, numbers: Tensor, device: torch.device) -> Tensor:
         """The samples of these numbers as one batch; the caller may write to it."""
-        if self.values is None or not bool(self.seen[numbers].all()):
+        if self.rows is None or not bool(self.filled[numbers].all()):
             raise KeyError("a sample that did not come through the block before")
-        return self.values[numbers].movedim(0, self.dim).to(device)
+        return self.rows[numbers].movedim(0, self.dim).to(device)
 
 
-class Entry:
-    """What enters a part in one of the two nets: the hidden of every sample, and the values of the chain's slots."""
+class PartInputs:
+    """The inputs of a part in one of the two nets: the hidden of every sample, and the values of the slots."""
 
-    def __init__(self, hidden: Rows, slots: list[Any]) -> None:
+    def __init__(self, hidden: SampleTensor, slots: list[Any]) -> None:
         self.hidden, self.slots = hidden, slots
 
     @property
-    def whole(self) -> bool:
-        """Whether every sample is there."""
-        return bool(self.hidden.seen.all())
+    def complete(self) -> bool:
+        """Whether every sample is recorded."""
+        return bool(self.hidden.filled.all())
 
 
-class Part(nn.Module):
+class ModelPart(nn.Module):
     """Some of a model's modules on a device, called with numbers of samples `[B]`.
 
     Attributes:
-        sparse: 0-dim; above 0.5 what runs is the sparse net. A parameter: whatever trains takes it along.
-        entries, exits: False (the dense net) or True -> what enters, and what leaves where it was noted.
+        sparse: 0-dim; above 0.5 the sparse net runs. A parameter, so that a method that trains takes it along.
+        inputs: False (the dense net) or True -> the inputs of this part.
+        next_inputs: the same of the next part, as far as they were recorded.
     """
 
     sparse: nn.Parameter
 
-    def __init__(self, chain: Chain, count: int, device: torch.device, host: torch.device) -> None:
+    def __init__(self, sequence: BlockSequence, count: int, device: torch.device, host: torch.device) -> None:
         super().__init__()
-        self.chain, self.count, self.device, self.host = chain, count, device, host
+        self.sequence, self.count, self.device, self.host = sequence, count, device, host
         self.sparse = nn.Parameter(torch.zeros((), device=device))
-        self.entries: Mapping[bool, Entry] = {}
-        self.exits: dict[bool, Entry] = {}
-        self._noted = False
+        self.inputs: Mapping[bool, PartInputs] = {}
+        self.next_inputs: dict[bool, PartInputs] = {}
+        self._recording = False
 
-    def inner(self, name: str) -> str | None:
-        """What a tensor of the model is called here; None: it is not here."""
+    def inner_name(self, name: str) -> str | None:
+        """The name in this part of a tensor of the model; None: the part does not hold the tensor."""
         raise NotImplementedError
 
-    def outer(self, name: str) -> str:
-        """The inverse of `inner`."""
+    def outer_name(self, name: str) -> str:
+        """The inverse of `inner_name`."""
         raise NotImplementedError
 
-    def touched(self, names: Iterable[str]) -> bool:
-        """Whether other values of these tensors of the part would change what leaves it."""
+    def changes_with(self, names: Iterable[str]) -> bool:
+        """Whether other values of these tensors of the part would change the inputs of the next part."""
         return any(name != FLAG for name in names)
 
     def run(self, numbers: Tensor, *, sparse: bool) -> Any:
-        """What the part gives."""
+        """The part's output for the samples of these numbers."""
         raise NotImplementedError
 
     def forward(self, numbers: Tensor) -> Any:
         return self.run(numbers, sparse=bool(self.sparse > 0.5))
 
-    def leave(self) -> None:
-        """Let go what is on the device; what was noted stays."""
+    def release(self) -> None:
+        """Free the tensors on the device; recorded inputs of the next part stay."""
         self._modules.clear()
         self._parameters.clear()
 
     @contextmanager
-    def noting(self, noted: bool) -> Iterator[None]:  # noqa: FBT001
-        """While open, what leaves is kept for the next part, or not."""
-        self._noted = noted
+    def recording(self, recording: bool) -> Iterator[None]:  # noqa: FBT001
+        """While open, inputs of the next part are recorded, or not."""
+        self._recording = recording
         try:
             yield
         finally:
-            self._noted = False
+            self._recording = False
 
 
-class Block(Part):
-    """One block of the chain."""
+class BlockPart(ModelPart):
+    """One block of the sequence."""
 
     def __init__(
-        self, model: nn.Module, chain: Chain, number: int, count: int, device: torch.device, host: torch.device
+        self,
+        model: nn.Module,
+        sequence: BlockSequence,
+        number: int,
+        count: int,
+        device: torch.device,
+        host: torch.device,
     ) -> None:
-        super().__init__(chain, count, device, host)
-        self.called = chain.blocks[number]
-        self.steps = nn.ModuleList(copied(model.get_submodule(link.name), device, {}) for link in self.called)
+        super().__init__(sequence, count, device, host)
+        self.calls = sequence.blocks[number]
+        self.steps = nn.ModuleList(
+            copied(model.get_submodule(module_call.name), device, {}) for module_call in self.calls
+        )
         self._constants: dict[int, Tensor] = {}
 
-    def inner(self, name: str) -> str | None:
-        for place, link in enumerate(self.called):
-            if name.startswith(f"{link.name}."):
-                return f"steps.{place}.{name.removeprefix(f'{link.name}.')}"
+    def inner_name(self, name: str) -> str | None:
+        for index, module_call in enumerate(self.calls):
+            if name.startswith(f"{module_call.name}."):
+                return f"steps.{index}.{name.removeprefix(f'{module_call.name}.')}"
         return None
 
-    def outer(self, name: str) -> str:
-        _, place, rest = name.split(".", 2)
-        return f"{self.called[int(place)].name}.{rest}"
+    def outer_name(self, name: str) -> str:
+        _, index, rest = name.split(".", 2)
+        return f"{self.calls[int(index)].name}.{rest}"
 
     def run(self, numbers: Tensor, *, sparse: bool) -> Any:
-        entry = self.entries[sparse]
-        hidden = entry.hidden.get(numbers, self.device)
-        for module, link in zip(self.steps, self.called, strict=True):
-            values = (self._value(entry.slots[slot], slot, numbers) for slot in link.slots)
-            args, kwargs = unflat(link.spec, iter([hidden, *values]))
-            hidden = link.given(module(*args, **kwargs))
-        if self._noted:
-            if sparse not in self.exits:
-                self.exits[sparse] = Entry(Rows(self.count, self.called[-1].leaves, self.host), entry.slots)
-            self.exits[sparse].hidden.put(numbers, hidden)
+        inputs = self.inputs[sparse]
+        hidden = inputs.hidden.get(numbers, self.device)
+        for module, module_call in zip(self.steps, self.calls, strict=True):
+            values = (self._value(inputs.slots[slot], slot, numbers) for slot in module_call.slots)
+            args, kwargs = unflat(module_call.spec, iter([hidden, *values]))
+            hidden = module_call.hidden_of(module(*args, **kwargs))
+        if self._recording:
+            if sparse not in self.next_inputs:
+                empty = SampleTensor(self.count, self.calls[-1].dim_out, self.host)
+                self.next_inputs[sparse] = PartInputs(empty, inputs.slots)
+            self.next_inputs[sparse].hidden.put(numbers, hidden)
         return hidden
 
     def _value(self, value: Any, slot: int, numbers: Tensor) -> Any:
-        if isinstance(value, Rows):
+        if isinstance(value, SampleTensor):
             return value.get(numbers, self.device)
         if isinstance(value, Tensor):
             if slot not in self._constants:
@@ -164,10 +174,10 @@ class Block(Part):
 
 
 def copied(module: nn.Module, device: torch.device, instead: Mapping[int, nn.Module]) -> nn.Module:
-    """A copy of the module with its tensors on the device; those that are there already are shared.
+    """A copy of the module with its tensors on the device; tensors that are there already are shared.
 
     Args:
-        instead: id of a module inside -> what stands in its place; it is not copied.
+        instead: id of a module inside -> the module that stands in its place; it is not copied.
     Raises:
         UsageError: the module holds something that cannot be copied.
     """
@@ -181,114 +191,122 @@ def copied(module: nn.Module, device: torch.device, instead: Mapping[int, nn.Mod
         for tensor in (*inside._parameters.values(), *inside._buffers.values()):
             if tensor is not None and id(tensor) not in memo:
                 placed = tensor.detach().to(device)
-                own = isinstance(tensor, nn.Parameter)
-                memo[id(tensor)] = nn.Parameter(placed, requires_grad=tensor.requires_grad) if own else placed
+                is_parameter = isinstance(tensor, nn.Parameter)
+                memo[id(tensor)] = nn.Parameter(placed, requires_grad=tensor.requires_grad) if is_parameter else placed
     try:
         return copy.deepcopy(module, memo)
     except (TypeError, RuntimeError) as error:
         raise UsageError(f"streaming: {type(module).__name__} cannot be copied ({error}).") from error
 
 
-class _Reached(Exception):
+class _LastBlockReached(Exception):
     """The last block would begin."""
 
 
-class _Gate(nn.Module):
+class _StandIn(nn.Module):
     """Stands in a block's place, and has the block's attributes for models that read them."""
 
-    def __init__(self, block: nn.Module, place: int, meet: Callable[[int, Any, Any], Any]) -> None:
+    def __init__(self, block: nn.Module, index: int, called: Callable[[int, Any, Any], Any]) -> None:
         super().__init__()
-        self.place, self.meet = place, meet
-        self.__dict__["block"] = block  # no child: it is not here
+        self._index, self._called = index, called
+        self.__dict__["block"] = block  # no child: the part does not hold it
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["block"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.meet(self.place, args, kwargs)
+        return self._called(self._index, args, kwargs)
 
 
-class Outside(Part):
+class OutsidePart(ModelPart):
     """The model without its blocks: either up to the first one, or all of it with the last block's output put in.
 
     Args:
         pick: numbers of samples -> these as one batch of the model's inputs.
-        ends: whether the pass ends where the last block would begin.
+        stops: whether the pass stops where the last block would begin.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        chain: Chain,
+        sequence: BlockSequence,
         pick: Callable[[Sequence[int]], Any],
         count: int,
         device: torch.device,
         host: torch.device,
         *,
-        ends: bool,
+        stops: bool,
     ) -> None:
-        super().__init__(chain, count, device, host)
-        self.pick, self.ends = pick, ends
-        blocks = [model.get_submodule(link.name) for link in chain.links]
-        gates = {id(block): _Gate(block, place, self._meet) for place, block in enumerate(blocks)}
-        self.model = copied(model, device, gates)
-        early = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if n in chain.before]
-        self._early = {id(t) for _, m in early for t in (*m._parameters.values(), *m._buffers.values())}
-        self._names = dict(model.named_parameters()) | dict(model.named_buffers())
-        self._numbers, self._sparse = torch.zeros(0, dtype=torch.long), False
-        self._met: set[int] = set()
+        super().__init__(sequence, count, device, host)
+        self.pick, self.stops = pick, stops
+        blocks = [model.get_submodule(module_call.name) for module_call in sequence.calls]
+        stand_ins = {id(block): _StandIn(block, index, self._block_called) for index, block in enumerate(blocks)}
+        self.model = copied(model, device, stand_ins)
+        before = [m for name, m in model.named_modules(remove_duplicate=False) if name in sequence.before]
+        self._tensors_before = {id(t) for m in before for t in (*m._parameters.values(), *m._buffers.values())}
+        self._tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+        self._numbers, self._runs_sparse = torch.zeros(0, dtype=torch.long), False
+        self._recorded_slots: set[int] = set()
 
-    def inner(self, name: str) -> str | None:
-        return None if self.chain.block_of(name) is not None else f"model.{name}"
+    def inner_name(self, name: str) -> str | None:
+        return None if self.sequence.block_of(name) is not None else f"model.{name}"
 
-    def outer(self, name: str) -> str:
+    def outer_name(self, name: str) -> str:
         return name.removeprefix("model.")
 
-    def touched(self, names: Iterable[str]) -> bool:
-        return any(name != FLAG and id(self._names[self.outer(name)]) in self._early for name in names)
+    def changes_with(self, names: Iterable[str]) -> bool:
+        outer = (self.outer_name(name) for name in names if name != FLAG)
+        return any(id(self._tensors[name]) in self._tensors_before for name in outer)
 
     def run(self, numbers: Tensor, *, sparse: bool) -> Any:
-        self._numbers, self._sparse, self._met = numbers, sparse, set()
+        self._numbers, self._runs_sparse, self._recorded_slots = numbers, sparse, set()
         args, kwargs = as_arguments(moved(self.pick(numbers.tolist()), self.device))
         try:
             return self.model(*args, **kwargs)
-        except _Reached:
+        except _LastBlockReached:
             return None
 
-    def _meet(self, place: int, args: Any, kwargs: Any) -> Any:
-        links = self.chain.links
-        link, last = links[place], place + 1 == len(links)
-        spec, leaves = flat((tuple(args), dict(kwargs)))
-        if spec != link.spec:
-            raise UsageError(
-                f"streaming: {link.name} is called with other arguments for some samples (where some batches have a "
-                "mask and others none, say): inputs of one kind are accepted."
-            )
-        if self.ends:
-            if self._noted:
-                self._note(place, link, leaves)
-            if last:
-                raise _Reached
-        elif last:
-            return link.formed(self.entries[self._sparse].hidden.get(self._numbers, self.device))
-        return link.formed(leaves[0])
+    def _block_called(self, index: int, args: Any, kwargs: Any) -> Any:
+        """The output of a stand-in: the last block's recorded one, and for blocks before it the hidden as it came.
 
-    def _note(self, place: int, link: Link, leaves: list[Any]) -> None:
-        if self._sparse not in self.exits:
-            rows = Rows(self.count, link.enters, self.host)
-            slots = [None if dim is None else Rows(self.count, dim, self.host) for dim in self.chain.slots]
-            self.exits[self._sparse] = Entry(rows, slots)
-        entry = self.exits[self._sparse]
-        if not place:
-            entry.hidden.put(self._numbers, leaves[0])
-        for slot, leaf in zip(link.slots, leaves[1:], strict=True):
-            if slot in self._met:
+        Raises:
+            UsageError: arguments of another form than those that the sequence was found with.
+        """
+        calls = self.sequence.calls
+        module_call, is_last = calls[index], index + 1 == len(calls)
+        spec, leaves = flat((tuple(args), dict(kwargs)))
+        if spec != module_call.spec:
+            raise UsageError(
+                f"streaming: {module_call.name} is called with other arguments for some samples (where some batches "
+                "have a mask and others none, say): inputs of one kind are accepted."
+            )
+        if self.stops:
+            if self._recording:
+                self._record(index, module_call, leaves)
+            if is_last:
+                raise _LastBlockReached
+        elif is_last:
+            return module_call.output_of(self.inputs[self._runs_sparse].hidden.get(self._numbers, self.device))
+        return module_call.output_of(leaves[0])
+
+    def _record(self, index: int, module_call: ModuleCall, leaves: list[Any]) -> None:
+        if self._runs_sparse not in self.next_inputs:
+            hidden = SampleTensor(self.count, module_call.dim_in, self.host)
+            slots = [None if dim is None else SampleTensor(self.count, dim, self.host) for dim in self.sequence.slots]
+            self.next_inputs[self._runs_sparse] = PartInputs(hidden, slots)
+        inputs = self.next_inputs[self._runs_sparse]
+        if not index:
+            inputs.hidden.put(self._numbers, leaves[0])
+        for slot, leaf in zip(module_call.slots, leaves[1:], strict=True):
+            if slot in self._recorded_slots:
                 continue
-            self._met.add(slot)
-            held = entry.slots[slot]
-            if isinstance(held, Rows):
-                held.put(self._numbers, leaf)
-            elif held is None:
-                entry.slots[slot] = leaf.detach().to(self.host) if isinstance(leaf, Tensor) else leaf
-            elif isinstance(leaf, Tensor) and not torch.equal(held, leaf.to(self.host)):
-                raise UsageError(f"streaming: an argument of {link.name} differs between batches, not by sample.")
+            self._recorded_slots.add(slot)
+            value = inputs.slots[slot]
+            if isinstance(value, SampleTensor):
+                value.put(self._numbers, leaf)
+            elif value is None:
+                inputs.slots[slot] = leaf.detach().to(self.host) if isinstance(leaf, Tensor) else leaf
+            elif isinstance(leaf, Tensor) and not torch.equal(value, leaf.to(self.host)):
+                raise UsageError(
+                    f"streaming: an argument of {module_call.name} differs between batches, not by sample."
+                )

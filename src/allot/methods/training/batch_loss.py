@@ -1,8 +1,10 @@
-"""The loss of the sparse net against the dense one on a batch of calibration inputs, and its gradients.
+"""The loss of the sparse net against the dense one, its teacher, on a batch of calibration inputs, and its gradients.
 
-A batch may be in pieces: micro-batches that follow one another, and shares of several processes. What each adds to the
-loss and to its gradients is summed up, so that they are those of the whole batch; of batch norms see
-`allot.network.batch_norms`.
+A batch may be in pieces: micro-batches that follow one another, and shares of several processes. Losses and gradients
+of all pieces add up to those of the whole batch; for batch norms see `allot.network.batch_norms`.
+
+The teacher's answers are kept from pass to pass where inputs repeat: tables `[samples, ...]` on the CPU, which the
+first pass over the samples fills.
 """
 
 from __future__ import annotations
@@ -19,37 +21,41 @@ from torch import Tensor, nn
 
 from allot.errors import AllotError, UsageError, check_number, unknown
 from allot.methods.training.losses import LOSSES, Outputs, compared, compared_tensors, relative_error, size
-from allot.methods.training.teacher import keep, recalled
 from allot.network.batch_norms import Norms, is_batch_norm
 from allot.network.call import call
 from allot.network.checkpointing import is_second_run
 from allot.network.hooks import hooked
 from allot.network.masking import Masking
-from allot.processes import all_reduce, all_reduce_number, any_process, single_process, world_size
+from allot.processes import all_gather_object, all_reduce, all_reduce_number, any_process, single_process, world_size
 from allot.run.calibration import cut
 from allot.run.problem import Problem
 from allot.run.store import State
 
-Answers = tuple[list[Tensor], list[Tensor]]  # what is compared of the outputs, and of blocks
+Answers = tuple[list[Tensor], list[Tensor]]  # the tensors that are compared, of the outputs and of blocks
 SCALES = 2.0**16, 200  # of the loss in fp16: the first one, and after how many finite steps it doubles
 
 
 @dataclass(frozen=True)
 class Distance:
-    """How outputs are compared; frozen hyperparameters and functions of a state {"step", "repeat", "teacher"}.
+    """How outputs are compared; frozen hyperparameters and functions of a state.
 
     Args:
         temperature: T of the KL loss, above 0.
         student_temperature: T_s, see `allot.methods.training.losses`; None: as `temperature`.
         loss: "kl" on logits: over the last dimension of `[B, classes]` and `[B, T, classes]`, over dimension 1 of
             `[B, classes, H, W]` and more; or "mse": squared error over the mean square of the dense net's output.
-        outputs: what of the model's output is compared: a function `output -> tensors` (a tensor, or a tuple, list or
-            dict of them), or its place as text, "package.module:function" or "file.py:function". None: the output
-            itself, or its `.logits`.
+        outputs: which tensors of the model's output are compared: a function `output -> tensors` (a tensor, or a tuple,
+            list or dict of them), or its place as text, "package.module:function" or "file.py:function". None: the
+            output itself, or its `.logits`.
         blocks: names of modules, globs allowed, whose outputs are compared as well, by squared error.
         block_weight: of these terms, each.
     Raises:
         UsageError: a value out of its range.
+    State:
+        repeat: whether the teacher's answers are kept.
+        teacher: these, `[samples, ...]` for each tensor that is compared; none before the first pass began.
+        loss_scale: in fp16, the current factor on the loss.
+        finite: in fp16, how many steps in a row had finite gradients.
     """
 
     temperature: float = 2.0
@@ -75,7 +81,7 @@ class Distance:
             raise unknown("loss", str(self.loss), LOSSES)
 
     def reading(self, problem: Problem) -> State:
-        """The part of a state that `loss_of` goes by."""
+        """The part of a state that `loss_of` reads."""
         _check_blocks(problem.model, self.blocks)
         repeat = not self.blocks and not any_process(not problem.inputs().repeats())
         return {"step": 0, "repeat": repeat, "teacher": []}
@@ -86,8 +92,7 @@ class Distance:
         """(L of the net with `tensors` in place on the state's next batch, its gradients, samples pushed forward).
 
         Args:
-            tensors: of those that require gradients, dL / d tensor is returned, by name; without those that L does
-                not depend on.
+            tensors: dL / d tensor is returned, by name, of the tensors that require gradients and that L depends on.
             masks: of tensors that are masked where the model uses them; gradients are at every entry. Not for
                 compiled models.
         Raises:
@@ -97,18 +102,18 @@ class Distance:
         """
         calibration = problem.inputs()
         positions = calibration.positions(state["step"])
-        own = calibration.share(positions)
-        inputs = calibration.pick(own)
-        pieces = problem.compute.pieces(len(own))
-        teacher, wholes, forward = self._taught(problem, state, inputs, positions, pieces)
+        share = calibration.share(positions)
+        inputs = calibration.pick(share)
+        pieces = problem.compute.pieces(len(share))
+        teacher, wholes, forward = self._teacher_answers(problem, state, inputs, positions, pieces)
         leaves = {name: value.detach().requires_grad_() for name, value in tensors.items() if value.requires_grad}
-        known = {name: (leaves[name], mask) for name, mask in (masks or {}).items() if name in leaves}
-        masking = Masking(known, recompute=not problem.compute.checkpoint) if known else None
+        pairs = {name: (leaves[name], mask) for name, mask in (masks or {}).items() if name in leaves}
+        masking = Masking(pairs, recompute=not problem.compute.checkpoint) if pairs else None
         placed = {**tensors, **leaves, **(masking.placed if masking else {})}
         batch = _Batch(inputs, pieces, teacher, wholes, placed, leaves, masking)
         try:
-            learn = partial(self._learned, problem, state, batch)
-            loss = _in_range(problem, state, batch, learn) if problem.compute.amp == "fp16" else learn()
+            learn = partial(self._loss_of_pieces, problem, state, batch)
+            loss = _within_fp16(problem, state, batch, learn) if problem.compute.amp == "fp16" else learn()
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -122,33 +127,33 @@ class Distance:
         if world_size() > 1:  # a weight that no sample of this process reaches may be reached elsewhere
             for leaf in leaves.values():
                 leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-        found = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
-        return all_reduce_number(loss), dict(zip(found, all_reduce(list(found.values())), strict=True)), forward
+        gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+        return all_reduce_number(loss), dict(zip(gradients, all_reduce(list(gradients.values())), strict=True)), forward
 
-    def _learned(self, problem: Problem, state: State, batch: _Batch) -> float:
-        """What this process's pieces add to L; their gradients add up in the leaves."""
-        model, parts, known, losses = problem.model, len(batch.pieces), None, 0.0
+    def _loss_of_pieces(self, problem: Problem, state: State, batch: _Batch) -> float:
+        """The part of L of this process's pieces; their gradients add up in the leaves."""
+        model, parts, batch_moments, loss = problem.model, len(batch.pieces), None, 0.0
         how: dict[str, Any] = {"compute": problem.compute, "masking": batch.masking}
         if parts > 1 and any(map(is_batch_norm, model.modules())):
             with torch.no_grad():
                 whole = Norms()
                 call(model, batch.placed, batch.inputs, training=is_batch_norm, norms=whole, **how)
-            known = whole.seen
+            batch_moments = whole.seen
         counted = {n: v.clone() for n, v in batch.placed.items() if parts > 1 and n.endswith("num_batches_tracked")}
         for piece, (outputs, dense_blocks) in zip(batch.pieces, batch.teacher, strict=True):
             part = cut(batch.inputs, *piece) if parts > 1 else batch.inputs
             if self.blocks and parts > 1:
-                _, dense_blocks = self._answers(problem, part)
+                _, dense_blocks = self._answers_to(problem, part)
             blocks: list[Tensor] = []
-            grad = partial(self._gradients, state, batch.learning, outputs, blocks, dense_blocks, batch.wholes)
-            with torch.enable_grad(), _watched(model, self.blocks, blocks):
-                norms = None if known is None else Norms(known)
-                losses += call(model, batch.placed, part, training=is_batch_norm, norms=norms, **how, then=grad)
+            grad = partial(self._backward, state, batch.learning, outputs, blocks, dense_blocks, batch.wholes)
+            with torch.enable_grad(), _block_outputs(model, self.blocks, blocks):
+                norms = None if batch_moments is None else Norms(batch_moments)
+                loss += call(model, batch.placed, part, training=is_batch_norm, norms=norms, **how, then=grad)
         for name, count in counted.items():  # the whole batch counts, not its pieces
             batch.placed[name].copy_(count)
-        return losses
+        return loss
 
-    def _gradients(
+    def _backward(
         self,
         state: State,
         leaves: list[Tensor],
@@ -158,7 +163,7 @@ class Distance:
         wholes: list[float] | None,
         output: Any,
     ) -> float:
-        """What a piece of a batch adds to L; its gradients are added to those of the leaves, in place."""
+        """The part of L of one piece of a batch; its gradients are added to those of the leaves, in place."""
         loss = self._compared(self._read(output), teacher, wholes and wholes[: len(teacher)])
         of_blocks = wholes[len(teacher) :] if wholes else [None] * len(blocks)
         for ours, theirs, whole in zip(blocks, dense_blocks, of_blocks, strict=True):
@@ -170,24 +175,22 @@ class Distance:
             torch.autograd.backward(loss * state.get("loss_scale", 1.0), inputs=leaves)
         return float(loss.detach())
 
-    def _taught(
+    def _teacher_answers(
         self, problem: Problem, state: State, inputs: Any, positions: list[int], pieces: list[tuple[int, int]]
     ) -> tuple[list[Answers], list[float] | None, int]:
-        """What the dense net answers to each piece, the whole batch's sizes by tensor (`compared`), samples pushed."""
-        own = problem.inputs().share(positions)
-        pushed = 0
-        if tables := recalled(problem, state):
+        """The dense net's answers to each piece, the whole batch's sizes by tensor (`compared`), samples pushed."""
+        share = problem.inputs().share(positions)
+        forward = len(positions)
+        if tables := _full_tables(problem, state):
             device = problem.inputs().device
             answers: list[Answers] = [
-                ([table[own[start:stop]].to(device) for table in tables], []) for start, stop in pieces
+                ([table[share[start:stop]].to(device) for table in tables], []) for start, stop in pieces
             ]
         else:
             parts = [cut(inputs, *piece) for piece in pieces] if len(pieces) > 1 else [inputs]
-            answers = [self._answers(problem, part) for part in parts]
-            probed = self._probe(problem, state, answers[0][0], own, pieces[0][1])
-            keep(problem, state, [said for said, _ in answers], pieces, positions)
-            pushed = len(positions) + probed
-        forward = len(positions) + pushed
+            answers = [self._answers_to(problem, part) for part in parts]
+            forward += len(positions) + self._probe(problem, state, answers[0][0], share, pieces[0][1])
+            _fill_tables(problem, state, [outputs for outputs, _ in answers], pieces, positions)
         if len(pieces) == world_size() == 1:
             return answers, None, forward
         sizes = torch.tensor(
@@ -195,12 +198,12 @@ class Distance:
             dtype=torch.float64,
         )
         if len(pieces) > 1:
-            answers = [(outputs, []) for outputs, _ in answers]  # blocks are large: they are looked at once more
+            answers = [(outputs, []) for outputs, _ in answers]  # blocks are large: they are run once more
         return answers, all_reduce([sizes.sum(0)])[0].tolist(), forward
 
-    def _answers(self, problem: Problem, inputs: Any) -> Answers:
+    def _answers_to(self, problem: Problem, inputs: Any) -> Answers:
         blocks: list[Tensor] = []
-        with torch.no_grad(), _watched(problem.model, self.blocks, blocks):
+        with torch.no_grad(), _block_outputs(problem.model, self.blocks, blocks):
             return self._read(call(problem.model, {}, inputs, compute=problem.compute)), blocks
 
     def judge(
@@ -208,14 +211,14 @@ class Distance:
         problem: Problem,
         tensors: Mapping[str, Tensor],
         k: int,
-        teacher: list[Tensor] | None = None,
+        answers: dict[str, list[Tensor]] | None,
         *,
         batch_statistics: bool = False,
-    ) -> tuple[float, list[Tensor], int]:
-        """(L of the net with `tensors` in place, the dense net's outputs, samples pushed) on batch k, in eval mode.
+    ) -> tuple[float, int]:
+        """(L of the net with `tensors` in place on batch k, in eval mode; samples pushed).
 
         Args:
-            teacher: the dense net's outputs, where they are known.
+            answers: the dense net's outputs by batch, kept from call to call and filled here; None keeps none.
             batch_statistics: whether batch norms of the net with `tensors` normalise by the batch.
         Raises:
             AllotError: the loss is not finite.
@@ -223,21 +226,24 @@ class Distance:
         with single_process(), torch.no_grad():  # allocations are tried by one process each
             inputs, samples = problem.inputs().batch(k)
             pushed = samples
+            teacher = None if answers is None else answers.get(str(k))
             if teacher is None:
                 pushed += samples
                 teacher = self._read(call(problem.model, {}, inputs))
-            own = call(problem.model, tensors, inputs, training=is_batch_norm if batch_statistics else None)
-            loss = self._compared(self._read(own), teacher)
+            if answers is not None:
+                answers[str(k)] = teacher
+            output = call(problem.model, tensors, inputs, training=is_batch_norm if batch_statistics else None)
+            loss = self._compared(self._read(output), teacher)
         check_finite(loss, k)
-        return float(loss), teacher, pushed
+        return float(loss), pushed
 
     def _read(self, output: Any) -> list[Tensor]:
         return compared_tensors(output, self.outputs, self.loss)
 
     def _probe(self, problem: Problem, state: State, teacher: list[Tensor], batch: list[int], piece: int) -> int:
-        """Keep no table of outputs whose first dimension counts the places of a sequence; samples pushed for that.
+        """Keep no table of outputs whose first dimension counts the places of a sequence; samples pushed to find out.
 
-        Logits [B, classes] need no look: only in three dimensions or more may as many places as samples go unnoticed.
+        Logits [B, classes] need no probe: only in three dimensions or more may as many places as samples go unnoticed.
         """
         if state["step"] or not state["repeat"] or all(tensor.dim() < 3 for tensor in teacher):
             return 0
@@ -259,24 +265,24 @@ class Unseen(Exception):
 
 @dataclass(frozen=True)
 class _Batch:
-    """This process's share of a batch, in pieces, and what it is pushed through."""
+    """This process's share of a batch, in pieces, and the tensors of the net that it is pushed through."""
 
     inputs: Any
     pieces: list[tuple[int, int]]
     teacher: list[Answers]  # of each piece
     wholes: list[float] | None
     placed: dict[str, Tensor]
-    leaves: dict[str, Tensor]  # those of them that learn; their gradients add up in place
+    leaves: dict[str, Tensor]  # the tensors among `placed` that learn; their gradients add up in place
     masking: Masking | None
 
     @property
     def learning(self) -> list[Tensor]:
-        """All that gradients are wanted of."""
+        """All tensors whose gradients are wanted."""
         return [*self.leaves.values(), *(self.masking.placed.values() if self.masking else ())]
 
 
-def _in_range(problem: Problem, state: State, batch: _Batch, learn: Callable[[], float]) -> float:
-    """What `learn` gives, with a factor on the loss that keeps its gradients within fp16; they are divided by it.
+def _within_fp16(problem: Problem, state: State, batch: _Batch, learn: Callable[[], float]) -> float:
+    """The loss that `learn` returns, a factor keeping its gradients within fp16; they are divided by the factor.
 
     Where one overflows, the batch is done again with half the factor, so that no step is lost; the factor is part of
     the state, and doubles after `SCALES[1]` finite steps.
@@ -290,10 +296,10 @@ def _in_range(problem: Problem, state: State, batch: _Batch, learn: Callable[[],
     before = {name: tensor.clone() for name, tensor in running.items()}
     while True:
         loss = learn()
-        found = [leaf.grad for leaf in batch.leaves.values() if leaf.grad is not None]
-        finite = [bool(gradient.isfinite().all()) for gradient in found]
+        gradients = [leaf.grad for leaf in batch.leaves.values() if leaf.grad is not None]
+        finite = [bool(gradient.isfinite().all()) for gradient in gradients]
         if not any_process(not all(finite)):
-            for gradient in found:
+            for gradient in gradients:
                 gradient.div_(state["loss_scale"])
             state["finite"] += 1
             if state["finite"] % SCALES[1] == 0:
@@ -308,6 +314,50 @@ def _in_range(problem: Problem, state: State, batch: _Batch, learn: Callable[[],
             leaf.grad = None
 
 
+def _full_tables(problem: Problem, state: State) -> list[Tensor] | None:
+    """The tables of the teacher's answers, where they hold all samples."""
+    if not state["repeat"] or state["step"] < problem.inputs().batches:
+        return None
+    state["teacher"] = [table.cpu() for table in state["teacher"]]  # a state that was loaded may be on a device
+    return list(state["teacher"])
+
+
+def _fill_tables(
+    problem: Problem,
+    state: State,
+    answers: list[list[Tensor]],
+    pieces: list[tuple[int, int]],
+    positions: list[int],
+) -> None:
+    """Keep the answers to these samples, where inputs repeat and the tables fit into `Compute.cached` bytes.
+
+    Args:
+        answers: outputs by piece of this process's share of the batch.
+    """
+    count = len(problem.inputs())
+    if state["repeat"] and not state["teacher"]:
+        sample_bytes = sum(t.numel() * t.element_size() for outputs in answers for t in outputs) / pieces[-1][1]
+        by_sample = all(
+            t.shape[:1] == (stop - start,)
+            for outputs, (start, stop) in zip(answers, pieces, strict=True)
+            for t in outputs
+        )
+        state["repeat"] = not any_process(sample_bytes * count > problem.compute.cached or not by_sample)
+    if not state["repeat"]:
+        return
+    answers = [[tensor.cpu() for tensor in outputs] for outputs in answers]
+    if world_size() > 1:
+        answers = [outputs for share in all_gather_object(answers) for outputs in share]
+    if not state["teacher"]:
+        state["teacher"] = [tensor.new_zeros(count, *tensor.shape[1:]) for tensor in answers[0]]
+    shapes = [table.shape[1:] for table in state["teacher"]]
+    if any([tensor.shape[1:] for tensor in outputs] != shapes for outputs in answers):
+        state |= {"repeat": False, "teacher": []}  # samples of several shapes
+        return
+    for table, parts in zip(state["teacher"], zip(*answers, strict=True), strict=True):
+        table[positions] = torch.cat(parts)
+
+
 def check_finite(loss: Tensor, step: int) -> None:
     """Raises:
     AllotError: the loss is nan or infinite.
@@ -318,10 +368,10 @@ def check_finite(loss: Tensor, step: int) -> None:
 
 def statistics(model: nn.Module) -> Iterator[str]:
     """Names of the buffers of batch norms."""
-    own = dict(model.named_buffers())
+    buffers = dict(model.named_buffers())
     for name, module in model.named_modules():
         if is_batch_norm(module):
-            yield from (buffer for buffer, _ in module.named_buffers(prefix=name, recurse=False) if buffer in own)
+            yield from (buffer for buffer, _ in module.named_buffers(prefix=name, recurse=False) if buffer in buffers)
 
 
 def _check_blocks(model: nn.Module, blocks: tuple[str, ...]) -> None:
@@ -332,7 +382,7 @@ def _check_blocks(model: nn.Module, blocks: tuple[str, ...]) -> None:
 
 
 @contextmanager
-def _watched(model: nn.Module, blocks: tuple[str, ...], seen: list[Tensor]) -> Iterator[None]:
+def _block_outputs(model: nn.Module, blocks: tuple[str, ...], seen: list[Tensor]) -> Iterator[None]:
     """While open, outputs of the modules that match are appended to `seen`, in the order in which they come."""
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

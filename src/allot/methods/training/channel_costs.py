@@ -1,4 +1,4 @@
-"""What an allocation of channels costs, for methods that take gradients of it: tables of the budget's own formula."""
+"""Costs of an allocation of channels and their gradients, from tables of the budget's formula."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ class Costs:
     def __init__(self, problem: Problem, *, room: float = 1.0) -> None:
         self.budget = budget = problem.channels
         self.names = [group.name for group in problem.scope.groups]
-        at = {group.name: k for k, group in enumerate(problem.scope.groups)}
+        index = {group.name: k for k, group in enumerate(problem.scope.groups)}
         self.total = torch.tensor([group.total for group in problem.scope.groups], dtype=torch.float64)
         extents = [e for e in budget.extents if e.counted or any(limit.kind == "bytes" for limit in budget.limits)]
         moving = [[dim for dim in extent.dims if dim[1]] for extent in extents]
         width = max(map(len, moving))
         self.fixed = torch.ones(len(extents), width, dtype=torch.float64)
-        self.places = torch.zeros(len(extents), width, len(at), dtype=torch.float64)
-        still = torch.ones(len(extents), dtype=torch.float64)
+        self.places = torch.zeros(len(extents), width, len(index), dtype=torch.float64)
+        constant = torch.ones(len(extents), dtype=torch.float64)
         for i, extent in enumerate(extents):
-            still[i] = extent.rest * math.prod(fixed for fixed, groups in extent.dims if not groups)
+            constant[i] = extent.rest * math.prod(fixed for fixed, groups in extent.dims if not groups)
             for d, (fixed, groups) in enumerate(moving[i]):
                 self.fixed[i, d] = fixed
                 for name, each in groups:
-                    self.places[i, d, at[name]] += each
+                    self.places[i, d, index[name]] += each
         self.weights: list[tuple[Tensor | None, float, float]] = []
         for limit in budget.limits:
             if limit.kind == "latency":  # read off its own tables
@@ -46,27 +46,27 @@ class Costs:
                 e.place_bytes if bytes_ else float(e.uses) if limit.kind == "macs" else 1 for e in extents
             ]
             counted = [float(bytes_ or e.counted) for e in extents]
-            weight = still * torch.tensor(price, dtype=torch.float64) * torch.tensor(counted, dtype=torch.float64)
+            weight = constant * torch.tensor(price, dtype=torch.float64) * torch.tensor(counted, dtype=torch.float64)
             self.weights.append((weight, budget.header if bytes_ else 0, room * max(limit.ceiling, 1)))
 
     def __call__(self, alpha: Tensor) -> list[tuple[float, Tensor]]:
         """(F / B, its gradient) of every limit."""
         sizes = self.fixed + self.places @ (alpha * self.total)  # [tensors, dims]
-        found = []
+        costs = []
         for weight, header, ceiling in self.weights:
             if weight is None:
                 kept = dict(zip(self.names, (alpha * self.total).tolist(), strict=True))
                 time, by_group = self.budget.time(kept)
-                steep = torch.tensor([by_group[name] for name in self.names], dtype=torch.float64)
-                found.append((time / ceiling, steep * self.total / ceiling))
+                by_index = torch.tensor([by_group[name] for name in self.names], dtype=torch.float64)
+                costs.append((time / ceiling, by_index * self.total / ceiling))
                 continue
             slope = torch.zeros_like(alpha)
             for d in range(sizes.shape[1]):
                 others = sizes[:, [j for j in range(sizes.shape[1]) if j != d]].prod(1)
                 slope += (weight * others) @ self.places[:, d]
             cost = (header + float(weight @ sizes.prod(1))) / ceiling
-            found.append((cost, slope * self.total / ceiling))
-        return found
+            costs.append((cost, slope * self.total / ceiling))
+        return costs
 
     def fits(self, alpha: Tensor) -> bool:
         """Whether every limit holds."""

@@ -1,7 +1,7 @@
 """Factors on channels: where every consumer reads a channel, its weights are multiplied by the channel's gate.
 
 A gate on what is read acts as one on the channel itself, once on every path, wherever norms and activations stand; at
-zero it is the channel's removal. So nothing has to be known of a model but its groups.
+zero it is the channel's removal. Nothing of a model is needed but its groups.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ def gated(
     """`tensors` with the columns that read each channel multiplied by its gate, differentiable in the gates.
 
     Args:
-        tensors: what is in place of the model's own already.
+        tensors: those that are in place of the model's already.
         gates: group -> `[channels]`.
     """
-    found = dict(tensors)
+    gated_tensors = dict(tensors)
     for group in problem.scope.groups:
         gate = gates[group.name]
         for member in group.members:
             if member.reads:
-                weight = found.get(member.tensor, problem.dense[member.tensor])
+                weight = gated_tensors.get(member.tensor, problem.dense[member.tensor])
                 places = torch.tensor(member.places, device=weight.device)  # [C, r]
                 line = torch.ones(weight.shape[member.dim], dtype=gate.dtype, device=weight.device)
                 line = line.index_put((places.flatten(),), gate.to(weight.device).repeat_interleave(places.shape[1]))
                 shape = [-1 if d == member.dim else 1 for d in range(weight.dim())]
-                found[member.tensor] = weight * line.view(shape).to(weight.dtype)
-    return found
+                gated_tensors[member.tensor] = weight * line.view(shape).to(weight.dtype)
+    return gated_tensors
 
 
 def fisher(problem: Problem, candidate: Candidate) -> tuple[dict[str, Tensor], int, int]:
@@ -58,25 +58,27 @@ def fisher(problem: Problem, candidate: Candidate) -> tuple[dict[str, Tensor], i
         for _ in range(DRAWS):
             gates = {name: torch.ones(len(value), requires_grad=True) for name, value in expected.items()}
 
-            def likelihood(output: object, gates: dict[str, Tensor] = gates, samples: int = samples) -> list[Tensor]:
+            def likelihood_gradients(
+                output: object, gates: dict[str, Tensor] = gates, samples: int = samples
+            ) -> list[Tensor]:
                 logits = compared_tensors(output, None, "kl")[0]
                 logits = (logits if logits.dim() < 4 else logits.movedim(1, -1)).flatten(0, -2)  # [n, classes]
-                log_p = logits.log_softmax(-1).gather(-1, _drawn(logits, samples)).sum()
-                found = torch.autograd.grad(log_p, list(gates.values()), allow_unused=True, materialize_grads=True)
-                return all_reduce(found)
+                log_p = logits.log_softmax(-1).gather(-1, _drawn_classes(logits, samples)).sum()
+                leaves = list(gates.values())
+                return all_reduce(torch.autograd.grad(log_p, leaves, allow_unused=True, materialize_grads=True))
 
             with torch.enable_grad():
-                found = call(problem.model, gated(problem, dense, gates), inputs, then=likelihood)
-            for name, gradient in zip(gates, found, strict=True):
+                gradients = call(problem.model, gated(problem, dense, gates), inputs, then=likelihood_gradients)
+            for name, gradient in zip(gates, gradients, strict=True):
                 expected[name] += gradient.double().square().cpu()
             forward, backward = forward + samples, backward + samples
     return expected, forward, backward
 
 
-def _drawn(logits: Float[Tensor, "n classes"], samples: int) -> Int[Tensor, "n 1"]:
-    """A class for each row, by its probability; `samples` is how many the whole batch has, of which this is a share.
+def _drawn_classes(logits: Float[Tensor, "n classes"], samples: int) -> Int[Tensor, "n 1"]:
+    """A class for each row, drawn by its probability; `samples` is the size of the batch of which this is a share.
 
-    The rows of the whole batch draw together, so that a row draws the same however the batch is shared out.
+    The rows of the whole batch draw together, so that a row draws the same for any number of processes.
     """
     rows = round(all_reduce_number(len(logits)))
     before = rows * (samples * rank() // world_size()) // samples

@@ -7,17 +7,17 @@ Shared by every method that trains weights. One step, with w the weights as stor
     G = dL / d(w * m)                 at every entry: pruned weights learn too, and can come back
     w <- w - lr_t rms(w_0) Adam(G)    lr_t: ten steps of warm-up, then a cosine to zero
 
-Steps are a share of each tensor's root mean square at the start (as in Adafactor, Shazeer and Stern 2018), so that the
-same learning rate does for tensors, and models, of any scale.
+Steps are a fraction of each tensor's root mean square at the start (as in Adafactor, Shazeer and Stern 2018), so that
+one learning rate suits tensors, and models, of any scale.
 
-All floating-point parameters are trained. The teacher is the same module with its own tensors, in eval mode; its
+All floating-point parameters are trained. The teacher is the same module with the dense tensors, in eval mode; its
 outputs are kept where the calibration data gives the same inputs again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,9 +27,10 @@ from allot.errors import check_number, unknown
 from allot.methods.training.batch_loss import Distance, Unseen, statistics
 from allot.methods.training.losses import wide
 from allot.methods.training.schedule import Schedule, warm_cosine
-from allot.methods.training.selection import Evidence, scored
+from allot.methods.training.selection import CollectedEvidence, scored
 from allot.network.masking import masked
 from allot.run.problem import Candidate, Problem
+from allot.run.scores import Evidence
 from allot.run.store import State
 
 Select = Callable[[Evidence, Mapping[str, int]], dict[str, Tensor]]
@@ -37,14 +38,20 @@ Select = Callable[[Evidence, Mapping[str, int]], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Training(Distance):
-    """How weights are trained, beside what `Distance` says; frozen hyperparameters and functions of a state.
+    """How weights are trained, and their outputs compared (`Distance`); frozen hyperparameters, functions of a state.
 
     Args:
         steps: batches, 1 or more.
-        learning_rate: peak step of Adam, as a share of each tensor's root mean square; of SGD, in absolute units.
+        learning_rate: peak step of Adam, as a fraction of each tensor's root mean square; of SGD, in absolute units.
         optimizer: "adam"; or "sgd" with momentum 0.9, as papers train.
     Raises:
         UsageError: a value out of its range.
+    State:
+        repeat, teacher, loss_scale, finite: as in `Distance`.
+        tensors: parameter, or buffer of a batch norm -> its current value, in float32 or wider.
+        mean, square: parameter -> Adam's averages of its gradients, shape of the parameter; of SGD, `mean` alone.
+        scale: parameter -> root mean square of its values at the start, which steps are a fraction of.
+        late: whether masks are applied where the model uses a weight, not to a copy of all weights.
     """
 
     steps: int = 250
@@ -59,7 +66,7 @@ class Training(Distance):
             raise unknown("optimizer", str(self.optimizer), ("adam", "sgd"))
 
     def begin(self, problem: Problem, candidate: Candidate) -> State:
-        """The state before the first step: copies of what will change, in float32 where the model has less."""
+        """The state before the first step: copies of the tensors that will change, in float32 or wider."""
         tensors: dict[str, Tensor] = {}
         for name in trained(problem):
             value = candidate.tensors.get(name, problem.dense[name])
@@ -72,7 +79,7 @@ class Training(Distance):
             "tensors": tensors,
             "mean": {name: torch.zeros_like(tensors[name]) for name in trained(problem)},
             "square": {name: torch.zeros_like(tensors[name]) for name in trained(problem)},
-            "scale": {name: _scale(tensors[name]) for name in trained(problem)},
+            "scale": {name: _step_scale(tensors[name]) for name in trained(problem)},
         }
 
     def select(self, problem: Problem, state: State, evidence: Evidence, kept: Mapping[str, int]) -> dict[str, Tensor]:
@@ -96,7 +103,7 @@ class Training(Distance):
         dense, tensors = problem.dense, state["tensors"]
         buffers = {name: value for name, value in tensors.items() if name not in state["mean"]}
 
-        def learned(late: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor], int]:
+        def loss_of(late: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor], int]:
             leaves = {}
             for name in state["mean"]:
                 value = masked(tensors[name], masks[name]) if name in masks and name not in late else tensors[name]
@@ -105,13 +112,13 @@ class Training(Distance):
 
         before = {} if "late" in state else {name: value.clone() for name, value in buffers.items()}
         try:
-            loss, found, forward = learned(masks if state.setdefault("late", problem.compute.lean) else {})
+            loss, by_name, forward = loss_of(masks if state.setdefault("late", problem.compute.lean) else {})
         except Unseen:
-            state["late"] = False  # from now on by copies
+            state["late"] = False  # from now on masked copies
             for name, value in before.items():
                 buffers[name].copy_(value)
-            loss, found, forward = learned({})
-        gradients = {name: gradient.to(tensors[name].dtype) for name, gradient in found.items()}
+            loss, by_name, forward = loss_of({})
+        gradients = {name: gradient.to(tensors[name].dtype) for name, gradient in by_name.items()}
         samples = len(problem.inputs().positions(state["step"]))
         return gradients, {"loss": loss, "forward": forward, "backward": samples}
 
@@ -147,13 +154,25 @@ class Training(Distance):
         state["step"] = t + 1
 
     def tensors(self, problem: Problem, candidate: Candidate, state: State) -> dict[str, Tensor]:
-        """The candidate's tensors after training, in the dtypes of the model; only what differs from it."""
-        found = dict(candidate.tensors)
+        """The candidate's tensors after training, in the model's dtypes; only those that differ from the model's."""
+        tensors = dict(candidate.tensors)
         for name, value in state["tensors"].items():
             value = value.to(problem.dense[name].dtype)
-            if name in found or not torch.equal(value, problem.dense[name]):
-                found[name] = value
-        return found
+            if name in tensors or not torch.equal(value, problem.dense[name]):
+                tensors[name] = value
+        return tensors
+
+
+def distilling(training: Training, problem: Problem, candidate: Candidate) -> State:
+    """The state of `distil` before its first step: the candidate's weights as they are."""
+    begun = training.begin(problem, candidate)
+    return {"step": 0, "steps": begun["steps"], "training": begun, "masks": {}, "squares": {}}
+
+
+def distilled(training: Training, problem: Problem, candidate: Candidate, state: State) -> Candidate:
+    """The candidate with trained tensors, and the masks of the last step."""
+    tensors = training.tensors(problem, candidate, state["training"])
+    return replace(candidate, masks=dict(state["masks"]), tensors=tensors)
 
 
 def distil(
@@ -166,32 +185,33 @@ def distil(
     select: Select | None = None,
     scale: float = 1.0,
 ) -> dict[str, float | int]:
-    """Metrics of one step that keeps what `candidate` allocates, in place: masks where they are due, then weights.
+    """Metrics of one step, in place, within the allocation of `candidate`: masks where they are due, then weights.
 
     Args:
-        state: {"training": of `Training.begin`, "masks": layer -> mask, "squares": of `Evidence`}.
+        state: of `distilling`.
         select: (evidence, kept by layer) -> masks; None: the best-scored of the current weights.
         scale: as in `Training.update`.
     """
-    own = state["training"]
-    t, T = own["step"], training.steps
-    evidence = Evidence(problem, candidate, state["squares"])
+    inner = state["training"]
+    t, T = inner["step"], training.steps
+    evidence = CollectedEvidence(problem, candidate, state["squares"])
     if problem.scope.groups:
         state["masks"] = dict(candidate.masks)  # channels are selected once: a wider budget would move them all
     elif schedule.due(t, T):
         kept = problem.budget.widened(schedule.factor(t, T)).counts(candidate.allocation)
-        state["masks"] = select(evidence, kept) if select else training.select(problem, own, evidence, kept)
-    gradients, metrics = training.gradients(problem, own, state["masks"])
-    training.update(own, gradients, scale=scale)
+        state["masks"] = select(evidence, kept) if select else training.select(problem, inner, evidence, kept)
+    gradients, metrics = training.gradients(problem, inner, state["masks"])
+    training.update(inner, gradients, scale=scale)
+    state["step"] += 1
     return metrics | {"forward": metrics["forward"] + evidence.forward}
 
 
 def trained(problem: Problem) -> list[str]:
-    """Names of what is trained: every floating-point parameter, frozen ones included."""
+    """Names of the tensors that are trained: every floating-point parameter, frozen ones included."""
     return [name for name, parameter in problem.model.named_parameters() if parameter.is_floating_point()]
 
 
-def _scale(tensor: Tensor) -> float:
-    """Root mean square, what steps are a share of; biases and the like may start at zero and have to move."""
+def _step_scale(tensor: Tensor) -> float:
+    """Root mean square, which steps are a fraction of; biases and the like may start at zero and have to move."""
     scale = float(tensor.square().mean().sqrt())
     return max(scale, 1e-3) if tensor.dim() < 2 or not scale else scale

@@ -46,16 +46,16 @@ def compared(
             f"the sparse net gives outputs of shapes {ours}, the dense one {theirs}: shapes that do not depend on what "
             "is found are compared, like scores and boxes before the best of them are picked (outputs=)."
         )
-    each: list[float | None] = [*wholes] if wholes else [None] * len(teacher)
-    found = [
+    sizes: list[float | None] = [*wholes] if wholes else [None] * len(teacher)
+    losses = [
         LOSSES[loss](ours, theirs, temperature, student_temperature, whole)
-        for ours, theirs, whole in zip(student, teacher, each, strict=True)
+        for ours, theirs, whole in zip(student, teacher, sizes, strict=True)
     ]
-    return torch.stack(found).sum()
+    return torch.stack(losses).sum()
 
 
 def size(teacher: Tensor, loss: str) -> float:
-    """What the loss of a part of a batch is divided by: the number of its rows, or its summed squares."""
+    """The divisor of the loss of a part of a batch: the number of its rows, or its summed squares."""
     if loss == "kl":
         return teacher.numel() / teacher.shape[_classes(teacher)]
     theirs = wide(teacher)
@@ -64,7 +64,7 @@ def size(teacher: Tensor, loss: str) -> float:
 
 
 def compared_tensors(output: Any, outputs: str | Outputs | None, loss: str) -> list[Tensor]:
-    """What of a model's output is compared.
+    """The tensors of a model's output that are compared.
 
     Args:
         outputs: function `output -> tensors`, or its place as "package.module:function" or "file.py:function"; None:
@@ -82,7 +82,7 @@ def compared_tensors(output: Any, outputs: str | Outputs | None, loss: str) -> l
             output = outputs(output)
         except Exception as error:
             raise UsageError(f"outputs failed on a model output of type {type(output).__name__}: {error!r}") from error
-    tensors = _flat(getattr(output, "logits", output), given=outputs)
+    tensors = _floating_tensors(getattr(output, "logits", output), chosen=outputs is not None)
     if loss == "kl" and any(tensor.dim() < 2 or tensor.shape[_classes(tensor)] < 2 for tensor in tensors):
         shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors)
         raise UsageError(f"the kl loss needs logits [B, classes] of two or more classes, not {shapes}: use mse.")
@@ -90,7 +90,7 @@ def compared_tensors(output: Any, outputs: str | Outputs | None, loss: str) -> l
 
 
 def whole_of(teacher: Tensor) -> float | None:
-    """The `size` of the batch that `teacher` is this process's share of; None where it is the batch."""
+    """The `size` of the batch of which `teacher` is this process's share; None where it is the whole batch."""
     return None if world_size() == 1 else all_reduce_number(size(teacher, "mse"))
 
 
@@ -112,7 +112,11 @@ def relative_error(
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """In float32, or float64 where it is that."""
+    """The tensor in float32, or in float64 where that is its dtype.
+
+    >>> wide(torch.zeros(2, dtype=torch.float16)).dtype
+    torch.float32
+    """
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -136,29 +140,32 @@ def _classes(logits: Tensor) -> int:
     return 1 if logits.dim() > 3 else -1
 
 
-def _flat(output: Any, given: Any) -> list[Tensor]:
+def _floating_tensors(output: Any, *, chosen: bool) -> list[Tensor]:
+    """The tensors of an output; several of them only where a function has `chosen` them."""
     if isinstance(output, Tensor) and output.is_floating_point():
         return [output]
-    if given is not None and isinstance(output, tuple | list | Mapping) and output:
+    if chosen and isinstance(output, tuple | list | Mapping) and output:
         parts = output.values() if isinstance(output, Mapping) else output
-        return [tensor for part in parts for tensor in _flat(part, given)]
-    if given is not None:
-        what = f"{str(output.dtype)[6:]} values" if isinstance(output, Tensor) else type(output).__name__
+        return [tensor for part in parts for tensor in _floating_tensors(part, chosen=chosen)]
+    if chosen:
+        kind = f"{str(output.dtype)[6:]} values" if isinstance(output, Tensor) else type(output).__name__
         raise UsageError(
-            f"outputs gave {what}: floating-point tensors, or a tuple, list or dict of them, are accepted."
+            f"outputs gave {kind}: floating-point tensors, or a tuple, list or dict of them, are accepted."
         )
     raise UsageError(
-        f"a model output, {_told(output)}, cannot be compared: give outputs, a function from it to floating-point "
+        f"a model output, {_described(output)}, cannot be compared: give outputs, a function from it to floating-point "
         "tensors (--set options.METHOD.outputs=package.module:function, or file.py:function)."
     )
 
 
-def _told(output: Any) -> str:
-    """An output in words, as far as its first parts tell."""
+def _described(output: Any) -> str:
+    """An output in words: type, shape, and its first parts."""
     if isinstance(output, Tensor):
         return f"{str(output.dtype)[6:]} {list(output.shape)}"
     if isinstance(output, Mapping):
-        return f"a {type(output).__name__} of {', '.join(f'{key}: {_told(output[key])}' for key in list(output)[:4])}"
+        return (
+            f"a {type(output).__name__} of {', '.join(f'{key}: {_described(output[key])}' for key in list(output)[:4])}"
+        )
     if isinstance(output, tuple | list) and output:
-        return f"a {type(output).__name__} of {len(output)}, the first {_told(output[0])}"
+        return f"a {type(output).__name__} of {len(output)}, the first {_described(output[0])}"
     return f"a {type(output).__name__}"

@@ -10,16 +10,16 @@ from allot.errors import check_number
 
 @dataclass(frozen=True)
 class Schedule:
-    """When masks are selected again while weights train, and how much room the budget has on the way.
+    """When masks are selected again while weights train, and how many times the budget may be used on the way.
 
     In step t of T the budget is `Budget.widened(1 + (ramp - 1) (1 - t / (ramp_until T))^3)`, from ramp_until T on the
     budget itself. Masks change every `every` steps until step `freeze_at` T, the last one included.
 
     Args:
         every: steps, 1 or more.
-        freeze_at: from 0 (masks are selected before the first step only) to 1, a share of the steps.
+        freeze_at: from 0 (masks are selected before the first step only) to 1, a fraction of the steps.
         ramp: how many times the budget may be used at first, 1 or more.
-        ramp_until: share of the steps, from 0 to 1.
+        ramp_until: fraction of the steps, from 0 to 1.
     Raises:
         UsageError: a value out of its range.
     """
@@ -43,19 +43,19 @@ class Schedule:
         """Whether masks are selected before step t."""
         return t == self.last(steps) or (t % self.every == 0 and t < self.last(steps))
 
-    def share(self, t: int, steps: int, begin: float) -> float:
-        """Which part of a change is made before step t, falling as a cosine; the parts add up to 1.
+    def fraction(self, t: int, steps: int, begin: float) -> float:
+        """The fraction of a change that is made before step t, falling as a cosine; the fractions add up to 1.
 
         Args:
-            begin: share of the steps after which it begins; it ends with the last change of masks.
+            begin: fraction of the steps after which the change begins; it ends with the last change of masks.
         """
         first, last = begin * steps, self.last(steps)
         updates = [k for k in range(max(math.ceil(first), 1), last + 1) if self.due(k, steps)]
         if t not in updates:
             return 0.0
         falling = {k: 1 + math.cos(math.pi * (k - first) / max(last - first, 1)) for k in updates}
-        whole = math.fsum(falling.values())
-        return falling[t] / whole if whole > 1e-9 else 1 / len(updates)  # one that falls due at the very end
+        total = math.fsum(falling.values())
+        return falling[t] / total if total > 1e-9 else 1 / len(updates)  # a single update at the very end weighs 0
 
     def factor(self, t: int, steps: int) -> float:
         """How many times the budget may be used in step t; it changes where masks do."""
@@ -65,5 +65,9 @@ class Schedule:
 
 
 def warm_cosine(t: int, steps: int, warm: int = 10) -> float:
-    """Factor on a learning rate in step t of `steps`: linear over the first `warm` steps, cosine to zero."""
+    """Factor on a learning rate in step t of `steps`: linear over the first `warm` steps, cosine to zero.
+
+    >>> [round(warm_cosine(t, 100), 2) for t in (0, 9, 50, 99)]
+    [0.1, 0.98, 0.5, 0.0]
+    """
     return min(1.0, (t + 1) / warm) * (1 + math.cos(math.pi * t / steps)) / 2

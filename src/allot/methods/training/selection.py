@@ -1,14 +1,15 @@
-"""Which weights, or channels, stay: the step between allocating and repairing, and what scores may ask."""
+"""Which weights, or channels, stay: the step between allocating and repairing, and the evidence for scores."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from allot.budget.allocation import Allocation
 from allot.errors import UsageError
 from allot.methods.training.channel_gates import fisher
 from allot.network.call import call
@@ -18,13 +19,19 @@ from allot.network.layers import Layer
 from allot.processes import all_reduce
 from allot.run.patterns import select
 from allot.run.problem import Candidate, Metrics, Problem
-from allot.run.scores import ChannelScore, WeightScore
+from allot.run.scores import ChannelEvidence, ChannelScore, Evidence, WeightScore
 from allot.run.store import State
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The method between allocating and repairing: layer by layer, or group by group, where no masks are there yet."""
+    """The method between allocating and repairing: layer by layer, or group by group, where no masks are there yet.
+
+    State:
+        masks: layer -> mask, bool, shape of the weight.
+        channels: group -> channels kept, ascending.
+        squares: sums that the score asks for, as in `CollectedEvidence`.
+    """
 
     role = "select"
     needs_data = False
@@ -38,9 +45,9 @@ class Selection:
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         """Select in one layer, or in one group of channels."""
         if problem.scope.groups:
-            return self._channels(problem, candidate, state)
+            return self._select_channels(problem, candidate, state)
         layer = problem.scope.layers[state["step"]]
-        evidence = Evidence(problem, candidate, state["squares"])
+        evidence = CollectedEvidence(problem, candidate, state["squares"])
         weight = candidate.tensors.get(layer.name, problem.dense[layer.name])
         kept = candidate.allocation.kept[layer.name]
         score = scored(problem, layer, weight, evidence)
@@ -55,14 +62,20 @@ class Selection:
         channels = {name: tuple(kept) for name, kept in state["channels"].items()}
         return replace(candidate, masks=channel_masks(problem, channels), channels=channels)
 
-    def _channels(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
+    def _select_channels(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         group = problem.scope.groups[state["step"]]
-        evidence = Evidence(problem, candidate, state["squares"])
+        evidence = CollectedEvidence(problem, candidate, state["squares"])
         kept = candidate.allocation.kept[group.name]
         mask = select(importance(problem, group, evidence), kept)
         state["channels"][group.name] = mask.nonzero().flatten().tolist()
         state["step"] += 1
         return {"forward": evidence.forward, "backward": evidence.backward, "kept": kept}
+
+
+def allocated(candidate: Candidate, kept: Mapping[str, int], diagnostics: Mapping[str, Any] | None = None) -> Candidate:
+    """The candidate that keeps these numbers of weights, or channels, with a method's report about them."""
+    allocation = Allocation.of(kept, candidate.allocation.total)
+    return replace(candidate, allocation=allocation, diagnostics={**candidate.diagnostics, **(diagnostics or {})})
 
 
 def scored(problem: Problem, layer: Layer, weight: Tensor, evidence: Evidence) -> Tensor:
@@ -77,7 +90,7 @@ def scored(problem: Problem, layer: Layer, weight: Tensor, evidence: Evidence) -
     return score
 
 
-def importance(problem: Problem, group: Group, evidence: Evidence) -> Tensor:
+def importance(problem: Problem, group: Group, evidence: ChannelEvidence) -> Tensor:
     """The problem's score of every channel of a group, checked; `[channels]`, float64.
 
     Raises:
@@ -90,19 +103,21 @@ def importance(problem: Problem, group: Group, evidence: Evidence) -> Tensor:
 
 
 def channel_masks(problem: Problem, channels: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Masks of every layer, and of every other parameter that holds channels that go."""
+    """Masks of every layer, and of every other parameter that holds removed channels."""
     plan = ChannelPlan.of(problem.model, problem.scope.groups, channels)
     parameters = dict(problem.model.named_parameters())
     names = {layer.name for layer in problem.scope} | (plan.tensors.keys() & parameters.keys())
     return {name: plan.mask(name, parameters[name].shape).to(parameters[name].device) for name in sorted(names)}
 
 
-class Evidence:
-    """Answers scores; runs the calibration inputs through the candidate's net once, when first asked.
+class CollectedEvidence:
+    """The evidence of a candidate's net: runs the calibration inputs through it once, when a score first asks.
 
     Args:
-        squares: "inputs": layer name -> sum of squared inputs, "gates": group -> of squared gradients; filled here:
-            part of a method's state.
+        squares: "inputs": layer -> sum of squared inputs, shape of the weight; "gates": group -> expected squared
+            gradient, `[C]`. Filled here: part of a method's state.
+    Attributes:
+        forward, backward: samples pushed so far.
     """
 
     def __init__(self, problem: Problem, candidate: Candidate, squares: dict[str, dict[str, Tensor]]) -> None:
@@ -136,7 +151,7 @@ class Evidence:
             UsageError: the layer is never reached.
         """
         if "inputs" not in self.squares:
-            self.squares["inputs"], forward = self._collected()
+            self.squares["inputs"], forward = self._input_squares()
             self.forward += forward
         if layer.name not in self.squares["inputs"]:
             raise UsageError(
@@ -145,18 +160,18 @@ class Evidence:
             )
         return self.squares["inputs"][layer.name].sqrt()
 
-    def _collected(self) -> tuple[dict[str, Tensor], int]:
+    def _input_squares(self) -> tuple[dict[str, Tensor], int]:
         """(layer -> sum of squared inputs, samples pushed)."""
         problem, calibration = self.problem, self.problem.inputs()
-        found: dict[str, Tensor] = {}
+        sums: dict[str, Tensor] = {}
         forward = 0
 
         def visit(layer: Layer, squares: Tensor) -> None:
-            found[layer.name] = found.get(layer.name, 0) + squares.double()
+            sums[layer.name] = sums.get(layer.name, 0) + squares.double()
 
         with watched_inputs(problem.model, problem.scope, visit), torch.no_grad():
             for k in range(calibration.batches):
                 inputs, samples = calibration.batch(k)
                 call(problem.model, self.candidate.effective(problem), inputs)
                 forward += samples
-        return dict(zip(sorted(found), all_reduce([found[name] for name in sorted(found)]), strict=True)), forward
+        return dict(zip(sorted(sums), all_reduce([sums[name] for name in sorted(sums)]), strict=True)), forward

@@ -2,11 +2,11 @@
 
     masks       the best-scored weights in the counts of the allocation, selected again while weights train
     training    `steps` steps of distillation on the training half (none where `one_shot`)
-    statistics  batch-norm re-estimation on the training half, say; without batch norm, what stands in for it
+    statistics  batch-norm re-estimation on the training half, say; without batch norm, a correction in its place
     loss        mean loss against the dense net on the judging half, in eval mode
 
 The one-shot loss is no judge at high sparsity: a net that was not trained is near chance there, and the allocations
-that look best starve layers that training would need. So it is with a repair too short to lead away from there.
+that look best starve layers that training would need. The same is true of a repair too short to lead away from chance.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from allot.errors import UsageError, check_flag
-from allot.methods.training.distillation import Training, distil
+from allot.methods.training.distillation import Training, distil, distilled, distilling
 from allot.methods.training.schedule import Schedule
 from allot.processes import one_per_process, world_size
 from allot.run.driver import repeatable
@@ -28,13 +28,19 @@ from allot.run.store import State
 
 @dataclass(frozen=True)
 class Trial:
-    """How an allocation is judged; functions of a state, as a method has them.
+    """How an allocation is judged; functions of a state, like those of a method.
 
     Args:
         training: the short repair, and the loss that judges.
-        schedule: of masks and budget in it.
-        statistics: repairs after it, of which the first is done that has anything to do in this model.
-        one_shot: no training; the masks given are judged.
+        schedule: of masks and budget in this training.
+        statistics: repairs after it; the first one that has anything to do in this model is done.
+        one_shot: no training; the masks of the candidate are judged.
+    State:
+        stage: 0: training; 1 ..: statistics; then judging; then done.
+        candidate: `Candidate.to_state`, after the stages that are done.
+        inner: state of this stage.
+        losses: of each batch of the judging half so far.
+        taken: steps taken.
     """
 
     training: Training = field(default_factory=lambda: Training(steps=40))
@@ -45,52 +51,42 @@ class Trial:
     def __post_init__(self) -> None:
         check_flag("one_shot", self.one_shot)
 
-    def steps(self, problem: Problem, candidate: Candidate, share: float = 1.0) -> int:
+    def steps(self, problem: Problem, candidate: Candidate) -> int:
         """How many steps a trial takes."""
-        train, judge = halves(problem, share)
-        after = next((n for m in self.statistics if (n := m.init(train, candidate)["steps"])), 0)
-        return int(after) + judge.inputs().batches + (0 if self.one_shot else self._shortened(share).steps)
+        train, judge = halves(problem)
+        of_statistics = next((n for m in self.statistics if (n := m.init(train, candidate)["steps"])), 0)
+        return int(of_statistics) + judge.inputs().batches + (0 if self.one_shot else self.training.steps)
 
-    def begin(self, problem: Problem, candidate: Candidate, share: float = 1.0) -> State:
+    def begin(self, problem: Problem, candidate: Candidate) -> State:
         """The state before the first step.
 
         Args:
             candidate: the allocation to judge, with masks where `one_shot`.
-            share: of samples and steps that are used, in (0, 1].
         Raises:
             UsageError: fewer than 2 calibration samples.
         """
-        state: State = {
-            "stage": -1,
-            "share": share,
-            "candidate": candidate.to_state(),
-            "inner": {},
-            "losses": [],
-            "taken": 0,
-        }
-        self._advance(halves(problem, share)[0], candidate, state)
+        state: State = {"stage": -1, "candidate": candidate.to_state(), "inner": {}, "losses": [], "taken": 0}
+        self._advance(halves(problem)[0], candidate, state)
         return state
 
     def step(self, problem: Problem, state: State, answers: dict[str, list[Tensor]] | None) -> Metrics:
         """One calibration batch, in place.
 
         Args:
-            answers: the dense net's on the judging half, from trial to trial, filled here; None keeps none.
+            answers: as in `Distance.judge`, of the judging half, kept from trial to trial.
         """
         state["taken"] += 1
         with repeatable(problem.model, problem.seed, "trial", state["taken"]):  # the same draws for every individual
-            return self._taken(problem, state, answers)
+            return self._step(problem, state, answers)
 
-    def _taken(self, problem: Problem, state: State, answers: dict[str, list[Tensor]] | None) -> Metrics:
-        train, judge = halves(problem, state["share"])
+    def _step(self, problem: Problem, state: State, answers: dict[str, list[Tensor]] | None) -> Metrics:
+        train, judge = halves(problem)
         candidate = Candidate.from_state(state["candidate"], problem)
         stage, inner = state["stage"], state["inner"]
         if stage == 0:
-            training = self._shortened(state["share"])
-            metrics = distil(training, self.schedule, train, candidate, inner)
-            if inner["training"]["step"] == training.steps:
-                tensors = training.tensors(problem, candidate, inner["training"])
-                self._advance(train, replace(candidate, masks=inner["masks"], tensors=tensors), state)
+            metrics = distil(self.training, self.schedule, train, candidate, inner)
+            if finished(inner):
+                self._advance(train, distilled(self.training, train, candidate, inner), state)
             return metrics
         if stage <= len(self.statistics):
             method = self.statistics[stage - 1]
@@ -99,48 +95,43 @@ class Trial:
                 state |= {"stage": self._judging, "candidate": method.finish(train, candidate, inner).to_state()}
             return metrics
         k = len(state["losses"])
-        key = f"{state['share']} {k}"
-        teacher = None if answers is None else answers.get(key)
-        loss, teacher, forward = self.training.judge(judge, candidate.effective(problem), k, teacher)
-        if answers is not None:
-            answers[key] = teacher
+        loss, forward = self.training.judge(judge, candidate.effective(problem), k, answers)
         state["losses"].append(loss)
         state["stage"] += len(state["losses"]) == judge.inputs().batches
         return {"forward": forward, "backward": 0, "loss": loss}
 
-    def some(
+    def try_first(
         self,
         problem: Problem,
         state: State,
         waiting: Sequence[Callable[[], Candidate]],
-        share: float,
         answers: dict[str, list[Tensor]] | None,
     ) -> tuple[Metrics, list[float]]:
-        """(metrics, losses of those of `waiting`, the first ones, that are tried by now): one step of the first trial.
+        """(metrics, losses of the first of `waiting`): one step of the first trial, whose loss is there at its end.
 
         Where processes share the work, whole trials of the first few, one a process.
 
         Args:
-            state: of the method that tries: "step" counts, and "trial" is the one under way.
-            waiting: give allocations to be tried, with masks where `one_shot`.
+            state: of the method that tries: "step" counts, and "trial" is the current one.
+            waiting: functions that make the candidates to be tried, with masks where `one_shot`.
         """
         if world_size() > 1:
-            state["step"] -= state.pop("trial", {"taken": 0})["taken"]  # of one process: it is made whole once more
-            found = one_per_process(waiting, lambda make: self._whole(problem, make(), share, answers))
-            state["step"] += sum(taken for *_, taken in found)
-            pushed = {key: sum(metrics[key] for metrics, *_ in found) for key in ("forward", "backward")}
-            return {**pushed, "loss": found[-1][1]}, [loss for _, loss, _ in found]
+            state["step"] -= state.pop("trial", {"taken": 0})["taken"]  # begun by one process alone: it begins again
+            trials = one_per_process(waiting, lambda make: self._whole_trial(problem, make(), answers))
+            state["step"] += sum(taken for *_, taken in trials)
+            pushed = {key: sum(metrics[key] for metrics, *_ in trials) for key in ("forward", "backward")}
+            return {**pushed, "loss": trials[-1][1]}, [loss for _, loss, _ in trials]
         if "trial" not in state:
-            state["trial"] = self.begin(problem, waiting[0](), share)
+            state["trial"] = self.begin(problem, waiting[0]())
         metrics = self.step(problem, state["trial"], answers)
         state["step"] += 1
         return metrics, [self.loss(state.pop("trial"))] if self.done(state["trial"]) else []
 
-    def _whole(
-        self, problem: Problem, candidate: Candidate, share: float, answers: dict[str, list[Tensor]] | None
+    def _whole_trial(
+        self, problem: Problem, candidate: Candidate, answers: dict[str, list[Tensor]] | None
     ) -> tuple[Metrics, float, int]:
         """(samples pushed, loss, steps) of a trial from its first step to its last."""
-        state = self.begin(problem, candidate, share)
+        state = self.begin(problem, candidate)
         pushed: Metrics = {"forward": 0, "backward": 0}
         while not self.done(state):
             metrics = self.step(problem, state, answers)
@@ -165,8 +156,7 @@ class Trial:
         if state["stage"] == 0:
             if self.one_shot:
                 return self._advance(train, candidate, state)
-            training = self._shortened(state["share"]).begin(train, candidate)
-            state["inner"] = {"training": training, "masks": {}, "squares": {}}
+            state["inner"] = distilling(self.training, train, candidate)
         elif state["stage"] < self._judging:
             method = self.statistics[state["stage"] - 1]
             state["inner"] = method.init(train, candidate)
@@ -174,12 +164,9 @@ class Trial:
                 return self._advance(train, candidate, state)
         return None
 
-    def _shortened(self, share: float) -> Training:
-        return replace(self.training, steps=max(1, round(share * self.training.steps)))
 
-
-def halves(problem: Problem, share: float = 1.0) -> tuple[Problem, Problem]:
-    """(problem on the training half of the calibration samples, on the judging half), `share` of each.
+def halves(problem: Problem) -> tuple[Problem, Problem]:
+    """(problem on the training half of the calibration samples, on the judging half).
 
     Raises:
         UsageError: fewer than 2 calibration samples.
@@ -187,9 +174,5 @@ def halves(problem: Problem, share: float = 1.0) -> tuple[Problem, Problem]:
     calibration = problem.inputs()
     if len(calibration) < 2:
         raise UsageError("an allocation is judged on samples that it was not trained on: give 2 or more.")
-    parts = []
-    for i in (0, 1):
-        indices = calibration.indices[i::2]
-        few = indices[: max(2, math.ceil(share * len(indices)))]
-        parts.append(replace(problem, calibration=replace(calibration, indices=few)))
-    return parts[0], parts[1]
+    train, judge = (replace(calibration, indices=calibration.indices[first::2]) for first in (0, 1))
+    return replace(problem, calibration=train), replace(problem, calibration=judge)
