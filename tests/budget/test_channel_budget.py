@@ -150,6 +150,24 @@ def test_what_is_projected_uses_up_the_tightest_limit(drawn):
 
 
 @quick
+@given(posed(), st.sampled_from([1.0, 1.5, 4.0, 1e6]))
+def test_a_widened_budget_has_room_for_so_many_times_as_much_and_is_used_up(drawn, factor):
+    model, budget, wished = drawn
+    wide = budget.widened(factor)
+    for limit, wider in zip(budget.limits, wide.limits, strict=True):
+        fixed = 100 if limit.kind == "bytes" else 0
+        everything = math.ceil(price(limit.kind, model[1], {term.name: term.upper for term in budget.terms}))
+        assert wider.ceiling == max(limit.ceiling, min(int(fixed + factor * (limit.ceiling - fixed)), everything))
+    kept = wide.counts(wished)
+    assert wide.meets(kept)
+    for name in kept:
+        more = next_up(wide, name, kept[name])
+        assert more is None or not wide.fits({**kept, name: more})
+    if factor == 1:
+        assert kept == budget.counts(wished)
+
+
+@quick
 @given(posed(), st.data())
 def test_cost_is_what_was_written_down_and_grows_with_every_channel(drawn, data):
     model, budget, _ = drawn

@@ -14,25 +14,16 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
+from allot.budget import model_budget
 from allot.budget.allocation import Allocation
 from allot.budget.costs import PRICES, REAL_PRICES, Ledger, Term, corners, shares
-from allot.budget.units import KINDS, Amount, sparsity_keeping, unit, written
+from allot.budget.model_budget import Limit, Number
+from allot.budget.units import KINDS, Amount
 from allot.errors import BudgetError, UsageError, unknown
-
-Number = TypeVar("Number", int, float)
-
-
-@dataclass(frozen=True)
-class Limit:
-    """One bound on one cost, in whole units: weights, MACs, bytes or nanoseconds."""
-
-    kind: str
-    asked: float | int | str
-    ceiling: int
 
 
 @dataclass(frozen=True)
@@ -127,7 +118,8 @@ class Budget:
     @property
     def limits(self) -> tuple[Limit, ...]:
         """Every limit as a whole number of weights, MACs or bytes."""
-        return tuple(Limit(kind, value, self._widest(kind, value)) for kind, value in self.asked.items())
+        tied = tuple(Limit(kind, value, self._ceiling(kind, value)) for kind, value in self.asked.items())
+        return model_budget.widened(tied, self.factor, self, self.fixed_bytes)
 
     def widened(self, factor: float) -> Budget:
         """This budget with room for `factor` times as much beside what is fixed, at most for everything.
@@ -154,12 +146,16 @@ class Budget:
 
     def binding(self, kept: Mapping[str, int]) -> str:
         """The kind of the limit that `kept` is nearest to using up."""
-        return max(self.limits, key=lambda limit: self.cost(limit.kind, kept) / max(limit.ceiling, 1)).kind
+        return model_budget.binding(self, kept)
 
     def cost(self, kind: str, kept: Mapping[str, int]) -> int:
         """What `kept` weights per layer cost: weights, MACs (rounded up) or bytes."""
         price = PRICES[kind]
         return math.ceil(self._base(kind) + sum(price(term, kept[term.name]) for term in self.terms))
+
+    def real_cost(self, kind: str, kept: Mapping[str, float]) -> float:
+        """What real numbers of weights per layer cost."""
+        return self._base(kind) + math.fsum(REAL_PRICES[kind](term, kept[term.name]) for term in self.terms)
 
     def sizes(self, kept: Mapping[str, int]) -> dict[str, int]:
         """Weights left in each layer: here what is kept itself; of channels, more than one weight goes with each."""
@@ -171,7 +167,7 @@ class Budget:
 
     def fits_real(self, kept: Mapping[str, float]) -> bool:
         """Whether real numbers of weights meet every limit."""
-        return all(self._real_cost(limit.kind, kept) <= limit.ceiling for limit in self.limits)
+        return model_budget.fits_real(self, kept)
 
     def meets(self, kept: Mapping[str, int]) -> bool:
         """Whether `kept` is an answer: it fits, layers are in their bounds, and sparsity alone is met exactly.
@@ -188,7 +184,7 @@ class Budget:
 
     def clip(self, kept: Mapping[str, Number]) -> dict[str, Number]:
         """`kept` pulled into each layer's bounds."""
-        return {term.name: min(max(kept[term.name], term.lower), term.upper) for term in self.terms}
+        return model_budget.clip(self.terms, kept)
 
     def project(self, wished: Mapping[str, float]) -> Allocation:
         """The densities nearest to `wished` in proportion that use up the tightest limit (real numbers).
@@ -199,11 +195,7 @@ class Budget:
             BudgetError: the budget is not tied to a model yet.
             UsageError: a layer is missing, unknown, negative or nan.
         """
-        relaxed = self._relaxed(wished)
-        return Allocation(
-            {term.name: relaxed[term.name] / term.total for term in self.terms},
-            {term.name: term.total for term in self.terms},
-        )
+        return model_budget.allocation(self.terms, self._relaxed(wished))
 
     def counts(self, wished: Mapping[str, float]) -> dict[str, int]:
         """Whole numbers of weights per layer that meet every limit, in proportion to `wished`.
@@ -250,14 +242,11 @@ class Budget:
         return not any(ledger.room(term) for term in self.terms)
 
     def rows(self, kept: Mapping[str, int]) -> list[dict[str, Any]]:
-        """One row a limit: see `rows_of`."""
-        return rows_of(self.limits, {limit.kind: self.cost(limit.kind, kept) for limit in self.limits}, self.total)
+        """One row for each limit: `{kind, asked, limit, achieved, met}`."""
+        return model_budget.rows(self, kept)
 
     def _base(self, kind: str) -> int:
         return self.fixed_bytes if kind == "bytes" else 0
-
-    def _real_cost(self, kind: str, kept: Mapping[str, float]) -> float:
-        return self._base(kind) + math.fsum(REAL_PRICES[kind](term, kept[term.name]) for term in self.terms)
 
     def _full(self, kind: str) -> int:
         if kind in ("bytes", "latency"):
@@ -276,42 +265,20 @@ class Budget:
             return round((1 - amount.value) * self.total)
         return math.floor(amount.value * self._full(kind)) if amount.relative else int(amount.value)
 
-    def _widest(self, kind: str, value: float | int | str) -> int:
-        ceiling = self._ceiling(kind, value)
-        if self.factor == 1:
-            return ceiling
-        base = self._base(kind)
-        most = self.cost(kind, {term.name: term.upper for term in self.terms})
-        # the smaller one first: a product beyond every float has no floor
-        return max(ceiling, base + math.floor(min(self.factor * (ceiling - base), most - base)))
-
     def _check_reachable(self) -> None:
-        least = {term.name: term.lower for term in self.terms}
+        model_budget.check_floors(self, "floors, rules and pattern need at least")
         most = {term.name: term.upper for term in self.terms}
-        for limit in self.limits:
-            cost = self.cost(limit.kind, least)
-            if cost > limit.ceiling:
-                raise BudgetError(
-                    f"{limit.kind}={limit.asked} allows {limit.ceiling:,} {unit(limit.kind)}; floors, rules "
-                    f"and pattern need at least {cost:,}. Nearest that can be met: {self._nearest(least, limit.kind)}."
-                )
         for limit in self.limits:
             cost = self.cost(limit.kind, most)
             if limit.kind == "sparsity" and cost < limit.ceiling and self._only(limit, most):
                 raise BudgetError(
                     f"sparsity={limit.asked} keeps {limit.ceiling:,} weights; maximum densities and pattern allow only "
-                    f"{cost:,}. Nearest that can be met: {self._nearest(most, limit.kind)}."
+                    f"{cost:,}. Nearest that can be met: {model_budget.nearest(self, most, limit.kind)}."
                 )
 
     def _only(self, limit: Limit, kept: Mapping[str, int]) -> bool:
         """Whether every other limit allows `kept`."""
         return all(self.cost(other.kind, kept) <= other.ceiling for other in self.limits if other != limit)
-
-    def _nearest(self, kept: Mapping[str, int], moved: str) -> str:
-        """The budget, as `parse` reads it, with limits moved to what `kept` costs where they are out of reach."""
-        return nearest(
-            self.limits, {limit.kind: self.cost(limit.kind, kept) for limit in self.limits}, self.total, moved
-        )
 
     def _relaxed(self, wished: Mapping[str, float]) -> dict[str, float]:
         ceilings = [(limit.kind, limit.ceiling) for limit in self.limits]
@@ -322,7 +289,7 @@ class Budget:
             return self.clip({name: price * x for name, x in share.items()})
 
         def costs(price: float) -> list[float]:
-            return [self._real_cost(kind, at(price)) for kind, _ in ceilings]
+            return [self.real_cost(kind, at(price)) for kind, _ in ceilings]
 
         def breaks(price: float) -> bool:
             return any(cost > ceiling for cost, (_, ceiling) in zip(costs(price), ceilings, strict=True))
@@ -339,40 +306,3 @@ class Budget:
             if after > ceiling
         ]
         return at(low + (high - low) * min(parts))
-
-
-def rows_of(limits: Iterable[Limit], costs: Mapping[str, int], total: int) -> list[dict[str, Any]]:
-    """One row a limit: `{kind, asked, limit, achieved, met}`; sparsity as a fraction, the rest whole numbers.
-
-    Args:
-        costs: kind -> what it came to.
-        total: weights in scope.
-    """
-    rows = []
-    for limit in limits:
-        cost = costs[limit.kind]
-        sparsity = limit.kind == "sparsity"
-        rows.append(
-            {
-                "kind": limit.kind,
-                "asked": str(limit.asked),
-                "limit": float(Amount.read(limit.kind, limit.asked).value) if sparsity else limit.ceiling,
-                "achieved": 1 - cost / total if sparsity else cost,
-                "met": cost <= limit.ceiling,
-            }
-        )
-    return rows
-
-
-def nearest(limits: Iterable[Limit], costs: Mapping[str, int], total: int, moved: str = "") -> str:
-    """A budget, as `Budget.parse` reads it, with the limits that costs break, and the one `moved`, brought to them."""
-    texts = []
-    for limit in limits:
-        cost = costs[limit.kind]
-        if cost <= limit.ceiling and limit.kind != moved:
-            texts.append(f"{limit.kind}={limit.asked}")
-        elif limit.kind == "sparsity":
-            texts.append(f"sparsity={sparsity_keeping(cost, total)}")
-        else:
-            texts.append(f"{limit.kind}={written(limit.kind, cost)}")
-    return ",".join(texts)

@@ -19,12 +19,13 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
+from allot.budget import model_budget
 from allot.budget.allocation import Allocation
 from allot.budget.bisection import largest
-from allot.budget.budget import Budget, Limit, nearest, rows_of
+from allot.budget.budget import Budget
 from allot.budget.costs import Term, shares
 from allot.budget.latency import Latency
-from allot.budget.units import unit
+from allot.budget.model_budget import Limit
 from allot.errors import BudgetError
 
 Dimension = tuple[int, tuple[tuple[str, int], ...]]  # places of no group, (group, places a channel)
@@ -61,7 +62,7 @@ class Extent:
 
 @dataclass(frozen=True)
 class ChannelBudget:
-    """A budget tied to the channels of one model: the surface of a tied `Budget`, `kept` counting channels a group.
+    """A budget tied to the channels of one model: a `ModelBudget` whose `kept` counts the channels of each group.
 
     Args:
         weights: the budget tied to the weights of the model, which knows the limits.
@@ -69,6 +70,7 @@ class ChannelBudget:
         extents: every tensor of the model.
         header: bytes of a file beside its tensors.
         latency: tables of times, where time is limited.
+        factor: see `widened`.
     Raises:
         BudgetError: even the floors cost more than a limit.
     """
@@ -78,38 +80,30 @@ class ChannelBudget:
     extents: tuple[Extent, ...]
     header: int = 0
     latency: Latency | None = None
+    factor: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.terms:
             raise BudgetError("no channels can be removed from this model.")
-        least = {term.name: term.lower for term in self.terms}
-        for limit in self.limits:
-            if (cost := self.cost(limit.kind, least)) > limit.ceiling:
-                costs = {other.kind: self.cost(other.kind, least) for other in self.limits}
-                raise BudgetError(
-                    f"{limit.kind}={limit.asked} allows {limit.ceiling:,} {unit(limit.kind)}; the fewest channels that "
-                    f"rules and model allow need {cost:,}. "
-                    f"Nearest that can be met: {nearest(self.limits, costs, self.total)}."
-                )
+        model_budget.check_floors(self, "the fewest channels that rules and model allow need")
 
     @property
     def asked(self) -> dict[str, float | int | str]:
-        """The limits as the user wrote them."""
         return self.weights.asked
 
     def to_json(self) -> dict[str, str]:
-        """The limits as text, by kind."""
         return self.weights.to_json()
 
     @property
     def total(self) -> int:
-        """Weights in scope."""
         return self.weights.total
 
     @property
     def limits(self) -> tuple[Limit, ...]:
-        """Every limit as a whole number of weights, MACs, bytes or nanoseconds."""
-        return self.weights.limits
+        return model_budget.widened(self.weights.limits, self.factor, self, self.header)
+
+    def widened(self, factor: float) -> ChannelBudget:
+        return replace(self, factor=factor)
 
     def sizes(self, kept: Mapping[str, int]) -> dict[str, int]:
         """Weights left in each layer in scope."""
@@ -162,17 +156,18 @@ class ChannelBudget:
         object.__setattr__(slower, "latency", self.latency.slowed(factor))
         return slower
 
-    def fits(self, kept: Mapping[str, float]) -> bool:
-        """Whether numbers of channels, whole or not, meet every limit."""
-        return all(self.real_cost(limit.kind, kept) <= limit.ceiling for limit in self.limits)
+    def fits(self, kept: Mapping[str, int]) -> bool:
+        return self.fits_real(kept)
+
+    def fits_real(self, kept: Mapping[str, float]) -> bool:
+        return model_budget.fits_real(self, kept)
 
     def height(self, kept: Mapping[str, float]) -> float:
         """Cost over limit, of the limit that is nearest to being broken, or broken most."""
         return max(float(self.real_cost(limit.kind, kept)) / max(limit.ceiling, 1) for limit in self.limits)
 
     def binding(self, kept: Mapping[str, int]) -> str:
-        """The kind of the limit that `kept` is nearest to using up."""
-        return max(self.limits, key=lambda limit: self.cost(limit.kind, kept) / max(limit.ceiling, 1)).kind
+        return model_budget.binding(self, kept)
 
     def prices(self, kept: Mapping[str, int]) -> dict[str, float]:
         """What the last channels of each group cost, each, in units of the limit that `kept` is nearest to using up."""
@@ -205,8 +200,7 @@ class ChannelBudget:
         return bounded and self.fits(kept) and not more
 
     def clip(self, kept: Mapping[str, Any]) -> dict[str, Any]:
-        """`kept` pulled into each group's bounds."""
-        return {term.name: min(max(kept[term.name], term.lower), term.upper) for term in self.terms}
+        return model_budget.clip(self.terms, kept)
 
     def project(self, wished: Mapping[str, float]) -> Allocation:
         """The densities nearest to `wished` in proportion that use up the tightest limit (real numbers).
@@ -214,8 +208,7 @@ class ChannelBudget:
         Raises:
             UsageError: a group is missing, unknown, negative or nan.
         """
-        total = {term.name: term.total for term in self.terms}
-        return Allocation({name: x / total[name] for name, x in self._relaxed(wished).items()}, total)
+        return model_budget.allocation(self.terms, self._relaxed(wished))
 
     def counts(self, wished: Mapping[str, float]) -> dict[str, int]:
         """Whole numbers of channels that meet every limit, in proportion to `wished`; not one more channel fits.
@@ -241,8 +234,7 @@ class ChannelBudget:
         return kept
 
     def rows(self, kept: Mapping[str, int]) -> list[dict[str, Any]]:
-        """One row a limit, as `Budget.rows`."""
-        return rows_of(self.limits, {limit.kind: self.cost(limit.kind, kept) for limit in self.limits}, self.total)
+        return model_budget.rows(self, kept)
 
     def _relaxed(self, wished: Mapping[str, float]) -> dict[str, float]:
         share = shares(wished, self.terms, "groups of channels")
@@ -251,7 +243,7 @@ class ChannelBudget:
             return self.clip({name: price * x for name, x in share.items()})
 
         most = max(term.upper / share[term.name] for term in self.terms)
-        return at(largest(lambda price: self.fits(at(price)), most))
+        return at(largest(lambda price: self.fits_real(at(price)), most))
 
 
 def channel_terms(named: Iterable[tuple[str, int, int, int]], step: int = 1) -> tuple[Term, ...]:

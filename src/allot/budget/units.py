@@ -105,8 +105,8 @@ def unit(kind: str) -> str:
     return {"sparsity": "weights", "params": "weights", "macs": "MACs", "bytes": "bytes", "latency": "ns"}[kind]
 
 
-def written(kind: str, cost: int) -> str:
-    """A cost as a limit that allows it."""
+def amount_text(kind: str, cost: int) -> str:
+    """A cost, written as a limit that allows it."""
     return f"{-(-cost // 1000)}us" if kind == "latency" else str(cost)
 
 

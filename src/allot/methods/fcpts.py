@@ -55,7 +55,7 @@ from torch.nn.utils import get_total_norm
 
 from allot.budget.allocation import Allocation
 from allot.budget.bisection import bracket
-from allot.budget.budget import Budget
+from allot.budget.model_budget import ModelBudget
 from allot.errors import UsageError, check_number
 from allot.methods.training.distillation import Training
 from allot.methods.training.schedule import Schedule, warm_cosine
@@ -159,7 +159,7 @@ class Fcpts:
 
 
 def moved(
-    budget: Budget, density: Shares, a: Shares, b: Shares, eta: float, signed: float = 0.0, absolute: float = 1.0
+    budget: ModelBudget, density: Shares, a: Shares, b: Shares, eta: float, signed: float = 0.0, absolute: float = 1.0
 ) -> dict[str, float]:
     """Densities d_l after one update by a_l and b_l, using up the budget; where b_l is 0, proportions stay."""
     price = budget.prices(budget.counts(density))
@@ -186,7 +186,7 @@ def moved(
     return dict(budget.project(new))
 
 
-def _around(budget: Budget, kept: Mapping[str, int], window: float) -> tuple[dict[str, int], dict[str, int]]:
+def _around(budget: ModelBudget, kept: Mapping[str, int], window: float) -> tuple[dict[str, int], dict[str, int]]:
     """k_l - h and k_l + h, whole steps of the pattern, within each layer's bounds."""
     h = {t.name: -(-min(max(16, math.ceil(window * kept[t.name])), 16_384) // t.step) * t.step for t in budget.terms}
     return budget.clip({l: kept[l] - h[l] for l in h}), budget.clip({l: kept[l] + h[l] for l in h})
@@ -323,7 +323,7 @@ class FcptsPaper:
         }
 
 
-def _missed(budget: Budget, S: Mapping[str, Tensor]) -> tuple[Tensor, float]:
+def _missed(budget: ModelBudget, S: Mapping[str, Tensor]) -> tuple[Tensor, float]:
     """(share of the dense cost by which the tightest limit is missed, sparsity)."""
     total = {term.name: term.total for term in budget.terms}
     kept = _counts(S, budget)
@@ -335,7 +335,7 @@ def _missed(budget: Budget, S: Mapping[str, Tensor]) -> tuple[Tensor, float]:
     return (spent - spent.detach() - room).abs() / dense, 1 - sum(kept.values()) / budget.total
 
 
-def _counts(S: Mapping[str, Tensor], budget: Budget) -> dict[str, int]:
+def _counts(S: Mapping[str, Tensor], budget: ModelBudget) -> dict[str, int]:
     return {term.name: round((1 - float(S[term.name].detach())) * term.total) for term in budget.terms}
 
 

@@ -21,7 +21,7 @@ from functools import partial
 from typing import Any
 
 from allot.budget.allocation import Allocation
-from allot.budget.budget import Budget
+from allot.budget.model_budget import ModelBudget
 from allot.errors import UsageError, check_number
 from allot.methods.training.distillation import Training
 from allot.methods.training.selection import Evidence, scored
@@ -106,7 +106,7 @@ class Knapsack:
         )
 
 
-def shared_out(budget: Budget, error: Mapping[str, Curve]) -> dict[str, float]:
+def shared_out(budget: ModelBudget, error: Mapping[str, Curve]) -> dict[str, float]:
     """Densities that minimise the sum of the curves' lower hulls within the budget.
 
     Args:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -75,7 +75,7 @@ def pose(
             raise UsageError("channels are found by running the model: give --data or --input (example= in Python).")
         timing = latency or partial(latency_of, runtime=Runtime.parse(None), seed=seed)
         scope, channels = _of_channels(model, scope, budget, pattern.step, example, rules or Rules(), timing)
-        return Problem(model, scope, cast(Budget, channels), pattern, score, calibration, seed, example)
+        return Problem(model, scope, channels, pattern, score, calibration, seed, example)
     state, _ = plain_state(model)
     layout = files.layout(state, files.about(model, scope, budget))
     terms = []

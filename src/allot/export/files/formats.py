@@ -37,8 +37,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from allot.budget.budget import Budget
-from allot.budget.channels import ChannelBudget
+from allot.budget.model_budget import ModelBudget
 from allot.errors import UsageError
 from allot.export.files.bits import packed, positions_in
 from allot.network.channels import ChannelPlan, Group
@@ -78,7 +77,7 @@ class Layout:
     plain: int
 
 
-def about(model: nn.Module, scope: Scope, budget: Budget | ChannelBudget) -> dict[str, Any]:
+def about(model: nn.Module, scope: Scope, budget: ModelBudget) -> dict[str, Any]:
     """What the metadata of both files says; limits are 0 until the budget is tied to the model."""
     return {
         "aliases": plain_state(model)[1],
