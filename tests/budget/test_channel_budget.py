@@ -15,7 +15,7 @@ from torch import nn
 
 from allot import prune
 from allot.budget.budget import Budget
-from allot.budget.channels import ChannelBudget, Extent, channel_terms, tied
+from allot.budget.channels import ChannelBudget, Extent, channel_terms
 from allot.budget.costs import Term
 from allot.errors import BudgetError, PatternError, UsageError
 from allot.export.files import formats as files
@@ -78,7 +78,9 @@ def budget_of(model: tuple[Named, tuple[Extent, ...], int], **asked: Any) -> Cha
         for e in extents
         if e.counted
     ]
-    return ChannelBudget(tied(Budget(**asked), weights, full_bytes=10**9), channel_terms(named, step), extents, 100)
+    return ChannelBudget(
+        Budget(**asked).with_terms(weights, full_bytes=10**9), channel_terms(named, step), extents, 100
+    )
 
 
 @st.composite

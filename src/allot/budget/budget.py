@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -97,9 +97,6 @@ class Budget:
         Raises:
             BudgetError: even the floors cost more than a limit, or the caps keep sparsity out of reach.
         """
-        bound = replace(
-            self, terms=tuple(sorted(terms, key=lambda term: term.name)), fixed_bytes=fixed_bytes, full_bytes=full_bytes
-        )
         if self.latency is not None:
             raise BudgetError(
                 f"latency={self.latency}: no runtime here is faster for single weights that are gone. "
@@ -107,8 +104,16 @@ class Budget:
             )
         if not terms:
             raise BudgetError("nothing in scope: no weight can be pruned. Widen the include rules.")
+        bound = self.with_terms(terms, fixed_bytes=fixed_bytes, full_bytes=full_bytes)
         bound._check_reachable()
         return bound
+
+    def with_terms(
+        self, terms: Iterable[Term], *, fixed_bytes: int = 0, full_bytes: int = 0, full_latency: int = 0
+    ) -> Budget:
+        """`on` without a check that the limits can be met, and with the nanoseconds of the dense model."""
+        by_name = tuple(sorted(terms, key=lambda term: term.name))
+        return replace(self, terms=by_name, fixed_bytes=fixed_bytes, full_bytes=full_bytes, full_latency=full_latency)
 
     @property
     def total(self) -> int:
@@ -270,15 +275,11 @@ class Budget:
         most = {term.name: term.upper for term in self.terms}
         for limit in self.limits:
             cost = self.cost(limit.kind, most)
-            if limit.kind == "sparsity" and cost < limit.ceiling and self._only(limit, most):
+            if limit.kind == "sparsity" and cost < limit.ceiling and self.fits(most):
                 raise BudgetError(
                     f"sparsity={limit.asked} keeps {limit.ceiling:,} weights; maximum densities and pattern allow only "
                     f"{cost:,}. Nearest that can be met: {model_budget.nearest(self, most, limit.kind)}."
                 )
-
-    def _only(self, limit: Limit, kept: Mapping[str, int]) -> bool:
-        """Whether every other limit allows `kept`."""
-        return all(self.cost(other.kind, kept) <= other.ceiling for other in self.limits if other != limit)
 
     def _relaxed(self, wished: Mapping[str, float]) -> dict[str, float]:
         ceilings = [(limit.kind, limit.ceiling) for limit in self.limits]

@@ -288,9 +288,3 @@ def _above(term: Term, kept: int) -> int | None:
     if more <= term.upper:
         return more
     return term.total if kept < term.total == term.upper else None
-
-
-def tied(budget: Budget, weights: Iterable[Term], *, full_bytes: int, full_latency: int = 0) -> Budget:
-    """The budget with its limits as whole numbers for these layers; what can be reached is for channels to say."""
-    terms = tuple(sorted(weights, key=lambda term: term.name))
-    return replace(budget, terms=terms, full_bytes=full_bytes, full_latency=full_latency)

@@ -48,14 +48,9 @@ class Amount:
         # beyond every float, or every clock; 10**999999999 would take all memory
         if abs(number.adjusted()) > (20 if kind == "latency" else 400):
             raise BudgetError(f"{kind}={given} is out of range. {_ACCEPTED[kind]}")
-        value, relative = Fraction(number), suffix == "%"
-        if relative:
-            value /= 100
-        if kind == "sparsity":
-            if suffix not in ("", "%") or not 0 < value < 1:
-                raise BudgetError(f"sparsity={given} is out of range. {_ACCEPTED[kind]}")
-            return cls(value, relative=True)
-        if relative and not 0 < value < 1:
+        value = Fraction(number) / (100 if suffix == "%" else 1)
+        relative = suffix == "%" or kind == "sparsity"
+        if relative and (suffix not in ("", "%") or not 0 < value < 1):
             raise BudgetError(f"{kind}={given} is out of range. {_ACCEPTED[kind]}")
         if not relative:
             units = _NANOSECONDS if kind == "latency" else _UNITS

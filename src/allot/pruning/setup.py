@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from allot.budget.budget import Budget
-from allot.budget.channels import ChannelBudget, Dimension, Extent, channel_terms, tied
+from allot.budget.channels import ChannelBudget, Dimension, Extent, channel_terms
 from allot.budget.costs import Term
 from allot.budget.latency import Latency
 from allot.errors import BudgetError, PatternError, UsageError
@@ -126,7 +126,7 @@ def _of_channels(
     weights = [Term(layer.name, layer.total, 0, layer.total, macs=layer.macs) for layer in scope]
     full = {"full_bytes": files.layout(state, said).plain, "full_latency": tables.dense if tables else 0}
     header = files.slim_header(state, said, groups)
-    return scope, ChannelBudget(tied(budget, weights, **full), terms, tuple(extents), header, tables)
+    return scope, ChannelBudget(budget.with_terms(weights, **full), terms, tuple(extents), header, tables)
 
 
 def _ruled(
