@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 
 from allot.budget.allocation import Allocation
 from allot.budget.budget import Budget
-from allot.budget.costs import REAL_PRICES, Term, corners, mask_bits
+from allot.budget.costs import REAL_PRICES, Term, breakpoints, mask_bits
 
 quick = settings(max_examples=60, deadline=None)
 SIZES = st.one_of(st.integers(1, 12), st.integers(1, 10**6))
@@ -230,9 +230,9 @@ def test_a_mask_is_the_smallest_of_all_and_near_the_least_possible(total, share)
 
 
 @given(layers=layers(free=True), share=st.floats(0.01, 0.99))
-def test_bytes_are_linear_between_corners(layers, share):
+def test_bytes_are_linear_between_breakpoints(layers, share):
     for term in layers[0]:
-        at = sorted(corners(term))
+        at = sorted(breakpoints(term))
         for low, high in itertools.pairwise(at):
             middle = low + share * (high - low)
             line = (1 - share) * REAL_PRICES["bytes"](term, low) + share * REAL_PRICES["bytes"](term, high)

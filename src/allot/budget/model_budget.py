@@ -144,11 +144,11 @@ def check_floors(budget: ModelBudget, need: str) -> None:
 
 def rows(budget: ModelBudget, kept: Mapping[str, int]) -> list[dict[str, Any]]:
     """One row for each limit: `{kind, asked, limit, achieved, met}`; sparsity as a fraction, the rest whole numbers."""
-    found = []
+    table = []
     for limit in budget.limits:
         cost = budget.cost(limit.kind, kept)
         sparsity = limit.kind == "sparsity"
-        found.append(
+        table.append(
             {
                 "kind": limit.kind,
                 "asked": str(limit.asked),
@@ -157,7 +157,7 @@ def rows(budget: ModelBudget, kept: Mapping[str, int]) -> list[dict[str, Any]]:
                 "met": cost <= limit.ceiling,
             }
         )
-    return found
+    return table
 
 
 def nearest(budget: ModelBudget, kept: Mapping[str, int], moved: str = "") -> str:

@@ -1,4 +1,4 @@
-"""Budgets on the way to themselves (`widened`), prices, and patterns in which the budget decides n."""
+"""Budgets with more room (`widened`), prices, and patterns that keep whole groups of weights (n:m)."""
 
 from __future__ import annotations
 
