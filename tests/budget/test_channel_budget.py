@@ -215,8 +215,6 @@ def test_the_nearest_sparsity_can_be_met(model, percent):
         budget = budget_of(model, sparsity=f"{percent}%")
     except BudgetError as refused:
         nearest = str(refused).rpartition("met: ")[2].rstrip(".")
-        if nearest == "sparsity=0.0":
-            return  # see the test below
         budget = budget_of(model, **Budget.parse(nearest).asked)
     kept = budget.counts({name: 1.0 for name, *_ in named})
     assert budget.cost("sparsity", kept) <= round((1 - Fraction(budget.asked["sparsity"].rstrip("%"))
@@ -327,13 +325,6 @@ def test_wishes_for_other_groups_are_refused(wished):
     for use in (problem.budget.counts, problem.budget.project):
         with pytest.raises(UsageError, match=r"other groups of channels: (unknown other|missing )"):
             use(wished)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -0.1, "1", None])
-def test_wishes_that_are_no_numbers_are_refused(value):
-    problem = on_net("resnet")
-    with pytest.raises(UsageError, match="density of stem"):
-        problem.budget.counts(even(problem) | {"stem": value})
 
 
 @pytest.mark.parametrize("step", [0, -1, 1.5, "2", True])
