@@ -85,15 +85,6 @@ def test_a_file_that_is_missing_or_not_text_is_refused(tmp_path):
         Allocation.load(tmp_path / "binary")
 
 
-@pytest.mark.parametrize(
-    ("content", "message"), [({"a": 0.5, "c": 0.5}, "unknown c; missing b"), ({"a": 0.5}, "missing b")]
-)
-def test_a_file_for_other_layers_is_refused_when_it_meets_the_model(tmp_path, content, message):
-    budget = Budget(sparsity=0.5).on((Term("a", 10), Term("b", 8)))
-    with pytest.raises(UsageError, match=message):
-        budget.counts(Allocation.load(written(tmp_path, content)))
-
-
 def test_a_file_edited_by_hand_still_meets_the_budget(tmp_path):
     terms = (Term("a", 1000), Term("b", 1000))
     budget = Budget(sparsity=0.9).on(terms)

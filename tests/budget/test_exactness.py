@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 
 from allot.budget.allocation import Allocation
 from allot.budget.budget import Budget
-from allot.budget.costs import REAL_PRICES, Term, corners, mask_bits
+from allot.budget.costs import REAL_PRICES, Term, breakpoints, mask_bits
 
 quick = settings(max_examples=60, deadline=None)
 SIZES = st.one_of(st.integers(1, 12), st.integers(1, 10**6))
@@ -218,6 +218,7 @@ def test_a_percentage_of_bytes_is_a_share_of_the_dense_file():
     )  # 170 weights, two low bits of each position
 
 
+@settings(deadline=None)
 @given(total=SIZES, share=st.floats(0, 1))
 @example(total=25, share=0.25)
 @example(total=565, share=0.25)
@@ -229,10 +230,11 @@ def test_a_mask_is_the_smallest_of_all_and_near_the_least_possible(total, share)
         assert mask_bits(total, kept) <= least + 0.76 * kept + 4.6  # as much at 141 of 565
 
 
+@settings(deadline=None)
 @given(layers=layers(free=True), share=st.floats(0.01, 0.99))
-def test_bytes_are_linear_between_corners(layers, share):
+def test_bytes_are_linear_between_breakpoints(layers, share):
     for term in layers[0]:
-        at = sorted(corners(term))
+        at = sorted(breakpoints(term))
         for low, high in itertools.pairwise(at):
             middle = low + share * (high - low)
             line = (1 - share) * REAL_PRICES["bytes"](term, low) + share * REAL_PRICES["bytes"](term, high)
@@ -268,6 +270,13 @@ def test_layers_keep_whole_steps():
     kept = Budget(params=71).on(terms).counts({"a": 1.0, "b": 1.0})
     assert sum(kept.values()) == 64
     assert all(count % 16 == 0 for count in kept.values())
+
+
+@pytest.mark.parametrize("limits", [{"macs": 45}, {"macs": 45, "params": 39}])
+def test_the_rest_of_the_scarcest_limit_goes_to_the_most_expensive_weights_that_fit(limits):
+    terms = (Term("cheap", 20, macs=20), Term("dear", 10, macs=30), Term("dearest", 10, macs=100))
+    kept = Budget(**limits).on(terms).counts({"cheap": 0.2, "dear": 0.4, "dearest": 0.29})  # 4, 4 and 2.9 weights
+    assert kept == {"cheap": 4, "dear": 7, "dearest": 2}  # 9 MACs are left, and one of the dearest costs 10
 
 
 def classic_erk(shapes: dict[str, tuple[int, ...]], density: float) -> dict[str, float]:

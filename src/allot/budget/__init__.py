@@ -5,5 +5,6 @@ from allot.budget.budget import Budget
 from allot.budget.channels import ChannelBudget
 from allot.budget.costs import Term
 from allot.budget.latency import Latency
+from allot.budget.model_budget import ModelBudget
 
-__all__ = ["Allocation", "Budget", "ChannelBudget", "Latency", "Term"]
+__all__ = ["Allocation", "Budget", "ChannelBudget", "Latency", "ModelBudget", "Term"]

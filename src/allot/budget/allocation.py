@@ -1,4 +1,4 @@
-"""How much of each layer is kept: an immutable value, JSON both ways, editable by hand."""
+"""The density of each layer: an immutable value that is saved as JSON, edited by hand and loaded."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ class Allocation(Mapping[str, float]):
         total: layer name -> number of weights.
     Raises:
         UsageError: a density outside [0, 1] or nan, or the two maps name different layers.
+
+    >>> allocation = Allocation({"conv": 0.5, "fc": 0.25}, {"conv": 10, "fc": 8})
+    >>> allocation["fc"], allocation.kept
+    (0.25, {'conv': 5, 'fc': 2})
     """
 
     def __init__(self, density: Mapping[str, float], total: Mapping[str, int]) -> None:
@@ -54,7 +58,7 @@ class Allocation(Mapping[str, float]):
         return {name: round(density * self.total[name]) for name, density in self.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """`{"layers": {name: {"density", "kept", "total"}}}`; `density` is what a reader goes by."""
+        """`{"layers": {name: {"density", "kept", "total"}}}`; `load` reads `density` alone."""
         kept = self.kept
         layers = {name: {"density": self[name], "kept": kept[name], "total": self.total[name]} for name in self}
         return {"layers": layers}
@@ -65,10 +69,10 @@ class Allocation(Mapping[str, float]):
 
     @staticmethod
     def load(path: str | Path) -> dict[str, float]:
-        """Wished densities from a file that `save` wrote, edited by hand or not; `{name: density}` also does.
+        """The densities in a file that `save` wrote, edited by hand or not; a file `{name: density}` is accepted too.
 
         Raises:
-            UsageError: not such a file, or a density that is not a number from 0 to 1.
+            UsageError: a file without an allocation, or a density that is not a number from 0 to 1.
         """
         try:
             data = json.loads(Path(path).read_text())
@@ -77,8 +81,8 @@ class Allocation(Mapping[str, float]):
         layers = data.get("layers", data) if isinstance(data, dict) else None
         if not isinstance(layers, dict) or not layers:
             raise UsageError(f'{path} holds no allocation: {{"layers": {{NAME: {{"density": D}}}}}} is accepted.')
-        if bare := [name for name, row in layers.items() if isinstance(row, dict) and "density" not in row]:
-            raise UsageError(f'{path}: {bare[0]} has no "density".')
+        if incomplete := [name for name, row in layers.items() if isinstance(row, dict) and "density" not in row]:
+            raise UsageError(f'{path}: {incomplete[0]} has no "density".')
         wished = {name: row["density"] if isinstance(row, dict) else row for name, row in layers.items()}
         try:
             return dict(Allocation(wished, dict.fromkeys(wished, 1)))

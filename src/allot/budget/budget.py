@@ -1,10 +1,10 @@
-"""Budgets and allocations: what may be kept, as arithmetic on layer sizes (no torch).
+"""Budgets of single weights: how many each layer may keep, as arithmetic on layer sizes (no torch).
 
 The relaxed problem has one unknown. Given wished densities d_l and a price c,
 
     x_l(c) = clip(c * d_l * n_l, lower_l, upper_l)           n_l weights in layer l
-    project:  the largest c for which every limit holds       (between two corners of x every cost is linear in c)
-    counts:   floor x_l to whole steps, hand out what is left by largest remainder, then fill up what still fits
+    project:  the largest c for which every limit holds       (between two breakpoints of x every cost is linear in c)
+    counts:   floor x_l to whole steps, hand out the rest by largest remainder, then add weights while they fit
 
 so that the kept total equals the tightest limit to the last weight.
 """
@@ -16,23 +16,14 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
+from allot.budget import model_budget
 from allot.budget.allocation import Allocation
-from allot.budget.costs import PRICES, REAL_PRICES, Ledger, Term, corners, shares
-from allot.budget.units import KINDS, Amount, sparsity_keeping, unit, written
+from allot.budget.costs import PRICES, REAL_PRICES, Ledger, Term, breakpoints, proportions
+from allot.budget.model_budget import Limit, Number
+from allot.budget.units import KINDS, Amount
 from allot.errors import BudgetError, UsageError, unknown
-
-Number = TypeVar("Number", int, float)
-
-
-@dataclass(frozen=True)
-class Limit:
-    """One bound on one cost, in whole units: weights, MACs, bytes or nanoseconds."""
-
-    kind: str
-    asked: float | int | str
-    ceiling: int
 
 
 @dataclass(frozen=True)
@@ -42,15 +33,21 @@ class Budget:
     Args:
         sparsity: fraction of the weights in scope to remove, in (0, 1); the kept count is
             round((1 - sparsity) * total) to the weight.
-        params: most weights kept in scope; a whole number, "20k", or a share of the dense model, "10%".
+        params: most weights kept in scope; a whole number, "20k", or a fraction of the dense model, "10%".
         macs: most effective multiply-accumulates in scope, kept weights x uses; a whole number, "5M" or "50%".
-        bytes: largest bitmask file; a whole number, "300kB", "3MB", "2MiB", or a share of the dense file, "20%".
-        latency: longest one batch may take in a runtime, "5ms", "300us", or a share of what the dense model takes,
-            "50%"; of channels only.
+        bytes: largest bitmask file; a whole number, "300kB", "3MB", "2MiB", or a fraction of the dense file, "20%".
+        latency: longest time of one batch in a runtime, "5ms", "300us", or a fraction of the dense model's time,
+            "50%"; for channels only.
     Raises:
         BudgetError: no limit, or one that is not in its range.
 
-    A budget knows no model. `on(terms)` ties it to one; `project` and `counts` need that.
+    `on(terms)` ties a budget to the layers of one model; `project` and `counts` need that.
+
+    >>> budget = Budget(sparsity=0.9).on((Term("conv", 100), Term("fc", 300)))
+    >>> budget.counts({"conv": 0.2, "fc": 0.1})
+    {'conv': 16, 'fc': 24}
+    >>> Budget.parse("macs=50%, bytes=3MB") == Budget(macs="50%", bytes="3MB")
+    True
     """
 
     sparsity: float | str | None = None
@@ -74,7 +71,7 @@ class Budget:
 
     @classmethod
     def parse(cls, *texts: str) -> Budget:
-        """The budget in words: `parse("sparsity=0.9")`, `parse("macs=50%", "bytes=3MB")`, commas do too."""
+        """The budget from text: `parse("sparsity=0.9")`, `parse("macs=50%", "bytes=3MB")`, or with commas."""
         asked: dict[str, str] = {}
         for part in (part for text in texts for part in re.split(r",|\band\b", text)):
             kind, equals, value = (piece.strip() for piece in part.partition("="))
@@ -100,15 +97,12 @@ class Budget:
         """This budget for the layers of one model.
 
         Args:
-            terms: one entry a layer, any order.
-            fixed_bytes: what the bitmask file holds beside the layers.
-            full_bytes: size of the dense file, of which a percentage of bytes is a share.
+            terms: one entry for each layer, in any order.
+            fixed_bytes: bytes of the bitmask file beside the layers.
+            full_bytes: size of the dense file, to which a percentage of bytes refers.
         Raises:
             BudgetError: even the floors cost more than a limit, or the caps keep sparsity out of reach.
         """
-        bound = replace(
-            self, terms=tuple(sorted(terms, key=lambda term: term.name)), fixed_bytes=fixed_bytes, full_bytes=full_bytes
-        )
         if self.latency is not None:
             raise BudgetError(
                 f"latency={self.latency}: no runtime here is faster for single weights that are gone. "
@@ -116,8 +110,16 @@ class Budget:
             )
         if not terms:
             raise BudgetError("nothing in scope: no weight can be pruned. Widen the include rules.")
+        bound = self.with_terms(terms, fixed_bytes=fixed_bytes, full_bytes=full_bytes)
         bound._check_reachable()
         return bound
+
+    def with_terms(
+        self, terms: Iterable[Term], *, fixed_bytes: int = 0, full_bytes: int = 0, full_latency: int = 0
+    ) -> Budget:
+        """`on` without a check that the limits can be met, and with the nanoseconds of the dense model."""
+        by_name = tuple(sorted(terms, key=lambda term: term.name))
+        return replace(self, terms=by_name, fixed_bytes=fixed_bytes, full_bytes=full_bytes, full_latency=full_latency)
 
     @property
     def total(self) -> int:
@@ -127,12 +129,13 @@ class Budget:
     @property
     def limits(self) -> tuple[Limit, ...]:
         """Every limit as a whole number of weights, MACs or bytes."""
-        return tuple(Limit(kind, value, self._widest(kind, value)) for kind, value in self.asked.items())
+        tied = tuple(Limit(kind, value, self._ceiling(kind, value)) for kind, value in self.asked.items())
+        return model_budget.widened(tied, self.factor, self, self.fixed_bytes)
 
     def widened(self, factor: float) -> Budget:
         """This budget with room for `factor` times as much beside what is fixed, at most for everything.
 
-        What a schedule asks for on the way to the budget itself: `project`, `counts` and `meets` hold for it as well.
+        Schedules train with wider budgets first; `project`, `counts` and `meets` work for them as well.
 
         Args:
             factor: 1 or more; 1 is this budget.
@@ -146,23 +149,27 @@ class Budget:
         """
         price = REAL_PRICES[self.binding(kept)]
 
-        def of(term: Term) -> float:
+        def price_of(term: Term) -> float:
             low = max(kept[term.name] - term.step, 0)
             return (price(term, low + term.step) - price(term, low)) / term.step
 
-        return {term.name: of(term) for term in self.terms}
+        return {term.name: price_of(term) for term in self.terms}
 
     def binding(self, kept: Mapping[str, int]) -> str:
         """The kind of the limit that `kept` is nearest to using up."""
-        return max(self.limits, key=lambda limit: self.cost(limit.kind, kept) / max(limit.ceiling, 1)).kind
+        return model_budget.binding(self, kept)
 
     def cost(self, kind: str, kept: Mapping[str, int]) -> int:
         """What `kept` weights per layer cost: weights, MACs (rounded up) or bytes."""
         price = PRICES[kind]
-        return math.ceil(self._base(kind) + sum(price(term, kept[term.name]) for term in self.terms))
+        return math.ceil(self._fixed(kind) + sum(price(term, kept[term.name]) for term in self.terms))
+
+    def real_cost(self, kind: str, kept: Mapping[str, float]) -> float:
+        """What real numbers of weights per layer cost."""
+        return self._fixed(kind) + math.fsum(REAL_PRICES[kind](term, kept[term.name]) for term in self.terms)
 
     def sizes(self, kept: Mapping[str, int]) -> dict[str, int]:
-        """Weights left in each layer: here what is kept itself; of channels, more than one weight goes with each."""
+        """Remaining weights of each layer: `kept` itself."""
         return dict(kept)
 
     def fits(self, kept: Mapping[str, int]) -> bool:
@@ -171,7 +178,7 @@ class Budget:
 
     def fits_real(self, kept: Mapping[str, float]) -> bool:
         """Whether real numbers of weights meet every limit."""
-        return all(self._real_cost(limit.kind, kept) <= limit.ceiling for limit in self.limits)
+        return model_budget.fits_real(self, kept)
 
     def meets(self, kept: Mapping[str, int]) -> bool:
         """Whether `kept` is an answer: it fits, layers are in their bounds, and sparsity alone is met exactly.
@@ -187,8 +194,8 @@ class Budget:
         return bounded and exact and self.fits(kept)
 
     def clip(self, kept: Mapping[str, Number]) -> dict[str, Number]:
-        """`kept` pulled into each layer's bounds."""
-        return {term.name: min(max(kept[term.name], term.lower), term.upper) for term in self.terms}
+        """`kept` brought within the bounds of each layer."""
+        return model_budget.clip(self.terms, kept)
 
     def project(self, wished: Mapping[str, float]) -> Allocation:
         """The densities nearest to `wished` in proportion that use up the tightest limit (real numbers).
@@ -199,40 +206,36 @@ class Budget:
             BudgetError: the budget is not tied to a model yet.
             UsageError: a layer is missing, unknown, negative or nan.
         """
-        relaxed = self._relaxed(wished)
-        return Allocation(
-            {term.name: relaxed[term.name] / term.total for term in self.terms},
-            {term.name: term.total for term in self.terms},
-        )
+        return model_budget.allocation(self.terms, self._relaxed(wished))
 
     def counts(self, wished: Mapping[str, float]) -> dict[str, int]:
         """Whole numbers of weights per layer that meet every limit, in proportion to `wished`.
 
-        What rounding leaves over goes to the largest remainders, ties by name; what is then left of a limit is
-        used up, dearest weights first, until not one more weight fits. Counts that do so already stay as they are.
+        Weights that rounding leaves over go to the largest remainders, ties by name. The rest of a limit is used up by
+        the most expensive weights first, until not one more weight fits. Counts that use up a limit already stay.
 
         Raises:
             BudgetError, UsageError: as in `project`.
         """
         relaxed = self._relaxed(wished)
-        own = {term.name: wished[term.name] * term.total for term in self.terms}
-        settled = {name: round(kept) for name, kept in own.items()}
-        if all(math.isclose(own[name], settled[name], abs_tol=1e-6) for name in own) and self._uses_up(settled):
-            return settled
-        # what is a whole number but for float dust is not floored to the one below
+        sizes = {term.name: wished[term.name] * term.total for term in self.terms}
+        rounded = {name: round(size) for name, size in sizes.items()}
+        if all(math.isclose(sizes[name], rounded[name], abs_tol=1e-6) for name in sizes) and self._uses_up(rounded):
+            return rounded
+        # a whole number less a rounding error is not floored to the number below
         steps = {term.name: relaxed[term.name] / term.step * (1 + 1e-13) + 1e-9 for term in self.terms}
         kept = {term.name: max(term.step * math.floor(steps[term.name]), term.lower) for term in self.terms}
         ledger = self._ledger(kept)
         by_remainder = sorted(
             self.terms, key=lambda term: (-round((relaxed[term.name] - kept[term.name]) / term.step, 9), term.name)
         )
-        for term in reversed(by_remainder):  # float dust may have lifted a floor by one
+        for term in reversed(by_remainder):  # a rounding error may have lifted a floor by one
             while not ledger.fits() and kept[term.name] - term.step >= term.lower:
                 ledger.add(term, -1)
         for term in by_remainder:
             if relaxed[term.name] > kept[term.name]:
                 ledger.add(term, min(1, ledger.room(term)))
-        # the rest goes to the dearest weights of what is scarcest: nothing smaller would use it up
+        # the rest goes to the most expensive weights in the scarcest unit: cheaper weights alone may not use it up
         scarcest = min(ledger.left, key=lambda kind: ledger.left[kind])
         dearness = {term.name: float(PRICES[scarcest](term, term.total)) / term.total for term in self.terms}
         for term in sorted(self.terms, key=lambda term: (-dearness[term.name], term.name)):
@@ -240,26 +243,23 @@ class Budget:
         return dict(kept)
 
     def _ledger(self, kept: dict[str, int]) -> Ledger:
-        return Ledger(self.terms, {limit.kind: limit.ceiling - self._base(limit.kind) for limit in self.limits}, kept)
+        return Ledger(self.terms, {limit.kind: limit.ceiling - self._fixed(limit.kind) for limit in self.limits}, kept)
 
     def _uses_up(self, kept: dict[str, int]) -> bool:
-        """Whether `kept` is an answer that no layer can be given more in."""
+        """Whether `kept` is an answer, and no layer can keep more."""
         if not self.meets(kept):
             return False
         ledger = self._ledger(kept)
         return not any(ledger.room(term) for term in self.terms)
 
     def rows(self, kept: Mapping[str, int]) -> list[dict[str, Any]]:
-        """One row a limit: see `rows_of`."""
-        return rows_of(self.limits, {limit.kind: self.cost(limit.kind, kept) for limit in self.limits}, self.total)
+        """One row for each limit: `{kind, asked, limit, achieved, met}`."""
+        return model_budget.rows(self, kept)
 
-    def _base(self, kind: str) -> int:
+    def _fixed(self, kind: str) -> int:
         return self.fixed_bytes if kind == "bytes" else 0
 
-    def _real_cost(self, kind: str, kept: Mapping[str, float]) -> float:
-        return self._base(kind) + math.fsum(REAL_PRICES[kind](term, kept[term.name]) for term in self.terms)
-
-    def _full(self, kind: str) -> int:
+    def _dense_cost(self, kind: str) -> int:
         if kind in ("bytes", "latency"):
             return self.full_bytes if kind == "bytes" else self.full_latency
         return self.cost(kind, {term.name: term.total for term in self.terms})
@@ -274,105 +274,42 @@ class Budget:
         amount = Amount.read(kind, value)
         if kind == "sparsity":
             return round((1 - amount.value) * self.total)
-        return math.floor(amount.value * self._full(kind)) if amount.relative else int(amount.value)
-
-    def _widest(self, kind: str, value: float | int | str) -> int:
-        ceiling = self._ceiling(kind, value)
-        if self.factor == 1:
-            return ceiling
-        base = self._base(kind)
-        most = self.cost(kind, {term.name: term.upper for term in self.terms})
-        # the smaller one first: a product beyond every float has no floor
-        return max(ceiling, base + math.floor(min(self.factor * (ceiling - base), most - base)))
+        return math.floor(amount.value * self._dense_cost(kind)) if amount.relative else int(amount.value)
 
     def _check_reachable(self) -> None:
-        least = {term.name: term.lower for term in self.terms}
+        model_budget.check_floors(self, "floors, rules and pattern need at least")
         most = {term.name: term.upper for term in self.terms}
         for limit in self.limits:
-            cost = self.cost(limit.kind, least)
-            if cost > limit.ceiling:
-                raise BudgetError(
-                    f"{limit.kind}={limit.asked} allows {limit.ceiling:,} {unit(limit.kind)}; floors, rules "
-                    f"and pattern need at least {cost:,}. Nearest that can be met: {self._nearest(least, limit.kind)}."
-                )
-        for limit in self.limits:
             cost = self.cost(limit.kind, most)
-            if limit.kind == "sparsity" and cost < limit.ceiling and self._only(limit, most):
+            if limit.kind == "sparsity" and cost < limit.ceiling and self.fits(most):
                 raise BudgetError(
                     f"sparsity={limit.asked} keeps {limit.ceiling:,} weights; maximum densities and pattern allow only "
-                    f"{cost:,}. Nearest that can be met: {self._nearest(most, limit.kind)}."
+                    f"{cost:,}. Nearest that can be met: {model_budget.nearest(self, most, limit.kind)}."
                 )
-
-    def _only(self, limit: Limit, kept: Mapping[str, int]) -> bool:
-        """Whether every other limit allows `kept`."""
-        return all(self.cost(other.kind, kept) <= other.ceiling for other in self.limits if other != limit)
-
-    def _nearest(self, kept: Mapping[str, int], moved: str) -> str:
-        """The budget, as `parse` reads it, with limits moved to what `kept` costs where they are out of reach."""
-        return nearest(
-            self.limits, {limit.kind: self.cost(limit.kind, kept) for limit in self.limits}, self.total, moved
-        )
 
     def _relaxed(self, wished: Mapping[str, float]) -> dict[str, float]:
         ceilings = [(limit.kind, limit.ceiling) for limit in self.limits]
-        share = shares(wished, self.terms, "layers")
-        prices = sorted({kept / share[term.name] for term in self.terms for kept in corners(term)})
+        proportion = proportions(wished, self.terms, "layers")
+        prices = sorted({kept / proportion[term.name] for term in self.terms for kept in breakpoints(term)})
 
-        def at(price: float) -> dict[str, float]:
-            return self.clip({name: price * x for name, x in share.items()})
+        def kept_at(price: float) -> dict[str, float]:
+            return self.clip({name: price * x for name, x in proportion.items()})
 
         def costs(price: float) -> list[float]:
-            return [self._real_cost(kind, at(price)) for kind, _ in ceilings]
+            return [self.real_cost(kind, kept_at(price)) for kind, _ in ceilings]
 
         def breaks(price: float) -> bool:
             return any(cost > ceiling for cost, (_, ceiling) in zip(costs(price), ceilings, strict=True))
 
         i = bisect_left(prices, True, key=breaks)
         if i == len(prices):
-            return at(prices[-1] * (1 + 1e-12))
+            return kept_at(prices[-1] * (1 + 1e-12))
         if i == 0:
-            return at(0.0)
+            return kept_at(0.0)
         low, high = prices[i - 1 : i + 1]
-        parts = [
+        fractions = [
             (ceiling - before) / (after - before)
             for (_, ceiling), before, after in zip(ceilings, costs(low), costs(high), strict=True)
             if after > ceiling
         ]
-        return at(low + (high - low) * min(parts))
-
-
-def rows_of(limits: Iterable[Limit], costs: Mapping[str, int], total: int) -> list[dict[str, Any]]:
-    """One row a limit: `{kind, asked, limit, achieved, met}`; sparsity as a fraction, the rest whole numbers.
-
-    Args:
-        costs: kind -> what it came to.
-        total: weights in scope.
-    """
-    rows = []
-    for limit in limits:
-        cost = costs[limit.kind]
-        sparsity = limit.kind == "sparsity"
-        rows.append(
-            {
-                "kind": limit.kind,
-                "asked": str(limit.asked),
-                "limit": float(Amount.read(limit.kind, limit.asked).value) if sparsity else limit.ceiling,
-                "achieved": 1 - cost / total if sparsity else cost,
-                "met": cost <= limit.ceiling,
-            }
-        )
-    return rows
-
-
-def nearest(limits: Iterable[Limit], costs: Mapping[str, int], total: int, moved: str = "") -> str:
-    """A budget, as `Budget.parse` reads it, with the limits that costs break, and the one `moved`, brought to them."""
-    texts = []
-    for limit in limits:
-        cost = costs[limit.kind]
-        if cost <= limit.ceiling and limit.kind != moved:
-            texts.append(f"{limit.kind}={limit.asked}")
-        elif limit.kind == "sparsity":
-            texts.append(f"sparsity={sparsity_keeping(cost, total)}")
-        else:
-            texts.append(f"{limit.kind}={written(limit.kind, cost)}")
-    return ",".join(texts)
+        return kept_at(low + (high - low) * min(fractions))

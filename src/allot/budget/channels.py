@@ -1,4 +1,4 @@
-"""Budgets of channels: the same limits as for single weights, the costs multilinear in whole channels (no torch).
+"""Budgets of channels: the limits of single weights, with costs that are multilinear in channels (no torch).
 
 A tensor whose dimensions hold channels of groups has, when n_g channels of each group g are kept,
 
@@ -6,8 +6,8 @@ A tensor whose dimensions hold channels of groups has, when n_g channels of each
 
 places. Weights are the sizes of the layers in scope; MACs are sizes times uses; bytes are sizes of all tensors times
 the size of a number, plus the header of the file; latency is read off tables (`allot.budget.latency`). Every cost grows
-with every n_g, so that along n(c) = clip(c wished) the largest c that fits is found by bisection; what rounding leaves
-is handed out channel by channel until none fits.
+with every n_g, so that along n(c) = clip(c wished) the largest c that fits is found by bisection; the rest is handed
+out channel by channel until none fits.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
+from allot.budget import model_budget
 from allot.budget.allocation import Allocation
 from allot.budget.bisection import largest
-from allot.budget.budget import Budget, Limit, nearest, rows_of
-from allot.budget.costs import Term, shares
+from allot.budget.budget import Budget
+from allot.budget.costs import Term, proportions
 from allot.budget.latency import Latency
-from allot.budget.units import unit
+from allot.budget.model_budget import Limit
 from allot.errors import BudgetError
 
 Dimension = tuple[int, tuple[tuple[str, int], ...]]  # places of no group, (group, places a channel)
@@ -32,7 +33,7 @@ Dimension = tuple[int, tuple[tuple[str, int], ...]]  # places of no group, (grou
 
 @dataclass(frozen=True)
 class Extent:
-    """How large one tensor is: see the top of this file.
+    """The size of one tensor as channels are removed: see the top of this file.
 
     Attributes:
         uses: multiply-accumulates a place; 0 where the tensor belongs to no layer in scope.
@@ -48,27 +49,28 @@ class Extent:
     place_bytes: int = 4
 
     def size(self, kept: Mapping[str, Any]) -> Any:
-        """Places left; whole for whole numbers of channels, and any arithmetic type goes through."""
+        """Remaining places: a whole number for whole numbers of channels; any arithmetic type is accepted."""
         size: Any = self.rest
         for side in self.sides(kept):
             size = size * side
         return size
 
     def sides(self, kept: Mapping[str, Any]) -> list[Any]:
-        """How long the tensor is along each dimension."""
+        """Length of the tensor along each dimension."""
         return [fixed + sum(each * kept[name] for name, each in groups) for fixed, groups in self.dims]
 
 
 @dataclass(frozen=True)
 class ChannelBudget:
-    """A budget tied to the channels of one model: the surface of a tied `Budget`, `kept` counting channels a group.
+    """A budget tied to the channels of one model: a `ModelBudget` whose `kept` counts the channels of each group.
 
     Args:
-        weights: the budget tied to the weights of the model, which knows the limits.
-        terms: one a group; `total` counts channels, and `step` those that come and go together.
+        weights: the budget tied to the weights of the model, which has the limits.
+        terms: one for each group; `total` counts channels, and `step` those that are removed together.
         extents: every tensor of the model.
         header: bytes of a file beside its tensors.
         latency: tables of times, where time is limited.
+        factor: see `widened`.
     Raises:
         BudgetError: even the floors cost more than a limit.
     """
@@ -78,49 +80,41 @@ class ChannelBudget:
     extents: tuple[Extent, ...]
     header: int = 0
     latency: Latency | None = None
+    factor: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.terms:
             raise BudgetError("no channels can be removed from this model.")
-        least = {term.name: term.lower for term in self.terms}
-        for limit in self.limits:
-            if (cost := self.cost(limit.kind, least)) > limit.ceiling:
-                costs = {other.kind: self.cost(other.kind, least) for other in self.limits}
-                raise BudgetError(
-                    f"{limit.kind}={limit.asked} allows {limit.ceiling:,} {unit(limit.kind)}; the fewest channels that "
-                    f"rules and model allow need {cost:,}. "
-                    f"Nearest that can be met: {nearest(self.limits, costs, self.total)}."
-                )
+        model_budget.check_floors(self, "the fewest channels that rules and model allow need")
 
     @property
     def asked(self) -> dict[str, float | int | str]:
-        """The limits as the user wrote them."""
         return self.weights.asked
 
     def to_json(self) -> dict[str, str]:
-        """The limits as text, by kind."""
         return self.weights.to_json()
 
     @property
     def total(self) -> int:
-        """Weights in scope."""
         return self.weights.total
 
     @property
     def limits(self) -> tuple[Limit, ...]:
-        """Every limit as a whole number of weights, MACs, bytes or nanoseconds."""
-        return self.weights.limits
+        return model_budget.widened(self.weights.limits, self.factor, self, self.header)
+
+    def widened(self, factor: float) -> ChannelBudget:
+        return replace(self, factor=factor)
 
     def sizes(self, kept: Mapping[str, int]) -> dict[str, int]:
-        """Weights left in each layer in scope."""
+        """Remaining weights of each layer in scope."""
         return {extent.name: int(extent.size(kept)) for extent in self.extents if extent.counted}
 
     def cost(self, kind: str, kept: Mapping[str, int]) -> int:
-        """What `kept` channels a group cost: weights, MACs, bytes or nanoseconds, rounded up."""
+        """What the kept channels of all groups cost: weights, MACs, bytes or nanoseconds, rounded up."""
         return math.ceil(self.real_cost(kind, kept))
 
     def real_cost(self, kind: str, kept: Mapping[str, Any]) -> Any:
-        """The same for real numbers of channels, and for tensors of them."""
+        """`cost` of real numbers of channels, not rounded; tensors of numbers are accepted too."""
         if kind == "bytes":
             return self.header + sum(extent.size(kept) * extent.place_bytes for extent in self.extents)
         if kind == "latency":
@@ -131,82 +125,84 @@ class ChannelBudget:
         return sum(extent.size(kept) for extent in counted)
 
     def time(self, kept: Mapping[str, float]) -> tuple[float, dict[str, float]]:
-        """(nanoseconds that the tables say, their slope by the channels of each group).
+        """(nanoseconds by the tables, their slope by the channels of each group).
 
         Raises:
             BudgetError: there are no tables.
         """
         if self.latency is None:
             raise BudgetError("nothing was timed: a budget of latency brings its tables.")
-        held = {extent.name: extent for extent in self.extents}
+        by_name = {extent.name: extent for extent in self.extents}
         sides = {}
         for layer in self.latency.layers:
-            first, second, *_ = held[layer.layer].sides(kept)
+            first, second, *_ = by_name[layer.layer].sides(kept)
             sides[layer.layer] = (first, second)
         total, by_side = self.latency.of(sides)
         slope = {term.name: 0.0 for term in self.terms}
         for name, pair in by_side.items():
-            for side, (_, groups) in zip(pair, held[name].dims, strict=False):  # kernels have more dimensions
+            for side, (_, groups) in zip(pair, by_name[name].dims, strict=False):  # kernels have more dimensions
                 for group, each in groups:
                     slope[group] += each * side
         return total, slope
 
     def slowed(self, factor: float) -> ChannelBudget:
-        """This budget where everything takes `factor` times as long as the tables say, and limits stay.
+        """This budget with every time of the tables multiplied by `factor`; the limits stay.
 
         Args:
-            factor: above 0: what measuring a whole net has shown; it takes the place of an earlier one.
+            factor: above 0, measured on a whole net; it replaces an earlier factor.
         """
-        assert self.latency is not None  # asked for only where time is limited
-        slower = copy.copy(self)  # not `replace`: that nothing fits is an answer here
+        assert self.latency is not None  # called only where time is limited
+        slower = copy.copy(self)  # not `replace`: a budget that nothing meets is an answer here
         object.__setattr__(slower, "latency", self.latency.slowed(factor))
         return slower
 
-    def fits(self, kept: Mapping[str, float]) -> bool:
-        """Whether numbers of channels, whole or not, meet every limit."""
-        return all(self.real_cost(limit.kind, kept) <= limit.ceiling for limit in self.limits)
+    def fits(self, kept: Mapping[str, int]) -> bool:
+        return self.fits_real(kept)
+
+    def fits_real(self, kept: Mapping[str, float]) -> bool:
+        return model_budget.fits_real(self, kept)
 
     def height(self, kept: Mapping[str, float]) -> float:
-        """Cost over limit, of the limit that is nearest to being broken, or broken most."""
+        """The largest cost over limit, of all limits; above 1 where a limit is broken."""
         return max(float(self.real_cost(limit.kind, kept)) / max(limit.ceiling, 1) for limit in self.limits)
 
     def binding(self, kept: Mapping[str, int]) -> str:
-        """The kind of the limit that `kept` is nearest to using up."""
-        return max(self.limits, key=lambda limit: self.cost(limit.kind, kept) / max(limit.ceiling, 1)).kind
+        return model_budget.binding(self, kept)
 
     def prices(self, kept: Mapping[str, int]) -> dict[str, float]:
-        """What the last channels of each group cost, each, in units of the limit that `kept` is nearest to using up."""
+        """Cost of one of the last channels of each group, in units of the limit that `kept` is nearest to using up."""
         tightest = self.binding(kept)
-        whole = self.real_cost(tightest, kept)
+        cost = self.real_cost(tightest, kept)
 
-        def of(term: Term) -> float:
+        def price_of(term: Term) -> float:
             fewer = max(kept[term.name] - term.step, 0)
-            return float(whole - self.real_cost(tightest, {**kept, term.name: fewer})) / max(kept[term.name] - fewer, 1)
+            return float(cost - self.real_cost(tightest, {**kept, term.name: fewer})) / max(kept[term.name] - fewer, 1)
 
-        return {term.name: of(term) for term in self.terms}
+        return {term.name: price_of(term) for term in self.terms}
 
     def levels(self, term: Term, below: int) -> list[int]:
-        """Every number of channels, ascending, that a group may have and that is smaller than `below`."""
+        """Every number of channels that a group may have and that is smaller than `below`, ascending."""
         levels, k = [], term.lower
         while k < below:
             levels.append(k)
-            k = _above(term, k) or below
+            k = _next_level(term, k) or below
         return levels
 
     def meets(self, kept: Mapping[str, int]) -> bool:
-        """Whether `kept` is an answer: it fits, groups are in bounds, and sparsity alone has no room for a channel."""
+        """Whether `kept` fits, is within bounds, and leaves no room for a channel where sparsity is the only limit."""
         bounded = all(
             term.lower <= kept[term.name] <= term.upper
             and (kept[term.name] % term.step == 0 or kept[term.name] == term.total)
             for term in self.terms
         )
         alone = "sparsity" in self.asked and len(self.limits) == 1
-        more = alone and any(self.fits({**kept, t.name: up}) for t in self.terms if (up := _above(t, kept[t.name])))
+        more = alone and any(
+            self.fits({**kept, t.name: up}) for t in self.terms if (up := _next_level(t, kept[t.name]))
+        )
         return bounded and self.fits(kept) and not more
 
     def clip(self, kept: Mapping[str, Any]) -> dict[str, Any]:
-        """`kept` pulled into each group's bounds."""
-        return {term.name: min(max(kept[term.name], term.lower), term.upper) for term in self.terms}
+        return model_budget.clip(self.terms, kept)
 
     def project(self, wished: Mapping[str, float]) -> Allocation:
         """The densities nearest to `wished` in proportion that use up the tightest limit (real numbers).
@@ -214,65 +210,66 @@ class ChannelBudget:
         Raises:
             UsageError: a group is missing, unknown, negative or nan.
         """
-        total = {term.name: term.total for term in self.terms}
-        return Allocation({name: x / total[name] for name, x in self._relaxed(wished).items()}, total)
+        return model_budget.allocation(self.terms, self._relaxed(wished))
 
     def counts(self, wished: Mapping[str, float]) -> dict[str, int]:
         """Whole numbers of channels that meet every limit, in proportion to `wished`; not one more channel fits.
 
-        Largest remainders first; then whichever group is furthest below its wish, ties by name.
+        After flooring, channels go one step at a time to the group that is furthest below its wish, ties by name.
 
         Raises:
             UsageError: as in `project`.
         """
         relaxed = self._relaxed(wished)
-        kept = {t.name: _below(t, relaxed[t.name] * (1 + 1e-13) + 1e-9) for t in self.terms}
+        kept = {t.name: _level_at_most(t, relaxed[t.name] * (1 + 1e-13) + 1e-9) for t in self.terms}
         for term in sorted(self.terms, key=lambda t: (relaxed[t.name] - kept[t.name], t.name)):
-            while not self.fits(kept) and kept[term.name] > term.lower:  # float dust may have lifted a floor by one
-                kept[term.name] = _below(term, kept[term.name] - 1)
+            while not self.fits(kept) and kept[term.name] > term.lower:  # a rounding error may have lifted a floor
+                kept[term.name] = _level_at_most(term, kept[term.name] - 1)
         open_terms = {term.name: term for term in self.terms}
         while open_terms:
             name = min(open_terms, key=lambda n: ((kept[n] - relaxed[n]) / open_terms[n].step, n))
-            more = _above(open_terms[name], kept[name])
+            more = _next_level(open_terms[name], kept[name])
             if more is None or not self.fits({**kept, name: more}):
-                del open_terms[name]  # costs only grow: it will not fit later either
+                del open_terms[name]  # costs only grow: no channel of this group fits later either
             else:
                 kept[name] = more
         return kept
 
     def rows(self, kept: Mapping[str, int]) -> list[dict[str, Any]]:
-        """One row a limit, as `Budget.rows`."""
-        return rows_of(self.limits, {limit.kind: self.cost(limit.kind, kept) for limit in self.limits}, self.total)
+        return model_budget.rows(self, kept)
 
     def _relaxed(self, wished: Mapping[str, float]) -> dict[str, float]:
-        share = shares(wished, self.terms, "groups of channels")
+        proportion = proportions(wished, self.terms, "groups of channels")
 
-        def at(price: float) -> dict[str, float]:
-            return self.clip({name: price * x for name, x in share.items()})
+        def kept_at(price: float) -> dict[str, float]:
+            return self.clip({name: price * x for name, x in proportion.items()})
 
-        most = max(term.upper / share[term.name] for term in self.terms)
-        return at(largest(lambda price: self.fits(at(price)), most))
+        most = max(term.upper / proportion[term.name] for term in self.terms)
+        return kept_at(largest(lambda price: self.fits_real(kept_at(price)), most))
 
 
 def channel_terms(named: Iterable[tuple[str, int, int, int]], step: int = 1) -> tuple[Term, ...]:
-    """Terms of groups (name, channels, fewest, most) that keep multiples of `step`, or all they have.
+    """Terms of groups (name, channels, fewest, most) that keep a multiple of `step` channels, or all.
 
-    A group of no more than `step` channels, as of attention heads, keeps any number.
+    A group of at most `step` channels, such as attention heads, keeps any number.
 
     Raises:
-        BudgetError: bounds that leave a group no such number.
+        BudgetError: no multiple lies within the bounds of a group.
+
+    >>> [(term.lower, term.upper) for term in channel_terms([("stem", 10, 3, 7)], step=2)]
+    [(4, 6)]
     """
     terms = []
     for name, total, lower, upper in named:
-        own = step if total > step else 1
-        low, high = -(-lower // own) * own, upper if upper == total else upper // own * own
+        group_step = step if total > step else 1
+        low, high = -(-lower // group_step) * group_step, upper if upper == total else upper // group_step * group_step
         low = min(low, total) if upper == total else low
         if low > high:
             raise BudgetError(
                 f"{name}: no multiple of {step} lies between {lower} and {upper} of its {total} channels. "
                 "Loosen its rules."
             )
-        terms.append(Term(name, total, low, high, own))
+        terms.append(Term(name, total, low, high, group_step))
     return tuple(sorted(terms, key=lambda term: term.name))
 
 
@@ -283,22 +280,16 @@ def _scaled(size: Any, uses: Fraction) -> Any:
     return Fraction(size) * uses if isinstance(size, int) else size * float(uses)
 
 
-def _below(term: Term, kept: float) -> int:
-    """The most channels not above `kept` that the group may have."""
+def _level_at_most(term: Term, kept: float) -> int:
+    """The largest number of channels that the group may have and that is at most `kept`."""
     if kept >= term.total == term.upper:
         return term.total
     return max(term.step * math.floor(min(kept, term.upper) / term.step), term.lower)
 
 
-def _above(term: Term, kept: int) -> int | None:
-    """The next more channels that the group may have."""
+def _next_level(term: Term, kept: int) -> int | None:
+    """The next larger number of channels that the group may have; None where there is none."""
     more = (kept // term.step + 1) * term.step
     if more <= term.upper:
         return more
     return term.total if kept < term.total == term.upper else None
-
-
-def tied(budget: Budget, weights: Iterable[Term], *, full_bytes: int, full_latency: int = 0) -> Budget:
-    """The budget with its limits as whole numbers for these layers; what can be reached is for channels to say."""
-    terms = tuple(sorted(weights, key=lambda term: term.name))
-    return replace(budget, terms=terms, full_bytes=full_bytes, full_latency=full_latency)

@@ -1,4 +1,4 @@
-"""What one layer costs, by kind of budget."""
+"""What one layer costs, for each kind of budget."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ class Term:
 def mask_bits(total: int, kept: float) -> float:
     """Size in bits of the smallest mask of `kept` of `total`: one bit a weight, or positions.
 
-    A position's lowest l bits are stored as they are, the others in unary, as what they are above those of the position
-    before (Elias 1974, Fano 1971):
+    The lowest l bits of a position are stored as they are. The higher bits are stored in unary, as the difference from
+    those of the position before (Elias 1974, Fano 1971):
 
         bits(l) = kept (l + 1) + floor((total - 1) / 2^l) + 1
 
@@ -63,14 +63,14 @@ def mask_bits(total: int, kept: float) -> float:
 
 def least_bits(total: int, kept: int) -> float:
     """The information limit of a mask of `kept` of `total`: total H(kept / total), H the entropy of a coin in bits."""
-    share = kept / total
-    return -total * sum(p * math.log2(p) for p in (share, 1 - share) if p)
+    density = kept / total
+    return -total * sum(p * math.log2(p) for p in (density, 1 - density) if p)
 
 
 def low_bits(total: int, kept: float) -> int:
-    """The l of `mask_bits` with which positions take the fewest bits; the lowest of equal ones."""
-    near = max(int(total / max(kept, 1)).bit_length() - 1, 0)  # bits(l) is convex, its minimum here or beside
-    return min(range(max(near - 1, 0), near + 2), key=lambda low: _position_bits(total, kept, low))
+    """The l of `mask_bits` with which positions take the fewest bits; of equal ones the lowest."""
+    guess = max(int(total / max(kept, 1)).bit_length() - 1, 0)  # bits(l) is convex, its minimum at most one away
+    return min(range(max(guess - 1, 0), guess + 2), key=lambda low: _position_bits(total, kept, low))
 
 
 def _position_bits(total: int, kept: float, low: int) -> float:
@@ -106,27 +106,28 @@ REAL_PRICES: dict[str, Callable[[Term, float], float]] = {
 }
 
 
-def corners(term: Term) -> tuple[float, ...]:
-    """Where the cost of a layer stops being linear in what is kept: its bounds, and where it is stored another way."""
-    found: list[float] = []
+def breakpoints(term: Term) -> tuple[float, ...]:
+    """Numbers of kept weights between which the cost of a layer is linear: bounds, and where its storage changes."""
+    points: list[float] = []
     if term.value_bytes:
-        # (bytes where none is kept, bytes of one more), by one bit a weight, and by positions
-        whole = (term.total / 8, float(term.value_bytes))
-        ways = [
+        # (bytes of no weight, bytes of one more): a mask of one bit a weight, and of positions
+        bitmap = (term.total / 8, float(term.value_bytes))
+        positions = [
             (_position_bits(term.total, 0, low) / 8, term.value_bytes + (low + 1) / 8)
             for low in range(term.total.bit_length() + 1)
         ]
-        pairs = [*itertools.pairwise(ways), *((way, whole) for way in ways)]
-        found += [(b - a) / (more_a - more_b) for (a, more_a), (b, more_b) in pairs]
-        found += [(term.dense_bytes - a) / more for a, more in (whole, *ways)]
-    return term.lower, *(kept for kept in found if term.lower < kept < term.upper), term.upper
+        pairs = [*itertools.pairwise(positions), *((line, bitmap) for line in positions)]
+        points += [(b - a) / (more_a - more_b) for (a, more_a), (b, more_b) in pairs]
+        points += [(term.dense_bytes - a) / more for a, more in (bitmap, *positions)]
+    return term.lower, *(kept for kept in points if term.lower < kept < term.upper), term.upper
 
 
 class Ledger:
-    """Running costs while weights are handed out; changes the counts it was given.
+    """Running costs while weights are handed out; changes `kept` in place.
 
     Args:
-        ceilings: kind -> what layers may cost.
+        ceilings: kind -> the most that all layers may cost.
+        kept: layer -> weights at the start.
     """
 
     def __init__(self, terms: Iterable[Term], ceilings: Mapping[str, int], kept: dict[str, int]) -> None:
@@ -141,14 +142,14 @@ class Ledger:
         return all(left >= 0 for left in self.left.values())
 
     def add(self, term: Term, steps: int) -> None:
-        """Give a layer so many steps more."""
+        """Keep so many steps more of a layer; fewer where `steps` is negative."""
         before = self.kept[term.name]
         self.kept[term.name] = before + steps * term.step
         for kind in self.left:
             self.left[kind] -= PRICES[kind](term, self.kept[term.name]) - PRICES[kind](term, before)
 
     def room(self, term: Term) -> int:
-        """How many more steps of this layer every limit still allows."""
+        """How many more steps of a layer every limit allows."""
         kept = self.kept[term.name]
         costs = {kind: PRICES[kind](term, kept) for kind in self.left}
 
@@ -161,19 +162,19 @@ class Ledger:
         return 0 if not most or breaks(1) else bisect_left(range(most + 1), True, lo=1, key=breaks) - 1
 
 
-def shares(wished: Mapping[str, float], terms: Iterable[Term], of: str) -> dict[str, float]:
-    """What is wished of each term, in its own units, the largest density as 1; never exactly 0.
+def proportions(wished: Mapping[str, float], terms: Iterable[Term], noun: str) -> dict[str, float]:
+    """Weights or channels of each term in proportion to the wished densities; the largest density becomes 1.
 
-    A layer wished away still takes what full layers cannot.
+    No number is exactly 0: a layer with density 0 still takes the weights for which full layers have no room.
 
     Args:
-        of: what terms are called in an error.
+        noun: what terms are called in an error.
     Raises:
         UsageError: a term is missing, unknown, negative or nan.
     """
     total = {term.name: term.total for term in terms}
     if wished.keys() != total.keys():
-        raise UsageError(f"an allocation for other {of}: {_difference(wished.keys(), total.keys())}")
+        raise UsageError(f"an allocation for other {noun}: {_different_names(wished, total)}")
     for name, value in wished.items():
         if not (isinstance(value, Real) and value >= 0 and math.isfinite(value)):
             raise UsageError(f"density of {name} is {value!r}: a finite number, 0 or more, is accepted.")
@@ -181,8 +182,8 @@ def shares(wished: Mapping[str, float], terms: Iterable[Term], of: str) -> dict[
     return {name: max(wished[name] / top, 1e-12) * n for name, n in total.items()}
 
 
-def _difference(given: Any, expected: Any) -> str:
-    surplus, missing = sorted(set(given) - set(expected)), sorted(set(expected) - set(given))
+def _different_names(names: Iterable[str], expected: Iterable[str]) -> str:
+    surplus, missing = sorted(set(names) - set(expected)), sorted(set(expected) - set(names))
     parts = [f"unknown {', '.join(surplus[:5])}"] if surplus else []
     parts += [f"missing {', '.join(missing[:5])}"] if missing else []
     more = max(len(surplus) - 5, 0) + max(len(missing) - 5, 0)

@@ -1,14 +1,14 @@
-"""How long a model takes once channels are gone, as arithmetic on tables that were measured (no torch).
+"""How long a model takes without the channels that were removed, from tables that were measured (no torch).
 
     T(n) = b + s sum_l T_l(r_l(n), c_l(n)) + m M(n)        nanoseconds a batch
 
     n            channels kept of each group
     r_l, c_l     first two sides of the weight of layer l;  T_l its measured times on a grid of sides
-    M            numbers that all layers put out: what everything between them has to read and write
+    M            numbers in the outputs of all layers: what everything between them has to read and write
     b, s, m      fitted to whole nets that were measured; s and m are not negative
 
-Between the points of a grid T_l is bilinear. Whoever measures makes tables `monotone`, so that T grows with every n and
-a budget of time can be shared out like any other.
+Between the points of a grid T_l is bilinear. Measured tables are made `monotone`: T grows with every n, and a limit of
+time is met like any other limit.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class LayerTimes:
     def __post_init__(self) -> None:
         grid = [len(row) for row in self.times] == [len(self.columns)] * len(self.rows) != []
         grows = all(a < b for sides in (self.rows, self.columns) for a, b in itertools.pairwise(sides))
-        known = all(math.isfinite(time) and time >= 0 for row in self.times for time in row)
-        if not (grid and self.columns and grows and known and self.out in (0, 1) and self.places >= 0):
+        finite = all(math.isfinite(time) and time >= 0 for row in self.times for time in row)
+        if not (grid and self.columns and grows and finite and self.out in (0, 1) and self.places >= 0):
             raise ValueError(f"{self.layer}: times of another grid, or no times")
 
     def at(self, sides: Sides) -> tuple[float, Sides]:
@@ -68,12 +68,12 @@ class Latency:
     """Nanoseconds of a whole model: see the top of this file.
 
     Attributes:
-        runtime, batch: what was timed, on how many samples at a time.
+        runtime, batch: the runtime that was timed, and samples in a batch.
         layers: the tables.
         base, scale, traffic: b, s and m.
-        dense: what the whole model took.
-        off: the largest error of the fit among the nets that it was fitted to, as a share.
-        slow: what the fit is multiplied with, so that it is right for one net that was measured.
+        dense: nanoseconds of the whole model, as measured.
+        off: the largest relative error of the fit among the nets that it was fitted to.
+        slow: factor on the fit, so that it is right for one net that was measured.
     """
 
     runtime: str
@@ -87,8 +87,8 @@ class Latency:
     slow: float = 1.0
 
     def __post_init__(self) -> None:
-        known = all(map(math.isfinite, (self.base, self.scale, self.traffic, self.off)))
-        if not (known and min(self.scale, self.traffic) >= 0 < min(self.slow, self.dense) < math.inf and self.layers):
+        finite = all(map(math.isfinite, (self.base, self.scale, self.traffic, self.off)))
+        if not (finite and min(self.scale, self.traffic) >= 0 < min(self.slow, self.dense) < math.inf and self.layers):
             raise ValueError("figures that are none of a clock")
 
     def of(self, sides: Mapping[str, Sides]) -> tuple[float, dict[str, Sides]]:
@@ -96,9 +96,9 @@ class Latency:
         total, slopes = self.slow * self.base, {}
         scale, traffic = self.slow * self.scale, self.slow * self.traffic
         for layer in self.layers:
-            own = sides[layer.layer]
-            time, (by_row, by_column) = layer.at(own)
-            total += scale * time + traffic * layer.places * own[layer.out]
+            pair = sides[layer.layer]
+            time, (by_row, by_column) = layer.at(pair)
+            total += scale * time + traffic * layer.places * pair[layer.out]
             slopes[layer.layer] = (
                 scale * by_row + traffic * layer.places * (layer.out == 0),
                 scale * by_column + traffic * layer.places * (layer.out == 1),
@@ -106,7 +106,7 @@ class Latency:
         return total, slopes
 
     def slowed(self, factor: float) -> Latency:
-        """Where everything takes `factor` times as long as the fit says, but for what the dense model took."""
+        """The same tables with `slow` replaced by `factor`; the time of the dense model stays."""
         return replace(self, slow=factor)
 
     def to_json(self) -> dict[str, Any]:
@@ -118,7 +118,7 @@ class Latency:
         """The inverse of `to_json`.
 
         Raises:
-            UsageError: it is no such thing.
+            UsageError: the content is not a table of latencies.
         """
         try:
             layers = tuple(
@@ -135,14 +135,18 @@ class Latency:
             base, scale, traffic, off, slow = (
                 float(content[name]) for name in ("base", "scale", "traffic", "off", "slow")
             )
-            known = str(content["runtime"]), int(content["batch"])
-            return cls(*known, layers, base, scale, traffic, int(content["dense"]), off, slow)
+            runtime, batch = str(content["runtime"]), int(content["batch"])
+            return cls(runtime, batch, layers, base, scale, traffic, int(content["dense"]), off, slow)
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UsageError(f"no table of latencies: {type(error).__name__} {error}.") from error
 
 
 def monotone(times: list[list[float]]) -> tuple[tuple[float, ...], ...]:
-    """The table made to grow along both sides: halfway between the lowest such table above it and the highest below."""
+    """The table made to grow along both sides: the mean of the lowest such table above it and the highest below.
+
+    >>> monotone([[1.0, 3.0, 2.0]])
+    ((1.0, 2.5, 2.5),)
+    """
     above, below = [list(row) for row in times], [list(row) for row in times]
     height, width = len(times), len(times[0])
     for i in range(height):
@@ -157,7 +161,7 @@ def monotone(times: list[list[float]]) -> tuple[tuple[float, ...], ...]:
 
 
 def _between(grid: tuple[int, ...], side: float) -> tuple[int, float, int]:
-    """(point below, share of the way to the next one, how far apart they are); beyond the ends, the last stretch on."""
+    """(index of the point below, fraction of the way to the next, distance of the two); the ends are extrapolated."""
     if len(grid) == 1:
         return 0, 0.0, 0
     i = min(max(bisect_right(grid, side) - 1, 0), len(grid) - 2)

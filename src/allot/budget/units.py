@@ -29,47 +29,54 @@ _NANOSECONDS = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
 
 @dataclass(frozen=True)
 class Amount:
-    """A limit as read: exact value, and whether it is a share of the dense model."""
+    """A limit as a number: its exact value, and whether it is a fraction of the dense model."""
 
     value: Fraction
     relative: bool
 
     @classmethod
-    def read(cls, kind: str, given: float | int | str) -> Amount:
-        text = str(given).strip()
+    def read(cls, kind: str, limit: float | int | str) -> Amount:
+        """The amount that a user wrote.
+
+        Raises:
+            BudgetError: no number, an unknown unit, or a value out of range.
+
+        >>> Amount.read("bytes", "3kB")
+        Amount(value=Fraction(3000, 1), relative=False)
+        """
+        text = str(limit).strip()
         match = re.fullmatch(r"([-+]?[0-9.eE+-]+?|nan|[-+]?inf)\s*(%|[a-zA-Z]*)", text)
         try:
-            number = Decimal(match[1]) if match and not isinstance(given, bool) else Decimal("nan")
+            number = Decimal(match[1]) if match and not isinstance(limit, bool) else Decimal("nan")
         except InvalidOperation:
             number = Decimal("nan")
         suffix = match[2].lower() if match else ""
         if not number.is_finite():
-            raise BudgetError(f"{kind}={given!r} is not a number. {_ACCEPTED[kind]}")
-        # beyond every float, or every clock; 10**999999999 would take all memory
+            raise BudgetError(f"{kind}={limit!r} is not a number. {_ACCEPTED[kind]}")
+        # beyond every float, or every time; 10**999999999 would take all memory
         if abs(number.adjusted()) > (20 if kind == "latency" else 400):
-            raise BudgetError(f"{kind}={given} is out of range. {_ACCEPTED[kind]}")
-        value, relative = Fraction(number), suffix == "%"
-        if relative:
-            value /= 100
-        if kind == "sparsity":
-            if suffix not in ("", "%") or not 0 < value < 1:
-                raise BudgetError(f"sparsity={given} is out of range. {_ACCEPTED[kind]}")
-            return cls(value, relative=True)
-        if relative and not 0 < value < 1:
-            raise BudgetError(f"{kind}={given} is out of range. {_ACCEPTED[kind]}")
+            raise BudgetError(f"{kind}={limit} is out of range. {_ACCEPTED[kind]}")
+        value = Fraction(number) / (100 if suffix == "%" else 1)
+        relative = suffix == "%" or kind == "sparsity"
+        if relative and (suffix not in ("", "%") or not 0 < value < 1):
+            raise BudgetError(f"{kind}={limit} is out of range. {_ACCEPTED[kind]}")
         if not relative:
             units = _NANOSECONDS if kind == "latency" else _UNITS
             if suffix not in units or (suffix.endswith("b") and kind != "bytes"):
-                raise BudgetError(f"{kind}={given}: unknown unit {match[2] if match else ''!r}. {_ACCEPTED[kind]}")
+                raise BudgetError(f"{kind}={limit}: unknown unit {match[2] if match else ''!r}. {_ACCEPTED[kind]}")
             value *= units[suffix]
             if value < 1 or (value.denominator != 1 and suffix == ""):
-                raise BudgetError(f"{kind}={given} is not a whole number of {unit(kind)}. {_ACCEPTED[kind]}")
+                raise BudgetError(f"{kind}={limit} is not a whole number of {unit(kind)}. {_ACCEPTED[kind]}")
         return cls(value, relative)
 
 
 def meaning(asked: Mapping[str, float | int | str]) -> frozenset[tuple[str, Amount]]:
-    """What limits, by kind, are whatever they are written like: 0.9, 0.90 and 90% of sparsity are one."""
-    return frozenset((kind, Amount.read(kind, given)) for kind, given in asked.items())
+    """The limits by kind and value: two texts for the same limits are equal.
+
+    >>> meaning({"sparsity": "90%"}) == meaning({"sparsity": 0.90})
+    True
+    """
+    return frozenset((kind, Amount.read(kind, limit)) for kind, limit in asked.items())
 
 
 _ACCEPTED = {
@@ -81,22 +88,22 @@ _ACCEPTED = {
 }
 
 
-def memory(name: str, given: int | str) -> int:
-    """A number of bytes: 64000000, 64MB, 6GB or 6GiB.
+def memory(name: str, size: int | str) -> int:
+    """A number of bytes, from 64000000, 64MB, 6GB or 6GiB.
 
     Args:
-        name: what it is of, for the error.
+        name: the option, for the error.
     Raises:
-        UsageError: no such number, or less than one byte.
+        UsageError: not a number of bytes, or less than one byte.
     """
-    if isinstance(given, int) and not isinstance(given, bool) and given > 0:
-        return given
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        return size
     try:
-        amount = Amount.read("bytes", str(given))
+        amount = Amount.read("bytes", str(size))
     except BudgetError:
         amount = Amount(Fraction(0), relative=True)
     if amount.relative or amount.value < 1:
-        raise UsageError(f"{name}={given}: a number of bytes, like 800MB or 6GB, is accepted.")
+        raise UsageError(f"{name}={size}: a number of bytes, like 800MB or 6GB, is accepted.")
     return int(amount.value)
 
 
@@ -105,15 +112,19 @@ def unit(kind: str) -> str:
     return {"sparsity": "weights", "params": "weights", "macs": "MACs", "bytes": "bytes", "latency": "ns"}[kind]
 
 
-def written(kind: str, cost: int) -> str:
-    """A cost as a limit that allows it."""
+def amount_text(kind: str, cost: int) -> str:
+    """A cost, written as a limit that allows it."""
     return f"{-(-cost // 1000)}us" if kind == "latency" else str(cost)
 
 
 def sparsity_keeping(kept: int, total: int) -> str:
-    """The shortest sparsity that keeps exactly `kept` of `total` weights."""
-    # 0 and 1 are no sparsities, but what rounds to them is
-    near = min(max(1 - Fraction(kept, total), Fraction(1, 4 * total)), 1 - Fraction(1, 4 * total))
-    exact = Decimal(near.numerator) / Decimal(near.denominator)
-    texts = (f"{exact:.{digits}f}" for digits in range(1, 29))
+    """The shortest sparsity that keeps exactly `kept` of `total` weights.
+
+    >>> sparsity_keeping(667, 1000)
+    '0.333'
+    """
+    # 0 and 1 are not sparsities; numbers that round to all or to no weights are
+    sparsity = min(max(1 - Fraction(kept, total), Fraction(1, 4 * total)), 1 - Fraction(1, 4 * total))
+    decimal = Decimal(sparsity.numerator) / Decimal(sparsity.denominator)
+    texts = (f"{decimal:.{digits}f}" for digits in range(1, 29))
     return next(text for text in texts if 0 < Fraction(text) < 1 and round((1 - Fraction(text)) * total) == kept)

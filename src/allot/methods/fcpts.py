@@ -54,7 +54,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from allot.budget.bisection import bracket
-from allot.budget.budget import Budget
+from allot.budget.model_budget import ModelBudget
 from allot.errors import UsageError, check_number
 from allot.methods.training.distillation import Training, distilled
 from allot.methods.training.schedule import Schedule, warm_cosine
@@ -168,7 +168,7 @@ class Fcpts:
         }
 
 
-def moved(budget: Budget, density: PerLayer, b: PerLayer, eta: float, absolute: float = 1.0) -> dict[str, float]:
+def moved(budget: ModelBudget, density: PerLayer, b: PerLayer, eta: float, absolute: float = 1.0) -> dict[str, float]:
     """Densities d_l after one update by b_l, using up the budget; where b_l is 0, proportions stay."""
     price = budget.prices(budget.counts(density))
     least = max(price.values()) * 1e-3 or 1.0  # a layer may cost nothing more
@@ -188,7 +188,9 @@ def moved(budget: Budget, density: PerLayer, b: PerLayer, eta: float, absolute: 
     return dict(budget.project(new))
 
 
-def _window_bounds(budget: Budget, kept: Mapping[str, int], window: float) -> tuple[dict[str, int], dict[str, int]]:
+def _window_bounds(
+    budget: ModelBudget, kept: Mapping[str, int], window: float
+) -> tuple[dict[str, int], dict[str, int]]:
     """k_l - h and k_l + h, whole steps of the pattern, within each layer's bounds."""
     h = {t.name: -(-min(max(16, math.ceil(window * kept[t.name])), 16_384) // t.step) * t.step for t in budget.terms}
     return budget.clip({l: kept[l] - h[l] for l in h}), budget.clip({l: kept[l] + h[l] for l in h})
@@ -334,7 +336,7 @@ class FcptsPaper:
         }
 
 
-def _missed_cost(budget: Budget, S: Mapping[str, Tensor]) -> tuple[Tensor, float]:
+def _missed_cost(budget: ModelBudget, S: Mapping[str, Tensor]) -> tuple[Tensor, float]:
     """(fraction of the dense cost by which the tightest limit is missed, sparsity)."""
     total = {term.name: term.total for term in budget.terms}
     kept = _counts(S, budget)
@@ -346,7 +348,7 @@ def _missed_cost(budget: Budget, S: Mapping[str, Tensor]) -> tuple[Tensor, float
     return (spent - spent.detach() - room).abs() / dense, 1 - sum(kept.values()) / budget.total
 
 
-def _counts(S: Mapping[str, Tensor], budget: Budget) -> dict[str, int]:
+def _counts(S: Mapping[str, Tensor], budget: ModelBudget) -> dict[str, int]:
     return {term.name: round((1 - float(S[term.name].detach())) * term.total) for term in budget.terms}
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from allot.budget.budget import Budget
+from allot.budget.model_budget import ModelBudget
 from allot.errors import UsageError, check_number
 from allot.methods.training.distillation import Training
 from allot.methods.training.selection import CollectedEvidence, allocated, scored
@@ -104,7 +104,7 @@ class Knapsack:
         return allocated(candidate, kept, {"knapsack": {"error": state["error"]}})
 
 
-def best_densities(budget: Budget, error: Mapping[str, Curve]) -> dict[str, float]:
+def best_densities(budget: ModelBudget, error: Mapping[str, Curve]) -> dict[str, float]:
     """Densities that minimise the sum of the curves' lower hulls within the budget.
 
     Args:

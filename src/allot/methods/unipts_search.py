@@ -47,7 +47,7 @@ import torch
 from torch import Tensor
 
 from allot.budget.bisection import bracket
-from allot.budget.budget import Budget
+from allot.budget.model_budget import ModelBudget
 from allot.errors import UsageError, check_flag, check_number, unknown
 from allot.methods.training.selection import CollectedEvidence, allocated, scored
 from allot.methods.training.trial import Trial, halves
@@ -268,7 +268,7 @@ class Search:
             masks[layer.name] = mask.index_fill(0, order[: kept[layer.name]], True).view(layer.shape)
         return replace(allocated(candidate, kept), masks=masks)
 
-    def _base(self, budget: Budget) -> dict[str, float]:
+    def _base(self, budget: ModelBudget) -> dict[str, float]:
         return reduced(budget, self.excess, relative=self.relative)
 
     def _with_noise(self, problem: Problem) -> Problem:
@@ -280,7 +280,7 @@ class Search:
         )
 
 
-def reduced(budget: Budget, excess: float, *, relative: bool) -> dict[str, float]:
+def reduced(budget: ModelBudget, excess: float, *, relative: bool) -> dict[str, float]:
     """r_l of every layer, in weights."""
     uniform = budget.project({term.name: 1.0 for term in budget.terms})
     densities = {
@@ -289,7 +289,7 @@ def reduced(budget: Budget, excess: float, *, relative: bool) -> dict[str, float
     return {term.name: max(density * term.total, float(term.lower)) for term, density in densities.items()}
 
 
-def decoded(budget: Budget, base: Mapping[str, float], x: list[float]) -> dict[str, int]:
+def decoded(budget: ModelBudget, base: Mapping[str, float], x: list[float]) -> dict[str, int]:
     """Counts k_l of a genome: the base, grown in proportion to softmax(x) until the budget is used up.
 
     Args:
@@ -317,7 +317,7 @@ def equal_counts(problem: Problem) -> dict[str, float]:
     return {term.name: kept[term.name] / term.total for term in budget.terms}
 
 
-def encoded(budget: Budget, base: Mapping[str, float], kept: Mapping[str, int]) -> list[float]:
+def encoded(budget: ModelBudget, base: Mapping[str, float], kept: Mapping[str, int]) -> list[float]:
     """The genome whose counts are `kept`, or the nearest one where a layer keeps less than its base."""
     above = [max(kept[term.name] - base[term.name], 0.0) for term in budget.terms]
     least = max(math.fsum(above) * 1e-6, 1e-9)

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 from allot.budget.allocation import Allocation
-from allot.budget.budget import Budget
 from allot.errors import BudgetError
 from allot.export.files.latency_tables import tables_of
 from allot.export.timing.latency import Runtime, time_both
@@ -84,7 +83,7 @@ def paced(problem: Problem, diagnostics: Mapping[str, Any]) -> Problem:
     """The problem with tables as slow as a net was measured to be, where that was done."""
     if "latency" not in diagnostics:
         return problem
-    return replace(problem, budget=cast(Budget, problem.channels.slowed(diagnostics["latency"]["slow"])))
+    return replace(problem, budget=problem.channels.slowed(diagnostics["latency"]["slow"]))
 
 
 def measured(problem: Problem, plan: ChannelPlan) -> dict[str, int]:

@@ -10,13 +10,13 @@ from contextlib import ExitStack
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
 from allot.budget.budget import Budget
-from allot.budget.channels import ChannelBudget, Dimension, Extent, channel_terms, tied
+from allot.budget.channels import ChannelBudget, Dimension, Extent, channel_terms
 from allot.budget.costs import Term
 from allot.budget.latency import Latency
 from allot.errors import AllotError, BudgetError, PatternError, Stopped, UsageError
@@ -120,7 +120,7 @@ def pose(
             raise UsageError("channels are found by running the model: give --data or --input (example= in Python).")
         timing = latency or partial(latency_of, runtime=Runtime.parse(None), seed=seed)
         scope, channels = _of_channels(model, scope, budget, pattern.step, example, rules or Rules(), timing)
-        return Problem(model, scope, cast(Budget, channels), pattern, score, calibration, seed, example)
+        return Problem(model, scope, channels, pattern, score, calibration, seed, example)
     state, _ = plain_state(model)
     layout = files.layout(state, files.metadata_of(model, scope, budget))
     terms = []
@@ -171,7 +171,7 @@ def _of_channels(
     weights = [Term(layer.name, layer.total, 0, layer.total, macs=layer.macs) for layer in scope]
     full = {"full_bytes": files.layout(state, said).plain, "full_latency": tables.dense if tables else 0}
     header = files.slim_header(state, said, groups)
-    return scope, ChannelBudget(tied(budget, weights, **full), terms, tuple(extents), header, tables)
+    return scope, ChannelBudget(budget.with_terms(weights, **full), terms, tuple(extents), header, tables)
 
 
 def _ruled(

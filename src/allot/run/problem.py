@@ -10,8 +10,8 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor, nn
 
 from allot.budget.allocation import Allocation
-from allot.budget.budget import Budget
 from allot.budget.channels import ChannelBudget
+from allot.budget.model_budget import ModelBudget
 from allot.errors import UsageError
 from allot.network.compute import Compute
 from allot.network.layers import Scope
@@ -34,7 +34,7 @@ class Problem:
 
     model: nn.Module
     scope: Scope
-    budget: Budget  # of channels, a `ChannelBudget`, which has its surface but for ways down
+    budget: ModelBudget
     pattern: Pattern
     score: WeightScore | ChannelScore
     calibration: Calibration | None = None

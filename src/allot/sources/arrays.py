@@ -27,7 +27,7 @@ class Arrays(Dataset[Any]):
         """The samples of the file.
 
         Raises:
-            UsageError: it cannot be read, or holds no plain arrays of one length.
+            UsageError: the file cannot be read, or holds no plain arrays of one length.
         """
         try:
             with path.open("rb") as file:

@@ -46,7 +46,7 @@ def load_model(
         weights: a safetensors file or a .pt that holds tensors only; "default" for the origin's trained weights (what
             torchvision, timm and hf do without this), "random" for none.
         shape: of one input, without the batch dimension.
-        device: where it is put, as `device_of` takes it.
+        device: device of the model, as `device_of` reads it.
     Raises:
         UsageError: unknown name, missing package, weights that do not fit, or no such device.
     """
@@ -59,26 +59,26 @@ def load_model(
     if weights == "random" and origin not in REMOTE:
         raise UsageError(f"--weights random is for {', '.join(f'{o}:' for o in REMOTE)} models; {spec} has its own.")
     loader = {"zoo": _zoo_model, "torchvision": torchvision_model, "timm": timm_model, "hf": hf_model}.get(origin)
-    # standard output belongs to what allot answers; weights at random are the same every time, and in every process
+    # standard output is for results; random weights are the same in every run and every process
     with redirect_stdout(sys.stderr), seeded(0):
         source = loader(name, trained) if loader else ModelSource(called(spec, nn.Module, "an nn.Module"))
     if path:
         fill(source.model, Path(path))
     source.model.eval()
-    import_from(Path.cwd())  # functions that options name are looked for where factories are
-    source = replace(source, example=_shaped(source, shape)) if shape else source
+    import_from(Path.cwd())  # functions that options name are imported from where factories are
+    source = replace(source, example=_example_of_shape(source, shape)) if shape else source
     if place.type == "cpu":
         return source
     return replace(source, model=source.model.to(place), example=moved(source.example, place))
 
 
 def device_of(name: str | None) -> torch.device:
-    """The device of this name: cpu (None as well), cuda, cuda:1, mps.
+    """The device with a name: cpu (None as well), cuda, cuda:1, mps.
 
-    Where torchrun started several processes, each takes a CUDA device of its own for "cuda".
+    Where torchrun started several processes, "cuda" is another CUDA device in each.
 
     Raises:
-        UsageError: there is none here.
+        UsageError: this machine has no such device.
     """
     if name == "cuda" and launched():
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
@@ -86,15 +86,15 @@ def device_of(name: str | None) -> torch.device:
         device = torch.device(name or "cpu")
     except RuntimeError:
         raise UsageError(f"--device {name}: cpu, cuda, cuda:1 or mps is accepted.") from None
-    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if (device.index or 0) >= there.get(device.type, 0):
-        some = [f"cuda:{i}" for i in range(there["cuda"])] + ["mps"] * there["mps"]
-        raise UsageError(f"--device {name}: there is no such device here; {', '.join(['cpu', *some])} can be had.")
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= count.get(device.type, 0):
+        others = [f"cuda:{i}" for i in range(count["cuda"])] + ["mps"] * count["mps"]
+        raise UsageError(f"--device {name}: there is no such device here; {', '.join(['cpu', *others])} can be had.")
     return device
 
 
 def example_of(source: ModelSource, data: str | None, *, skip_corrupt: bool = False) -> Any:
-    """A batch of one input: what the origin or a given shape says, else the first of the data; None without either."""
+    """A batch of one input: from the origin or a shape, else the first of the data; None without either."""
     if source.example is None and data:
         samples = load_data(data, source, skip_corrupt=skip_corrupt)
         return Calibration.of(samples, samples=1, dtype=source.dtype).example()
@@ -109,16 +109,16 @@ def load_data(
     Args:
         source: the model's origin: size and preprocessing of pictures for `folder:`, the tokenizer for `text:`.
         split: which part of zoo data: "calibration", "validation" or "test".
-        skip_corrupt: whether samples that cannot be read are reported and left out, see `Readable`.
+        skip_corrupt: whether samples that cannot be read are skipped and reported, see `Readable`.
     Raises:
         UsageError: unknown name, missing package, unreadable or empty data.
     """
-    data = _loaded(spec, source, split)
-    has_places = hasattr(data, "__getitem__") and hasattr(data, "__len__")  # an iterator raises what it likes
+    data = _open_data(spec, source, split)
+    has_places = hasattr(data, "__getitem__") and hasattr(data, "__len__")  # an iterator may raise any error
     return Readable(data) if skip_corrupt and has_places else data
 
 
-def _loaded(spec: str, source: ModelSource | None, split: str) -> Any:
+def _open_data(spec: str, source: ModelSource | None, split: str) -> Any:
     origin, _, name = spec.partition(":")
     if origin == "synthetic":
         return Fractals(_image_shape(spec, name, source))
@@ -131,12 +131,12 @@ def _loaded(spec: str, source: ModelSource | None, split: str) -> Any:
     if origin == "npz":
         return Arrays.load(Path(name))
     if origin == "folder":
-        return _pictures(Path(name), source)
+        return _open_folder(Path(name), source)
     if origin == "text":
-        return _text(Path(name), source)
+        return _open_text(Path(name), source)
     with redirect_stdout(sys.stderr):
         data = called(spec, (Dataset, Iterable), "a Dataset or an iterable")
-    return _drawn(spec, data) if isinstance(data, Iterator) else data
+    return _yield_samples(spec, data) if isinstance(data, Iterator) else data
 
 
 def _zoo_model(name: str, trained: bool) -> ModelSource:  # noqa: FBT001 - one of four loaders of one shape
@@ -145,7 +145,7 @@ def _zoo_model(name: str, trained: bool) -> ModelSource:  # noqa: FBT001 - one o
     return ModelSource(zoo.model(name), torch.zeros(1, 1, 16, 16))
 
 
-def _drawn(spec: str, samples: Iterator[Any]) -> Iterator[Any]:
+def _yield_samples(spec: str, samples: Iterator[Any]) -> Iterator[Any]:
     try:
         yield from samples
     except Exception as error:
@@ -153,7 +153,7 @@ def _drawn(spec: str, samples: Iterator[Any]) -> Iterator[Any]:
 
 
 def _image_shape(spec: str, text: str, source: ModelSource | None) -> tuple[int, ...]:
-    """C,H,W as said, or as the model takes them."""
+    """C,H,W from the text, or from the example of the model."""
     if not text:
         shape = getattr(source.example if source else None, "shape", None)
         if shape is None:
@@ -167,15 +167,15 @@ def _image_shape(spec: str, text: str, source: ModelSource | None) -> tuple[int,
         raise UsageError(f"DATA {spec!r}: synthetic:CHANNELS,HEIGHT,WIDTH, like synthetic:3,224,224.") from None
 
 
-def _pictures(path: Path, source: ModelSource | None) -> Any:
+def _open_folder(path: Path, source: ModelSource | None) -> Any:
     shape = getattr(source.example if source else None, "shape", None)
     if source is None or shape is None or len(shape) != 4:
         raise UsageError("folder: needs the size of an image: give --input CHANNELS,HEIGHT,WIDTH.")
-    own = source.preprocess(tuple(shape[1:])) if source.preprocess else None
-    return folder(path, tuple(shape[1:]), own, source.normalise)
+    preprocess = source.preprocess(tuple(shape[1:])) if source.preprocess else None
+    return folder(path, tuple(shape[1:]), preprocess, source.normalise)
 
 
-def _text(path: Path, source: ModelSource | None) -> Texts:
+def _open_text(path: Path, source: ModelSource | None) -> Texts:
     if source is None or source.tokenizer is None:
         raise UsageError(
             "text: is for hf: models of text, which have a tokenizer of their own: for others, npz:FILE with an array "
@@ -186,7 +186,7 @@ def _text(path: Path, source: ModelSource | None) -> Texts:
     return Texts.load(path, source.tokenizer(), length, model.get_input_embeddings().num_embeddings)
 
 
-def _shaped(source: ModelSource, shape: tuple[int, ...]) -> Any:
+def _example_of_shape(source: ModelSource, shape: tuple[int, ...]) -> Any:
     """A batch of one input of this shape: a number of tokens where the model takes tokens."""
     if not isinstance(source.example, Mapping):
         return torch.zeros(1, *shape, dtype=source.dtype)

@@ -1,4 +1,4 @@
-"""Models of torchvision, timm and transformers, with what these libraries know of their inputs."""
+"""Models of torchvision, timm and transformers, with the shape and preprocessing of their inputs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from allot.errors import UsageError, first_line
 from allot.run.named import optional
 from allot.sources.pictures import IMAGENET, Normalise, Preprocess
 
-TOKENS = 512  # in a text's block, where nothing else is asked and the model takes as many
+TOKENS = 512  # in a block of text, where no length is given and the model takes as many
 log = logging.getLogger("allot")
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model, and what its origin says about inputs.
+    """A model, and its inputs as its origin describes them.
 
     Attributes:
         model: eval mode, CPU.
@@ -42,7 +42,7 @@ class ModelSource:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """What floating-point inputs are brought to; None for a model without such parameters."""
+        """The dtype of floating-point inputs; None for a model without such parameters."""
         return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
 
 
@@ -55,17 +55,17 @@ def torchvision_model(name: str, trained: bool) -> ModelSource:  # noqa: FBT001 
     models = optional("torchvision.models", "torchvision", "vision")
     if name not in models.list_models():
         raise _no_such_model("torchvision", name, models.list_models())
-    given: dict[str, Any] = {"weights": "DEFAULT" if trained else None}
+    options: dict[str, Any] = {"weights": "DEFAULT" if trained else None}
     if not trained and "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
-        given["weights_backbone"] = None  # else that of a segmentation model is fetched all the same
-    model = _fetched(f"torchvision:{name}", lambda: models.get_model(name, **given))
+        options["weights_backbone"] = None  # else that of a segmentation model is fetched all the same
+    model = _build(f"torchvision:{name}", lambda: models.get_model(name, **options))
     best = getattr(models.get_model_weights(name), "DEFAULT", None)
     if best is None:
         return ModelSource(model, torch.zeros(1, 3, 224, 224), IMAGENET)
-    said, prepared = getattr(best.transforms, "keywords", {}), best.transforms()  # a preset, or a partial of one
+    keywords, prepared = getattr(best.transforms, "keywords", {}), best.transforms()  # a preset, or a partial of one
     # detection models normalise by themselves
     normalise = (tuple(prepared.mean), tuple(prepared.std)) if hasattr(prepared, "mean") else ((0.0,) * 3, (1.0,) * 3)
-    side = said.get("crop_size")
+    side = keywords.get("crop_size")
     if not isinstance(side, int):  # pictures of any size, or films
         return ModelSource(model, torch.zeros(1, 3, 224, 224), normalise)
 
@@ -73,11 +73,11 @@ def torchvision_model(name: str, trained: bool) -> ModelSource:  # noqa: FBT001 
         channels, height, width = shape
         if channels != 3 or height != width:
             return None
-        resized = round(height * said.get("resize_size", 256) / side)
+        resized = round(height * keywords.get("resize_size", 256) / side)
         return best.transforms(crop_size=height, resize_size=resized)
 
-    taken = getattr(model, "image_size", side)  # a transformer's weights may be for another size than it is built for
-    return ModelSource(model, torch.zeros(1, 3, taken, taken), normalise, preprocess)
+    size = getattr(model, "image_size", side)  # a transformer's weights may be for another size than it is built for
+    return ModelSource(model, torch.zeros(1, 3, size, size), normalise, preprocess)
 
 
 def timm_model(name: str, trained: bool) -> ModelSource:  # noqa: FBT001
@@ -89,7 +89,7 @@ def timm_model(name: str, trained: bool) -> ModelSource:  # noqa: FBT001
     timm = optional("timm", "timm", "vision")
     if not timm.is_model(name.split(".")[0]):
         raise _no_such_model("timm", name, timm.list_models())
-    model = _fetched(f"timm:{name}", lambda: timm.create_model(name, pretrained=trained))
+    model = _build(f"timm:{name}", lambda: timm.create_model(name, pretrained=trained))
     config = timm.data.resolve_model_data_config(model)
 
     def preprocess(shape: tuple[int, ...]) -> Preprocess | None:
@@ -118,8 +118,8 @@ def hf_model(name: str, trained: bool) -> ModelSource:  # noqa: FBT001
         return kind.from_pretrained(name) if trained else kind._from_config(config)
 
     transformers.utils.logging.disable_progress_bar()
-    model: Any = _fetched(f"hf:{name}", build)
-    model.config.use_cache = False  # keys and values of tokens gone by are no output to compare
+    model: Any = _build(f"hf:{name}", build)
+    model.config.use_cache = False  # the keys and values of earlier tokens are not outputs to compare
     if model.main_input_name == "input_ids":
         return ModelSource(model, _example_of_tokens(model), tokenizer=lambda: _tokenizer(transformers, name))
     if model.main_input_name != "pixel_values":
@@ -146,7 +146,7 @@ def of_tokens(example: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
 
 
 def _example_of_tokens(model: Any) -> dict[str, Tensor] | None:
-    """What the library tries its own models with; of language models that take nothing else, a block as of a text."""
+    """The inputs with which the library tests its models; where those are tokens alone, a block of text."""
     dummy = getattr(model, "dummy_inputs", None)
     if not dummy:
         return None
@@ -166,19 +166,18 @@ def _tokenizer(transformers: Any, name: str) -> Any:
 
 
 def _image_processor(transformers: Any, name: str, shape: tuple[int, ...]) -> Preprocess | None:
-    """The preprocessor beside the model, told to give this size."""
+    """The preprocessor beside the model, set to this size."""
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(name)
     except Exception as error:  # noqa: BLE001 - the mean and standard deviation in its file can be used all the same
-        said = first_line(error)
-        log.warning("the preprocessor of hf:%s cannot be used here: %s", name, said)
+        log.warning("the preprocessor of hf:%s cannot be used here: %s", name, first_line(error))
         return None
     sizes = _processor_sizes(processor, *shape[1:])
     return lambda image: processor(images=image, return_tensors="pt", **sizes)["pixel_values"][0]
 
 
 def _processor_sizes(processor: Any, height: int, width: int) -> dict[str, dict[str, int]]:
-    """What a preprocessor has to be told so that pictures come out in this size; nothing where they do already."""
+    """Arguments with which a preprocessor makes pictures of this size; empty where it does so without."""
     size = dict(getattr(processor, "size", None) or {})
     cropped = dict(getattr(processor, "crop_size", None) or {}) if getattr(processor, "do_center_crop", None) else {}
     wanted = {"height": height, "width": width}
@@ -201,7 +200,7 @@ def _no_such_model(origin: str, name: str, names: list[str]) -> UsageError:
     return UsageError(f"unknown {origin} model {name!r}: {hint}{listing} lists all {len(names)}.")
 
 
-def _fetched(spec: str, build: Any) -> nn.Module:
+def _build(spec: str, build: Any) -> nn.Module:
     try:
         return build()
     except Exception as error:

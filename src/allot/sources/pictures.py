@@ -1,7 +1,7 @@
 """A folder of pictures, one sub-folder a class, as samples `(picture [C, H, W], class)`.
 
-A picture is prepared as its model was taught to see: by a function that the model's origin gives, or else by resizing
-the shorter side to 8/7 of the height, a crop of the middle, and normalisation.
+A picture is prepared as in the training of its model: by a function of the model's origin, or else by resizing the
+shorter side to 8/7 of the height, a crop of the middle, and normalisation.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ log = logging.getLogger("allot")
 
 
 def folder(
-    path: Path, shape: tuple[int, ...], own: Preprocess | None = None, normalise: Normalise | None = None
+    path: Path, shape: tuple[int, ...], preprocess: Preprocess | None = None, normalise: Normalise | None = None
 ) -> Any:
     """The pictures in the sub-folders of `path`, a Dataset; classes by the order of the sub-folders' names.
 
     Args:
         shape: channels (1 or 3), height and width that pictures are brought to.
-        own: what prepares a picture for the model; left out, with a warning, where it does not give `shape`.
-        normalise: per-channel (mean, std) where there is no `own`; those of ImageNet where None.
+        preprocess: prepares a picture for the model; not used, with a warning, where its result does not have `shape`.
+        normalise: per-channel (mean, std) where there is no `preprocess`; those of ImageNet where None.
     Raises:
         UsageError: no such folder, or a sub-folder without pictures. A picture that cannot be read is a CorruptSample
             that names its file, when it is asked for.
@@ -41,19 +41,19 @@ def folder(
     datasets = optional("torchvision.datasets", "torchvision", "vision")
     channels, height, width = shape
     mode = "L" if channels == 1 else "RGB"
-    if own is None or not _gives(own, mode, shape):
-        own = _usual(channels, height, width, normalise or IMAGENET)
+    if preprocess is None or not _has_shape(preprocess, mode, shape):
+        preprocess = _resize_and_crop(channels, height, width, normalise or IMAGENET)
     try:
-        return datasets.ImageFolder(str(path), own, loader=functools.partial(_decoded, mode=mode))
+        return datasets.ImageFolder(str(path), preprocess, loader=functools.partial(_decode, mode=mode))
     except FileNotFoundError as error:
-        raise UsageError(_without_pictures(path, datasets.folder.IMG_EXTENSIONS)) from error
+        raise UsageError(_missing_pictures(path, datasets.folder.IMG_EXTENSIONS)) from error
 
 
-def _decoded(path: str, mode: str) -> Any:
+def _decode(path: str, mode: str) -> Any:
     """The picture in a file, decoded whole.
 
     Raises:
-        CorruptSample: it cannot be read.
+        CorruptSample: the file cannot be read.
     """
     image = optional("PIL.Image", "PIL", "vision")
     try:
@@ -62,31 +62,31 @@ def _decoded(path: str, mode: str) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # decoders raise whatever a broken file makes them
-        said = (str(error) or type(error).__name__).rstrip(".")
-        said = "it is no picture" if isinstance(error, image.UnidentifiedImageError) else said
-        raise CorruptSample.of(f"{path} cannot be read ({said})") from error
+        reason = (str(error) or type(error).__name__).rstrip(".")
+        reason = "it is no picture" if isinstance(error, image.UnidentifiedImageError) else reason
+        raise CorruptSample.of(f"{path} cannot be read ({reason})") from error
 
 
-def _gives(own: Preprocess, mode: str, shape: tuple[int, ...]) -> bool:
-    """Whether `own` makes tensors of this shape."""
+def _has_shape(preprocess: Preprocess, mode: str, shape: tuple[int, ...]) -> bool:
+    """Whether `preprocess` makes tensors of this shape."""
     image = optional("PIL.Image", "PIL", "vision")
     try:
-        found = tuple(own(image.new(mode, (shape[2] + 9, shape[1] + 5))).shape)
+        made = tuple(preprocess(image.new(mode, (shape[2] + 9, shape[1] + 5))).shape)
     except Exception as error:  # noqa: BLE001 - another library's function, and there is another way
-        said = first_line(error)
+        reason = first_line(error)
     else:
-        if found == tuple(shape):
+        if made == tuple(shape):
             return True
-        said = f"it gives {list(found)}"
+        reason = f"it gives {list(made)}"
     log.warning(
         "the model's own preprocessing makes no pictures of %s (%s): they are resized, cropped and normalised instead",
         list(shape),
-        said,
+        reason,
     )
     return False
 
 
-def _usual(channels: int, height: int, width: int, normalise: Normalise) -> Preprocess:
+def _resize_and_crop(channels: int, height: int, width: int, normalise: Normalise) -> Preprocess:
     transforms = optional("torchvision.transforms", "torchvision", "vision")
     mean, std = normalise
     if channels == 1:
@@ -103,8 +103,8 @@ def _usual(channels: int, height: int, width: int, normalise: Normalise) -> Prep
     return prepared
 
 
-def _without_pictures(path: Path, endings: tuple[str, ...]) -> str:
-    """What is missing in the folder."""
+def _missing_pictures(path: Path, endings: tuple[str, ...]) -> str:
+    """The error text for a folder without pictures: sub-folders or files that are missing."""
     below = sorted(entry for entry in path.iterdir() if entry.is_dir())
     if not below:
         return f"{path} has no sub-folders: pictures are looked for in one sub-folder a class, be it a single one."

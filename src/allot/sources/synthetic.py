@@ -1,8 +1,8 @@
-"""Inputs where there is no data: fractal images, as POT prunes with when it is given none.
+"""Inputs without data: fractal images, with which POT prunes when it has no data.
 
 Image i is the attractor of a random iterated function system (Barnsley 1988): points are sent on by one of a few random
 contractions x <- A x + b, over and over, and the logarithm of how many land on a pixel is its brightness; each channel
-has a brightness and a background of its own, 1/f noise. Channels have mean 0 and standard deviation 1, as normalised
+has another brightness and another background, 1/f noise. Channels have mean 0 and standard deviation 1, as normalised
 images have. Every image is a function of (seed, i).
 """
 
@@ -23,7 +23,7 @@ class Fractals(Dataset[tuple[Tensor]]):
     """`count` images `[channels, height, width]`, float32.
 
     Raises:
-        UsageError: the shape is not three whole numbers above 0, or the count none.
+        UsageError: the shape is not three whole numbers above 0, or the count is not.
     """
 
     def __init__(self, shape: tuple[int, ...], count: int = 512, seed: int = 0) -> None:
@@ -51,7 +51,7 @@ class Fractals(Dataset[tuple[Tensor]]):
 
 
 def _attractor(height: int, width: int, draw: torch.Generator) -> Float[Tensor, "height width"]:
-    """Log density of an attractor, brought to standard deviation 1."""
+    """Log density of an attractor, scaled to standard deviation 1."""
     maps = int(torch.randint(2, 5, (), generator=draw))
     A = 2 * torch.rand(maps, 2, 2, generator=draw) - 1
     A = A / torch.linalg.matrix_norm(A, 2)[:, None, None] * (0.4 + 0.5 * torch.rand(maps, 1, 1, generator=draw))

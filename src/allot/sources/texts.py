@@ -23,12 +23,12 @@ class Texts(Dataset[dict[str, Tensor]]):
     def load(cls, path: Path, tokenizer: Any, length: int, vocabulary: int | None = None) -> Texts:
         """The text of a file in UTF-8, tokenised as one piece, without special tokens, and cut into blocks.
 
-        What is left at the end, shorter than a block, is not used.
+        A rest at the end that is shorter than a block is not used.
 
         Args:
             tokenizer: of the transformers library.
             length: tokens in a block.
-            vocabulary: how many different tokens the model knows.
+            vocabulary: number of different tokens of the model.
         Raises:
             UsageError: the file cannot be read, is shorter than a block, or the tokens are not the model's.
         """

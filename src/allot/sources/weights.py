@@ -1,4 +1,4 @@
-"""Weights from a file into a model, where they fit exactly; nothing that a file says is ever executed."""
+"""Loads weights from a file into a model that they fit exactly; code in a file is never run."""
 
 from __future__ import annotations
 
@@ -21,26 +21,28 @@ def fill(model: nn.Module, path: Path) -> None:
         UsageError: unreadable, pickled objects, or keys, shapes and types that differ (listed).
     """
     state = load(path) if path.suffix == ".safetensors" else _tensors_of(path)
-    own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    aliased = {name for name in own if name not in state and _shared(own, name, state)}
-    both = [name for name in own if name in state]
+    expected = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    aliased = {name for name in expected if name not in state and _shared(expected, name, state)}
+    both = [name for name in expected if name in state]
     problems = {
-        "missing": [name for name in own if name not in state and name not in aliased],
-        "not in the model": [name for name in state if name not in own],
+        "missing": [name for name in expected if name not in state and name not in aliased],
+        "not in the model": [name for name in state if name not in expected],
         "other shape": [
-            f"{name} {list(state[name].shape)} for {list(own[name].shape)}"
+            f"{name} {list(state[name].shape)} for {list(expected[name].shape)}"
             for name in both
-            if state[name].shape != own[name].shape
+            if state[name].shape != expected[name].shape
         ],
         "other type": [
-            f"{name} {_word(state[name])} for {_word(own[name])}"
+            f"{name} {_dtype_name(state[name])} for {_dtype_name(expected[name])}"
             for name in both
-            if state[name].is_floating_point() != own[name].is_floating_point()
+            if state[name].is_floating_point() != expected[name].is_floating_point()
         ],
     }
     if any(problems.values()):
-        told = "; ".join(f"{what}: {', '.join(keys[:8])}{_more(keys, 8)}" for what, keys in problems.items() if keys)
-        raise UsageError(f"{path} does not fit {type(model).__name__}: {told}.")
+        listed = "; ".join(
+            f"{what}: {', '.join(keys[:8])}{_count_of_others(keys, 8)}" for what, keys in problems.items() if keys
+        )
+        raise UsageError(f"{path} does not fit {type(model).__name__}: {listed}.")
     model.load_state_dict(state, strict=False)
 
 
@@ -68,15 +70,15 @@ def _tensors_of(path: Path) -> Mapping[str, Tensor]:
     return content
 
 
-def _shared(own: Mapping[str, Tensor], name: str, state: Mapping[str, Tensor]) -> bool:
+def _shared(expected: Mapping[str, Tensor], name: str, state: Mapping[str, Tensor]) -> bool:
     """Whether another name that the file has is the same tensor of the model."""
-    pointer = own[name].data_ptr()
-    return any(other in state and value.data_ptr() == pointer for other, value in own.items() if other != name)
+    pointer = expected[name].data_ptr()
+    return any(other in state and value.data_ptr() == pointer for other, value in expected.items() if other != name)
 
 
-def _word(tensor: Tensor) -> str:
+def _dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _more(keys: list[str], shown: int) -> str:
+def _count_of_others(keys: list[str], shown: int) -> str:
     return f" and {len(keys) - shown} more" if len(keys) > shown else ""

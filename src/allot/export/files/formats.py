@@ -38,9 +38,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from allot.budget.budget import Budget
-from allot.budget.channels import ChannelBudget
 from allot.budget.costs import low_bits, mask_bits
+from allot.budget.model_budget import ModelBudget
 from allot.errors import UsageError
 from allot.network.channels import ChannelPlan, Group
 from allot.network.layers import Scope, plain_state
@@ -80,7 +79,7 @@ class Layout:
     plain: int
 
 
-def metadata_of(model: nn.Module, scope: Scope, budget: Budget | ChannelBudget) -> dict[str, Any]:
+def metadata_of(model: nn.Module, scope: Scope, budget: ModelBudget) -> dict[str, Any]:
     """The metadata of a run's files but format, seal and pad; limits are 0 until the budget is tied to the model."""
     return {
         "aliases": plain_state(model)[1],

@@ -1,0 +1,174 @@
+"""What every budget for a model answers, whether it counts weights or channels, and the arithmetic that is the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+from allot.budget.allocation import Allocation
+from allot.budget.costs import Term
+from allot.budget.units import Amount, amount_text, sparsity_keeping, unit
+from allot.errors import BudgetError
+
+Number = TypeVar("Number", int, float)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One bound on one cost, in whole units: weights, MACs, bytes or nanoseconds."""
+
+    kind: str
+    asked: float | int | str
+    ceiling: int
+
+
+class ModelBudget(Protocol):
+    """A budget tied to one model: `Budget` of single weights, `ChannelBudget` of channels.
+
+    `kept` counts weights of each layer, or channels of each group; every term has an entry.
+    """
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """One entry for each layer or group, by name."""
+
+    @property
+    def asked(self) -> dict[str, float | int | str]:
+        """The limits as the user wrote them, by kind."""
+
+    @property
+    def limits(self) -> tuple[Limit, ...]:
+        """Every limit as a whole number of weights, MACs, bytes or nanoseconds."""
+
+    @property
+    def total(self) -> int:
+        """Weights in scope."""
+
+    def to_json(self) -> dict[str, str]:
+        """The limits as text, by kind."""
+
+    def sizes(self, kept: Mapping[str, int]) -> dict[str, int]:
+        """Remaining weights of each layer in scope."""
+
+    def cost(self, kind: str, kept: Mapping[str, int]) -> int:
+        """What `kept` costs: weights, MACs, bytes or nanoseconds, rounded up."""
+
+    def real_cost(self, kind: str, kept: Mapping[str, float]) -> Any:
+        """What real numbers of weights or channels cost."""
+
+    def fits(self, kept: Mapping[str, int]) -> bool:
+        """Whether whole numbers meet every limit."""
+
+    def fits_real(self, kept: Mapping[str, float]) -> bool:
+        """Whether real numbers meet every limit."""
+
+    def meets(self, kept: Mapping[str, int]) -> bool:
+        """Whether `kept` is an answer: it fits, is within bounds, and uses up a sparsity that is the only limit."""
+
+    def clip(self, kept: Mapping[str, Number]) -> dict[str, Number]:
+        """`kept` brought within the bounds of each term."""
+
+    def project(self, wished: Mapping[str, float]) -> Allocation:
+        """The densities nearest to `wished` in proportion that use up the tightest limit (real numbers)."""
+
+    def counts(self, wished: Mapping[str, float]) -> dict[str, int]:
+        """Whole numbers that meet every limit, in proportion to `wished`, until not one more fits."""
+
+    def binding(self, kept: Mapping[str, int]) -> str:
+        """The kind of the limit that `kept` is nearest to using up."""
+
+    def prices(self, kept: Mapping[str, int]) -> dict[str, float]:
+        """What one weight or channel of each term costs, in units of the limit that is nearest to being used up."""
+
+    def rows(self, kept: Mapping[str, int]) -> list[dict[str, Any]]:
+        """One row for each limit: `{kind, asked, limit, achieved, met}`."""
+
+    def widened(self, factor: float) -> ModelBudget:
+        """This budget with room for `factor` times as much beside what is fixed, at most for everything."""
+
+
+def fits_real(budget: ModelBudget, kept: Mapping[str, float]) -> bool:
+    """Whether real numbers meet every limit."""
+    return all(budget.real_cost(limit.kind, kept) <= limit.ceiling for limit in budget.limits)
+
+
+def clip(terms: Iterable[Term], kept: Mapping[str, Number]) -> dict[str, Number]:
+    """`kept` brought within the bounds of each term."""
+    return {term.name: min(max(kept[term.name], term.lower), term.upper) for term in terms}
+
+
+def allocation(terms: Iterable[Term], kept: Mapping[str, float]) -> Allocation:
+    """The densities of real numbers of weights or channels."""
+    total = {term.name: term.total for term in terms}
+    return Allocation({name: kept[name] / total[name] for name in total}, total)
+
+
+def binding(budget: ModelBudget, kept: Mapping[str, int]) -> str:
+    """The kind of the limit that `kept` is nearest to using up."""
+    return max(budget.limits, key=lambda limit: budget.cost(limit.kind, kept) / max(limit.ceiling, 1)).kind
+
+
+def widened(limits: Iterable[Limit], factor: float, budget: ModelBudget, fixed_bytes: int) -> tuple[Limit, ...]:
+    """Limits with room for `factor` times as much beside fixed bytes, at most for everything in bounds."""
+    if factor == 1:
+        return tuple(limits)
+    everything = {term.name: term.upper for term in budget.terms}
+
+    def ceiling(limit: Limit) -> int:
+        fixed = fixed_bytes if limit.kind == "bytes" else 0
+        most = budget.cost(limit.kind, everything)
+        # the smaller one first: a product beyond every float has no floor
+        return max(limit.ceiling, fixed + math.floor(min(factor * (limit.ceiling - fixed), most - fixed)))
+
+    return tuple(replace(limit, ceiling=ceiling(limit)) for limit in limits)
+
+
+def check_floors(budget: ModelBudget, need: str) -> None:
+    """Raises where the lower bounds cost more than a limit.
+
+    Args:
+        need: subject and verb of the error: what needs that cost.
+    Raises:
+        BudgetError: with the nearest budget that can be met.
+    """
+    least = {term.name: term.lower for term in budget.terms}
+    for limit in budget.limits:
+        if (cost := budget.cost(limit.kind, least)) > limit.ceiling:
+            raise BudgetError(
+                f"{limit.kind}={limit.asked} allows {limit.ceiling:,} {unit(limit.kind)}; {need} {cost:,}. "
+                f"Nearest that can be met: {nearest(budget, least)}."
+            )
+
+
+def rows(budget: ModelBudget, kept: Mapping[str, int]) -> list[dict[str, Any]]:
+    """One row for each limit: `{kind, asked, limit, achieved, met}`; sparsity as a fraction, the rest whole numbers."""
+    table = []
+    for limit in budget.limits:
+        cost = budget.cost(limit.kind, kept)
+        sparsity = limit.kind == "sparsity"
+        table.append(
+            {
+                "kind": limit.kind,
+                "asked": str(limit.asked),
+                "limit": float(Amount.read(limit.kind, limit.asked).value) if sparsity else limit.ceiling,
+                "achieved": 1 - cost / budget.total if sparsity else cost,
+                "met": cost <= limit.ceiling,
+            }
+        )
+    return table
+
+
+def nearest(budget: ModelBudget, kept: Mapping[str, int], moved: str = "") -> str:
+    """The limits, as `Budget.parse` reads them; those that `kept` breaks, and `moved`, become what `kept` costs."""
+    texts = []
+    for limit in budget.limits:
+        cost = budget.cost(limit.kind, kept)
+        if cost <= limit.ceiling and limit.kind != moved:
+            texts.append(f"{limit.kind}={limit.asked}")
+        elif limit.kind == "sparsity":
+            texts.append(f"sparsity={sparsity_keeping(cost, budget.total)}")
+        else:
+            texts.append(f"{limit.kind}={amount_text(limit.kind, cost)}")
+    return ",".join(texts)
