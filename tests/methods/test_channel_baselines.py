@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from allot.budget.channels import channel_budget
 from allot.errors import UsageError
 from allot.methods.channel_baselines import GlobalChannels, Sensitivity
 from allot.methods.training.distillation import Training
 from allot.methods.training.selection import CollectedEvidence, channel_masks, importance
-from allot.network.batch_norms import is_batch_norm
 from allot.network.call import call
+from allot.network.layers import is_batch_norm
 from allot.run.driver import Progress, drive
 from allot.run.problem import Candidate, Problem, finished
 from allot.run.store import Log
@@ -66,7 +67,7 @@ def loss_without(problem: Problem, kept: dict[str, int], k: int) -> float:
 @pytest.mark.parametrize("budget", ["macs=40%", "params=50%", SEVERAL])
 def test_every_choice_of_sensitivity_is_that_of_trying_all_proposals(case: str, budget: str):
     problem, rounds = channel_problem(case, budget), 3
-    bound = problem.channels
+    bound = channel_budget(problem.budget)
     method = Sensitivity(Training(temperature=2.0), rounds)
     candidate = Candidate.dense(problem)
     state = method.init(problem, candidate)
@@ -110,7 +111,7 @@ def test_sensitivity_ends_on_odd_nets(case: str):
 def test_what_fits_already_is_left_whole():
     problem = channel_problem(budget="macs=10M")
     kept, steps = told(Sensitivity(rounds=3), problem)
-    assert steps == [] and kept == {term.name: term.total for term in problem.channels.terms}
+    assert steps == [] and kept == {term.name: term.total for term in channel_budget(problem.budget).terms}
 
 
 def test_more_rounds_cost_more_images_and_each_is_counted():
@@ -145,7 +146,7 @@ def test_rounds_out_of_range_are_one_line(rounds: Any):
 @pytest.mark.parametrize("budget", ["macs=40%", "params=50%", "sparsity=0.7", SEVERAL])
 def test_global_channels_are_the_first_of_one_sorted_list(case: str, budget: str):
     problem = channel_problem(case, budget)
-    bound, scores = problem.channels, scores_of(problem)
+    bound, scores = channel_budget(problem.budget), scores_of(problem)
     ranked = sorted(
         ((-float(value), name, i) for name, score in scores.items() for i, value in enumerate(score)),
     )

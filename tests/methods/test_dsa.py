@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import allot
 from allot.budget.budget import Budget
+from allot.budget.channels import channel_budget
 from allot.errors import Stopped, UsageError
 from allot.methods import METHODS
 from allot.methods.dsa import HOLDS, SPACES, Dsa, _place, padded, projected, soft_masks
@@ -186,7 +187,7 @@ def test_the_implicit_gradient_is_that_of_finite_differences_through_the_solve(b
 def test_the_gradient_of_the_other_holds_is_that_of_their_penalty(hold: str, budget: str):
     problem, method = channel_problem(budget=budget), dsa(hold=hold)
     a, c, z, u = draws(4, len(problem.scope.groups), seed=2)
-    rho, several = 1.7, len(problem.channels.limits)
+    rho, several = 1.7, len(channel_budget(problem.budget).limits)
     state = {"lambda": [0.1 * (i + 1) for i in range(several)], "z": z.sigmoid(), "u": 0.1 * u}
 
     def penalised(a: Tensor) -> float:
@@ -210,10 +211,10 @@ def test_the_gradient_of_the_other_holds_is_that_of_their_penalty(hold: str, bud
 def test_costs_are_the_budgets_and_their_gradients_those_of_finite_differences(budget: str):
     problem = channel_problem(budget=budget)
     alpha = draws(3).sigmoid()
-    for i, limit in enumerate(problem.channels.limits):
+    for i, limit in enumerate(channel_budget(problem.budget).limits):
         kept = {g.name: float(x) * g.total for g, x in zip(problem.scope.groups, alpha, strict=True)}
         cost, gradient = costs_of(problem, alpha)[i]
-        assert cost == pytest.approx(float(problem.channels.real_cost(limit.kind, kept)) / limit.ceiling)
+        assert cost == pytest.approx(float(channel_budget(problem.budget).real_cost(limit.kind, kept)) / limit.ceiling)
         for k in range(3):
             moved = 1e-6 * torch.eye(3, dtype=torch.float64)[k]
             ahead, behind = (costs_of(problem, alpha + s * moved)[i][0] for s in (1, -1))
@@ -323,7 +324,7 @@ def test_bounds_of_rules_hold_and_groups_that_are_excluded_stay_whole(hold: str)
 def test_densities_start_at_the_uniform_allocation(hold: str):
     problem = channel_problem(budget="params=50%")
     _, first = told(dsa(1, hold=hold), problem)[0].diagnostics["dsa"]["densities"][0]
-    start = problem.channels.project({group.name: 1.0 for group in problem.scope.groups})
+    start = channel_budget(problem.budget).project({group.name: 1.0 for group in problem.scope.groups})
     assert first == pytest.approx([start[group.name] for group in problem.scope.groups], abs=2e-3)
 
 
@@ -331,7 +332,7 @@ def test_densities_start_at_the_uniform_allocation(hold: str):
 def test_densities_start_at_the_uniform_allocation_where_rules_bound_them(hold: str):
     problem = posed(Case(lambda: Branches(0.001), (6,)), "params=40%", Rules(max_density={"vital.*": 0.5}))
     _, first = told(dsa(1, hold=hold), problem)[0].diagnostics["dsa"]["densities"][0]
-    start = problem.channels.project({group.name: 1.0 for group in problem.scope.groups})
+    start = channel_budget(problem.budget).project({group.name: 1.0 for group in problem.scope.groups})
     assert first == pytest.approx([start[group.name] for group in problem.scope.groups], abs=0.02)
 
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from allot.errors import UsageError
-from allot.network.call import as_arguments, call
+from allot.network.call import call
 from allot.network.masking import masked
+from allot.network.trees import as_arguments
 
 
 def rand(*shape: int) -> Tensor:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from allot.budget.budget import Budget
 from allot.errors import UsageError
-from allot.network.channels import ChannelPlan, FewerHeads, Group, slimmed
+from allot.network.channels import ChannelPlan, FewerHeads, slimmed
+from allot.network.layers import Group
 from allot.pruning.setup import pose
 from allot.run.patterns import Channels
 from allot.run.problem import Problem

@@ -14,8 +14,7 @@ from allot.budget.budget import Budget
 from allot.errors import UsageError
 from allot.methods.training import channel_gates as gates
 from allot.methods.training.selection import CollectedEvidence, importance
-from allot.network.channels import Group
-from allot.network.layers import Layer, Scope
+from allot.network.layers import Group, Layer, Scope
 from allot.pruning.setup import pose
 from allot.run.calibration import Calibration
 from allot.run.patterns import Channels, Unstructured

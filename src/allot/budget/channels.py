@@ -25,8 +25,8 @@ from allot.budget.bisection import largest
 from allot.budget.budget import Budget
 from allot.budget.costs import Term, proportions
 from allot.budget.latency import Latency
-from allot.budget.model_budget import Limit
-from allot.errors import BudgetError
+from allot.budget.model_budget import Limit, ModelBudget
+from allot.errors import BudgetError, UsageError
 
 Dimension = tuple[int, tuple[tuple[str, int], ...]]  # places of no group, (group, places a channel)
 
@@ -293,3 +293,14 @@ def _next_level(term: Term, kept: int) -> int | None:
     if more <= term.upper:
         return more
     return term.total if kept < term.total == term.upper else None
+
+
+def channel_budget(budget: ModelBudget) -> ChannelBudget:
+    """The budget itself, of a problem of channels.
+
+    Raises:
+        UsageError: single weights are pruned.
+    """
+    if not isinstance(budget, ChannelBudget):
+        raise UsageError("this shares out channels: give --pattern channels.")
+    return budget

@@ -31,62 +31,44 @@ class ModelBudget(Protocol):
     """
 
     @property
-    def terms(self) -> tuple[Term, ...]:
-        """One entry for each layer or group, by name."""
+    def terms(self) -> tuple[Term, ...]: ...
 
     @property
-    def asked(self) -> dict[str, float | int | str]:
-        """The limits as the user wrote them, by kind."""
+    def asked(self) -> dict[str, float | int | str]: ...
 
     @property
-    def limits(self) -> tuple[Limit, ...]:
-        """Every limit as a whole number of weights, MACs, bytes or nanoseconds."""
+    def limits(self) -> tuple[Limit, ...]: ...
 
     @property
-    def total(self) -> int:
-        """Weights in scope."""
+    def total(self) -> int: ...
 
-    def to_json(self) -> dict[str, str]:
-        """The limits as text, by kind."""
+    def to_json(self) -> dict[str, str]: ...
 
-    def sizes(self, kept: Mapping[str, int]) -> dict[str, int]:
-        """Remaining weights of each layer in scope."""
+    def sizes(self, kept: Mapping[str, int]) -> dict[str, int]: ...
 
-    def cost(self, kind: str, kept: Mapping[str, int]) -> int:
-        """What `kept` costs: weights, MACs, bytes or nanoseconds, rounded up."""
+    def cost(self, kind: str, kept: Mapping[str, int]) -> int: ...
 
-    def real_cost(self, kind: str, kept: Mapping[str, float]) -> Any:
-        """What real numbers of weights or channels cost."""
+    def real_cost(self, kind: str, kept: Mapping[str, float]) -> Any: ...
 
-    def fits(self, kept: Mapping[str, int]) -> bool:
-        """Whether whole numbers meet every limit."""
+    def fits(self, kept: Mapping[str, int]) -> bool: ...
 
-    def fits_real(self, kept: Mapping[str, float]) -> bool:
-        """Whether real numbers meet every limit."""
+    def fits_real(self, kept: Mapping[str, float]) -> bool: ...
 
-    def meets(self, kept: Mapping[str, int]) -> bool:
-        """Whether `kept` is an answer: it fits, is within bounds, and uses up a sparsity that is the only limit."""
+    def meets(self, kept: Mapping[str, int]) -> bool: ...
 
-    def clip(self, kept: Mapping[str, Number]) -> dict[str, Number]:
-        """`kept` brought within the bounds of each term."""
+    def clip(self, kept: Mapping[str, Number]) -> dict[str, Number]: ...
 
-    def project(self, wished: Mapping[str, float]) -> Allocation:
-        """The densities nearest to `wished` in proportion that use up the tightest limit (real numbers)."""
+    def project(self, wished: Mapping[str, float]) -> Allocation: ...
 
-    def counts(self, wished: Mapping[str, float]) -> dict[str, int]:
-        """Whole numbers that meet every limit, in proportion to `wished`, until not one more fits."""
+    def counts(self, wished: Mapping[str, float]) -> dict[str, int]: ...
 
-    def binding(self, kept: Mapping[str, int]) -> str:
-        """The kind of the limit that `kept` is nearest to using up."""
+    def binding(self, kept: Mapping[str, int]) -> str: ...
 
-    def prices(self, kept: Mapping[str, int]) -> dict[str, float]:
-        """What one weight or channel of each term costs, in units of the limit that is nearest to being used up."""
+    def prices(self, kept: Mapping[str, int]) -> dict[str, float]: ...
 
-    def rows(self, kept: Mapping[str, int]) -> list[dict[str, Any]]:
-        """One row for each limit: `{kind, asked, limit, achieved, met}`."""
+    def rows(self, kept: Mapping[str, int]) -> list[dict[str, Any]]: ...
 
-    def widened(self, factor: float) -> ModelBudget:
-        """This budget with room for `factor` times as much beside what is fixed, at most for everything."""
+    def widened(self, factor: float) -> ModelBudget: ...
 
 
 def fits_real(budget: ModelBudget, kept: Mapping[str, float]) -> bool:

@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 from allot.errors import UsageError
-from allot.network.batch_norms import is_batch_norm
 from allot.network.call import call
 from allot.network.hooks import Moments
+from allot.network.layers import is_batch_norm
 from allot.run.problem import Candidate, Metrics, Problem
 from allot.run.store import State
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from allot.budget.channels import ChannelBudget
+from allot.budget.channels import ChannelBudget, channel_budget
 from allot.errors import check_number
 from allot.methods.training.channel_gates import gated
 from allot.methods.training.distillation import Training
@@ -58,7 +58,7 @@ class GlobalChannels:
         owner = torch.cat([torch.full((len(state["score"][name]),), i) for i, name in enumerate(names)])
         order = torch.cat([state["score"][name] for name in names]).argsort(descending=True, stable=True)
         ranked = owner[order]
-        budget = problem.channels
+        budget = channel_budget(problem.budget)
 
         def counts(r: int) -> dict[str, int]:
             kept = torch.bincount(ranked[:r], minlength=len(names)).tolist()
@@ -102,7 +102,7 @@ class Sensitivity:
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
         """Everything kept; the proposals of the first round."""
-        budget = problem.channels
+        budget = channel_budget(problem.budget)
         kept = {term.name: term.upper for term in budget.terms}
         evidence = CollectedEvidence(problem, candidate, {})
         scores = {group.name: importance(problem, group, evidence) for group in problem.scope.groups}
@@ -144,7 +144,7 @@ class Sensitivity:
             best = min(state["tried"], key=lambda group: (state["tried"][group][1], group))
             state["kept"][best] = state["tried"][best][0]
             state["round"] += 1
-            state |= {"tried": {}, "open": self._proposals(problem.channels, state)}
+            state |= {"tried": {}, "open": self._proposals(channel_budget(problem.budget), state)}
             state["steps"] = state["step"] + len(state["open"]) * max(self.rounds - state["round"], 1)
         forward += sum(pushed for *_, pushed in results)
         return {"forward": forward, "backward": backward, "loss": results[-1][2]}

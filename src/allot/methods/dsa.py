@@ -48,6 +48,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from allot.budget.bisection import bracket, largest
+from allot.budget.channels import channel_budget
 from allot.errors import UsageError, check_flag, check_number, unknown
 from allot.methods.training.channel_costs import Costs
 from allot.methods.training.channel_gates import gated
@@ -123,7 +124,7 @@ class Dsa:
 
     def begin(self, problem: Problem, evidence: ChannelEvidence) -> State:
         """The part of the state that `masks` and `learn` read."""
-        start = problem.channels.project({group.name: 1.0 for group in problem.scope.groups})
+        start = channel_budget(problem.budget).project({group.name: 1.0 for group in problem.scope.groups})
         least, top = self._bounds(problem)
         alpha = torch.tensor([start[group.name] for group in problem.scope.groups], dtype=torch.float64)
         a = _logit(((alpha - least) / (top - least).clamp_min(1e-9)).clamp(1e-3, 1 - 1e-3))
@@ -133,7 +134,7 @@ class Dsa:
             "mean": torch.zeros_like(a),
             "square": torch.zeros_like(a),
             "learned": 0,
-            "lambda": [0.0] * len(problem.channels.limits),
+            "lambda": [0.0] * len(channel_budget(problem.budget).limits),
             "z": alpha.clone(),
             "u": torch.zeros_like(a),
             "moved": [],

@@ -12,12 +12,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from allot.errors import UsageError
 from allot.processes import all_gather, all_reduce, world_size
 
 Statistics = tuple[Tensor, Tensor]  # mean and biased variance, both [C]
@@ -70,29 +68,6 @@ class Norms(TorchFunctionMode):
         self.counts.append(count)
         _update_running(arguments, mean, deviation / (count - 1))
         return _Whole.apply(x, mean, deviation / count, gamma, beta, eps, count)
-
-
-def is_batch_norm(module: nn.Module) -> bool:
-    """Whether a module normalises by the statistics of a batch.
-
-    >>> is_batch_norm(nn.BatchNorm2d(3)), is_batch_norm(nn.LayerNorm(3))
-    (True, False)
-    """
-    return isinstance(module, _BatchNorm)
-
-
-def check_divisible(model: nn.Module) -> None:
-    """Raises:
-    UsageError: the model's answers depend on which samples are together even in eval mode, or a SyncBatchNorm.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, nn.SyncBatchNorm):
-            raise UsageError(f"{name} is a SyncBatchNorm: use a BatchNorm, whose statistics are pooled here as well.")
-        if is_batch_norm(module) and module.running_mean is None:
-            raise UsageError(
-                f"{name} is a batch norm without running statistics: what the model answers depends on which samples "
-                "are together, and its batches cannot be parted (micro_batch, several processes)."
-            )
 
 
 def pool_moments(x: Tensor) -> tuple[float, Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -16,7 +16,7 @@ from allot.network.batch_norms import Norms
 from allot.network.checkpointing import checkpointed
 from allot.network.compute import Compute
 from allot.network.masking import Masking
-from allot.network.trees import map_leaves
+from allot.network.trees import as_arguments, map_leaves
 from allot.processes import world_size
 
 
@@ -63,18 +63,15 @@ def call(
     compute = compute or Compute()
     if norms and compute.compile:
         compute = replace(compute, compile=False)  # `Norms` counts batch norms, which no graph captures
-    checkpointing = checkpointed(model, norms, masking) if compute.checkpoint else nullcontext()
+
+    def second_run() -> list[AbstractContextManager[Any]]:
+        return [*([norms.again()] if norms else ()), *([masking] if masking else ())]
+
+    checkpointing = checkpointed(model, second_run) if compute.checkpoint else nullcontext()
     with modes(model, training or (lambda module: False)), norms or nullcontext(), checkpointing:
         return torch.func.functional_call(
             _WithThen(model, then, compute, masking), placed, args, kwargs, tie_weights=False
         )
-
-
-def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments for one batch of inputs."""
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
 
 
 @contextmanager

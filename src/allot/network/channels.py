@@ -19,51 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from allot.errors import UsageError
-
-
-@dataclass(frozen=True)
-class Member:
-    """Where the channels of a group lie in one dimension of one tensor.
-
-    Attributes:
-        tensor: name of the parameter or buffer.
-        reads: whether these are the columns by which a layer reads the channels.
-        places: one tuple a channel: its positions along `dim`; all of one length.
-    """
-
-    tensor: str
-    dim: int
-    reads: bool
-    places: tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True)
-class Group:
-    """Channels that are removed one by one, each from all members at once.
-
-    Attributes:
-        name: of the first module that writes them; attention heads are `MODULE.heads`.
-        members: every tensor that holds them.
-        attributes: module -> {attribute: how much of it goes with one channel}, where shapes do not say it all.
-        min_kept, max_kept: fewest and most channels that rules and floor allow.
-        layers: the names by which rules can mean the group.
-    """
-
-    name: str
-    members: tuple[Member, ...]
-    attributes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    min_kept: int = 1
-    max_kept: int = -1
-    layers: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.max_kept < 0:
-            object.__setattr__(self, "max_kept", self.total)
-
-    @property
-    def total(self) -> int:
-        """Number of channels (of heads)."""
-        return len(self.members[0].places)
+from allot.network.layers import Group
 
 
 @dataclass(frozen=True)

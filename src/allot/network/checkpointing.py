@@ -7,7 +7,7 @@ move, and allot's hooks skip it (`is_second_run`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial, wraps
 from typing import Any
@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from allot.errors import UsageError
-from allot.network.batch_norms import Norms
-from allot.network.masking import Masking
 
+SecondRun = Callable[[], Iterable[AbstractContextManager[Any]]]
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _second_runs = 0  # second runs under way; torch takes gradients in its own threads, so this is not a thread's variable
 
@@ -47,11 +46,11 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def checkpointed(model: nn.Module, norms: Norms | None = None, masking: Masking | None = None) -> Iterator[None]:
+def checkpointed(model: nn.Module, second_run: SecondRun = tuple) -> Iterator[None]:
     """While open, blocks of `model` keep their inputs instead of their activations where gradients are wanted.
 
     Args:
-        norms, masking: the modes that replace batch norms and mask weights during the call.
+        second_run: called in each first run, gives what has to be open in the second one.
     Raises:
         UsageError: the model has no repeated blocks.
     """
@@ -62,12 +61,12 @@ def checkpointed(model: nn.Module, norms: Norms | None = None, masking: Masking 
         )
     with ExitStack() as stack:
         for block in blocks:
-            stack.enter_context(_checkpoint_block(block, norms, masking))
+            stack.enter_context(_checkpoint_block(block, second_run))
         yield
 
 
 @contextmanager
-def _checkpoint_block(block: nn.Module, norms: Norms | None, masking: Masking | None) -> Iterator[None]:
+def _checkpoint_block(block: nn.Module, second_run: SecondRun) -> Iterator[None]:
     instance_forward = vars(block).get("forward")  # some users put a forward there too
     plain: Callable[..., Any] = block.forward
 
@@ -75,7 +74,7 @@ def _checkpoint_block(block: nn.Module, norms: Norms | None, masking: Masking | 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return plain(*args, **kwargs)
-        contexts = partial(_run_contexts, block, norms, masking)
+        contexts = partial(_run_contexts, block, second_run)
         return checkpoint(plain, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
     block.forward = forward
@@ -88,7 +87,7 @@ def _checkpoint_block(block: nn.Module, norms: Norms | None, masking: Masking | 
 
 
 def _run_contexts(
-    block: nn.Module, norms: Norms | None, masking: Masking | None
+    block: nn.Module, second_run: SecondRun
 ) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Contexts of the first and the second run; the second happens when the contexts of the call may be closed."""
     before = [
@@ -97,14 +96,12 @@ def _run_contexts(
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    return nullcontext(), _second_run(before, norms.again() if norms else nullcontext(), masking or nullcontext())
+    return nullcontext(), _second_run(before, second_run())
 
 
 @contextmanager
 def _second_run(
-    before: list[tuple[dict[str, Tensor | None], str, Tensor]],
-    norms: AbstractContextManager[Any],
-    masking: AbstractContextManager[Any],
+    before: list[tuple[dict[str, Tensor | None], str, Tensor]], contexts: Iterable[AbstractContextManager[Any]]
 ) -> Iterator[None]:
     """The second run, from the buffers before the first run; afterwards the first run's buffers are back."""
     global _second_runs
@@ -113,7 +110,9 @@ def _second_run(
     try:
         for buffers, name, buffer in before:
             buffers[name] = buffer.clone()
-        with norms, masking:
+        with ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context)
             yield
     finally:
         for buffers, name, left in after:

@@ -12,7 +12,7 @@ from torch import nn
 
 from allot.budget.units import memory
 from allot.errors import UsageError, check_flag, check_number, first_line, unknown
-from allot.network.batch_norms import check_divisible, is_batch_norm
+from allot.network.layers import is_batch_norm
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CACHED = 64 * 2**20  # bytes of the dense net's outputs
@@ -136,3 +136,17 @@ class Compute:
             problem = first_line(error)
         if problem:
             raise UsageError(f"amp={self.amp} cannot be computed on {device} here ({problem}): leave it out.")
+
+
+def check_divisible(model: nn.Module) -> None:
+    """Raises:
+    UsageError: the model's answers depend on which samples are together even in eval mode, or a SyncBatchNorm.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            raise UsageError(f"{name} is a SyncBatchNorm: use a BatchNorm, whose statistics are pooled here as well.")
+        if is_batch_norm(module) and module.running_mean is None:
+            raise UsageError(
+                f"{name} is a batch norm without running statistics: what the model answers depends on which samples "
+                "are together, and its batches cannot be parted (micro_batch, several processes)."
+            )

@@ -16,10 +16,10 @@ from numbers import Real
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from allot.errors import BudgetError, UsageError, unknown
-from allot.network.channels import Group
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 ATTENTION_INPUTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -345,3 +345,53 @@ def plain_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             else:
                 aliases[name] = stored
     return state, aliases
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where the channels of a group lie in one dimension of one tensor.
+
+    Attributes:
+        tensor: name of the parameter or buffer.
+        reads: whether these are the columns by which a layer reads the channels.
+        places: one tuple a channel: its positions along `dim`; all of one length.
+    """
+
+    tensor: str
+    dim: int
+    reads: bool
+    places: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels that are removed one by one, each from all members at once.
+
+    Attributes:
+        name: of the first module that writes them; attention heads are `MODULE.heads`.
+        members: every tensor that holds them.
+        attributes: module -> {attribute: how much of it goes with one channel}, where shapes do not say it all.
+        min_kept, max_kept: fewest and most channels that rules and floor allow.
+        layers: the names by which rules can mean the group.
+    """
+
+    name: str
+    members: tuple[Member, ...]
+    attributes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    min_kept: int = 1
+    max_kept: int = -1
+    layers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_kept < 0:
+            object.__setattr__(self, "max_kept", self.total)
+
+    @property
+    def total(self) -> int:
+        """Number of channels (of heads)."""
+        return len(self.members[0].places)
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether a module normalises by the statistics of a batch."""
+    return isinstance(module, _BatchNorm)

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from allot.network.batch_norms import is_batch_norm
 from allot.network.hooks import hooked, module_places
-from allot.network.layers import Layer, Place, Scope, places_by_parameter
+from allot.network.layers import Layer, Place, Scope, is_batch_norm, places_by_parameter
 
 
 def measured(scope: Scope, model: nn.Module, forward: Callable[[], Any]) -> Scope:

@@ -71,3 +71,10 @@ def floats_in(tree: Any) -> list[Tensor]:
 def cloned(inputs: Any) -> Any:
     """A copy of `inputs` with new tensors: a forward pass may write into its arguments."""
     return map_tensors(lambda tensor: tensor.detach().clone(), inputs)
+
+
+def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments for one batch of inputs."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from allot.budget.budget import Budget
+from allot.budget.channels import channel_budget
 from allot.budget.latency import Latency
 from allot.errors import AllotError, UsageError
 from allot.export.files.formats import csr
@@ -145,7 +146,9 @@ def _channels(
         )
 
     try:
-        budget = pose(model, Budget(latency="99.9%"), parse(pattern), example=example, latency=tables).channels
+        budget = channel_budget(
+            pose(model, Budget(latency="99.9%"), parse(pattern), example=example, latency=tables).budget
+        )
     except AllotError as error:
         said = str(error).rstrip(".")
         # of the limit above nobody has heard

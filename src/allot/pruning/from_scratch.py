@@ -23,14 +23,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allot.budget.budget import Budget
+from allot.budget.channels import channel_budget
 from allot.errors import UsageError, check_number, unknown
 from allot.methods.dsa import Dsa
 from allot.methods.rules import uniform
 from allot.methods.training.channel_gates import gated
 from allot.methods.training.selection import CollectedEvidence, Selection
-from allot.network.call import as_arguments, call
+from allot.network.call import call
 from allot.network.channels import ChannelPlan, copied, slimmed
 from allot.network.draws import generator, numbered
+from allot.network.trees import as_arguments
 from allot.pruning.setup import pose
 from allot.run.driver import Progress, drive, repeatable
 from allot.run.patterns import Channels, parse
@@ -207,7 +209,7 @@ def _together(
 ) -> dict[str, Any]:
     """The first two phases, the net trained in place; the state of the densities, empty where none were learned."""
     net, optimizer = problem.model, _sgd(problem.model, recipe)
-    height = problem.channels.height(Candidate.dense(problem).allocation.kept)
+    height = channel_budget(problem.budget).height(Candidate.dense(problem).allocation.kept)
     state: dict[str, Any] = {}
     length = recipe.stop - recipe.begin
     for t in range(recipe.stop):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from allot.budget.allocation import Allocation
+from allot.budget.channels import channel_budget
 from allot.errors import BudgetError
 from allot.export.files.latency_tables import tables_of
 from allot.export.timing.latency import Runtime, time_both
@@ -48,7 +49,7 @@ class Held:
         Raises:
             BudgetError: the last one, too, is too slow.
         """
-        budget, kept, best = problem.channels, state["kept"], state["best"]
+        budget, kept, best = channel_budget(problem.budget), state["kept"], state["best"]
         ceiling = _ceiling(problem)
         plan = ChannelPlan.of(problem.model, problem.scope.groups, {name: range(k) for name, k in kept.items()})
         taken = measured(problem, plan)
@@ -83,7 +84,7 @@ def paced(problem: Problem, diagnostics: Mapping[str, Any]) -> Problem:
     """The problem with tables as slow as a net was measured to be, where that was done."""
     if "latency" not in diagnostics:
         return problem
-    return replace(problem, budget=problem.channels.slowed(diagnostics["latency"]["slow"]))
+    return replace(problem, budget=channel_budget(problem.budget).slowed(diagnostics["latency"]["slow"]))
 
 
 def measured(problem: Problem, plan: ChannelPlan) -> dict[str, int]:
@@ -102,7 +103,7 @@ def told(problem: Problem, candidate: Candidate) -> dict[str, Any]:
     """
     tables, kept = tables_of(problem), candidate.allocation.kept
     plan = ChannelPlan.of(problem.model, problem.scope.groups, candidate.channels)
-    budget, ceiling = problem.channels, _ceiling(problem)
+    budget, ceiling = channel_budget(problem.budget), _ceiling(problem)
     for _ in range(5):  # the net was within the limit before: mostly, something else ran meanwhile
         with repeatable(problem.model, problem.seed, "measured"):
             taken = measured(problem, plan)
@@ -124,4 +125,4 @@ def told(problem: Problem, candidate: Candidate) -> dict[str, Any]:
 
 
 def _ceiling(problem: Problem) -> int:
-    return next(limit.ceiling for limit in problem.channels.limits if limit.kind == "latency")
+    return next(limit.ceiling for limit in channel_budget(problem.budget).limits if limit.kind == "latency")

@@ -31,9 +31,9 @@ from allot.errors import UsageError
 from allot.methods.rules import uniform
 from allot.methods.training.distillation import Training
 from allot.methods.training.selection import Selection
-from allot.network.batch_norms import is_batch_norm
 from allot.network.checkpointing import repeated_blocks
 from allot.network.compute import Compute
+from allot.network.layers import is_batch_norm
 from allot.processes import world_size
 from allot.run.driver import drive, repeatable
 from allot.run.problem import Candidate, Chain, Problem, Rule

@@ -25,11 +25,10 @@ from allot.export.files.formats import TABLES
 from allot.export.files.latency_tables import load_tables
 from allot.export.timing.latency import Runtime, latency_of
 from allot.methods.training.selection import Selection
-from allot.network.batch_norms import check_divisible
 from allot.network.call import attempt
-from allot.network.channels import Group
+from allot.network.compute import check_divisible
 from allot.network.coupling.find import find_groups
-from allot.network.layers import Rules, Scope, matches, plain_state
+from allot.network.layers import Group, Rules, Scope, matches, plain_state
 from allot.network.macs import measured
 from allot.processes import all_gather_object, on_first_process, world_size
 from allot.pruning.asked import Asked, Control, check_plain

@@ -16,16 +16,18 @@ from allot.errors import BudgetError, Stopped, UsageError, VerificationError
 from allot.export.certificate import certificate
 from allot.export.files import formats as files
 from allot.export.files.latency_tables import save_tables
-from allot.export.runtimes.answers import check_slim
+from allot.export.runtimes.answers import SLIM_TOLERANCE, allowed, off
 from allot.methods.training.selection import Selection, channel_masks
-from allot.network.channels import ChannelPlan
+from allot.network.call import attempt, write_into
+from allot.network.channels import ChannelPlan, slimmed
+from allot.network.trees import floats_in
 from allot.processes import on_first_process, single_process
 from allot.pruning.asked import Asked, Control
 from allot.pruning.identity import Limited
 from allot.pruning.latency_limit import Held, paced, told
 from allot.pruning.result import Result
 from allot.run import patterns
-from allot.run.driver import drive
+from allot.run.driver import drive, repeatable
 from allot.run.evaluate import Score
 from allot.run.problem import Candidate, Method, Problem
 from allot.run.store import Log, Store, write
@@ -76,7 +78,7 @@ def run_stages(run: Run) -> Result:
         scores = _scores(problem, candidate, run.asked.score_of, run.dense_score)
     if problem.scope.groups:
         with single_process():
-            check_slim(problem, candidate)
+            _check_slim(problem, candidate)
     result = _result(run, problem, candidate, log, scores)
     if "latency" in problem.budget.asked:
         result = replace(result, latency=on_first_process(partial(told, problem, candidate)))
@@ -183,3 +185,28 @@ def _scores(problem: Problem, candidate: Candidate, score_of: Callable[..., Scor
     if dense.perplexity is not None:
         found["perplexity"] = {"dense": dense.perplexity, "sparse": sparse.perplexity}
     return found | ({"unreadable": dense.unreadable} if dense.unreadable else {})
+
+
+def _check_slim(problem: Problem, candidate: Candidate) -> None:
+    """Compare the smaller net with the masked one on real inputs: groups were proven on random weights.
+
+    Raises:
+        VerificationError: their outputs differ.
+    """
+    inputs = problem.calibration.batch(0)[0] if problem.calibration else problem.example
+    tensors = candidate.effective(problem)
+    plan = ChannelPlan.of(problem.model, problem.scope.groups, candidate.channels)
+    slim = slimmed(problem.model, plan).eval()
+    write_into(slim, {name: plan.cut(name, value) for name, value in tensors.items()})
+    answers = []
+    for model, replaced in ((problem.model, tensors), (slim, {})):
+        with repeatable(problem.model, problem.seed, "slim"):
+            answers.append(floats_in(attempt(model, inputs, replaced)))
+    wanted, outputs = answers
+    if wanted and not any(tensor.numel() for tensor in (*wanted, *outputs)):
+        return  # a detector that finds nothing in these samples, dense or cut
+    if not (error := off(outputs, wanted)) <= allowed(wanted, SLIM_TOLERANCE):
+        raise VerificationError(
+            f"the smaller net answers otherwise than the masked one, off by {error:.2g} of the largest output: its "
+            "channels hang together in a way that was not seen. Leave layers out (--exclude) until it agrees."
+        )

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from allot.budget.allocation import Allocation
+from allot.budget.channels import channel_budget
 from allot.budget.costs import least_bits
 from allot.export.files.formats import BITMASK, PLAIN, SLIM
 from allot.network.layers import plain_state
@@ -103,7 +104,7 @@ def group_rows(problem: Problem, allocation: Allocation) -> list[dict[str, Any]]
     `price` is what one more channel costs in units of the tightest limit.
     """
     kept = allocation.kept
-    price = problem.channels.prices(kept) if problem.scope.groups else {}
+    price = channel_budget(problem.budget).prices(kept) if problem.scope.groups else {}
     return [
         {
             "name": group.name,
@@ -161,7 +162,7 @@ def _dense_macs(problem: Problem) -> int:
 
 def _limit(problem: Problem, kept: Mapping[str, int]) -> int:
     if problem.scope.groups:
-        tensors = problem.channels.cost("bytes", kept) - problem.channels.header
+        tensors = channel_budget(problem.budget).cost("bytes", kept) - channel_budget(problem.budget).header
         return math.ceil(tensors + sum(least_bits(group.total, kept[group.name]) for group in problem.scope.groups) / 8)
     state = plain_state(problem.model)[0]
     sizes = {name: value.element_size() for name, value in state.items()}

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from allot.errors import UsageError, check_number
-from allot.network.batch_norms import check_divisible
 from allot.network.call import attempt
+from allot.network.compute import check_divisible
 from allot.processes import all_gather_object, rank, world_size
 from allot.run.calibration import LABEL_KEYS, inputs_of, moved
 from allot.run.reading import Readable, read_readable

@@ -10,7 +10,6 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor, nn
 
 from allot.budget.allocation import Allocation
-from allot.budget.channels import ChannelBudget
 from allot.budget.model_budget import ModelBudget
 from allot.errors import UsageError
 from allot.network.compute import Compute
@@ -48,17 +47,6 @@ class Problem:
         tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         # a tensor made in inference mode cannot take part in training
         return {n: (t.clone() if t.is_inference() else t).detach() for n, t in tensors.items()}
-
-    @property
-    def channels(self) -> ChannelBudget:
-        """The budget of a problem of channels.
-
-        Raises:
-            UsageError: single weights are pruned.
-        """
-        if not isinstance(self.budget, ChannelBudget):
-            raise UsageError("this shares out channels: give --pattern channels.")
-        return self.budget
 
     def inputs(self) -> Calibration:
         """The calibration data.

@@ -14,9 +14,8 @@ from jaxtyping import Float, Float64
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from allot.network.channels import Group, Member
 from allot.network.draws import generator, numbered
-from allot.network.layers import Layer
+from allot.network.layers import Group, Layer, Member
 
 
 class Evidence(Protocol):

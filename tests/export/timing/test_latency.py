@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import allot
 from allot.budget.budget import Budget
+from allot.budget.channels import channel_budget
 from allot.errors import BudgetError, Stopped, UsageError
 from allot.export.timing import latency as timing
 from allot.export.timing.latency import Runtime, fitted
@@ -54,7 +55,7 @@ def torch_only(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", NETS)
 def test_the_tables_foretell_a_net_whose_time_is_its_macs(name: str, clock: None, torch_only: None):
     problem = pose(net(name), Budget(latency="70%"), parse("channels"), example=picture(1))
-    known = problem.channels.latency
+    known = channel_budget(problem.budget).latency
     assert known.off < 0.1 and known.scale == pytest.approx(1, rel=0.2)
     whole = {term.name: term.total for term in problem.budget.terms}
     assert problem.budget.cost("latency", whole) == pytest.approx(known.dense, rel=0.1)
@@ -130,8 +131,8 @@ class Machine:
     def __call__(self, problem: Any, plan: Any) -> dict[str, int]:
         kept = {name: len(some) for name, some in plan.kept.items()}
         self.calls += 1
-        true = problem.channels.slowed(1.0).time(kept)[0] * (self.slower + self.more * self.calls)
-        return {"dense": problem.channels.latency.dense, "sparse": round(true)}
+        true = channel_budget(problem.budget).slowed(1.0).time(kept)[0] * (self.slower + self.more * self.calls)
+        return {"dense": channel_budget(problem.budget).latency.dense, "sparse": round(true)}
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,7 @@ def test_counts_follow_what_was_measured_in_both_directions(
     machine = Machine(slower)
     monkeypatch.setattr(held, "measured", machine)
     problem = pose(net("resnet"), Budget(latency="60%"), parse("channels"), example=picture(1))
-    table = problem.channels
+    table = channel_budget(problem.budget)
     result = allot.prune(
         net("resnet"), None, "latency=60%", allocate="uniform", pattern="channels", repair="none", example=picture(1)
     )
@@ -184,7 +185,7 @@ def test_a_real_clock_times_every_layer_and_the_whole(runtime: str, monkeypatch:
     ).eval()  # fmt: skip
     timing_of = lambda *given: timing.latency_of(*given, runtime=Runtime.parse(runtime))  # noqa: E731
     problem = pose(model, Budget(latency="10s"), parse("channels"), example=torch.randn(1, 3, 8, 8), latency=timing_of)
-    known = problem.channels.latency
+    known = channel_budget(problem.budget).latency
     assert [layer.layer for layer in known.layers] == ["0.weight", "3.weight", "6.weight"]
     assert all(time > 0 for layer in known.layers for row in layer.times for time in row)
     assert known.runtime == runtime and known.batch == int(runtime.partition(":")[2] or 1) and known.dense > 0
@@ -243,7 +244,7 @@ def test_a_layer_that_runs_twice_takes_twice_the_time_and_its_own_dtype(
 
     monkeypatch.setattr(timing, "timed", watched)
     model, x = counting().to(dtype), torch.ones(1, 6, dtype=dtype)
-    known = pose(model, Budget(latency="70%"), parse("channels"), example=x).channels.latency
+    known = pose(model, Budget(latency="70%"), parse("channels"), example=x).budget.latency
     times = {layer.layer: layer.times[-1][-1] for layer in known.layers}
     assert times["twice.weight"] == pytest.approx(2 * 1e3 * (1 + 256)) and times["last.weight"] == 1e3 * (1 + 48)
     assert dtype in seen and seen <= {dtype, torch.float32}
@@ -274,7 +275,7 @@ def test_a_net_that_is_over_at_the_end_is_an_error_and_time_is_in_units_of_the_d
     cut = allot.run.driver.drive(
         ready, problem, replace(whole, allocation=allot.Allocation.of(counts, whole.allocation.total))
     )
-    dense = problem.channels.latency.dense
+    dense = channel_budget(problem.budget).latency.dense
     monkeypatch.setattr(held, "time_both", lambda *given: [7.0, 3.5])  # a machine that counts otherwise
     assert held.told(problem, cut)["sparse_ms"] == pytest.approx(dense / 2e6)
     monkeypatch.setattr(held, "time_both", lambda *given: [1.0, 0.9])
@@ -285,13 +286,13 @@ def test_a_net_that_is_over_at_the_end_is_an_error_and_time_is_in_units_of_the_d
 @pytest.mark.parametrize("damage", [{"layers": []}, {"slow": 0}, {"slow": -1}, {"dense": 0}, {"base": float("nan")}])
 def test_tables_of_no_clock_are_refused(damage: dict[str, Any], clock: None, torch_only: None):
     problem = pose(net("resnet"), Budget(latency="60%"), parse("channels"), example=picture(1))
-    whole = problem.channels.latency.to_json()
+    whole = channel_budget(problem.budget).latency.to_json()
     with pytest.raises(UsageError, match="no table of latencies"):
-        type(problem.channels.latency).from_json({**whole, **damage})
+        type(channel_budget(problem.budget).latency).from_json({**whole, **damage})
     for broken in ({"times": []}, {"rows": [1, 1]}, {"out": 7}, {"times": [[1.0]]}):
         layer = {**whole["layers"][0], **broken}
         with pytest.raises(UsageError, match="no table of latencies"):
-            type(problem.channels.latency).from_json({**whole, "layers": [layer]})
+            type(channel_budget(problem.budget).latency).from_json({**whole, "layers": [layer]})
 
 
 def test_a_directory_of_another_model_is_refused_in_one_line(clock: None, torch_only: None, tmp_path: Path):

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from allot.budget.budget import Budget
 from allot.errors import UsageError
-from allot.network.channels import ChannelPlan, Group, slimmed
+from allot.network.channels import ChannelPlan, slimmed
 from allot.network.coupling.find import find_groups
+from allot.network.layers import Group
 from allot.pruning.setup import pose
 from allot.run.patterns import Channels
 from network.coupling.nets import (

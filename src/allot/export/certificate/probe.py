@@ -26,9 +26,8 @@ from allot.export.runtimes.answers import allowed, off
 from allot.export.runtimes.forms import FORMS
 from allot.export.runtimes.from_file import load_into, opened_with, weights_of
 from allot.export.runtimes.opened import Opened, files_of
-from allot.network.call import as_arguments
 from allot.network.draws import generator
-from allot.network.trees import tensors_in
+from allot.network.trees import as_arguments, tensors_in
 
 ANSWERS = "outputs on the probe"
 ENDING = ".probe.safetensors"  # after the name of a file

@@ -41,8 +41,8 @@ from torch import Tensor, nn
 from allot.budget.costs import low_bits, mask_bits
 from allot.budget.model_budget import ModelBudget
 from allot.errors import UsageError
-from allot.network.channels import ChannelPlan, Group
-from allot.network.layers import Scope, plain_state
+from allot.network.channels import ChannelPlan
+from allot.network.layers import Group, Scope, plain_state
 from allot.run.store import replacing
 
 PLAIN, BITMASK = "model.safetensors", "model.bitmask.safetensors"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from allot.budget.channels import channel_budget
 from allot.budget.latency import Latency
 from allot.errors import UsageError
 from allot.export.files.formats import TABLES
@@ -14,7 +15,7 @@ from allot.run.store import write
 
 def tables_of(problem: Problem) -> Latency:
     """The tables of a problem that limits latency."""
-    tables = problem.channels.latency
+    tables = channel_budget(problem.budget).latency
     assert tables is not None  # measured when the problem was set up
     return tables
 

@@ -9,11 +9,6 @@ import torch
 from torch import Tensor
 
 from allot.errors import UsageError, VerificationError
-from allot.network.call import attempt, write_into
-from allot.network.channels import ChannelPlan, slimmed
-from allot.network.trees import floats_in
-from allot.run.driver import repeatable
-from allot.run.problem import Candidate, Problem
 
 TOLERANCE = 1e-4  # of the largest output: runtimes add in another order
 SLIM_TOLERANCE = 1e-5  # the same, if PyTorch runs both
@@ -69,28 +64,3 @@ def check_answers(
 def _real(tensor: Tensor) -> Tensor:
     tensor = tensor.to_dense() if tensor.layout != torch.strided else tensor
     return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).double().cpu()
-
-
-def check_slim(problem: Problem, candidate: Candidate) -> None:
-    """Compare the smaller net with the masked one on real inputs: groups were proven on random weights.
-
-    Raises:
-        VerificationError: their outputs differ.
-    """
-    inputs = problem.calibration.batch(0)[0] if problem.calibration else problem.example
-    tensors = candidate.effective(problem)
-    plan = ChannelPlan.of(problem.model, problem.scope.groups, candidate.channels)
-    slim = slimmed(problem.model, plan).eval()
-    write_into(slim, {name: plan.cut(name, value) for name, value in tensors.items()})
-    answers = []
-    for model, replaced in ((problem.model, tensors), (slim, {})):
-        with repeatable(problem.model, problem.seed, "slim"):
-            answers.append(floats_in(attempt(model, inputs, replaced)))
-    wanted, outputs = answers
-    if wanted and not any(tensor.numel() for tensor in (*wanted, *outputs)):
-        return  # a detector that finds nothing in these samples, dense or cut
-    if not (error := off(outputs, wanted)) <= allowed(wanted, SLIM_TOLERANCE):
-        raise VerificationError(
-            f"the smaller net answers otherwise than the masked one, off by {error:.2g} of the largest output: its "
-            "channels hang together in a way that was not seen. Leave layers out (--exclude) until it agrees."
-        )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from allot.export.runtimes.opened import Form, Opened, by_name, capture, need, quiet
-from allot.network.call import as_arguments
+from allot.network.trees import as_arguments
 
 
 def _write(model: nn.Module, example: Any, path: Path) -> None:

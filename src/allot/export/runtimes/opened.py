@@ -20,9 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from allot.errors import UsageError, first_line
 from allot.export.files.formats import PROBE
-from allot.network.call import as_arguments
 from allot.network.draws import seeded
-from allot.network.trees import cloned, tensors_in
+from allot.network.trees import as_arguments, cloned, tensors_in
 
 log = logging.getLogger("allot")
 Run = Callable[[Any], list[Tensor]]

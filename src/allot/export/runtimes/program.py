@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from allot.export.runtimes.opened import Form, Opened, capture, quiet
-from allot.network.call import as_arguments
+from allot.network.trees import as_arguments
 
 
 def _write(model: nn.Module, example: Any, path: Path) -> None:

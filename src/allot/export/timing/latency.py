@@ -33,10 +33,11 @@ from allot.errors import UsageError, check_number, unknown
 from allot.export.runtimes.forms import write_and_reopen
 from allot.export.runtimes.onnx import onnx_session
 from allot.export.timing.clock import timed
-from allot.network.call import as_arguments, attempt
-from allot.network.channels import ChannelPlan, Group, copied, slimmed
+from allot.network.call import attempt
+from allot.network.channels import ChannelPlan, copied, slimmed
 from allot.network.hooks import hooked, module_places
-from allot.network.layers import Layer, Scope, places_by_parameter
+from allot.network.layers import Group, Layer, Scope, places_by_parameter
+from allot.network.trees import as_arguments
 
 RUNTIMES = ("onnx", "torch")
 SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)  # shares of its channels that a layer is timed with, on either side

@@ -38,9 +38,8 @@ from torch import Tensor, nn
 from allot.errors import UsageError, first_line
 from allot.methods.layerwise.blocks import find_blocks, size_of
 from allot.methods.layerwise.streamed_block import FLAG, BlockPart, ModelPart, OutsidePart, PartInputs
-from allot.network.batch_norms import is_batch_norm
 from allot.network.call import call
-from allot.network.layers import Layer, Scope, places_by_parameter
+from allot.network.layers import Layer, Scope, is_batch_norm, places_by_parameter
 from allot.network.trees import tensors_in
 from allot.run.problem import Candidate, Method, Metrics, Problem, finished
 from allot.run.store import State

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from allot.errors import UsageError
 from allot.methods.layerwise.blocks import BlockSequence, ModuleCall, flat, unflat
-from allot.network.call import as_arguments
+from allot.network.trees import as_arguments
 from allot.run.calibration import moved
 
 FLAG = "sparse"  # the parameter's name

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from allot.budget.channels import channel_budget
 from allot.run.problem import Problem
 
 
@@ -20,7 +21,7 @@ class Costs:
     """
 
     def __init__(self, problem: Problem, *, room: float = 1.0) -> None:
-        self.budget = budget = problem.channels
+        self.budget = budget = channel_budget(problem.budget)
         self.names = [group.name for group in problem.scope.groups]
         index = {group.name: k for k, group in enumerate(problem.scope.groups)}
         self.total = torch.tensor([group.total for group in problem.scope.groups], dtype=torch.float64)

@@ -13,9 +13,9 @@ from allot.budget.allocation import Allocation
 from allot.errors import UsageError
 from allot.methods.training.channel_gates import fisher
 from allot.network.call import call
-from allot.network.channels import ChannelPlan, Group
+from allot.network.channels import ChannelPlan
 from allot.network.hooks import watched_inputs
-from allot.network.layers import Layer
+from allot.network.layers import Group, Layer
 from allot.processes import all_reduce
 from allot.run.patterns import select
 from allot.run.problem import Candidate, Metrics, Problem

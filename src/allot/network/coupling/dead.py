@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from allot.errors import UsageError
 from allot.network.call import call
-from allot.network.channels import ChannelPlan, Group, slimmed
+from allot.network.channels import ChannelPlan, slimmed
 from allot.network.coupling.find import find_groups
+from allot.network.layers import Group
 from allot.network.trees import floats_in
 
 TOLERANCE = 1e-5  # of the largest output

@@ -25,11 +25,12 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from allot.errors import UsageError
-from allot.network.call import as_arguments, modes
-from allot.network.channels import Group, Member, copied
+from allot.network.call import modes
+from allot.network.channels import copied
 from allot.network.coupling.heads import heads_of
 from allot.network.coupling.proof import split_proven
-from allot.network.trees import tensors_in
+from allot.network.layers import Group, Member
+from allot.network.trees import as_arguments, tensors_in
 
 FOLLOWED = 3_000_000  # channels followed from one layer; with more, the trace runs in circles
 

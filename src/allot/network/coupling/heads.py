@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from allot.network.channels import Group, Member
+from allot.network.layers import Group, Member
 
 
 def heads_of(model: nn.Module) -> Iterator[Group]:
