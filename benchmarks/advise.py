@@ -1,4 +1,4 @@
-"""What `allot advise` foretold, and what was then measured: `python -m benchmarks.advise` (ten minutes, two cores).
+"""What `allot advise` predicted, and what was then measured: `python -m benchmarks.advise` (ten minutes, two cores).
 
 Channels: two zoo nets and a wide one made by hand, in ONNX Runtime, channels in multiples of 8 (the wide one: 16),
 equal shares; the net is then pruned and timed beside the dense one. Single weights: a zoo net and a wide perceptron, in
@@ -44,7 +44,7 @@ def made(name: str) -> tuple[nn.Module, torch.Tensor, str]:
 
 
 def channels(name: str, runtime: Runtime) -> tuple[list[str], list[str]]:
-    """Rows of a net: foretold and measured; and what was said of it."""
+    """Rows of a net: predicted and measured; and what was said of it."""
     model, example, pattern = made(name)
     told = advise(
         model, example, pattern=pattern, runtime=runtime, label=f"zoo:{name}" if name in zoo.MODELS else "MODEL"
@@ -61,7 +61,7 @@ def channels(name: str, runtime: Runtime) -> tuple[list[str], list[str]]:
 
 
 def single_weights(name: str) -> list[str]:
-    """Rows of a net: foretold and measured."""
+    """Rows of a net: predicted and measured."""
     model, example, _ = made(name)
     told = advise(model, example, runtime=Runtime("torch"))
     rows = []
@@ -75,8 +75,8 @@ def single_weights(name: str) -> list[str]:
     return rows
 
 
-def _row(name: str, left: str, foretold: float, measured: float) -> str:
-    return f"| {name} | {left} | {foretold:.2f}x | {measured:.2f}x | {100 * (foretold / measured - 1):+.0f} % |"
+def _row(name: str, left: str, predicted: float, measured: float) -> str:
+    return f"| {name} | {left} | {predicted:.2f}x | {measured:.2f}x | {100 * (predicted / measured - 1):+.0f} % |"
 
 
 def main() -> None:
@@ -93,14 +93,14 @@ def main() -> None:
     for name in LINEAR:
         rows += single_weights(name)
     page = [
-        "# What advise foretold, and what was measured",
+        "# What advise predicted, and what was measured",
         "",
         "Made by `python -m benchmarks.advise` on a shared machine with two cores, one thread of PyTorch. Of the MACs:",
         "equal shares of channels in ONNX Runtime, one sample a time; the net was then pruned and timed end to end",
         "beside the dense one. Of the weights: linear layers as sparse matrices in PyTorch; the net was then pruned to",
         "the same density everywhere and exported to csr.",
         "",
-        "| net | left | foretold | measured | off by |",
+        "| net | left | predicted | measured | off by |",
         "|---|--:|--:|--:|--:|",
         *rows,
         "",

@@ -193,7 +193,7 @@ LATENCY: dict[str, tuple[str, str]] = {
 
 
 def latency(name: str) -> dict[str, Any]:
-    """A budget of time: what the tables foretold, and what was measured end to end."""
+    """A budget of time: what the tables predicted, and what was measured end to end."""
     make, shape, step = SPEED[name]
     limit, runtime = LATENCY[name]
     torch.manual_seed(0)
@@ -345,11 +345,11 @@ def _speeds(found: Found) -> list[str]:
         budgets = [
             "## Budgets of time",
             "",
-            "`latency=LIMIT`, uniform shares: what the tables foretold once one net had been timed, and what the slim",
+            "`latency=LIMIT`, uniform densities: what the tables predicted once one net had been timed, and what the slim",
             "net took end to end, measured again beside the dense one. *Nets* were timed, at most six, till one used",
             "the limit up; other work ran on the machine meanwhile, which shows where measurement and limit differ.",
             "",
-            "| | runtime | limit | dense, ms | foretold | measured | MACs kept | nets | seconds |",
+            "| | runtime | limit | dense, ms | predicted | measured | MACs kept | nets | seconds |",
             "|---|---|--:|--:|--:|--:|--:|--:|--:|",
             *budgets,
             "",
