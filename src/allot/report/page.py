@@ -18,7 +18,7 @@ from allot.report.charts import Line, Mark, legend, lines, marks
 from allot.report.needed import needed
 from allot.report.paths import losses, moved, spent, steps_of
 from allot.report.series import Labelled, Same, alike, budget_of, macs_left, once, times
-from allot.report.table import short, speed
+from allot.report.table import check_text, speed
 from allot.report.why import kept_rows, layer_rows, number, words_of
 from allot.run.store import write
 
@@ -232,10 +232,10 @@ def _lead(report: Report) -> Markup:
         said.append(far.format(went) if _fell(scores) else went)
     else:
         said.append("it was not scored")
-    if fast["times"] is None:
+    if fast["speedup"] is None:
         said.append("and it was not timed: a smaller file is no faster by itself")
     else:
-        said.append(f"and it was measured to be {fast['verdict']} here: {fast['times']:.2f}x ({fast['where']})")
+        said.append(f"and it was measured to be {fast['verdict']} here: {fast['speedup']:.2f}x ({fast['form']})")
     return Markup(", ").join(said) + "."
 
 
@@ -294,6 +294,6 @@ def _template(name: str) -> jinja2.Template:
     known.filters["count"] = lambda value: f"{value:,}"
     known.filters["number"] = number
     known.filters["percent"] = _percent
-    known.filters["short"] = short
+    known.filters["check_text"] = check_text
     known.filters["folding"] = lambda name: Markup(".<wbr>").join(escape(part) for part in str(name).split("."))
     return known.get_template(name)

@@ -134,7 +134,7 @@ def macs_left(report: Report) -> float | None:
 
 def times(report: Report) -> float | None:
     """How many times as fast as dense it was measured."""
-    found: float | None = speed(report)["times"]
+    found: float | None = speed(report)["speedup"]
     return found
 
 
