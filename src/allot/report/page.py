@@ -15,9 +15,16 @@ from allot.budget.units import unit
 from allot.errors import UsageError
 from allot.export.certificate.rows import checked, sealed
 from allot.report.charts import Line, Mark, legend, lines, marks
-from allot.report.needed import needed
 from allot.report.paths import losses, moved, spent, steps_of
-from allot.report.series import Labelled, Same, alike, budget_of, macs_left, once, times
+from allot.report.seed_groups import (
+    Labelled,
+    SeedGroup,
+    budget_of,
+    macs_left,
+    reading_report,
+    seed_groups,
+    without_copies,
+)
 from allot.report.table import check_text, speed
 from allot.report.why import kept_rows, layer_rows, number, words_of
 from allot.run.store import write
@@ -35,7 +42,7 @@ def write_run(run: Path, report: Report, page: Path | None = None) -> Path:
     """
     page = page or run / "report.html"
     certificate, recipe, steps = _certificate(run), _text(run / "recipe.yaml"), steps_of(run)
-    with needed(run):
+    with reading_report(run):
         text = run_page(report, certificate, recipe, steps)
     write(page, text)
     return page
@@ -100,14 +107,14 @@ def comparison_page(reports: Labelled, failed: Sequence[Report] = ()) -> str:
     Raises:
         UsageError: a report that does not hold what it needs.
     """
-    reports = once(reports)
-    groups = alike(reports)
+    reports = without_copies(reports)
+    groups = seed_groups(reports)
     rows = []
     for label, report in reports:
-        with needed(label):
+        with reading_report(label):
             rows.append(_row(label, report, groups))
-            _summary(Same(label, 0, "", (report,)))  # what this one lacks is said of this one
-    with needed(", ".join(label for label, _ in reports)):
+            _summary(SeedGroup(label, 0, "", (report,)))  # what this one lacks is said of this one
+    with reading_report(", ".join(label for label, _ in reports)):
         return _template("comparison.html").render(
             rows=rows,
             summaries=[_summary(group) for group in groups],
@@ -127,22 +134,22 @@ _AXES = {
 }
 
 
-def _metrics(groups: Sequence[Same]) -> list[str]:
+def _metrics(groups: Sequence[SeedGroup]) -> list[str]:
     return list(dict.fromkeys(group.metric for group in groups if group.metric is not None))
 
 
-def _dense(metric: str, groups: Sequence[Same]) -> float | None:
+def _dense(metric: str, groups: Sequence[SeedGroup]) -> float | None:
     """What the dense net scores, where that is one number."""
     scores = {run["scores"]["dense"] for group in groups if group.metric == metric for run in group.runs}
     return scores.pop() if len(scores) == 1 else None
 
 
-def _charts(metric: str, groups: Sequence[Same]) -> list[tuple[str, str]]:
+def _charts(metric: str, groups: Sequence[SeedGroup]) -> list[tuple[str, str]]:
     """(caption, chart) for each axis: a point for all seeds of a series at a budget."""
     scored, dense, found = [g for g in groups if g.metric == metric and g.scores], _dense(metric, groups), []
     for axis, of in _AXES.items():
         points = [
-            Mark(group.said, x, group.score, group.spread or 0.0, group.series)
+            Mark(group.caption, x, group.score, group.spread or 0.0, group.series)
             for group in scored
             if (x := group.mean(of)) is not None and group.score is not None
         ]
@@ -154,7 +161,7 @@ def _charts(metric: str, groups: Sequence[Same]) -> list[tuple[str, str]]:
     return found
 
 
-def _summary(group: Same) -> dict[str, Any]:
+def _summary(group: SeedGroup) -> dict[str, Any]:
     first = group.runs[0]
     dense = first["scores"]["dense"] if first["scores"] else None
     size, full = group.mean(lambda run: run["bytes"]["file"]), group.mean(lambda run: run["bytes"]["dense"])
@@ -171,13 +178,13 @@ def _summary(group: Same) -> dict[str, Any]:
         "bytes": size,
         "share": size / full if size and full else None,
         "macs": group.mean(macs_left),
-        "times": group.mean(times),
+        "speedup": group.speedup,
         "verdict": group.verdict,
-        "most": group.most,
+        "densest": group.densest,
     }
 
 
-def _best(groups: Sequence[Same]) -> str:
+def _best(groups: Sequence[SeedGroup]) -> str:
     """Which is best in score, in size and in speed, in a sentence."""
     scored = [group for group in groups if group.score is not None]
     said = []
@@ -190,7 +197,7 @@ def _best(groups: Sequence[Same]) -> str:
         said.append(f"the smallest file that of {least.name} at {least.budget} ({round(size):,} bytes)")
     faster = [group for group in groups if group.verdict == "faster"]
     if faster:
-        fast, quick = max(((group.mean(times) or 0.0, group) for group in faster), key=lambda pair: pair[0])
+        fast, quick = max(((group.speedup or 0.0, group) for group in faster), key=lambda pair: pair[0])
         said.append(f"the fastest as measured is {quick.name} at {quick.budget} ({fast:.2f}x as fast as dense)")
     elif any(group.verdict for group in groups):
         said.append("as measured here, none is faster than the dense model")
@@ -208,7 +215,7 @@ def _failed(rows: Sequence[Report]) -> list[dict[str, Any]]:
     return [{"method": m, "budget": b, "error": e, "seeds": seeds} for (m, b, e), seeds in found.items()]
 
 
-def _row(label: str, report: Report, groups: Sequence[Same]) -> dict[str, Any]:
+def _row(label: str, report: Report, groups: Sequence[SeedGroup]) -> dict[str, Any]:
     own = next(group for group in groups if any(report is run for run in group.runs))
     told = {"label": label, "report": report, "series": own.series % 8, "budget": budget_of(report)}
     return {**told, "macs": macs_left(report), "fell": _fell(report["scores"]), **speed(report)}
