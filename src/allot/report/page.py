@@ -15,7 +15,7 @@ from allot.budget.units import unit
 from allot.errors import UsageError
 from allot.export.certificate.rows import checked, sealed
 from allot.report.charts import Line, Mark, legend, lines, marks
-from allot.report.paths import losses, moved, spent, steps_of
+from allot.report.explanation import explanation, kept_rows, layer_rows, number
 from allot.report.seed_groups import (
     Labelled,
     SeedGroup,
@@ -26,7 +26,7 @@ from allot.report.seed_groups import (
     without_copies,
 )
 from allot.report.table import check_text, speed
-from allot.report.why import kept_rows, layer_rows, number, words_of
+from allot.report.trajectories import budget_chart, density_chart, loss_charts, read_steps
 from allot.run.store import write
 
 Report = Mapping[str, Any]
@@ -41,7 +41,7 @@ def write_run(run: Path, report: Report, page: Path | None = None) -> Path:
         UsageError: one of these files does not hold what a report needs, or the page cannot be written.
     """
     page = page or run / "report.html"
-    certificate, recipe, steps = _certificate(run), _text(run / "recipe.yaml"), steps_of(run)
+    certificate, recipe, steps = _certificate(run), _text(run / "recipe.yaml"), read_steps(run)
     with reading_report(run):
         text = run_page(report, certificate, recipe, steps)
     write(page, text)
@@ -61,14 +61,14 @@ def run_page(report: Report, certificate: Report, recipe: str, steps: Sequence[R
         passed=bool(certificate.get("passed")) and all(row["passed"] for row in certificate.get("rows", [])),
         recipe=recipe,
         rows=rows,
-        words=words_of(report),
+        explanation=explanation(report),
         layers=layer_rows(report),
         most=ranked[-1] if ranked else None,
         least=ranked[0] if ranked else None,
         budget=[_budget_row(row, report) for row in report["budget"]],
-        moved=moved(report),
-        spent=spent(steps),
-        losses=losses(steps),
+        density_chart=density_chart(report),
+        budget_chart=budget_chart(steps),
+        loss_charts=loss_charts(steps),
         exports=report.get("exports", []),
         memory=report["diagnostics"].get("memory", {}),
         fit=report["diagnostics"].get("fit", {}),
