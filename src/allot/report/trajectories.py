@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from allot.report.charts import Line, lines
+from allot.report.charts import Line, coloured_lines, lines
 
 Report = Mapping[str, Any]
 Points = Mapping[str, list[tuple[float, float]]]
@@ -38,7 +38,7 @@ def density_chart(report: Report) -> str:
     for step, densities in diagnostics.get("densities", []):
         for name, density in zip(diagnostics["groups"], densities, strict=True):
             points[name].append((step, density))
-    return lines(_coloured_lines(points), "step", "density", base=0.0)
+    return lines(coloured_lines(points), "step", "density", base=0.0)
 
 
 def budget_chart(steps: Sequence[Report]) -> str:
@@ -51,7 +51,7 @@ def budget_chart(steps: Sequence[Report]) -> str:
             kind = key.removeprefix("limit.")
             if key.startswith("limit.") and limit and f"cost.{kind}" in step:
                 points[kind].append((step["step"], step[f"cost.{kind}"] / limit))
-    return lines(_coloured_lines(points), "step", "used, of what is allowed", limit=1.0, base=0.0)
+    return lines(coloured_lines(points), "step", "used, of what is allowed", limit=1.0, base=0.0)
 
 
 def loss_charts(steps: Sequence[Report]) -> list[tuple[str, str]]:
@@ -60,11 +60,6 @@ def loss_charts(steps: Sequence[Report]) -> list[tuple[str, str]]:
     for step in (step for step in steps if "loss" in step):
         points[step["stage"]].append((step["step"], step["loss"]))
     return [(stage, lines([Line(stage, p)], "step", "loss")) for stage, p in points.items() if len(p) > 2]
-
-
-def _coloured_lines(points: Points) -> list[Line]:
-    last = max(len(points) - 1, 1)
-    return [Line(name, path, i / last) for i, (name, path) in enumerate(points.items())]
 
 
 def _fits_a_chart(value: object) -> bool:
