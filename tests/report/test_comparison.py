@@ -189,7 +189,7 @@ def test_what_failed_is_named_with_its_reason(told: dict[str, Any]):
     failed = [{"method": "<b>", "budget": "bytes=10", "seed": seed, "error": "10 & more"} for seed in (0, 2)]
     seen = Seen(comparison_page([("a", told), ("b", {**told, "seed": 1})], failed=failed))
     assert "<b>, bytes=10, seeds 0, 2: 10 & more" in seen.text
-    assert "came to nothing" not in comparison_page([("a", told)])
+    assert "Runs that failed" not in comparison_page([("a", told)])
 
 
 @pytest.mark.parametrize("minutes", [None, 5.0])

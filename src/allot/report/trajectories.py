@@ -51,7 +51,7 @@ def budget_chart(steps: Sequence[Report]) -> str:
             kind = key.removeprefix("limit.")
             if key.startswith("limit.") and limit and f"cost.{kind}" in step:
                 points[kind].append((step["step"], step[f"cost.{kind}"] / limit))
-    return lines(coloured_lines(points), "step", "used, of what is allowed", limit=1.0, base=0.0)
+    return lines(coloured_lines(points), "step", "share of the limit that is used", limit=1.0, base=0.0)
 
 
 def loss_charts(steps: Sequence[Report]) -> list[tuple[str, str]]:
