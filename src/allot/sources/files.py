@@ -1,4 +1,4 @@
-"""Samples in an .npz file."""
+"""Samples in one file: arrays of an .npz file, or a plain text as blocks of token ids."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -38,14 +39,14 @@ class Arrays(Dataset[Any]):
         except UsageError:
             raise
         except OSError as error:
-            raise UsageError(f"{path}: {(error.strerror or str(error)).lower()}.") from error
+            raise cannot_open(path, error) from error
         except Exception as error:  # numpy raises whatever the zip holds
             raise UsageError(f"{path} is not an .npz file of plain arrays: {error}") from error
         labels = next((arrays.pop(name) for name in _LABELS if name in arrays), None)
-        every = [*arrays.values(), *(() if labels is None else (labels,))]
-        if not arrays or len({tuple(value.shape[:1]) for value in every}) != 1 or any(not v.dim() for v in every):
-            shapes = {name: list(value.shape) for name, value in arrays.items()}
-            shapes |= {} if labels is None else {"y": list(labels.shape)}
+        every = {**arrays, **({} if labels is None else {"y": labels})}
+        lengths = {tuple(value.shape[:1]) for value in every.values()}
+        if not arrays or len(lengths) != 1 or () in lengths:
+            shapes = {name: list(value.shape) for name, value in every.items()}
             raise UsageError(f"{path}: arrays x (and y for labels) of one length are accepted, not {shapes}.")
         for name, value in arrays.items():
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
@@ -62,3 +63,54 @@ class Arrays(Dataset[Any]):
         if len(inputs) == 1:
             inputs = next(iter(inputs.values()))
         return (inputs,) if self.labels is None else (inputs, self.labels[index])
+
+
+class Texts(Dataset[dict[str, Tensor]]):
+    """Row i of `blocks` as `{"input_ids": [T]}`. Blocks are full, so that no attention mask is needed."""
+
+    def __init__(self, blocks: Int64[Tensor, "N T"]) -> None:
+        self.blocks = blocks
+
+    @classmethod
+    def load(cls, path: Path, tokenizer: Any, length: int, vocabulary: int | None = None) -> Texts:
+        """The text of a file in UTF-8, tokenised as one piece, without special tokens, and cut into blocks.
+
+        A rest at the end that is shorter than a block is not used.
+
+        Args:
+            tokenizer: of the transformers library.
+            length: tokens in a block.
+            vocabulary: number of different tokens of the model.
+        Raises:
+            UsageError: the file cannot be read, is shorter than a block, or the tokens are not the model's.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{path} is no text in UTF-8: {error}.") from error
+        except OSError as error:
+            raise cannot_open(path, error) from error
+        ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+        if not len(ids) and text.strip():
+            raise UsageError(f"{path}: the tokenizer makes no tokens of it: its files are not beside the model.")
+        if len(ids) < length:
+            raise UsageError(
+                f"{path} holds {len(ids)} tokens, no block of {length}: a longer text is accepted, or --input LENGTH."
+            )
+        if vocabulary is not None and int(ids.max()) >= vocabulary:
+            raise UsageError(
+                f"{path}: the tokenizer gives token {int(ids.max())}, the model knows {vocabulary}: they do not belong "
+                "together."
+            )
+        return cls(ids[: len(ids) // length * length].view(-1, length))
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.blocks[index]}
+
+
+def cannot_open(path: Path, error: OSError) -> UsageError:
+    """The error for a file that the system does not open."""
+    return UsageError(f"{path}: {(error.strerror or str(error)).lower()}.")

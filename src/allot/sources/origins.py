@@ -45,6 +45,12 @@ class ModelSource:
         """The dtype of floating-point inputs; None for a model without such parameters."""
         return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
 
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """The shape of one input, without the batch dimension; None where no example is known, or not one tensor."""
+        shape = getattr(self.example, "shape", None)
+        return None if shape is None else tuple(shape[1:])
+
 
 def torchvision_model(name: str, trained: bool) -> ModelSource:  # noqa: FBT001 - one of several loaders of one shape
     """A classifier of torchvision; pictures are prepared as its default weights want them, loaded or not.
