@@ -86,15 +86,9 @@ def layer_rows(problem: Problem, allocation: Allocation) -> list[dict[str, Any]]
     kept = problem.budget.sizes(allocation.kept)
     prices = {} if problem.scope.groups else problem.budget.prices(kept)
     return [
-        {
-            "name": layer.name,
-            "shape": list(layer.shape),
-            "kept": kept[layer.name],
-            "total": layer.total,
-            "density": kept[layer.name] / layer.total,
-            "macs": layer.macs,
-            "price": prices.get(layer.name),
-        }
+        {"name": layer.name, "shape": list(layer.shape)}
+        | _density(kept[layer.name], layer.total)
+        | {"macs": layer.macs, "price": prices.get(layer.name)}
         for layer in problem.scope
     ]
 
@@ -107,16 +101,15 @@ def group_rows(problem: Problem, allocation: Allocation) -> list[dict[str, Any]]
     kept = allocation.kept
     prices = channel_budget(problem.budget).prices(kept) if problem.scope.groups else {}
     return [
-        {
-            "name": group.name,
-            "kept": kept[group.name],
-            "total": group.total,
-            "density": kept[group.name] / group.total,
-            "layers": list(group.layers),
-            "price": prices[group.name],
-        }
+        {"name": group.name}
+        | _density(kept[group.name], group.total)
+        | {"layers": list(group.layers), "price": prices[group.name]}
         for group in problem.scope.groups
     ]
+
+
+def _density(kept: int, total: int) -> dict[str, Any]:
+    return {"kept": kept, "total": total, "density": kept / total}
 
 
 _OTHER_KEYS = {"model", "budget", "method", "allocate", "score", "pattern", "repair", "seed", "workers"}

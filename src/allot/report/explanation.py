@@ -9,6 +9,7 @@ from typing import Any
 
 from allot.budget.units import unit
 from allot.report.charts import histogram
+from allot.report.table import macs_kept
 
 Report = Mapping[str, Any]
 Row = dict[str, Any]
@@ -38,7 +39,7 @@ def kept_rows(report: Report) -> list[Row]:
         {
             **row,
             **{key: values.get(row["name"]) for key, values in signals.items()},
-            "macs_left": _macs_left(row),
+            "macs_left": macs_kept(row),
             "histogram": _histogram(report, row["name"]),
         }
         for row in report["groups"] or report["layers"]
@@ -47,7 +48,7 @@ def kept_rows(report: Report) -> list[Row]:
 
 def layer_rows(report: Report) -> list[Row]:
     """The layers behind groups of channels; empty where the layers themselves were pruned."""
-    return [{**row, "macs_left": _macs_left(row)} for row in report["layers"]] if report["groups"] else []
+    return [{**row, "macs_left": macs_kept(row)} for row in report["layers"]] if report["groups"] else []
 
 
 def explanation(report: Report) -> dict[str, Any]:
@@ -96,11 +97,6 @@ def _relative(report: Report, key: str) -> tuple[dict[str, float], float]:
     values = {name: value for name, value in signal.items() if math.isfinite(value)}
     scale = _SIGNALS[key][0](map(abs, values.values())) if values else 0.0
     return ({name: value / scale for name, value in values.items()}, scale) if scale else ({}, 0.0)
-
-
-def _macs_left(row: Report) -> int | None:
-    macs = row.get("macs")
-    return None if macs is None else round(macs * row["kept"] / row["total"])
 
 
 def _histogram(report: Report, name: str) -> str:

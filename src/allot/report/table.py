@@ -52,10 +52,16 @@ def layer_table(layers: Sequence[Report]) -> Table:
     table = _table(_text("layer", min_width=12), *figures, _label(width=_BAR), title="layers")
     for layer in layers:
         density = layer["density"]
-        macs = "not counted" if layer["macs"] is None else f"{round(layer['macs'] * layer['kept'] / layer['total']):,}"
+        macs = "not counted" if (count := macs_kept(layer)) is None else f"{count:,}"
         bar = "█" * round(density * _BAR) or "▏"
         table.add_row(escape(layer["name"]), f"{layer['kept']:,}", f"{layer['total']:,}", f"{density:.3f}", macs, bar)
     return table
+
+
+def macs_kept(row: Report) -> int | None:
+    """The MACs of a layer where zeros are skipped; None where they were not counted, and for groups of channels."""
+    macs = row.get("macs")
+    return None if macs is None else round(macs * row["kept"] / row["total"])
 
 
 def comparison_table(reports: Sequence[tuple[str, Report]]) -> Table:
