@@ -25,6 +25,7 @@ from allot.processes import launched
 from allot.run.calibration import Calibration, moved
 from allot.run.named import called, import_from
 from allot.run.reading import Readable
+from allot.sources import zoo
 from allot.sources.files import Arrays, Texts
 from allot.sources.origins import ModelSource, hf_model, of_tokens, timm_model, torchvision_model
 from allot.sources.pictures import folder
@@ -60,7 +61,7 @@ def load_model(
     loader = {"zoo": _zoo_model, "torchvision": torchvision_model, "timm": timm_model, "hf": hf_model}.get(origin)
     # standard output is for results; random weights are the same in every run and every process
     with redirect_stdout(sys.stderr), seeded(0):
-        source = loader(name, trained) if loader else ModelSource(called(spec, nn.Module, "an nn.Module"))
+        source = loader(name, trained=trained) if loader else ModelSource(called(spec, nn.Module, "an nn.Module"))
     if path:
         fill(source.model, Path(path))
     source.model.eval()
@@ -124,8 +125,6 @@ def _open_data(spec: str, source: ModelSource | None, split: str) -> Any:
     if not name:
         raise UsageError(f"DATA {spec!r}: {DATA_FORMS} is accepted.")
     if origin == "zoo":
-        from allot.sources import zoo
-
         return zoo.data(name, split)
     if origin == "npz":
         return Arrays.load(Path(name))
@@ -138,9 +137,7 @@ def _open_data(spec: str, source: ModelSource | None, split: str) -> Any:
     return _yield_samples(spec, data) if isinstance(data, Iterator) else data
 
 
-def _zoo_model(name: str, trained: bool) -> ModelSource:  # noqa: FBT001 - one of four loaders of one shape
-    from allot.sources import zoo
-
+def _zoo_model(name: str, *, trained: bool) -> ModelSource:
     return ModelSource(zoo.model(name), torch.zeros(1, 1, 16, 16))
 
 

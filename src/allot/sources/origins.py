@@ -52,7 +52,7 @@ class ModelSource:
         return None if shape is None else tuple(shape[1:])
 
 
-def torchvision_model(name: str, trained: bool) -> ModelSource:  # noqa: FBT001 - one of several loaders of one shape
+def torchvision_model(name: str, *, trained: bool) -> ModelSource:
     """A classifier of torchvision; pictures are prepared as its default weights want them, loaded or not.
 
     Raises:
@@ -86,7 +86,7 @@ def torchvision_model(name: str, trained: bool) -> ModelSource:  # noqa: FBT001 
     return ModelSource(model, torch.zeros(1, 3, size, size), normalise, preprocess)
 
 
-def timm_model(name: str, trained: bool) -> ModelSource:  # noqa: FBT001
+def timm_model(name: str, *, trained: bool) -> ModelSource:
     """A model of timm, and pictures as its data configuration says.
 
     Raises:
@@ -107,7 +107,7 @@ def timm_model(name: str, trained: bool) -> ModelSource:  # noqa: FBT001
     return ModelSource(model, torch.zeros(1, *config["input_size"]), normalise, preprocess)
 
 
-def hf_model(name: str, trained: bool) -> ModelSource:  # noqa: FBT001
+def hf_model(name: str, *, trained: bool) -> ModelSource:
     """A model of transformers in the class that its configuration names, a causal language model among them.
 
     Raises:
