@@ -46,11 +46,6 @@ def kept_rows(report: Report) -> list[Row]:
     ]
 
 
-def layer_rows(report: Report) -> list[Row]:
-    """The layers behind groups of channels; empty where the layers themselves were pruned."""
-    return [{**row, "macs_left": macs_kept(row)} for row in report["layers"]] if report["groups"] else []
-
-
 def explanation(report: Report) -> dict[str, Any]:
     """The words of the table of these rows: `{item, unit, one_price, sentences}`.
 

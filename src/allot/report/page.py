@@ -15,7 +15,7 @@ from allot.budget.units import unit
 from allot.errors import UsageError
 from allot.export.certificate.rows import seal_row
 from allot.report.charts import Line, Mark, coloured_lines, legend, lines, marks
-from allot.report.explanation import explanation, kept_rows, layer_rows, number
+from allot.report.explanation import explanation, kept_rows, number
 from allot.report.seed_groups import (
     Labelled,
     SeedGroup,
@@ -25,7 +25,7 @@ from allot.report.seed_groups import (
     seed_groups,
     without_copies,
 )
-from allot.report.table import check_text, speed
+from allot.report.table import check_text, macs_kept, speed
 from allot.report.trajectories import budget_chart, density_chart, loss_charts, read_steps
 from allot.run.store import write
 
@@ -62,7 +62,6 @@ def run_page(report: Report, certificate: Report, recipe: str, steps: Sequence[R
         recipe=recipe,
         rows=rows,
         explanation=explanation(report),
-        layers=layer_rows(report),
         most=ranked[-1] if ranked else None,
         least=ranked[0] if ranked else None,
         budget=[{**row, "text": _budget_text(row, report)} for row in report["budget"]],
@@ -290,6 +289,7 @@ def _template(name: str) -> jinja2.Template:
         "number": number,
         "percent": _percent,
         "check_text": check_text,
+        "macs_kept": macs_kept,
         "folding": lambda name: Markup(".<wbr>").join(escape(part) for part in str(name).split(".")),
     }
     return environment.get_template(name)
