@@ -19,10 +19,10 @@ from allot.export.timing.clock import verdict
 Report = Mapping[str, Any]
 
 _BAR = 12
-_text = partial(Column, overflow="fold")
-_label = partial(Column, no_wrap=True)
-_figure = partial(Column, justify="right")
-_whole = partial(Column, justify="right", no_wrap=True)  # a figure that is never broken over lines
+_text_column = partial(Column, overflow="fold")
+_label_column = partial(Column, no_wrap=True)
+_figure_column = partial(Column, justify="right")
+_whole_column = partial(Column, justify="right", no_wrap=True)  # a figure that is never broken over lines
 _table = partial(Table, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
 
 
@@ -48,8 +48,8 @@ def plan_table(plan: Report) -> RenderableType:
 def layer_table(layers: Sequence[Report]) -> Table:
     """Every layer with what it keeps."""
     # figures stay whole: a long name folds, and the bar gives way
-    figures = map(_whole, ("kept", "of", "density", "MACs kept"))
-    table = _table(_text("layer", min_width=12), *figures, _label(width=_BAR), title="layers")
+    figures = map(_whole_column, ("kept", "of", "density", "MACs kept"))
+    table = _table(_text_column("layer", min_width=12), *figures, _label_column(width=_BAR), title="layers")
     for layer in layers:
         density = layer["density"]
         macs = "not counted" if (count := macs_kept(layer)) is None else f"{count:,}"
@@ -66,8 +66,8 @@ def macs_kept(row: Report) -> int | None:
 
 def comparison_table(reports: Sequence[tuple[str, Report]]) -> Table:
     """Several runs side by side: (label, report) each."""
-    figures = map(_whole, ("sparsity", "MACs", "bytes", "dense", "sparse", "speed"))
-    table = _table(*map(_text, ("run", "model", "method")), *figures, title="runs")
+    figures = map(_whole_column, ("sparsity", "MACs", "bytes", "dense", "sparse", "speed"))
+    table = _table(*map(_text_column, ("run", "model", "method")), *figures, title="runs")
     for label, report in reports:
         macs, scores, size = report["macs"], report["scores"], report["bytes"]["file"]
         speedup = speed(report)["speedup"]
@@ -107,8 +107,8 @@ def sweep_table(results: Report) -> Table:
     """Means over seeds: a row a budget, a column a method."""
     means = {(row["budget"], row["method"]): row for row in results["means"]}
     budgets, methods = (list(dict.fromkeys(names)) for names in zip(*means, strict=True)) if means else ([], [])
-    columns = (_whole(escape(method)) for method in methods)
-    table = _table(_text("budget"), *columns, title="score, mean ± standard deviation over seeds")
+    columns = (_whole_column(escape(method)) for method in methods)
+    table = _table(_text_column("budget"), *columns, title="score, mean ± standard deviation over seeds")
     for budget in budgets:
         table.add_row(escape(budget), *(_score_cell(means[budget, method]) for method in methods))
     return table
@@ -123,7 +123,7 @@ def _score_cell(row: Report) -> str:
 
 def certificate_table(rows: Sequence[Report]) -> Table:
     """Every check of `verify`."""
-    table = _table(*map(_text, ("file", "check", "promised", "found")), _label(), title="certificate")
+    table = _table(*map(_text_column, ("file", "check", "promised", "found")), _label_column(), title="certificate")
     for row in rows:
         passed = Text("pass", style="green") if row["passed"] else Text("FAIL", style="bold red")
         cells = (escape(check_text(row[key])) for key in ("promised", "found"))
@@ -147,7 +147,9 @@ def export_table(row: Report) -> RenderableType:
 
 def _exports_table(exports: Sequence[Report]) -> list[Table]:
     """All exports in one table; no table without exports."""
-    figures = map(_figure, ("bytes", "dense bytes", "of the limit", "ms", "dense ms", "speed (half of the rounds)"))
+    figures = map(
+        _figure_column, ("bytes", "dense bytes", "of the limit", "ms", "dense ms", "speed (half of the rounds)")
+    )
     table = _table("form", *figures, title="exports, opened again and timed beside dense")
     for row in exports:
         over = f"{row['bytes'] / row['limit']:.2f}x" if row["limit"] else ""
@@ -164,7 +166,7 @@ def _speed_cell(row: Report) -> str:
 
 def advice_table(advice: Report) -> RenderableType:
     """What pays on this machine: the whole net as predicted, linear layers as measured."""
-    net = _table(_label(), *map(_whole, ("left", "times as fast")), title="the whole net, predicted")
+    net = _table(_label_column(), *map(_whole_column, ("left", "times as fast")), title="the whole net, predicted")
     for row in advice["channels"]:
         net.add_row(f"channels, {advice['runtime']}", f"{100 * row['macs']:.0f} % of MACs", f"{row['faster']:.2f}")
     speedups = (advice["net"] or {"faster": {}})["faster"]
@@ -173,8 +175,8 @@ def advice_table(advice: Report) -> RenderableType:
     densities = (
         f"{100 * float(density):g} %" for density in (advice["linear"][0]["faster"] if advice["linear"] else ())
     )
-    figures = map(_whole, (*densities, "breaks even at"))
-    layers = _table(_text("layer"), *figures, title="linear layers as sparse matrices, times as fast")
+    figures = map(_whole_column, (*densities, "breaks even at"))
+    layers = _table(_text_column("layer"), *figures, title="linear layers as sparse matrices, times as fast")
     for row in advice["linear"]:
         even = "never" if row["break_even"] is None else f"{100 * row['break_even']:.1f} %"
         name = f"{escape(row['layer'])}" + (f" and {row['layers'] - 1} alike" if row["layers"] > 1 else "")
@@ -185,14 +187,14 @@ def advice_table(advice: Report) -> RenderableType:
 
 def methods_table(rows: Sequence[tuple[str, str, str, str]]) -> Table:
     """(name, role, needs, what it does) of every method."""
-    table = _table(*map(_text, ("name", "role", "needs", "what it does")))
+    table = _table(*map(_text_column, ("name", "role", "needs", "what it does")))
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     return table
 
 
 def _dense_and_sparse_table() -> Table:
-    return _table(_label(), *map(_figure, ("dense", "sparse", "")))
+    return _table(_label_column(), *map(_figure_column, ("dense", "sparse", "")))
 
 
 def _add_counts(table: Table, name: str, dense: int, sparse: int) -> None:
