@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import allot
-from allot.report import paths
+from allot.report import trajectories
 from allot.report.charts import Line, Mark, histogram, lines, marks
 from contract.cases import CASES
 from report.pages import report
@@ -84,34 +84,36 @@ def test_the_lines_that_end_highest_and_lowest_have_their_names():
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Charts as the lines that they are of."""
-    monkeypatch.setattr(paths, "lines", lambda some, *labels, **settings: {line.name: line.points for line in some})
+    monkeypatch.setattr(
+        trajectories, "lines", lambda some, *labels, **settings: {line.name: line.points for line in some}
+    )
 
 
 @pytest.mark.usefixtures("drawn")
 def test_paths_of_densities_are_shares_of_what_a_layer_has(runs: dict[str, Path]):
     told: dict[str, Any] = report(runs["fcpts"])
     total = {row["name"]: row["total"] for row in told["layers"]}
-    found: Any = paths.moved(told)
+    found: Any = trajectories.density_chart(told)
     trajectory = told["diagnostics"]["fcpts"]["trajectory"]
     assert found.keys() == total.keys() and len(trajectory) > 1
     for name, path in found.items():
         assert path == [(entry["step"], entry["kept"][name] / total[name]) for entry in trajectory]
     channels = report(runs["dsa"])
-    shown, dsa = paths.moved(channels), channels["diagnostics"]["dsa"]
+    shown, dsa = trajectories.density_chart(channels), channels["diagnostics"]["dsa"]
     assert [shown[name][-1] for name in dsa["groups"]] == [
         (dsa["densities"][-1][0], d) for d in dsa["densities"][-1][1]
     ]
-    assert paths.moved(report(runs["erk"])) == {}
+    assert trajectories.density_chart(report(runs["erk"])) == {}
 
 
 @pytest.mark.usefixtures("drawn")
 def test_what_is_spent_is_a_share_of_the_limit_of_that_step(runs: dict[str, Path]):
     lines = [json.loads(line) for line in (runs["fcpts"] / "steps.jsonl").read_text().splitlines()]
     steps = [step for step in lines if step["stage"] == "allocate"]
-    assert paths.spent(paths.steps_of(runs["fcpts"])) == {
+    assert trajectories.budget_chart(trajectories.read_steps(runs["fcpts"])) == {
         "sparsity": [(s["step"], s["cost.sparsity"] / s["limit.sparsity"]) for s in steps if "cost.sparsity" in s]
     }
-    ((stage, loss),) = paths.losses(paths.steps_of(runs["fcpts"]))
+    ((stage, loss),) = trajectories.loss_charts(trajectories.read_steps(runs["fcpts"]))
     assert (stage, loss["allocate"]) == ("allocate", [(s["step"], s["loss"]) for s in steps if "loss" in s])
 
 

@@ -14,7 +14,7 @@ import pytest
 
 import allot
 from allot.report.page import comparison_page
-from allot.report.series import alike, facets_of, names, once
+from allot.report.seed_groups import choices_of, seed_groups, series_names, without_copies
 from contract.cases import CASES
 from report.pages import SCORES, Seen, browsed, in_a_browser, report
 
@@ -55,8 +55,8 @@ def test_runs_that_differ_in_the_seed_are_one_point_with_a_spread(told: dict[str
     ((name, score, removed, *_),) = summaries(page)
     assert score == f"{100 * mean:.1f} % ± {100 * spread:.2f}3 seeds" and name == "erk, sparsity=0.7"
     assert removed == f"{100 * told['sparsity']:.1f} %"
-    (same,) = alike([(str(seed), scored(told, score, seed=seed)) for seed, score in enumerate(found)])
-    assert same.said == f"erk, sparsity=0.7: {mean:.4f} ± {spread:.4f}, 3 seeds"
+    (same,) = seed_groups([(str(seed), scored(told, score, seed=seed)) for seed, score in enumerate(found)])
+    assert same.caption == f"erk, sparsity=0.7: {mean:.4f} ± {spread:.4f}, 3 seeds"
     other = scored(told, 0.9, sparsity=0.5, budget=asked(told, "0.5"))
     page = comparison_page([("a", scored(told, 0.8)), ("b", scored(told, 0.81, seed=1)), ("other", other)])
     assert page.count("<circle") == 2 * 3 and page.count('class="spread"') == 3  # three charts
@@ -96,14 +96,14 @@ def test_runs_that_differ_in_more_than_the_seed_are_told_apart(told: dict[str, A
 
 def test_a_name_says_no_more_than_what_differs(told: dict[str, Any]):
     fcpts = {"method": "fcpts", "allocate": "fcpts", "repair": ["bn"], "settings__hyperparameters": {"x": 1}}
-    assert [same.name for same in alike([("a", scored(told, 0.8)), ("b", scored(told, 0.8, **fcpts))])] == [
+    assert [same.name for same in seed_groups([("a", scored(told, 0.8)), ("b", scored(told, 0.8, **fcpts))])] == [
         "erk", "fcpts",
     ]  # fmt: skip
     short = {**fcpts, "settings__options": {"fcpts": {"steps": 6}}}
-    assert [same.name for same in alike([("a", scored(told, 0.8)), ("b", scored(told, 0.8, **short))])] == [
+    assert [same.name for same in seed_groups([("a", scored(told, 0.8)), ("b", scored(told, 0.8, **short))])] == [
         "erk", "fcpts",
     ]  # fmt: skip
-    pair = alike([("a", scored(told, 0.8, score="wanda")), ("b", scored(told, 0.8, **fcpts))])
+    pair = seed_groups([("a", scored(told, 0.8, score="wanda")), ("b", scored(told, 0.8, **fcpts))])
     assert [same.name for same in pair] == ["erk, score wanda", "fcpts, score magnitude"]
 
 
@@ -116,15 +116,15 @@ def test_series_that_differ_have_names_that_differ(told: dict[str, Any]):
     every = [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
     drawn = random.Random(0)
     for _ in range(30):
-        some = [facets_of(scored(told, 0.8, **one)) for one in drawn.sample(every, drawn.randint(1, 12))]
-        distinct = {json.dumps(facets, sort_keys=True): facets for facets in some}
-        assert len(set(names(list(distinct.values())))) == len(distinct)
+        some = [choices_of(scored(told, 0.8, **one)) for one in drawn.sample(every, drawn.randint(1, 12))]
+        distinct = {json.dumps(chosen, sort_keys=True): chosen for chosen in some}
+        assert len(set(series_names(list(distinct.values())))) == len(distinct)
 
 
 @pytest.mark.parametrize("label", ["a", "a copy"])
 def test_a_run_that_is_given_twice_counts_once(told: dict[str, Any], label: str):
     pair = [("a", scored(told, 0.8)), (label, scored(told, 0.8))]
-    assert len(once(pair)) == 1
+    assert len(without_copies(pair)) == 1
     page = comparison_page([*pair, ("b", scored(told, 0.7, seed=1))])
     assert "2 runs side by side" in page and "2 seeds" in page
     assert len(Seen(page).table("score, dense")) == 3
@@ -132,15 +132,15 @@ def test_a_run_that_is_given_twice_counts_once(told: dict[str, Any], label: str)
 
 def test_a_seed_that_was_run_twice_is_one_seed(told: dict[str, Any]):
     again = scored(told, 0.6, seconds={"allocate": 9})
-    (same,) = alike([("a", scored(told, 0.8)), ("b", again), ("c", scored(told, 0.5, seed=1))])
-    assert same.scores == pytest.approx([0.7, 0.5]) and "2 seeds" in same.said
-    (alone,) = alike([("a", scored(told, 0.8)), ("b", again)])
-    assert alone.spread is None and "seed" not in alone.said
+    (same,) = seed_groups([("a", scored(told, 0.8)), ("b", again), ("c", scored(told, 0.5, seed=1))])
+    assert same.scores == pytest.approx([0.7, 0.5]) and "2 seeds" in same.caption
+    (alone,) = seed_groups([("a", scored(told, 0.8)), ("b", again)])
+    assert alone.spread is None and "seed" not in alone.caption
 
 
 def test_one_budget_in_other_words_is_one_budget(told: dict[str, Any]):
     words = ["0.9", "0.90", "90%"]
-    (same,) = alike([(text, scored(told, 0.8, seed=i, budget=asked(told, text))) for i, text in enumerate(words)])
+    (same,) = seed_groups([(text, scored(told, 0.8, seed=i, budget=asked(told, text))) for i, text in enumerate(words)])
     assert same.budget == "sparsity=0.9" and len(same.runs) == 3
 
 
@@ -189,7 +189,7 @@ def test_what_failed_is_named_with_its_reason(told: dict[str, Any]):
     failed = [{"method": "<b>", "budget": "bytes=10", "seed": seed, "error": "10 & more"} for seed in (0, 2)]
     seen = Seen(comparison_page([("a", told), ("b", {**told, "seed": 1})], failed=failed))
     assert "<b>, bytes=10, seeds 0, 2: 10 & more" in seen.text
-    assert "came to nothing" not in comparison_page([("a", told)])
+    assert "Runs that failed" not in comparison_page([("a", told)])
 
 
 @pytest.mark.parametrize("minutes", [None, 5.0])
@@ -203,7 +203,7 @@ def test_a_saved_run_says_all_that_decided_it(minutes: float | None, tmp_path: P
         )  # fmt: skip
         found.append((name, report(tmp_path / name)))
         assert result.report()["settings"] == found[-1][1]["settings"]
-    assert [(same.name, len(same.runs)) for same in alike(found)] == [
+    assert [(same.name, len(same.runs)) for same in seed_groups(found)] == [
         ("fcpts, fcpts.steps 3", 2),
         ("fcpts, fcpts.steps 4", 1),
     ]

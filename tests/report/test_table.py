@@ -100,4 +100,4 @@ def test_a_report_is_json(report):
     ],
 )
 def test_what_a_check_found_is_read_without_brackets(value: object, text: str):
-    assert table.short(value) == text
+    assert table.check_text(value) == text

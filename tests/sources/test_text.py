@@ -12,8 +12,8 @@ from torch import nn
 
 import allot
 from allot import UsageError, evaluate
+from allot.sources.files import Texts
 from allot.sources.load import load_data, load_model
-from allot.sources.texts import Texts
 from cli.command import MLP, done, refused
 
 transformers = pytest.importorskip("transformers")

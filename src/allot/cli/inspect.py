@@ -50,7 +50,7 @@ def verify_command(
             say(f"{path}: all {len(found['rows'])} checks passed")
     if not found["passed"]:
         failed = next(row for row in found["rows"] if not row["passed"])
-        said = [table.short(failed[key]) for key in ("check", "promised", "found")]
+        said = [table.check_text(failed[key]) for key in ("check", "promised", "found")]
         check, promised, held = (text if len(text) <= LONGEST else f"{text[:LONGEST]}…" for text in said)
         raise VerificationError(f"{place_of(path, failed)}: {check}: promised {promised}, found {held}.")
 

@@ -179,7 +179,7 @@ def _figures(report: dict[str, Any]) -> dict[str, Any]:
         "macs": macs["sparse"] if macs else None,
         "dense_macs": macs["dense"] if macs else None,
         "bytes": report["bytes"]["file"],
-        "faster": speed(report)["times"],
+        "faster": speed(report)["speedup"],
         "images": report["images"],
         "seconds": round(sum(report["seconds"].values()), 1),
     }

@@ -1,4 +1,4 @@
-"""Exports as rows of a run's report: written one after the other, shown on its page."""
+"""The rows of exports in report.json."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from allot.run.store import write
 
 
 def exports_of(run: Path | None) -> list[dict[str, Any]]:
-    """The rows in a run's report.json; none where there is no report yet.
+    """The rows in report.json of a run; none where there is no report yet.
 
     Raises:
         UsageError: the report cannot be read.
@@ -28,20 +28,13 @@ def exports_of(run: Path | None) -> list[dict[str, Any]]:
 
 
 def add_export(run: Path, row: dict[str, Any]) -> None:
-    """Put a row into a run's report.json, in place of an earlier one of the same file; all else stays as it is.
+    """Put a row into report.json, in place of an earlier row of the same file, and write the page of the run again.
 
     Raises:
-        UsageError: the report cannot be read or written.
+        UsageError: the report cannot be read, or a file cannot be written.
     """
+    path = run / "report.json"
     others = [other for other in exports_of(run) if (other["form"], other["file"]) != (row["form"], row["file"])]
-    save_report(run, {**json.loads((run / "report.json").read_text()), "exports": [*others, row]})
-
-
-def save_report(run: Path, report: dict[str, Any]) -> None:
-    """Write a run's report.json, sealed, and its page.
-
-    Raises:
-        UsageError: they cannot be written.
-    """
-    write(run / "report.json", json.dumps(sealed(report), indent=2) + "\n")
+    report = {**json.loads(path.read_text()), "exports": [*others, row]}
+    write(path, json.dumps(sealed(report), indent=2) + "\n")
     write_run(run, report)

@@ -13,55 +13,61 @@ from markupsafe import Markup, escape
 
 from allot.budget.units import unit
 from allot.errors import UsageError
-from allot.export.certificate.rows import checked, sealed
-from allot.report.charts import Line, Mark, legend, lines, marks
-from allot.report.needed import needed
-from allot.report.paths import losses, moved, spent, steps_of
-from allot.report.series import Labelled, Same, alike, budget_of, macs_left, once, times
-from allot.report.table import short, speed
-from allot.report.why import kept_rows, layer_rows, number, words_of
+from allot.export.certificate.rows import seal_row
+from allot.report.charts import Line, Mark, coloured_lines, legend, lines, marks
+from allot.report.explanation import explanation, kept_rows, number
+from allot.report.seed_groups import (
+    Labelled,
+    SeedGroup,
+    budget_of,
+    macs_left,
+    reading_report,
+    seed_groups,
+    without_copies,
+)
+from allot.report.table import check_text, macs_kept, speed
+from allot.report.trajectories import budget_chart, density_chart, loss_charts, read_steps
 from allot.run.store import write
 
 Report = Mapping[str, Any]
 
-FELL = 0.9  # of the dense score, below which a score is called bad
+FAR_BELOW = 0.9  # of the dense score, below which a score is called bad
 
 
 def write_run(run: Path, report: Report, page: Path | None = None) -> Path:
-    """Write RUN/report.html, or `page`, from report.json and what lies beside it; where it is.
+    """Write RUN/report.html, or `page`, from report.json and the files beside it; returns the path of the page.
 
     Raises:
         UsageError: one of these files does not hold what a report needs, or the page cannot be written.
     """
-    page = page or run / "report.html"
-    certificate, recipe, steps = _certificate(run), _text(run / "recipe.yaml"), steps_of(run)
-    with needed(run):
-        text = run_page(report, certificate, recipe, steps)
+    page, recipe = page or run / "report.html", run / "recipe.yaml"
+    certificate, steps = _certificate(run), read_steps(run)
+    with reading_report(run):
+        text = run_page(report, certificate, recipe.read_text(errors="replace") if recipe.exists() else "", steps)
     write(page, text)
     return page
 
 
 def run_page(report: Report, certificate: Report, recipe: str, steps: Sequence[Report]) -> str:
-    """One run: promise, certificate, before and after, every layer and why, how it came to this, how to repeat it."""
+    """One run: budget, certificate, dense and sparse figures, every layer, every step, and how to repeat the run."""
     rows = kept_rows(report)
     ranked = sorted(rows, key=lambda row: (row["density"], row["name"]))
     return _template("run.html").render(
         report=report,
-        lead=_lead(report),
-        fell=_fell(report["scores"]),
-        fast=speed(report),
+        lead=_lead_sentence(report),
+        bad_score=_is_far_below(report["scores"]),
+        speed=speed(report),
         checks=certificate.get("rows", []),
-        passed=bool(certificate.get("passed")) and all(row["passed"] for row in certificate.get("rows", [])),
+        passed=certificate.get("passed", False),
         recipe=recipe,
         rows=rows,
-        words=words_of(report),
-        layers=layer_rows(report),
+        explanation=explanation(report),
         most=ranked[-1] if ranked else None,
         least=ranked[0] if ranked else None,
-        budget=[_budget_row(row, report) for row in report["budget"]],
-        moved=moved(report),
-        spent=spent(steps),
-        losses=losses(steps),
+        budget=[{**row, "text": _budget_text(row, report)} for row in report["budget"]],
+        density_chart=density_chart(report),
+        budget_chart=budget_chart(steps),
+        loss_charts=loss_charts(steps),
         exports=report.get("exports", []),
         memory=report["diagnostics"].get("memory", {}),
         fit=report["diagnostics"].get("fit", {}),
@@ -69,54 +75,52 @@ def run_page(report: Report, certificate: Report, recipe: str, steps: Sequence[R
     )
 
 
-def advice_page(told: Report) -> str:
-    """What pays on this machine, with the curves that say so."""
-    channels = Line("channels", [(100 * row["macs"], row["faster"]) for row in told["channels"]])
-    net = Line("net", [(float(d), times) for d, times in (told["net"] or {"faster": {}})["faster"].items()])
-    last = max(len(told["linear"]) - 1, 1)
-    layers = [
-        Line(row["layer"], [(float(d), faster) for d, faster in row["faster"].items()], i / last)
-        for i, row in enumerate(told["linear"])
-    ]
-    drawn = [
-        (f"Channels ({told['pattern']}, {told['runtime']}), foretold for equal shares", [channels], "MACs left, %"),
-        ("Sparse matrices, PyTorch, foretold for the whole net", [net], "density"),
-        ("Linear layers as sparse matrices, PyTorch, measured", layers, "density"),
+def advice_page(advice: Report) -> str:
+    """What pays on this machine, with the measured and predicted curves."""
+    channels = Line("channels", [(100 * row["macs"], row["faster"]) for row in advice["channels"]])
+    net = Line("net", [(float(d), speedup) for d, speedup in (advice["net"] or {"faster": {}})["faster"].items()])
+    layers = {row["layer"]: [(float(d), speedup) for d, speedup in row["faster"].items()] for row in advice["linear"]}
+    title = f"Channels ({advice['pattern']}, {advice['runtime']}), predicted for the same density in every layer"
+    curves = [
+        (title, [channels], "MACs left, %"),
+        ("Sparse matrices, PyTorch, predicted for the whole net", [net], "density"),
+        ("Linear layers as sparse matrices, PyTorch, measured", coloured_lines(layers), "density"),
     ]
     charts = [
-        (title, lines(some, x, "times as fast", limit=1.0, ends=False), legend(some) if len(some) > 1 else "")
-        for title, some, x in drawn
-        if some and len(some[0].points) > 1 and any(times != 1 for line in some for _, times in line.points)
+        (title, lines(drawn, x, "times as fast", limit=1.0, ends=False), legend(drawn) if len(drawn) > 1 else "")
+        for title, drawn, x in curves
+        if drawn and len(drawn[0].points) > 1 and any(speedup != 1 for line in drawn for _, speedup in line.points)
     ]
-    return _template("advice.html").render(told=told, charts=charts)
+    return _template("advice.html").render(advice=advice, charts=charts)
 
 
 def comparison_page(reports: Labelled, failed: Sequence[Report] = ()) -> str:
-    """Several runs: what each method came to at each budget, score against size, and every run.
+    """Several runs: the figures of each method at each budget, score against size, and every run.
 
     Args:
-        reports: (label, report) each; one that is given twice counts once.
-        failed: `{method, budget, seed, error}` of runs that came to nothing.
+        reports: (label, report) each; a report that is given twice counts once.
+        failed: `{method, budget, seed, error}` of runs that failed.
     Raises:
-        UsageError: a report that does not hold what it needs.
+        UsageError: a report that does not hold what the page needs.
     """
-    reports = once(reports)
-    groups = alike(reports)
+    reports = without_copies(reports)
+    groups = seed_groups(reports)
     rows = []
     for label, report in reports:
-        with needed(label):
-            rows.append(_row(label, report, groups))
-            _summary(Same(label, 0, "", (report,)))  # what this one lacks is said of this one
-    with needed(", ".join(label for label, _ in reports)):
+        with reading_report(label):
+            rows.append(_run_row(label, report, groups))
+            _group_row(SeedGroup(label, 0, "", (report,)))  # an error about this report names this report
+    metrics = list(dict.fromkeys(group.metric for group in groups if group.metric is not None))
+    with reading_report(", ".join(label for label, _ in reports)):
         return _template("comparison.html").render(
             rows=rows,
-            summaries=[_summary(group) for group in groups],
+            summaries=[_group_row(group) for group in groups],
             series=list(dict.fromkeys(group.name for group in groups)),
-            charts=[chart for metric in _metrics(groups) for chart in _charts(metric, groups)],
-            dense={metric: level for metric in _metrics(groups) if (level := _dense(metric, groups)) is not None},
-            best=_best(groups),
-            scored=bool(_metrics(groups)),
-            failed=_failed(failed),
+            charts=[chart for metric in metrics for chart in _score_charts(metric, groups)],
+            dense={metric: score for metric in metrics if (score := _dense_score(metric, groups)) is not None},
+            best=_best_sentence(groups),
+            scored=bool(metrics),
+            failed=_failure_rows(failed),
         )
 
 
@@ -127,129 +131,122 @@ _AXES = {
 }
 
 
-def _metrics(groups: Sequence[Same]) -> list[str]:
-    return list(dict.fromkeys(group.metric for group in groups if group.metric is not None))
-
-
-def _dense(metric: str, groups: Sequence[Same]) -> float | None:
-    """What the dense net scores, where that is one number."""
+def _dense_score(metric: str, groups: Sequence[SeedGroup]) -> float | None:
+    """The score of the dense model; None where the runs differ in it."""
     scores = {run["scores"]["dense"] for group in groups if group.metric == metric for run in group.runs}
     return scores.pop() if len(scores) == 1 else None
 
 
-def _charts(metric: str, groups: Sequence[Same]) -> list[tuple[str, str]]:
+def _score_charts(metric: str, groups: Sequence[SeedGroup]) -> list[tuple[str, str]]:
     """(caption, chart) for each axis: a point for all seeds of a series at a budget."""
-    scored, dense, found = [g for g in groups if g.metric == metric and g.scores], _dense(metric, groups), []
-    for axis, of in _AXES.items():
+    scored, dense, charts = [g for g in groups if g.metric == metric and g.scores], _dense_score(metric, groups), []
+    for axis, figure in _AXES.items():
         points = [
-            Mark(group.said, x, group.score, group.spread or 0.0, group.series)
+            Mark(group.caption, x, group.score, group.spread or 0.0, group.series)
             for group in scored
-            if (x := group.mean(of)) is not None and group.score is not None
+            if (x := group.mean(figure)) is not None and group.score is not None
         ]
         if len(points) > 1:
             bars = "; mean over seeds, bars: one standard deviation" if any(len(g.scores) > 1 for g in scored) else ""
             level = "" if dense is None else "; dashed: the dense model"
             caption = f"Score ({metric}) on held-out data against {axis.partition(',')[0]}{bars}{level}."
-            found.append((caption, marks(points, axis, metric, level=dense)))
-    return found
+            charts.append((caption, marks(points, axis, metric, level=dense)))
+    return charts
 
 
-def _summary(group: Same) -> dict[str, Any]:
-    first = group.runs[0]
-    dense = first["scores"]["dense"] if first["scores"] else None
-    size, full = group.mean(lambda run: run["bytes"]["file"]), group.mean(lambda run: run["bytes"]["dense"])
+def _group_row(group: SeedGroup) -> dict[str, Any]:
+    size, dense_size = group.mean(lambda run: run["bytes"]["file"]), group.mean(lambda run: run["bytes"]["dense"])
+    scores = {"sparse": group.score, "dense": group.runs[0]["scores"]["dense"]} if group.score is not None else None
     return {
-        "name": group.name,
+        **{
+            name: getattr(group, name)
+            for name in ("name", "budget", "score", "spread", "speedup", "verdict", "densest")
+        },
         "series": group.series % 8,
-        "budget": group.budget,
-        "score": group.score,
-        "spread": group.spread,
         "seeds": len(group.scores),
         "scored": group.metric is not None,
-        "fell": group.score is not None and dense is not None and group.score < FELL * dense,
+        "bad_score": _is_far_below(scores),
         "removed": group.mean(lambda run: run["sparsity"]),
         "bytes": size,
-        "share": size / full if size and full else None,
+        "share": size / dense_size if size and dense_size else None,
         "macs": group.mean(macs_left),
-        "times": group.mean(times),
-        "verdict": group.verdict,
-        "most": group.most,
     }
 
 
-def _best(groups: Sequence[Same]) -> str:
-    """Which is best in score, in size and in speed, in a sentence."""
+def _best_sentence(groups: Sequence[SeedGroup]) -> str:
+    """The best score, the smallest file and the highest speed, in a sentence."""
     scored = [group for group in groups if group.score is not None]
-    said = []
+    clauses = []
     if len({(group.metric, group.runs[0]["scores"]["dense"]) for group in scored}) == 1:  # one model, one test
         best = max(scored, key=lambda group: group.score or 0.0)
-        said.append(f"the highest score is that of {best.name} at {best.budget} ({_percent(best.score or 0.0)})")
+        clauses.append(f"the highest score is that of {best.name} at {best.budget} ({_percent(best.score or 0.0)})")
     sizes = [(size, group) for group in groups if (size := group.mean(lambda run: run["bytes"]["file"]))]
     if sizes:
         size, least = min(sizes, key=lambda pair: pair[0])
-        said.append(f"the smallest file that of {least.name} at {least.budget} ({round(size):,} bytes)")
+        clauses.append(f"the smallest file is that of {least.name} at {least.budget} ({round(size):,} bytes)")
     faster = [group for group in groups if group.verdict == "faster"]
     if faster:
-        fast, quick = max(((group.mean(times) or 0.0, group) for group in faster), key=lambda pair: pair[0])
-        said.append(f"the fastest as measured is {quick.name} at {quick.budget} ({fast:.2f}x as fast as dense)")
+        fast = max(faster, key=lambda group: group.speedup or 0.0)
+        clauses.append(
+            f"the fastest as measured is {fast.name} at {fast.budget} ({fast.speedup:.2f}x as fast as dense)"
+        )
     elif any(group.verdict for group in groups):
-        said.append("as measured here, none is faster than the dense model")
+        clauses.append("as measured here, none is faster than the dense model")
     else:
-        said.append("none was timed: a smaller file is no faster by itself")
-    text = "; ".join(said) + "."
-    return text[0].upper() + text[1:]
+        clauses.append("none was timed: a smaller file is no faster by itself")
+    sentence = "; ".join(clauses) + "."
+    return sentence[0].upper() + sentence[1:]
 
 
-def _failed(rows: Sequence[Report]) -> list[dict[str, Any]]:
-    """What failed in the same way with several seeds, as one."""
-    found: dict[tuple[str, ...], list[Any]] = {}
-    for row in rows:
-        found.setdefault((row["method"], row["budget"], row["error"]), []).append(row["seed"])
-    return [{"method": m, "budget": b, "error": e, "seeds": seeds} for (m, b, e), seeds in found.items()]
+def _failure_rows(failed: Sequence[Report]) -> list[dict[str, Any]]:
+    """Runs that failed in the same way with several seeds, as one row."""
+    seeds: dict[tuple[str, ...], list[Any]] = {}
+    for row in failed:
+        seeds.setdefault((row["method"], row["budget"], row["error"]), []).append(row["seed"])
+    return [{"method": m, "budget": b, "error": e, "seeds": s} for (m, b, e), s in seeds.items()]
 
 
-def _row(label: str, report: Report, groups: Sequence[Same]) -> dict[str, Any]:
-    own = next(group for group in groups if any(report is run for run in group.runs))
-    told = {"label": label, "report": report, "series": own.series % 8, "budget": budget_of(report)}
-    return {**told, "macs": macs_left(report), "fell": _fell(report["scores"]), **speed(report)}
+def _run_row(label: str, report: Report, groups: Sequence[SeedGroup]) -> dict[str, Any]:
+    series = next(group.series for group in groups if any(report is run for run in group.runs)) % 8
+    figures = {"macs": macs_left(report), "bad_score": _is_far_below(report["scores"]), **speed(report)}
+    return {"label": label, "report": report, "series": series, "budget": budget_of(report), **figures}
 
 
-def _fell(scores: Report | None) -> bool:
-    """Whether a score is so far below the dense one that nobody should overlook it."""
-    return scores is not None and not scores["sparse"] >= FELL * scores["dense"]
+def _is_far_below(scores: Report | None) -> bool:
+    """Whether the sparse score is so far below the dense one that nobody should overlook it."""
+    return scores is not None and not scores["sparse"] >= FAR_BELOW * scores["dense"]
 
 
-def _lead(report: Report) -> Markup:
-    """What a run came to, in a sentence for those who read no further."""
+def _lead_sentence(report: Report) -> Markup:
+    """What the run achieved, in a sentence for those who read no further."""
     size, scores, fast = report["bytes"], report["scores"], speed(report)
-    said: list[str] = [f"{_percent(report['kept'] / report['total'])} of the weights are left"]
+    clauses: list[str] = [f"{_percent(report['kept'] / report['total'])} of the weights are left"]
     if size["file"] and size["dense"]:
-        said.append(f"the file takes {_percent(size['file'] / size['dense'])} of the dense one's bytes")
+        clauses.append(f"the file takes {_percent(size['file'] / size['dense'])} of the dense one's bytes")
     if scores:
-        before, after = (_percent(scores[key]) for key in ("dense", "sparse"))
-        went = f"{scores['metric']} went from {before} to {after} on the test data"
-        far = Markup('<span class="bad">{}, far below the dense model: look before you use it</span>')
-        said.append(far.format(went) if _fell(scores) else went)
+        dense, sparse = (_percent(scores[key]) for key in ("dense", "sparse"))
+        change = f"{scores['metric']} went from {dense} to {sparse} on the test data"
+        bad = Markup('<span class="bad">{}, far below the dense model: look before you use it</span>')
+        clauses.append(bad.format(change) if _is_far_below(scores) else change)
     else:
-        said.append("it was not scored")
-    if fast["times"] is None:
-        said.append("and it was not timed: a smaller file is no faster by itself")
+        clauses.append("it was not scored")
+    if fast["speedup"] is None:
+        clauses.append("and it was not timed: a smaller file is no faster by itself")
     else:
-        said.append(f"and it was measured to be {fast['verdict']} here: {fast['times']:.2f}x ({fast['where']})")
-    return Markup(", ").join(said) + "."
+        clauses.append(f"and it was measured to be {fast['verdict']} here: {fast['speedup']:.2f}x ({fast['form']})")
+    return Markup(", ").join(clauses) + "."
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _budget_row(row: Report, report: Report) -> dict[str, Any]:
-    achieved, limit, units = row["achieved"], row["limit"], unit(row["kind"])
+def _budget_text(row: Report, report: Report) -> str:
     if row["kind"] == "sparsity":
-        return {**row, "text": f"{report['kept']:,} of {report['total']:,} weights kept"}
+        return f"{report['kept']:,} of {report['total']:,} weights kept"
     if row["kind"] == "latency":
-        return {**row, "text": f"{achieved / 1e6:.3f} of {limit / 1e6:.3f} ms allowed, by the tables"}
-    return {**row, "text": f"{achieved:,} of {limit:,} {units} allowed"}
+        return f"{row['achieved'] / 1e6:.3f} of {row['limit'] / 1e6:.3f} ms allowed, by the tables"
+    return f"{row['achieved']:,} of {row['limit']:,} {unit(row['kind'])} allowed"
 
 
 _COMPUTE = {
@@ -263,37 +260,36 @@ _COMPUTE = {
 
 
 def _certificate(run: Path) -> dict[str, Any]:
-    """`{rows, passed}`: the checks of certificate.json, and the one of its own text, as `allot verify` makes it.
+    """`{rows, passed}`: the checks of certificate.json, and the check of its text that `allot verify` makes.
 
     Raises:
-        UsageError: it cannot be read.
+        UsageError: the file cannot be read.
     """
     path = run / "certificate.json"
     try:
         text = path.read_text()
-        content = json.loads(text)
-        whole = text == json.dumps(sealed(content), indent=2) + "\n"
         keys = ("file", "check", "promised", "found", "passed")
-        rows = [{key: row[key] for key in keys} for row in content["rows"]]
+        rows = [seal_row(path.name, text), *({key: row[key] for key in keys} for row in json.loads(text)["rows"])]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read ({type(error).__name__}: {error}).") from error
-    rows.insert(0, checked(path.name, "untouched", "yes", "yes" if whole else "no"))
     return {"rows": rows, "passed": all(row["passed"] for row in rows)}
-
-
-def _text(path: Path) -> str:
-    return path.read_text(errors="replace") if path.exists() else ""
 
 
 @cache  # compiling takes longer than all of a small run
 def _template(name: str) -> jinja2.Template:
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    known = jinja2.Environment(
-        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
-    known.filters["count"] = lambda value: f"{value:,}"
-    known.filters["number"] = number
-    known.filters["percent"] = _percent
-    known.filters["short"] = short
-    known.filters["folding"] = lambda name: Markup(".<wbr>").join(escape(part) for part in str(name).split("."))
-    return known.get_template(name)
+    environment.filters |= {
+        "count": lambda value: f"{value:,}",
+        "number": number,
+        "percent": _percent,
+        "check_text": check_text,
+        "macs_kept": macs_kept,
+        "folding": lambda name: Markup(".<wbr>").join(escape(part) for part in str(name).split(".")),
+    }
+    return environment.get_template(name)

@@ -3,245 +3,223 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from allot.export.timing.clock import verdict
 
+Report = Mapping[str, Any]
+
 _BAR = 12
+_text_column = partial(Column, overflow="fold")
+_label_column = partial(Column, no_wrap=True)
+_figure_column = partial(Column, justify="right")
+_whole_column = partial(Column, justify="right", no_wrap=True)  # a figure that is never broken over lines
+_table = partial(Table, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
 
 
-def run_table(report: Mapping[str, Any]) -> RenderableType:
+def run_table(report: Report) -> RenderableType:
     """One run: what was promised, what it cost, and every layer."""
     title = f"{report['model']}: {report['method']} ({report['pattern']}, score {report['score']}"
     title += f", repair {'+'.join(report['repair'])})" if report["repair"] else ")"
-    layers = layer_table(report["layers"])
-    return Group(Text(title, style="bold"), _summary(report), layers, *_exports(report), *_skipped(report))
+    tables = _summary_table(report), layer_table(report["layers"]), *_exports_table(report["exports"])
+    return Group(Text(title, style="bold"), *tables, *_skipped_lines(report))
 
 
-def plan_table(plan: Mapping[str, Any]) -> RenderableType:
+def plan_table(plan: Report) -> RenderableType:
     """A plan: the budget's rows and every layer."""
     title = Text(f"{plan['model']}: {plan['method']} ({plan['pattern']})", style="bold")
-    table = _table()
-    for column in ("budget", "achieved", ""):
-        table.add_column(column)
+    table = _table("budget", "achieved", "")
     for cells in _budget_rows(plan):
         table.add_row(*cells)
     kept, total = plan["kept"], plan["total"]
-    table.add_row("weights kept in scope", f"{kept:,} of {total:,}", f"{100 * kept / total:.2f} %")
-    return Group(title, table, layer_table(plan["layers"]), *_skipped(plan))
+    table.add_row("weights kept in scope", f"{kept:,} of {total:,}", _percent_of(kept, total))
+    return Group(title, table, layer_table(plan["layers"]), *_skipped_lines(plan))
 
 
-def layer_table(layers: Sequence[Mapping[str, Any]]) -> Table:
+def layer_table(layers: Sequence[Report]) -> Table:
     """Every layer with what it keeps."""
-    table = _table("layers")  # figures stay whole: a long name folds, and the bar gives way
-    table.add_column("layer", overflow="fold", min_width=12)
-    for column in ("kept", "of", "density"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("MACs kept", justify="right", no_wrap=True)
-    table.add_column("", width=_BAR, no_wrap=True)
+    # figures stay whole: a long name folds, and the bar gives way
+    figures = map(_whole_column, ("kept", "of", "density", "MACs kept"))
+    table = _table(_text_column("layer", min_width=12), *figures, _label_column(width=_BAR), title="layers")
     for layer in layers:
         density = layer["density"]
-        macs = "not counted" if layer["macs"] is None else f"{round(layer['macs'] * layer['kept'] / layer['total']):,}"
+        macs = "not counted" if (count := macs_kept(layer)) is None else f"{count:,}"
         bar = "█" * round(density * _BAR) or "▏"
         table.add_row(escape(layer["name"]), f"{layer['kept']:,}", f"{layer['total']:,}", f"{density:.3f}", macs, bar)
     return table
 
 
-def comparison_table(reports: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
+def macs_kept(row: Report) -> int | None:
+    """The MACs of a layer where zeros are skipped; None where they were not counted, and for groups of channels."""
+    macs = row.get("macs")
+    return None if macs is None else round(macs * row["kept"] / row["total"])
+
+
+def comparison_table(reports: Sequence[tuple[str, Report]]) -> Table:
     """Several runs side by side: (label, report) each."""
-    table = _table("runs")
-    table.add_column("run", overflow="fold")
-    table.add_column("model", overflow="fold")
-    table.add_column("method", overflow="fold")
-    for column in ("sparsity", "MACs", "bytes", "dense", "sparse", "speed"):
-        table.add_column(column, justify="right", no_wrap=True)
+    figures = map(_whole_column, ("sparsity", "MACs", "bytes", "dense", "sparse", "speed"))
+    table = _table(*map(_text_column, ("run", "model", "method")), *figures, title="runs")
     for label, report in reports:
         macs, scores, size = report["macs"], report["scores"], report["bytes"]["file"]
+        speedup = speed(report)["speedup"]
         table.add_row(
             escape(label),
             escape(report["model"]),
             escape(" + ".join((report["method"], *report["repair"]))),
             f"{report['sparsity']:.4f}",
-            _share(macs["sparse"], macs["dense"]) if macs else "not counted",
+            _percent_of(macs["sparse"], macs["dense"]) if macs else "not counted",
             "not saved" if size is None else f"{size:,}",
             f"{scores['dense']:.4f}" if scores else "not scored",
             f"{scores['sparse']:.4f}" if scores else "not scored",
-            "not measured" if (fast := speed(report))["times"] is None else f"{fast['times']:.2f}x",
+            "not measured" if speedup is None else f"{speedup:.2f}x",
         )
     return table
 
 
-def speed(report: Mapping[str, Any]) -> dict[str, Any]:
-    """`{times, where, verdict, dense_ms, sparse_ms}`: how many times as fast as dense the run was measured, or null.
+def speed(report: Report) -> dict[str, Any]:
+    """`{speedup, form, verdict, dense_ms, sparse_ms}`: how many times as fast as dense the run was measured, or nulls.
 
     Of exports, the fastest form of the run over the fastest of the dense net: what is slow in one runtime is no gain.
     """
+    speedup = form = word = dense_ms = sparse_ms = None
     if latency := report["latency"]:
-        dense, sparse, where = latency["dense_ms"], latency["sparse_ms"], latency["runtime"]
+        dense_ms, sparse_ms, form = latency["dense_ms"], latency["sparse_ms"], latency["runtime"]
     elif exports := report["exports"]:
-        slow, fast = (min(exports, key=lambda row: row["milliseconds"][kind]) for kind in ("dense", "sparse"))
-        dense, sparse = slow["milliseconds"]["dense"], fast["milliseconds"]["sparse"]
-        if slow is fast:
-            return _speed(fast["faster"], fast["form"], fast["verdict"], dense, sparse)
-        where = f"{fast['form']}; dense as {slow['form']}"
-    else:
-        return _speed(None, None, None, None, None)
-    return _speed(dense / sparse, where, verdict(dense / sparse), dense, sparse)
+        dense, sparse = (min(exports, key=lambda row: row["milliseconds"][net]) for net in ("dense", "sparse"))
+        dense_ms, sparse_ms = dense["milliseconds"]["dense"], sparse["milliseconds"]["sparse"]
+        form = sparse["form"] if dense is sparse else f"{sparse['form']}; dense as {dense['form']}"
+        speedup, word = (sparse["faster"], sparse["verdict"]) if dense is sparse else (None, None)
+    if dense_ms is not None and speedup is None:
+        speedup, word = dense_ms / sparse_ms, verdict(dense_ms / sparse_ms)
+    return {"speedup": speedup, "form": form, "verdict": word, "dense_ms": dense_ms, "sparse_ms": sparse_ms}
 
 
-def _speed(times: float | None, where: str | None, word: str | None, dense: float | None, sparse: float | None) -> Any:
-    return {"times": times, "where": where, "verdict": word, "dense_ms": dense, "sparse_ms": sparse}
-
-
-def sweep_table(results: Mapping[str, Any]) -> Table:
+def sweep_table(results: Report) -> Table:
     """Means over seeds: a row a budget, a column a method."""
-    means = results["means"]
-    methods = list(dict.fromkeys(row["method"] for row in means))
-    table = _table("score, mean ± standard deviation over seeds")
-    table.add_column("budget", overflow="fold")
-    for method in methods:
-        table.add_column(escape(method), justify="right", no_wrap=True)
-    by_cell = {(row["budget"], row["method"]): row for row in means}
-    for budget in dict.fromkeys(row["budget"] for row in means):
-        table.add_row(escape(budget), *(_mean(by_cell[budget, method]) for method in methods))
+    means = {(row["budget"], row["method"]): row for row in results["means"]}
+    budgets, methods = (list(dict.fromkeys(names)) for names in zip(*means, strict=True)) if means else ([], [])
+    columns = (_whole_column(escape(method)) for method in methods)
+    table = _table(_text_column("budget"), *columns, title="score, mean ± standard deviation over seeds")
+    for budget in budgets:
+        table.add_row(escape(budget), *(_score_cell(means[budget, method]) for method in methods))
     return table
 
 
-def _mean(row: Mapping[str, Any]) -> str:
+def _score_cell(row: Report) -> str:
     if row["score"] is None:
         return "cannot be met" if row["failed"] else "not scored"
     spread = f" ± {row['spread']:.4f}" if row["spread"] is not None else ""
     return f"{row['score']:.4f}{spread}" + (f" ({row['failed']} failed)" if row["failed"] else "")
 
 
-def certificate_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def certificate_table(rows: Sequence[Report]) -> Table:
     """Every check of `verify`."""
-    table = _table("certificate")
-    table.add_column("file", overflow="fold")
-    table.add_column("check", overflow="fold")
-    table.add_column("promised", overflow="fold")
-    table.add_column("found", overflow="fold")
-    table.add_column("", no_wrap=True)
+    table = _table(*map(_text_column, ("file", "check", "promised", "found")), _label_column(), title="certificate")
     for row in rows:
         passed = Text("pass", style="green") if row["passed"] else Text("FAIL", style="bold red")
-        promised, found = (short(row[key]) for key in ("promised", "found"))
-        table.add_row(escape(row["file"]), escape(row["check"]), escape(promised), escape(found), passed)
+        cells = (escape(check_text(row[key])) for key in ("promised", "found"))
+        table.add_row(escape(row["file"]), escape(row["check"]), *cells, passed)
     return table
 
 
-def export_table(row: Mapping[str, Any]) -> RenderableType:
+def export_table(row: Report) -> RenderableType:
     """One export next to the dense model in the same form."""
-    table = _table()
-    table.add_column("", no_wrap=True)
-    for column in ("dense", "sparse", ""):
-        table.add_column(column, justify="right")
-    table.add_row("bytes", f"{row['dense_bytes']:,}", f"{row['bytes']:,}", _share(row["bytes"], row["dense_bytes"]))
-    if row["limit"]:
-        over = f"file is {row['bytes'] / row['limit']:.2f} of it"
-        table.add_row("information limit", "", f"{row['limit']:,}", over)
-    table.add_row(
-        "params", f"{row['dense_params']:,}", f"{row['params']:,}", _share(row["params"], row["dense_params"])
+    table = _dense_and_sparse_table()
+    _add_counts(table, "bytes", row["dense_bytes"], row["bytes"])
+    _add_limit(table, row["bytes"], row["limit"])
+    _add_counts(table, "params", row["dense_params"], row["params"])
+    _add_counts(table, "MACs executed", row["dense_macs"], row["macs"])
+    times = row["milliseconds"]
+    table.add_row("one input, median ms", f"{times['dense']:.2f}", f"{times['sparse']:.2f}", _speed_cell(row))
+    error = f"equal to {row['error']:.0e} of the largest" if row["error"] else "the same, bit for bit"
+    sentence = f"{row['file']}: opened again, outputs are {error}"
+    return Group(table, Text(sentence), *([Text(row["note"])] if row.get("note") else ()))
+
+
+def _exports_table(exports: Sequence[Report]) -> list[Table]:
+    """All exports in one table; no table without exports."""
+    figures = map(
+        _figure_column, ("bytes", "dense bytes", "of the limit", "ms", "dense ms", "speed (half of the rounds)")
     )
-    table.add_row("MACs executed", f"{row['dense_macs']:,}", f"{row['macs']:,}", _share(row["macs"], row["dense_macs"]))
-    taken = row["milliseconds"]
-    table.add_row("one input, median ms", f"{taken['dense']:.2f}", f"{taken['sparse']:.2f}", _faster(row))
-    near = f"equal to {row['error']:.0e} of the largest" if row["error"] else "the same, bit for bit"
-    said = f"{row['file']}: opened again, outputs are {near}"
-    return Group(table, Text(said), *([Text(row["note"])] if row.get("note") else ()))
+    table = _table("form", *figures, title="exports, opened again and timed beside dense")
+    for row in exports:
+        over = f"{row['bytes'] / row['limit']:.2f}x" if row["limit"] else ""
+        times = (f"{row['milliseconds'][net]:.3f}" for net in ("sparse", "dense"))
+        sizes = f"{row['bytes']:,}", f"{row['dense_bytes']:,}", over
+        table.add_row(escape(row["form"]), *sizes, *times, _speed_cell(row))
+    return [table] if exports else []
 
 
-def _exports(report: Mapping[str, Any]) -> list[Table]:
-    if not report["exports"]:
-        return []
-    table = _table("exports, opened again and timed beside dense")
-    for column in ("form", "bytes", "dense bytes", "of the limit", "ms", "dense ms", "speed (half of the rounds)"):
-        table.add_column(column, justify="left" if column == "form" else "right")
-    for row in report["exports"]:
-        sizes = (
-            f"{row['bytes']:,}",
-            f"{row['dense_bytes']:,}",
-            f"{row['bytes'] / row['limit']:.2f}x" if row["limit"] else "",
-        )
-        taken = row["milliseconds"]
-        table.add_row(escape(row["form"]), *sizes, f"{taken['sparse']:.3f}", f"{taken['dense']:.3f}", _faster(row))
-    return [table]
-
-
-def _faster(row: Mapping[str, Any]) -> str:
+def _speed_cell(row: Report) -> str:
     low, high = row["spread"]
     return f"{row['verdict']} here: {row['faster']:.2f}x ({low:.2f} to {high:.2f})"
 
 
-def advice_table(told: Mapping[str, Any]) -> RenderableType:
-    """What pays here: the whole net as foretold, linear layers as measured."""
-    net = _table("the whole net, foretold")
-    for column in ("", "left", "times as fast"):
-        net.add_column(column, justify="right" if column else "left", no_wrap=True)
-    for row in told["channels"]:
-        net.add_row(f"channels, {told['runtime']}", f"{100 * row['macs']:.0f} % of MACs", f"{row['faster']:.2f}")
-    gained = (told["net"] or {"faster": {}})["faster"]
-    for density, times in gained.items() if any(times > 1 for times in gained.values()) else ():
-        net.add_row("sparse matrices, PyTorch", f"{100 * float(density):g} % of weights", f"{times:.2f}")
-    layers = _table("linear layers as sparse matrices, times as fast")
-    layers.add_column("layer", overflow="fold")
-    densities = list(told["linear"][0]["faster"]) if told["linear"] else []
-    for column in (*(f"{100 * float(density):g} %" for density in densities), "breaks even at"):
-        layers.add_column(column, justify="right", no_wrap=True)
-    for row in told["linear"]:
+def advice_table(advice: Report) -> RenderableType:
+    """What pays on this machine: the whole net as predicted, linear layers as measured."""
+    net = _table(_label_column(), *map(_whole_column, ("left", "times as fast")), title="the whole net, predicted")
+    for row in advice["channels"]:
+        net.add_row(f"channels, {advice['runtime']}", f"{100 * row['macs']:.0f} % of MACs", f"{row['faster']:.2f}")
+    speedups = (advice["net"] or {"faster": {}})["faster"]
+    for density, speedup in speedups.items() if any(speedup > 1 for speedup in speedups.values()) else ():
+        net.add_row("sparse matrices, PyTorch", f"{100 * float(density):g} % of weights", f"{speedup:.2f}")
+    densities = (
+        f"{100 * float(density):g} %" for density in (advice["linear"][0]["faster"] if advice["linear"] else ())
+    )
+    figures = map(_whole_column, (*densities, "breaks even at"))
+    layers = _table(_text_column("layer"), *figures, title="linear layers as sparse matrices, times as fast")
+    for row in advice["linear"]:
         even = "never" if row["break_even"] is None else f"{100 * row['break_even']:.1f} %"
         name = f"{escape(row['layer'])}" + (f" and {row['layers'] - 1} alike" if row["layers"] > 1 else "")
-        layers.add_row(name, *(f"{times:.2f}" for times in row["faster"].values()), even)
+        layers.add_row(name, *(f"{speedup:.2f}" for speedup in row["faster"].values()), even)
     tables = [table for table in (net, layers) if table.row_count]
-    return Group(*tables, *(Text(sentence) for sentence in told["said"]))
+    return Group(*tables, *(Text(sentence) for sentence in advice["said"]))
 
 
 def methods_table(rows: Sequence[tuple[str, str, str, str]]) -> Table:
     """(name, role, needs, what it does) of every method."""
-    table = _table()
-    for column in ("name", "role", "needs", "what it does"):
-        table.add_column(column, overflow="fold")
+    table = _table(*map(_text_column, ("name", "role", "needs", "what it does")))
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     return table
 
 
-def _table(title: str | None = None) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+def _dense_and_sparse_table() -> Table:
+    return _table(_label_column(), *map(_figure_column, ("dense", "sparse", "")))
 
 
-def _summary(report: Mapping[str, Any]) -> Table:
-    table = _table()
-    table.add_column("", no_wrap=True)
-    table.add_column("dense", justify="right")
-    table.add_column("sparse", justify="right")
-    table.add_column("", justify="right")
-    total, kept = report["total"], report["kept"]
-    table.add_row("weights in scope", f"{total:,}", f"{kept:,}", f"{100 * kept / total:.2f} %")
+def _add_counts(table: Table, name: str, dense: int, sparse: int) -> None:
+    table.add_row(name, f"{dense:,}", f"{sparse:,}", _percent_of(sparse, dense))
+
+
+def _add_limit(table: Table, size: int, limit: int | None) -> None:
+    if limit:
+        table.add_row("information limit", "", f"{limit:,}", f"file is {size / limit:.2f} of it")
+
+
+def _summary_table(report: Report) -> Table:
+    table = _dense_and_sparse_table()
+    _add_counts(table, "weights in scope", report["total"], report["kept"])
     if macs := report["macs"]:
-        table.add_row(
-            "MACs in scope" if report["groups"] else "MACs, zeros skipped",
-            f"{macs['dense']:,}",
-            f"{macs['sparse']:,}",
-            _share(macs["sparse"], macs["dense"]),
-        )
+        name = "MACs in scope" if report["groups"] else "MACs, zeros skipped"
+        _add_counts(table, name, macs["dense"], macs["sparse"])
     size = report["bytes"]
     if size["file"]:
-        table.add_row("bytes on disk", f"{size['dense']:,}", f"{size['file']:,}", _share(size["file"], size["dense"]))
-    if size.get("limit"):
-        over = f"file is {size['file'] / size['limit']:.2f} of it"
-        table.add_row("information limit", "", f"{size['limit']:,}", over)
+        _add_counts(table, "bytes on disk", size["dense"], size["file"])
+    _add_limit(table, size["file"], size.get("limit"))
     if scores := report["scores"]:
         change = f"{100 * (scores['sparse'] - scores['dense']):+.2f} points"
-        table.add_row(
-            escape(f"{scores['metric']} on held-out data"), f"{scores['dense']:.4f}", f"{scores['sparse']:.4f}", change
-        )
+        name = escape(f"{scores['metric']} on held-out data")
+        table.add_row(name, f"{scores['dense']:.4f}", f"{scores['sparse']:.4f}", change)
     else:
         table.add_row("score", "", "", "not measured: --test DATA")
     if scores and (perplexity := scores.get("perplexity")):
@@ -249,52 +227,47 @@ def _summary(report: Mapping[str, Any]) -> Table:
         table.add_row("perplexity, lower is better", f"{dense:,.2f}", f"{sparse:,.2f}", f"x {sparse / dense:.3f}")
     if unreadable := report.get("unreadable", 0) + (scores or {}).get("unreadable", 0):
         table.add_row("samples that cannot be read", "", f"{unreadable:,}", "left out")
-    for name, achieved, met in _budget_rows(report):
-        table.add_row(f"budget {name}", "", achieved, met)
+    for limit, achieved, met in _budget_rows(report):
+        table.add_row(f"budget {limit}", "", achieved, met)
     if time := report["latency"]:
-        within, allowed = (100 * time[key] / time["dense_ms"] for key in ("sparse_ms", "limit_ms"))
-        share = f"{within:.1f} %, {allowed:.1f} % allowed"
-        named = f"ms a batch of {time['batch']}, {time['runtime'].partition(':')[0]}, measured"
-        table.add_row(escape(named), f"{time['dense_ms']:.3f}", f"{time['sparse_ms']:.3f}", share)
-    seconds = sum(report["seconds"].values())
-    images = report["images"]
-    table.add_row("cost", "", f"{seconds:.1f} s", f"{images['forward']:,} images forward, {images['backward']:,} back")
+        reached, allowed = (100 * time[key] / time["dense_ms"] for key in ("sparse_ms", "limit_ms"))
+        name = escape(f"ms a batch of {time['batch']}, {time['runtime'].partition(':')[0]}, measured")
+        share = f"{reached:.1f} %, {allowed:.1f} % allowed"
+        table.add_row(name, f"{time['dense_ms']:.3f}", f"{time['sparse_ms']:.3f}", share)
+    images = f"{report['images']['forward']:,} images forward, {report['images']['backward']:,} back"
+    table.add_row("cost", "", f"{sum(report['seconds'].values()):.1f} s", images)
     return table
 
 
-def _budget_rows(told: Mapping[str, Any]) -> list[tuple[str, str, Text]]:
-    """(what was asked, what it came to, verdict) of every limit."""
+def _budget_rows(report: Report) -> list[tuple[str, str, Text]]:
+    """(limit as requested, amount that was reached, verdict) of every limit."""
     cells = []
-    for row in told["budget"]:
+    for row in report["budget"]:
         achieved = f"{row['achieved']:,} of {row['limit']:,}"
         if row["kind"] == "latency":
             achieved = f"{row['achieved'] / 1e6:.3f} of {row['limit'] / 1e6:.3f} ms foretold"
         if row["kind"] == "sparsity":  # as near as whole weights come
-            achieved = f"{told['kept']:,} kept"
+            achieved = f"{report['kept']:,} kept"
         met = Text("met", style="green") if row["met"] else Text("MISSED", style="bold red")
         cells.append((escape(f"{row['kind']}={row['asked']}"), achieved, met))
     return cells
 
 
-def _skipped(report: Mapping[str, Any]) -> list[Text]:
-    reasons: dict[str, int] = {}
-    for reason in report["skipped"].values():
-        reasons[reason] = reasons.get(reason, 0) + 1
-    if not reasons:
-        return []
-    listed = "; ".join(f"{count} x {reason}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1]))
-    return [Text(f"left dense: {listed}", style="dim")]
+def _skipped_lines(report: Report) -> list[Text]:
+    reasons = Counter(report["skipped"].values()).most_common()
+    listed = "; ".join(f"{count} x {reason}" for reason, count in reasons)
+    return [Text(f"left dense: {listed}", style="dim")] if reasons else []
 
 
-def _share(part: int, whole: int) -> str:
+def _percent_of(part: int, whole: int) -> str:
     return f"{100 * part / whole:.2f} %" if whole else ""
 
 
-def short(value: Any) -> str:
+def check_text(value: Any) -> str:
     """What a check promised or found, as text; of a digest its first digits."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {short(part)}" for key, part in value.items())
+        return ", ".join(f"{key} {check_text(part)}" for key, part in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(map(short, value)) or "none"
+        return ", ".join(map(check_text, value)) or "none"
     text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
     return f"{text[:12]}…" if re.fullmatch("[0-9a-f]{64}", text) else text

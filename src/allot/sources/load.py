@@ -25,11 +25,11 @@ from allot.processes import launched
 from allot.run.calibration import Calibration, moved
 from allot.run.named import called, import_from
 from allot.run.reading import Readable
-from allot.sources.arrays import Arrays
+from allot.sources import zoo
+from allot.sources.files import Arrays, Texts
 from allot.sources.origins import ModelSource, hf_model, of_tokens, timm_model, torchvision_model
 from allot.sources.pictures import folder
 from allot.sources.synthetic import Fractals
-from allot.sources.texts import Texts
 from allot.sources.weights import fill
 
 MODEL_FORMS = "zoo:NAME, torchvision:NAME, timm:NAME, hf:NAME_OR_DIR, package.module:factory or file.py:factory"
@@ -61,7 +61,7 @@ def load_model(
     loader = {"zoo": _zoo_model, "torchvision": torchvision_model, "timm": timm_model, "hf": hf_model}.get(origin)
     # standard output is for results; random weights are the same in every run and every process
     with redirect_stdout(sys.stderr), seeded(0):
-        source = loader(name, trained) if loader else ModelSource(called(spec, nn.Module, "an nn.Module"))
+        source = loader(name, trained=trained) if loader else ModelSource(called(spec, nn.Module, "an nn.Module"))
     if path:
         fill(source.model, Path(path))
     source.model.eval()
@@ -125,8 +125,6 @@ def _open_data(spec: str, source: ModelSource | None, split: str) -> Any:
     if not name:
         raise UsageError(f"DATA {spec!r}: {DATA_FORMS} is accepted.")
     if origin == "zoo":
-        from allot.sources import zoo
-
         return zoo.data(name, split)
     if origin == "npz":
         return Arrays.load(Path(name))
@@ -139,9 +137,7 @@ def _open_data(spec: str, source: ModelSource | None, split: str) -> Any:
     return _yield_samples(spec, data) if isinstance(data, Iterator) else data
 
 
-def _zoo_model(name: str, trained: bool) -> ModelSource:  # noqa: FBT001 - one of four loaders of one shape
-    from allot.sources import zoo
-
+def _zoo_model(name: str, *, trained: bool) -> ModelSource:
     return ModelSource(zoo.model(name), torch.zeros(1, 1, 16, 16))
 
 
@@ -155,12 +151,11 @@ def _yield_samples(spec: str, samples: Iterator[Any]) -> Iterator[Any]:
 def _image_shape(spec: str, text: str, source: ModelSource | None) -> tuple[int, ...]:
     """C,H,W from the text, or from the example of the model."""
     if not text:
-        shape = getattr(source.example if source else None, "shape", None)
-        if shape is None:
+        if source is None or source.shape is None:
             raise UsageError(
                 "synthetic: needs the size of an image: give --input CHANNELS,HEIGHT,WIDTH, or synthetic:C,H,W."
             )
-        return tuple(shape[1:])
+        return source.shape
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -168,11 +163,10 @@ def _image_shape(spec: str, text: str, source: ModelSource | None) -> tuple[int,
 
 
 def _open_folder(path: Path, source: ModelSource | None) -> Any:
-    shape = getattr(source.example if source else None, "shape", None)
-    if source is None or shape is None or len(shape) != 4:
+    if source is None or source.shape is None or len(source.shape) != 3:
         raise UsageError("folder: needs the size of an image: give --input CHANNELS,HEIGHT,WIDTH.")
-    preprocess = source.preprocess(tuple(shape[1:])) if source.preprocess else None
-    return folder(path, tuple(shape[1:]), preprocess, source.normalise)
+    preprocess = source.preprocess(source.shape) if source.preprocess else None
+    return folder(path, source.shape, preprocess, source.normalise)
 
 
 def _open_text(path: Path, source: ModelSource | None) -> Texts:

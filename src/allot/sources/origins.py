@@ -45,8 +45,14 @@ class ModelSource:
         """The dtype of floating-point inputs; None for a model without such parameters."""
         return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
 
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """The shape of one input, without the batch dimension; None where no example is known, or not one tensor."""
+        shape = getattr(self.example, "shape", None)
+        return None if shape is None else tuple(shape[1:])
 
-def torchvision_model(name: str, trained: bool) -> ModelSource:  # noqa: FBT001 - one of several loaders of one shape
+
+def torchvision_model(name: str, *, trained: bool) -> ModelSource:
     """A classifier of torchvision; pictures are prepared as its default weights want them, loaded or not.
 
     Raises:
@@ -80,7 +86,7 @@ def torchvision_model(name: str, trained: bool) -> ModelSource:  # noqa: FBT001 
     return ModelSource(model, torch.zeros(1, 3, size, size), normalise, preprocess)
 
 
-def timm_model(name: str, trained: bool) -> ModelSource:  # noqa: FBT001
+def timm_model(name: str, *, trained: bool) -> ModelSource:
     """A model of timm, and pictures as its data configuration says.
 
     Raises:
@@ -101,7 +107,7 @@ def timm_model(name: str, trained: bool) -> ModelSource:  # noqa: FBT001
     return ModelSource(model, torch.zeros(1, *config["input_size"]), normalise, preprocess)
 
 
-def hf_model(name: str, trained: bool) -> ModelSource:  # noqa: FBT001
+def hf_model(name: str, *, trained: bool) -> ModelSource:
     """A model of transformers in the class that its configuration names, a causal language model among them.
 
     Raises:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from allot.errors import UsageError
 from allot.export.files.formats import load
+from allot.sources.files import cannot_open
 
 
 def fill(model: nn.Module, path: Path) -> None:
@@ -22,26 +23,28 @@ def fill(model: nn.Module, path: Path) -> None:
     """
     state = load(path) if path.suffix == ".safetensors" else _tensors_of(path)
     expected = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    aliased = {name for name in expected if name not in state and _shared(expected, name, state)}
-    both = [name for name in expected if name in state]
+    both = [(name, state[name], value) for name, value in expected.items() if name in state]
+    filled = {value.data_ptr() for _, _, value in both}  # a tensor with several names needs one of them
     problems = {
-        "missing": [name for name in expected if name not in state and name not in aliased],
+        "missing": [name for name, value in expected.items() if name not in state and value.data_ptr() not in filled],
         "not in the model": [name for name in state if name not in expected],
         "other shape": [
-            f"{name} {list(state[name].shape)} for {list(expected[name].shape)}"
-            for name in both
-            if state[name].shape != expected[name].shape
+            f"{name} {list(saved.shape)} for {list(value.shape)}"
+            for name, saved, value in both
+            if saved.shape != value.shape
         ],
         "other type": [
-            f"{name} {_dtype_name(state[name])} for {_dtype_name(expected[name])}"
-            for name in both
-            if state[name].is_floating_point() != expected[name].is_floating_point()
+            f"{name} " + f"{saved.dtype} for {value.dtype}".replace("torch.", "")
+            for name, saved, value in both
+            if saved.is_floating_point() != value.is_floating_point()
         ],
     }
-    if any(problems.values()):
-        listed = "; ".join(
-            f"{what}: {', '.join(keys[:8])}{_count_of_others(keys, 8)}" for what, keys in problems.items() if keys
-        )
+    listed = "; ".join(
+        f"{problem}: {', '.join(names[:8])}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        for problem, names in problems.items()
+        if names
+    )
+    if listed:
         raise UsageError(f"{path} does not fit {type(model).__name__}: {listed}.")
     model.load_state_dict(state, strict=False)
 
@@ -52,7 +55,7 @@ def _tensors_of(path: Path) -> Mapping[str, Tensor]:
             warnings.simplefilter("ignore")  # about pickle protocols, of files that are refused below
             content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise UsageError(f"{path}: {(error.strerror or str(error)).lower()}.") from error
+        raise cannot_open(path, error) from error
     except pickle.UnpicklingError as error:
         raise UsageError(
             f"{path} holds pickled objects beside tensors; it was not opened, since unpickling can run code. "
@@ -68,17 +71,3 @@ def _tensors_of(path: Path) -> Mapping[str, Tensor]:
     if content and all(str(name).startswith("module.") for name in content):
         return {name.removeprefix("module."): value for name, value in content.items()}
     return content
-
-
-def _shared(expected: Mapping[str, Tensor], name: str, state: Mapping[str, Tensor]) -> bool:
-    """Whether another name that the file has is the same tensor of the model."""
-    pointer = expected[name].data_ptr()
-    return any(other in state and value.data_ptr() == pointer for other, value in expected.items() if other != name)
-
-
-def _dtype_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _count_of_others(keys: list[str], shown: int) -> str:
-    return f" and {len(keys) - shown} more" if len(keys) > shown else ""

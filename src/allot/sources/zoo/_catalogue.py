@@ -61,7 +61,8 @@ def model(name: str) -> nn.Module:
     entry = MODELS[name]
     with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten: leave the caller's stream alone
         net = entry.net(entry.classes)
-    net.load_state_dict(safetensors.torch.load(_read("weights", f"{name}.safetensors")))
+    weights = resources.files("allot.sources.zoo").joinpath("weights", f"{name}.safetensors").read_bytes()
+    net.load_state_dict(safetensors.torch.load(weights))
     return net.eval()
 
 
@@ -105,7 +106,3 @@ def _check(kind: str, name: str, accepted: Collection[str]) -> None:
     """Raise UsageError, with the accepted names, unless `name` is one of them."""
     if name not in accepted:
         raise unknown(f"zoo {kind}", name, accepted)
-
-
-def _read(folder: str, file: str) -> bytes:
-    return resources.files("allot.sources.zoo").joinpath(folder, file).read_bytes()
