@@ -14,7 +14,7 @@ from allot.errors import Stopped, UsageError
 from allot.methods import METHODS
 from allot.pruning import time_limit as fit
 from allot.pruning.assemble import assemble, options_of
-from allot.pruning.setup import pose
+from allot.pruning.setup import make_problem
 from allot.pruning.time_limit import fitted, scaled
 from contract.cases import CASES
 
@@ -102,7 +102,9 @@ def test_every_method_that_trains_can_be_cut(name: str):
 
 def test_the_model_and_the_draws_of_the_caller_are_left_alone():
     model, parts = CASE.make(), assemble("unipts", options={"unipts-search": {"starts": ["erk"]}})
-    problem = pose(model, allot.Budget(sparsity=0.5), parts.pattern, calibration=allot.Calibration.of(CASE.inputs(16)))
+    problem = make_problem(
+        model, allot.Budget(sparsity=0.5), parts.pattern, calibration=allot.Calibration.of(CASE.inputs(16))
+    )
     before = {name: value.clone() for name, value in model.state_dict().items()}
     torch.manual_seed(3)
     wanted = torch.rand(3)

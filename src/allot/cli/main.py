@@ -25,7 +25,7 @@ from allot.processes import first_to_report, on_first_process, rank, sharing
 from allot.pruning.assemble import assemble
 from allot.pruning.prune import prune
 from allot.pruning.result import Result
-from allot.pruning.setup import pose
+from allot.pruning.setup import make_problem
 from allot.report import table
 from allot.report.data import layer_rows
 from allot.run.driver import drive, interruptible
@@ -145,7 +145,7 @@ def plan_command(
         say(f"note: random weights; {parts.names.allocate} depends on the weights: give --weights for a real plan.")
     with redirect_stdout(sys.stderr):
         example = example_of(source, wanted.data, skip_corrupt=wanted.skip_corrupt)
-        problem = pose(
+        problem = make_problem(
             source.model,
             asked_budget,
             parts.pattern,

@@ -37,7 +37,7 @@ from allot.network.channels import copied
 from allot.network.draws import generator
 from allot.network.layers import Scope
 from allot.network.macs import measured
-from allot.pruning.setup import pose
+from allot.pruning.setup import make_problem
 from allot.run.calibration import moved
 from allot.run.patterns import Channels, parse
 
@@ -147,7 +147,7 @@ def _channels(
 
     try:
         budget = channel_budget(
-            pose(model, Budget(latency="99.9%"), parse(pattern), example=example, latency=tables).budget
+            make_problem(model, Budget(latency="99.9%"), parse(pattern), example=example, latency=tables).budget
         )
     except AllotError as error:
         said = str(error).rstrip(".")

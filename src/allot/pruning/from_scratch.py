@@ -33,7 +33,7 @@ from allot.network.call import call
 from allot.network.channels import ChannelPlan, copied, slimmed
 from allot.network.draws import generator, numbered
 from allot.network.trees import as_arguments
-from allot.pruning.setup import pose
+from allot.pruning.setup import make_problem
 from allot.run.driver import Progress, drive, repeatable
 from allot.run.patterns import Channels, parse
 from allot.run.problem import Candidate, Problem, Rule
@@ -144,7 +144,7 @@ def train(
             f"batches: {type(batches).__name__} cannot be called: pass allot.pruning.from_scratch.split(data)."
         )
     inputs, labels = batches("weights", 0)
-    problem = pose(net, budget, structure, example=_first(inputs), score=CHANNEL_SCORES[score], seed=seed)
+    problem = make_problem(net, budget, structure, example=_first(inputs), score=CHANNEL_SCORES[score], seed=seed)
     images = {"forward": 0, "backward": 0}
 
     def tell(step: int, split: str, loss: float, samples: int) -> None:

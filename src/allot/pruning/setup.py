@@ -55,7 +55,7 @@ def set_up(asked: Asked, log: Log, control: Control) -> Problem:
     chain = asked.chain
     with repeatable(asked.model, asked.seed, "pose"):
         inputs = _calibration(asked)
-        problem = pose(
+        problem = make_problem(
             asked.model,
             asked.budget,
             chain.pattern,
@@ -76,7 +76,7 @@ def set_up(asked: Asked, log: Log, control: Control) -> Problem:
     return problem
 
 
-def pose(
+def make_problem(
     model: nn.Module,
     budget: Budget,
     pattern: Pattern,
