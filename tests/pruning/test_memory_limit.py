@@ -17,7 +17,7 @@ from allot.errors import Stopped, UsageError
 from allot.network.compute import Compute
 from allot.pruning import memory_limit as memory
 from allot.pruning.assemble import assemble
-from allot.pruning.memory_limit import Over, candidates, choose_compute, peak
+from allot.pruning.memory_limit import OverLimit, choose_compute, compute_choices, peak
 from allot.pruning.setup import make_problem
 from allot.report.page import run_page
 
@@ -59,25 +59,25 @@ def needed(compute: Compute) -> int:
 
 @pytest.fixture(scope="module")
 def sizes() -> dict[str, int]:
-    return {str(compute.to_json()): needed(compute) for compute in candidates(problem_of())}
+    return {str(compute.to_json()): needed(compute) for compute in compute_choices(problem_of())}
 
 
 def test_the_order_goes_from_exact_to_near_and_from_fast_to_slow():
-    order = [compute.to_json() for compute in candidates(problem_of())]
+    order = [compute.to_json() for compute in compute_choices(problem_of())]
     assert order == [
         {}, {"checkpoint": True}, {"micro_batch": 4}, {"micro_batch": 2},
         {"micro_batch": 4, "checkpoint": True}, {"micro_batch": 2, "checkpoint": True},
         {"micro_batch": 1, "checkpoint": True},
     ]  # fmt: skip
     plain = nn.Sequential(nn.Conv2d(1, 4, 1), nn.Flatten(), nn.Linear(576, 3))  # no blocks that repeat
-    assert [c.micro_batch for c in candidates(problem_of(model=plain))] == [0, 4, 2, 1]
-    low = [compute.to_json() for compute in candidates(problem_of(Compute(micro_batch=2, amp="bf16")))]
+    assert [c.micro_batch for c in compute_choices(problem_of(model=plain))] == [0, 4, 2, 1]
+    low = [compute.to_json() for compute in compute_choices(problem_of(Compute(micro_batch=2, amp="bf16")))]
     assert all(choices["amp"] == "bf16" and choices["micro_batch"] <= 2 for choices in low)
-    assert [c.micro_batch for c in candidates(problem_of(Compute(checkpoint=True)))] == [0, 4, 2, 1]
+    assert [c.micro_batch for c in compute_choices(problem_of(Compute(checkpoint=True)))] == [0, 4, 2, 1]
 
 
 def test_the_first_that_fits_is_taken(sizes: dict[str, int]):
-    order = [compute.to_json() for compute in candidates(problem_of())]
+    order = [compute.to_json() for compute in compute_choices(problem_of())]
     peaks = [sizes[str(choices)] for choices in order]
     assert peaks[1] < peaks[0] and peaks[2] < peaks[0] and peaks[-1] == min(peaks)
     for limit in sorted(peaks):
@@ -117,7 +117,7 @@ def test_the_peak_of_tensors_is_what_is_alive_at_a_time():
         y = weight.sin()  # kept: its input only, which is there already
         y.exp().sum().backward()
     assert 3 * 4000 <= found.bytes <= 5 * 4000
-    with pytest.raises(Over), peak(cpu, [torch.ones(999)], most=4000):
+    with pytest.raises(OverLimit), peak(cpu, [torch.ones(999)], most=4000):
         torch.ones(2)
 
 

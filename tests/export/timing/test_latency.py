@@ -142,7 +142,7 @@ def test_counts_follow_what_was_measured_in_both_directions(
     slower: float, calls: int, clock: None, torch_only: None, monkeypatch: pytest.MonkeyPatch
 ):
     machine = Machine(slower)
-    monkeypatch.setattr(held, "measured", machine)
+    monkeypatch.setattr(held, "time_net", machine)
     problem = make_problem(net("resnet"), Budget(latency="60%"), parse("channels"), example=picture(1))
     table = channel_budget(problem.budget)
     result = allot.prune(
@@ -158,7 +158,7 @@ def test_counts_follow_what_was_measured_in_both_directions(
 def test_a_machine_that_is_never_fast_enough_is_an_error_with_what_was_tried(
     clock: None, torch_only: None, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(held, "measured", Machine(100.0, 50.0))
+    monkeypatch.setattr(held, "time_net", Machine(100.0, 50.0))
     with pytest.raises(BudgetError, match="nets timed: "):
         allot.prune(
             net("resnet"), None, "latency=60%", allocate="uniform", pattern="channels", repair="none",
@@ -264,7 +264,7 @@ def test_tables_are_right_for_the_net_with_equal_shares_that_meets_the_limit(
     plan = allot.network.channels.ChannelPlan.of(
         problem.model, problem.scope.groups, {n: range(k) for n, k in kept.items()}
     )
-    assert held.measured(problem, plan)["sparse"] == pytest.approx(problem.budget.cost("latency", kept), rel=0.15)
+    assert held.time_net(problem, plan)["sparse"] == pytest.approx(problem.budget.cost("latency", kept), rel=0.15)
 
 
 def test_a_net_that_is_over_at_the_end_is_an_error_and_time_is_in_units_of_the_dense_net(
@@ -279,10 +279,10 @@ def test_a_net_that_is_over_at_the_end_is_an_error_and_time_is_in_units_of_the_d
     )
     dense = channel_budget(problem.budget).latency.dense
     monkeypatch.setattr(held, "time_both", lambda *given: [7.0, 3.5])  # a machine that counts otherwise
-    assert held.told(problem, cut)["sparse_ms"] == pytest.approx(dense / 2e6)
+    assert held.latency_report(problem, cut)["sparse_ms"] == pytest.approx(dense / 2e6)
     monkeypatch.setattr(held, "time_both", lambda *given: [1.0, 0.9])
     with pytest.raises(BudgetError, match="last of five measurements"):
-        held.told(problem, cut)
+        held.latency_report(problem, cut)
 
 
 @pytest.mark.parametrize("damage", [{"layers": []}, {"slow": 0}, {"slow": -1}, {"dense": 0}, {"base": float("nan")}])
