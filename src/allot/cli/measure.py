@@ -48,15 +48,11 @@ def sweep_command(
     source, calibration = load_inputs(wanted)
     with interruptible() as should_stop, progress() as on_step:
         results = sweep(
-            source.model,
-            calibration,
-            cells_of(methods, budgets, seeds),
-            out,
+            source.model, calibration, cells_of(methods, budgets, seeds), out, should_stop=should_stop,
             on_cell=lambda number, of, cell: on_step(Step("sweep", number - 1, of, {})),
             recipe=wanted.model_dump(mode="json", exclude_none=True, exclude={"method", "budget", "seed"}),
-            should_stop=should_stop,
             **prune_arguments(wanted, source),
-        )
+        )  # fmt: skip
     if as_json:
         print_json({**results, "out": str(out)})
         return
@@ -80,14 +76,9 @@ def advise_command(
         raise UsageError("layers are timed on an input: give --input C,H,W or --data DATA.")
     with progress() as on_step:
         advice = advise(
-            source.model,
-            example,
-            pattern=pattern,
-            runtime=Runtime.parse(wanted.runtime),
-            label=model,
-            data=wanted.data or "DATA",
-            on_step=lambda done, of: on_step(Step("measure", done, of, {})),
-        )
+            source.model, example, pattern=pattern, runtime=Runtime.parse(wanted.runtime), label=model,
+            data=wanted.data or "DATA", on_step=lambda done, of: on_step(Step("measure", done, of, {})),
+        )  # fmt: skip
     advice = {"model": model, **advice}
     write(out, advice_page(advice))
     if as_json:

@@ -47,17 +47,10 @@ def prune_command(
     source, calibration = load_inputs(wanted)
     with interruptible() as should_stop, progress() as on_step:
         result = prune(
-            source.model,
-            calibration,
-            budget,
-            method=wanted.method,
-            seed=wanted.seed,
-            save_to=out,
-            recipe=wanted.model_dump(mode="json", exclude_none=True),
-            on_step=on_step,
-            should_stop=should_stop,
+            source.model, calibration, budget, method=wanted.method, seed=wanted.seed, save_to=out,
+            recipe=wanted.model_dump(mode="json", exclude_none=True), on_step=on_step, should_stop=should_stop,
             **prune_arguments(wanted, source),
-        )
+        )  # fmt: skip
         report = on_first_process(result.timed)
     if as_json:
         print_json({**read_report(out), "run": str(out)})
@@ -113,6 +106,7 @@ def plan_command(
         say(f"note: random weights; {chain.names.allocate} depends on the weights: give --weights for a real plan.")
     with redirect_stdout(sys.stderr):
         example = example_of(source, wanted.data, skip_corrupt=wanted.skip_corrupt)
+        latency = partial(latency_of, runtime=Runtime.parse(wanted.runtime), seed=wanted.seed)
         problem = make_problem(
             source.model,
             budget,
@@ -120,7 +114,7 @@ def plan_command(
             example=example,
             rules=wanted.rules(),
             seed=wanted.seed,
-            latency=partial(latency_of, runtime=Runtime.parse(wanted.runtime), seed=wanted.seed),
+            latency=latency,
         )
     allocation = drive(chain.allocate, problem, Candidate.dense(problem)).allocation
     if save:
