@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from allot import METHODS, Budget, Calibration, Unstructured
-from allot.pruning.setup import pose
+from allot.pruning.setup import make_problem
 from allot.run.driver import drive
 from allot.run.problem import Candidate
 from allot.sources import zoo
@@ -63,7 +63,7 @@ def plain(model: nn.Module, calibration: Calibration) -> Callable[[], None]:
 
 def ours(name: str, model: nn.Module, calibration: Calibration, options: argparse.Namespace) -> Callable[[], None]:
     """The method itself, step by step."""
-    problem = pose(model, Budget(sparsity=0.95), Unstructured(), calibration=calibration)
+    problem = make_problem(model, Budget(sparsity=0.95), Unstructured(), calibration=calibration)
     method: Any = METHODS[name]
     method = replace(method, training=replace(method.training, steps=options.length))
     candidate = Candidate.dense(problem)

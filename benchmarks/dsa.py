@@ -26,7 +26,7 @@ from rich.logging import RichHandler
 import allot
 from allot.export.export import export
 from allot.export.timing.clock import timed
-from allot.pruning.from_scratch import Scratch, train
+from allot.pruning.from_scratch import JointTraining, train
 from allot.sources import zoo
 from allot.sources.zoo._catalogue import DATASETS, MODELS, normalise
 from allot.sources.zoo.nets import resnet20
@@ -129,7 +129,7 @@ def scratch(net: str, share: int, seed: int) -> dict[str, Any]:
 
     torch.manual_seed(seed)
     model = entry.net(entry.classes)
-    found = train(model, batches, f"macs={share}%", recipe=Scratch(steps=TRAINED), seed=seed)
+    found = train(model, batches, f"macs={share}%", recipe=JointTraining(steps=TRAINED), seed=seed)
     score = allot.evaluate(found.model, zoo.data(net, "test"))
     return {
         "score": score.score,

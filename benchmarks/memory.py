@@ -32,7 +32,7 @@ from allot import METHODS, Budget, Calibration, Compute, Unstructured
 from allot.methods.training.distillation import Training
 from allot.methods.training.selection import Selection
 from allot.pruning.memory_limit import peak
-from allot.pruning.setup import pose
+from allot.pruning.setup import make_problem
 from allot.run.driver import drive
 from allot.run.problem import Candidate
 from allot.run.store import write
@@ -119,7 +119,9 @@ def plain(model: nn.Module, calibration: Calibration, micro_batch: int) -> Calla
 def ours(model: nn.Module, calibration: Calibration, compute: Compute) -> Callable[[], None]:
     """Steps of fcpts, its start done."""
     calibration = replace(calibration, channels_last=compute.channels_last)
-    problem = replace(pose(model, Budget(sparsity=0.95), Unstructured(), calibration=calibration), compute=compute)
+    problem = replace(
+        make_problem(model, Budget(sparsity=0.95), Unstructured(), calibration=calibration), compute=compute
+    )
     method: Any = METHODS["fcpts"]
     candidate = Candidate.dense(problem)
     state = method.init(problem, candidate)
@@ -134,7 +136,7 @@ def cost(who: str, choices: dict[str, Any], side: int, steps: int, *, count: boo
     calibration = Calibration.of(torch.randn(2 * BATCH, 3, side, side), batch_size=BATCH)
     compute = Compute.of(choices)
     first = nn.Linear(3, 3)  # what is imported when a net is first looked at is there before anything counts
-    pose(first, Budget(sparsity=0.5), Unstructured(), calibration=Calibration.of(torch.randn(2, 3)))
+    make_problem(first, Budget(sparsity=0.5), Unstructured(), calibration=Calibration.of(torch.randn(2, 3)))
     ctypes.CDLL(None).malloc_trim(0)  # Linux: what was freed before is no room for what comes
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before, times = _resident("VmRSS"), []
@@ -169,7 +171,7 @@ def accuracy(choices: dict[str, Any], seed: int) -> dict[str, Any]:
 def gradient(choices: dict[str, Any]) -> Tensor:
     """All gradients of the first step of a distillation at 95 %, one after the other."""
     calibration = Calibration.of(zoo.data(NET, "calibration"))
-    problem = pose(zoo.model(NET), Budget(sparsity=0.95), Unstructured(), calibration=calibration)
+    problem = make_problem(zoo.model(NET), Budget(sparsity=0.95), Unstructured(), calibration=calibration)
     candidate = drive(Selection(), problem, drive(METHODS["erk"], problem, Candidate.dense(problem)))
     training, problem = Training(), replace(problem, compute=Compute.of(choices))
     found, _ = training.gradients(problem, training.begin(problem, candidate), candidate.masks)

@@ -28,7 +28,7 @@ from allot.methods.layerwise.blocks import size_of
 from allot.methods.layerwise.streamed import Streamed
 from allot.methods.layerwise.streamed_block import copied
 from allot.methods.training.selection import Selection
-from allot.pruning.setup import pose
+from allot.pruning.setup import make_problem
 from allot.run.driver import drive
 from allot.run.problem import Candidate, Method
 from benchmarks.simulated import NAME, OutOfDeviceMemory, Simulated
@@ -60,7 +60,7 @@ def measured(name: str, options: argparse.Namespace, *, whole: bool, limit: int)
     model = transformer(options)
     ids = torch.randint(0, options.vocabulary, (options.samples, options.length))
     inputs = Calibration.of(ids, batch_size=options.batch)
-    problem = pose(model, Budget(sparsity=0.5), Unstructured(), calibration=inputs)
+    problem = make_problem(model, Budget(sparsity=0.5), Unstructured(), calibration=inputs)
     candidate = drive(Selection(), problem, drive(METHODS["uniform"], problem, Candidate.dense(problem)))
     real = options.device != "simulated"
     device = torch.device(options.device if real else NAME)

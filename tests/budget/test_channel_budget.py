@@ -21,7 +21,7 @@ from allot.errors import BudgetError, PatternError, UsageError
 from allot.export.files import formats as files
 from allot.network.channels import ChannelPlan, slimmed
 from allot.network.layers import Rules
-from allot.pruning.setup import pose
+from allot.pruning.setup import make_problem
 from allot.run.patterns import Channels
 from network.coupling.nets import filled, net, picture
 
@@ -239,7 +239,7 @@ def test_the_nearest_of_several_limits_names_every_limit():
 
 
 def on_net(name: str, budget: str = "macs=50%", *, step: int = 1, rules: Rules | None = None) -> Any:
-    return pose(net(name), Budget.parse(budget), Channels(step), example=picture(), rules=rules)
+    return make_problem(net(name), Budget.parse(budget), Channels(step), example=picture(), rules=rules)
 
 
 def even(problem: Any) -> dict[str, float]:
@@ -270,7 +270,7 @@ def test_every_allocation_of_a_tiny_net_costs_what_its_slim_model_holds():
             nn.ReLU(), nn.Flatten(), nn.Linear(16, 3), nn.ReLU(), nn.Linear(3, 2),
         )
     )  # fmt: skip
-    problem = pose(model, Budget.parse("macs=50%"), Channels(), example=torch.ones(1, 2, 6, 6))
+    problem = make_problem(model, Budget.parse("macs=50%"), Channels(), example=torch.ones(1, 2, 6, 6))
     groups, budget = problem.scope.groups, problem.budget
     assert [group.total for group in groups] == [3, 4, 3]
     for counts in itertools.product(*(range(1, group.total + 1) for group in groups)):
@@ -335,13 +335,13 @@ def test_a_step_that_is_no_whole_number_is_refused(step):
 
 def test_a_model_of_which_nothing_can_go_is_refused():
     with pytest.raises(BudgetError, match="no channels can be removed"):
-        pose(filled(nn.Sequential(nn.Flatten(), nn.Linear(12, 3))), Budget.parse("macs=50%"), Channels(),
+        make_problem(filled(nn.Sequential(nn.Flatten(), nn.Linear(12, 3))), Budget.parse("macs=50%"), Channels(),
              example=torch.ones(1, 3, 2, 2))  # fmt: skip
 
 
 def test_channels_without_an_example_are_refused():
     with pytest.raises(UsageError, match="--data or --input"):
-        pose(net("resnet"), Budget.parse("params=50%"), Channels())
+        make_problem(net("resnet"), Budget.parse("params=50%"), Channels())
 
 
 # steps

@@ -17,7 +17,7 @@ from allot.budget.costs import Term
 from allot.budget.latency import Latency, LayerTimes, monotone
 from allot.errors import BudgetError, UsageError
 from allot.methods.training.channel_costs import Costs
-from allot.pruning.setup import pose
+from allot.pruning.setup import make_problem
 from allot.run.patterns import parse
 from network.coupling.nets import net, picture
 
@@ -83,7 +83,7 @@ def products(
 
 
 def on(name: str, budget: str, pattern: str = "channels") -> Any:
-    return pose(net(name), Budget.parse(budget), parse(pattern), example=picture(1), latency=products)
+    return make_problem(net(name), Budget.parse(budget), parse(pattern), example=picture(1), latency=products)
 
 
 @pytest.mark.parametrize("name", ["resnet", "mobilenet", "grouped conv"])
@@ -141,7 +141,7 @@ def test_what_is_no_time_is_refused_with_what_would_be(asked: str):
 
 def test_single_weights_have_no_time_to_share_out():
     with pytest.raises(BudgetError, match="--pattern channels"):
-        pose(net("resnet"), Budget(latency="50%"), parse("unstructured"), example=picture(1))
+        make_problem(net("resnet"), Budget(latency="50%"), parse("unstructured"), example=picture(1))
 
 
 def test_what_no_net_can_meet_names_a_time_that_can_be():

@@ -17,7 +17,7 @@ from allot.budget.costs import Term
 from allot.errors import BudgetError, PatternError
 from allot.network.layers import Rules, Scope
 from allot.pruning.prune import prune
-from allot.pruning.setup import pose
+from allot.pruning.setup import make_problem
 from allot.run.patterns import NM, parse
 
 TERMS = (
@@ -197,4 +197,4 @@ def test_below_one_in_m_is_an_error_that_names_the_nearest_budget():
 def test_every_layer_that_does_not_fit_is_named_at_once():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 1), nn.Conv2d(6, 8, 1))
     with pytest.raises(PatternError, match=r"2 layers: --exclude 0\.weight --exclude 2\.weight"):
-        pose(model, Budget(sparsity=0.5), NM(2, 4))
+        make_problem(model, Budget(sparsity=0.5), NM(2, 4))

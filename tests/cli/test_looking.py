@@ -174,7 +174,7 @@ def test_what_single_weights_gain_is_foretold_for_the_whole_net(monkeypatch: pyt
     assert rows[0]["share"] == pytest.approx(3 * 64 / (3 * 64 + 3 * 8)) and rows[0]["break_even"] == 0.5
     assert net["faster"]["0.2"] == 1 and net["faster"]["0.1"] == pytest.approx(50 / (50 - 3 * 6))
     told = {"channels": [], "why_not": "none", "linear": rows, "net": net, "semi_structured": None}
-    assert "pay from a density of 0.1 down, as sparse matrices in PyTorch (1.56x" in advising._said(told)[1]
+    assert "pay from a density of 0.1 down, as sparse matrices in PyTorch (1.56x" in advising._sentences(told)[1]
     assert advising._linear(nn.Conv1d(1, 1, 3), example, Scope.of(nn.Conv1d(1, 1, 3))) == ([], None)
 
 
@@ -197,7 +197,7 @@ def test_a_break_even_is_where_the_curve_crosses_dense(faster: list[float], want
 )
 def test_what_is_said_of_two_of_four_is_what_was_measured(found: dict[str, float] | None, wanted: str):
     told = {"channels": [], "why_not": "none", "linear": [], "net": None, "semi_structured": found}
-    assert advising._said(told)[-1].startswith(wanted)
+    assert advising._sentences(told)[-1].startswith(wanted)
 
 
 def test_advice_goes_by_pytorch_where_no_other_runtime_takes_the_model(monkeypatch: pytest.MonkeyPatch):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from allot import methods
 from allot.budget.budget import Budget
 from allot.methods.training.selection import Selection
-from allot.pruning.setup import pose
+from allot.pruning.setup import make_problem
 from allot.run.calibration import Calibration
 from allot.run.driver import drive
 from allot.run.patterns import Channels, Unstructured
@@ -192,7 +192,7 @@ def problem_of(
     calibration = Calibration.of(inputs, batch_size=batch_size)
     budget = budget_of(name, case, budget)
     made = CASES[case].make() if model is None else model
-    return pose(made, Budget.parse(budget), pattern_of(name), calibration=calibration)
+    return make_problem(made, Budget.parse(budget), pattern_of(name), calibration=calibration)
 
 
 def budget_of(name: str, case: str, budget: str = "sparsity=0.7") -> str:

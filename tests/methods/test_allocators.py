@@ -16,7 +16,7 @@ from allot.methods import METHODS
 from allot.methods.rules import global_magnitude
 from allot.network.layers import Rules
 from allot.pruning.prune import prune
-from allot.pruning.setup import pose
+from allot.pruning.setup import make_problem
 from allot.run.driver import drive
 from allot.run.patterns import Unstructured
 from allot.run.problem import Candidate, Problem
@@ -36,7 +36,7 @@ def linears(*weights: list[list[float]]) -> nn.Module:
 
 
 def posed(model: nn.Module, kept: int, rules: Rules | None = None) -> Problem:
-    return pose(model, Budget(params=kept), Unstructured(), rules=rules)
+    return make_problem(model, Budget(params=kept), Unstructured(), rules=rules)
 
 
 def test_uniform_gives_every_layer_the_same_share():

@@ -13,7 +13,7 @@ from allot.errors import UsageError
 from allot.methods import METHODS
 from allot.methods.training.selection import Selection
 from allot.network.layers import Layer
-from allot.pruning.setup import pose
+from allot.pruning.setup import make_problem
 from allot.run.calibration import Calibration
 from allot.run.driver import drive
 from allot.run.patterns import Unstructured
@@ -37,7 +37,7 @@ def convolutional(dims: int, **options: Any) -> nn.Module:
 
 def repaired(model: nn.Module, inputs: Any, batch_size: int = 100) -> tuple[Problem, Candidate, Candidate]:
     """(problem, candidate before, candidate after)."""
-    problem = pose(
+    problem = make_problem(
         model, Budget(sparsity=0.5), Unstructured(), calibration=Calibration.of(inputs, batch_size=batch_size)
     )
     candidate = Candidate.dense(problem)

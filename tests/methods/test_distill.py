@@ -16,7 +16,7 @@ from allot.methods.distill import Distill
 from allot.methods.training.distillation import Training
 from allot.methods.training.schedule import Schedule
 from allot.methods.training.selection import Selection
-from allot.pruning.setup import pose
+from allot.pruning.setup import make_problem
 from allot.run.calibration import Calibration
 from allot.run.driver import drive
 from allot.run.patterns import NM, Pattern, Unstructured
@@ -65,7 +65,7 @@ def test_a_ramp_ends_on_the_allocation_it_was_given():
 def test_the_pattern_holds_while_masks_move(pattern: Pattern):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
-    problem = pose(model, Budget(sparsity=0.5), pattern, calibration=Calibration.of(torch.randn(32, 8)))
+    problem = make_problem(model, Budget(sparsity=0.5), pattern, calibration=Calibration.of(torch.randn(32, 8)))
     _, after, _ = distilled(problem, Distill(Training(steps=20, learning_rate=0.2), Schedule(every=2)))
     for layer in problem.scope:
         per_group = layer.matrix(after.masks[layer.name]).unflatten(1, (-1, 4)).sum(-1)

@@ -21,7 +21,7 @@ from allot.methods.training.channel_costs import Costs
 from allot.methods.training.channel_gates import DRAWS
 from allot.methods.training.distillation import Training
 from allot.network.layers import Rules
-from allot.pruning.setup import pose
+from allot.pruning.setup import make_problem
 from allot.run.calibration import Calibration
 from allot.run.driver import Progress, drive
 from allot.run.patterns import Channels
@@ -357,7 +357,7 @@ class Branches(nn.Module):
 
 def posed(case: Case, budget: str, rules: Rules | None = None, score: str = "magnitude", samples: int = 20) -> Problem:
     calibration = Calibration.of(case.inputs(samples), batch_size=8)
-    return pose(
+    return make_problem(
         case.make(),
         Budget.parse(budget),
         Channels(),

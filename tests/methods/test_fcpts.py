@@ -24,7 +24,7 @@ from allot.methods.training.distillation import Training
 from allot.methods.training.schedule import Schedule
 from allot.methods.training.trial import Trial
 from allot.network.layers import Rules
-from allot.pruning.setup import pose
+from allot.pruning.setup import make_problem
 from allot.run.calibration import Calibration
 from allot.run.driver import Progress, drive
 from allot.run.patterns import NM, Unstructured
@@ -158,7 +158,7 @@ def test_a_quadratic_with_a_known_optimum_ends_at_equal_marginal_cost():
     # global ranking by magnitude; weights stay as they are
     model, inputs = TwoLayers(), torch.eye(40) * math.sqrt(40)
     calibration = Calibration.of(inputs, batch_size=40)
-    problem = pose(model, Budget(sparsity=0.6), Unstructured(), calibration=calibration)
+    problem = make_problem(model, Budget(sparsity=0.6), Unstructured(), calibration=calibration)
     method = Fcpts(
         UNIFORM,
         Training(steps=200, loss="mse", learning_rate=0.0),
@@ -222,7 +222,7 @@ def test_caps_floors_and_another_score_hold_while_densities_move():
 def test_it_chooses_n_for_every_layer_of_an_n_to_m_pattern():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
-    problem = pose(model, Budget(sparsity=0.6), NM(None, 8), calibration=Calibration.of(torch.randn(32, 8)))
+    problem = make_problem(model, Budget(sparsity=0.6), NM(None, 8), calibration=Calibration.of(torch.randn(32, 8)))
     candidate, _ = told(Fcpts(ERK, Training(steps=30), Schedule(every=1, ramp=1.5), distance=3.0), problem)
     chosen = {}
     for layer in problem.scope:
@@ -280,7 +280,7 @@ def test_every_threshold_gets_the_gradient_of_the_reconstruction():
     model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4)).double().eval()
     inputs = torch.randn(10, 6, dtype=torch.float64)
     calibration = Calibration.of(inputs, batch_size=10, dtype=torch.float64)
-    problem = pose(model, Budget(sparsity=0.5), Unstructured(), calibration=calibration)
+    problem = make_problem(model, Budget(sparsity=0.5), Unstructured(), calibration=calibration)
     method = FcptsPaper(UNIFORM, Training(steps=100, loss="mse", learning_rate=1.0), decay=0.0, penalty=0.0)
     candidate = Candidate.dense(problem)
     state = method.init(problem, candidate)
@@ -365,7 +365,7 @@ def test_quantised_weights_of_any_scale_are_kept_or_pruned_whole(scale: float):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_((parameter * 4).round() / 4 * scale)
-    problem = pose(
+    problem = make_problem(
         model, Budget(sparsity=0.7), Unstructured(), calibration=Calibration.of(CASES["linear chain"].inputs())
     )
     for form in FORMS.values():

@@ -13,7 +13,7 @@ from allot.errors import UsageError
 from allot.methods.lstsq import LeastSquares
 from allot.network.call import call
 from allot.pruning.prune import prune
-from allot.pruning.setup import pose
+from allot.pruning.setup import make_problem
 from allot.run.calibration import Calibration
 from allot.run.driver import drive
 from allot.run.patterns import Unstructured
@@ -25,7 +25,7 @@ def one_layer(*, bias: bool) -> tuple[Problem, Candidate, Tensor]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 3, bias=bias)).double().eval()
     inputs = torch.randn(64, 6, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64) + 1
-    problem = pose(model, _half(), Unstructured(), calibration=Calibration.of(inputs, batch_size=16))
+    problem = make_problem(model, _half(), Unstructured(), calibration=Calibration.of(inputs, batch_size=16))
     candidate = before("lstsq", problem)
     return problem, candidate, problem.inputs().pick(range(64))
 

@@ -15,7 +15,7 @@ from allot.methods import METHODS
 from allot.methods.moments import OutputMoments
 from allot.methods.training.selection import Selection
 from allot.pruning.prune import prune
-from allot.pruning.setup import pose
+from allot.pruning.setup import make_problem
 from allot.run.calibration import Calibration
 from allot.run.driver import drive
 from allot.run.patterns import Unstructured
@@ -32,7 +32,7 @@ def repaired(
     model: nn.Module, inputs: Tensor, method: Method, *, sparsity: float = 0.6, batch_size: int = 1000
 ) -> tuple[Problem, Candidate, Candidate]:
     calibration = Calibration.of(inputs, batch_size=batch_size)
-    problem = pose(model, Budget(sparsity=sparsity), Unstructured(), calibration=calibration)
+    problem = make_problem(model, Budget(sparsity=sparsity), Unstructured(), calibration=calibration)
     selected = drive(Selection(), problem, drive(METHODS["uniform"], problem, Candidate.dense(problem)))
     return problem, selected, drive(method, problem, selected)
 

@@ -17,7 +17,7 @@ from allot.budget.budget import Budget
 from allot.errors import UsageError
 from allot.network.channels import ChannelPlan, FewerHeads, slimmed
 from allot.network.layers import Group
-from allot.pruning.setup import pose
+from allot.pruning.setup import make_problem
 from allot.run.patterns import Channels
 from allot.run.problem import Problem
 from network.coupling.nets import NETS, filled, net, picture
@@ -27,7 +27,7 @@ PLANS = 13  # a net; 208 in all
 
 @functools.cache
 def problem(name: str) -> Problem:
-    return pose(net(name), Budget.parse("macs=50%"), Channels(), example=picture())
+    return make_problem(net(name), Budget.parse("macs=50%"), Channels(), example=picture())
 
 
 def drawn(groups: tuple[Group, ...], seed: int) -> dict[str, list[int]]:

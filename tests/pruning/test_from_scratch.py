@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from allot.errors import BudgetError, UsageError
 from allot.network.channels import shapes_of
-from allot.pruning.from_scratch import Scratch, split, train
+from allot.pruning.from_scratch import JointTraining, split, train
 
 
 class Striped(torch.utils.data.Dataset[tuple[Tensor, int]]):
@@ -39,10 +39,10 @@ def net(channels: int = 8) -> nn.Module:
     )  # fmt: skip
 
 
-SHORT = Scratch(steps=60, rate=0.1, refresh=10)
+SHORT = JointTraining(steps=60, rate=0.1, refresh=10)
 
 
-def trained(recipe: Scratch = SHORT, budget: str = "macs=40%", **options: Any) -> Any:
+def trained(recipe: JointTraining = SHORT, budget: str = "macs=40%", **options: Any) -> Any:
     return train(net(), split(Striped(), batch_size=16), budget, recipe=recipe, **options)
 
 
@@ -65,19 +65,19 @@ def test_the_model_passed_in_and_the_global_stream_are_left_as_they_were():
     model = net()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     random = torch.random.get_rng_state()
-    train(model, split(Striped(), batch_size=16), "macs=60%", recipe=Scratch(steps=8))
+    train(model, split(Striped(), batch_size=16), "macs=60%", recipe=JointTraining(steps=8))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert torch.equal(random, torch.random.get_rng_state())
 
 
 def test_the_same_seed_trains_the_same_net():
-    one, other = trained(Scratch(steps=20)), trained(Scratch(steps=20))
+    one, other = trained(JointTraining(steps=20)), trained(JointTraining(steps=20))
     assert one.plan == other.plan and one.moved == other.moved
     assert all(map(torch.equal, one.model.state_dict().values(), other.model.state_dict().values()))
 
 
 def test_every_sample_pushed_through_a_net_is_counted():
-    recipe = Scratch(steps=20, warm=0.1, together=0.5, every=2)
+    recipe = JointTraining(steps=20, warm=0.1, together=0.5, every=2)
     pushed = {"weights": 0, "densities": 0, "all": 0}
     found = trained(recipe, on_step=lambda p: pushed.update({p.stage: pushed[p.stage] + int(p.metrics["forward"])}))
     assert pushed == {"weights": 12 * 16, "densities": 5 * 16, "all": 8 * 16}
@@ -85,7 +85,7 @@ def test_every_sample_pushed_through_a_net_is_counted():
 
 
 def test_running_statistics_are_those_of_the_training_even_without_fine_tuning():
-    found = trained(Scratch(steps=40, rate=0.1, warm=0.2, together=0.8))
+    found = trained(JointTraining(steps=40, rate=0.1, warm=0.2, together=0.8))
     fresh = net()
     means = [module.running_mean for module in found.model if isinstance(module, nn.BatchNorm2d)]
     assert all(bool((mean != 0).any()) for mean in means) and shapes_of(fresh) != shapes_of(found.model)
@@ -93,7 +93,7 @@ def test_running_statistics_are_those_of_the_training_even_without_fine_tuning()
 
 @pytest.mark.parametrize("hold", ["implicit", "lagrangian", "admm"])
 def test_every_way_of_holding_the_budget_ends_within_it(hold: str):
-    recipe = Scratch(steps=16, dsa=Scratch().dsa.__class__(hold=hold, sampled=True, steepness=(1, 50)))
+    recipe = JointTraining(steps=16, dsa=JointTraining().dsa.__class__(hold=hold, sampled=True, steepness=(1, 50)))
     found = trained(recipe, "params=50%")
     assert sum(parameter.numel() for parameter in found.model.parameters() if parameter.dim() > 1) <= 0.5 * (
         sum(parameter.numel() for parameter in net().parameters() if parameter.dim() > 1)
@@ -117,7 +117,7 @@ def test_splits_share_no_sample_and_every_pass_sees_all_of_one():
 
 def test_what_cannot_be_is_one_clear_line():
     with pytest.raises(UsageError, match=r"warm=0.6 and together=0.6"):
-        Scratch(warm=0.6, together=0.6)
+        JointTraining(warm=0.6, together=0.6)
     with pytest.raises(UsageError, match="unknown score 'gamma'"):
         trained(score="gamma")
     with pytest.raises(UsageError, match="leaves a split empty"):

@@ -17,8 +17,8 @@ from allot.errors import Stopped, UsageError
 from allot.network.compute import Compute
 from allot.pruning import memory_limit as memory
 from allot.pruning.assemble import assemble
-from allot.pruning.memory_limit import Over, candidates, choose_compute, peak
-from allot.pruning.setup import pose
+from allot.pruning.memory_limit import OverLimit, choose_compute, compute_choices, peak
+from allot.pruning.setup import make_problem
 from allot.report.page import run_page
 
 
@@ -41,9 +41,9 @@ DATA = torch.randn(16, 1, 12, 12, generator=torch.Generator().manual_seed(0))
 SHORT: dict[str, Any] = {"batch_size": 8, "options": {"fcpts": {"steps": 12, "start": "uniform"}}}
 
 
-def posed(compute: Compute | None = None, model: nn.Module | None = None) -> Any:
+def problem_of(compute: Compute | None = None, model: nn.Module | None = None) -> Any:
     calibration = allot.Calibration.of(DATA, batch_size=8)
-    problem = pose(model or net(), allot.Budget(sparsity=0.5), allot.Unstructured(), calibration=calibration)
+    problem = make_problem(model or net(), allot.Budget(sparsity=0.5), allot.Unstructured(), calibration=calibration)
     return replace(problem, compute=compute or Compute())
 
 
@@ -52,36 +52,36 @@ PARTS = assemble("fcpts")
 
 def needed(compute: Compute) -> int:
     """The peak with that choice."""
-    found = choose_compute(posed(compute), PARTS, 10**12)
+    found = choose_compute(problem_of(compute), PARTS, 10**12)
     assert found and found["tried"] == []
     return found["peak"]
 
 
 @pytest.fixture(scope="module")
 def sizes() -> dict[str, int]:
-    return {str(compute.to_json()): needed(compute) for compute in candidates(posed())}
+    return {str(compute.to_json()): needed(compute) for compute in compute_choices(problem_of())}
 
 
 def test_the_order_goes_from_exact_to_near_and_from_fast_to_slow():
-    order = [compute.to_json() for compute in candidates(posed())]
+    order = [compute.to_json() for compute in compute_choices(problem_of())]
     assert order == [
         {}, {"checkpoint": True}, {"micro_batch": 4}, {"micro_batch": 2},
         {"micro_batch": 4, "checkpoint": True}, {"micro_batch": 2, "checkpoint": True},
         {"micro_batch": 1, "checkpoint": True},
     ]  # fmt: skip
     plain = nn.Sequential(nn.Conv2d(1, 4, 1), nn.Flatten(), nn.Linear(576, 3))  # no blocks that repeat
-    assert [c.micro_batch for c in candidates(posed(model=plain))] == [0, 4, 2, 1]
-    low = [compute.to_json() for compute in candidates(posed(Compute(micro_batch=2, amp="bf16")))]
+    assert [c.micro_batch for c in compute_choices(problem_of(model=plain))] == [0, 4, 2, 1]
+    low = [compute.to_json() for compute in compute_choices(problem_of(Compute(micro_batch=2, amp="bf16")))]
     assert all(choices["amp"] == "bf16" and choices["micro_batch"] <= 2 for choices in low)
-    assert [c.micro_batch for c in candidates(posed(Compute(checkpoint=True)))] == [0, 4, 2, 1]
+    assert [c.micro_batch for c in compute_choices(problem_of(Compute(checkpoint=True)))] == [0, 4, 2, 1]
 
 
 def test_the_first_that_fits_is_taken(sizes: dict[str, int]):
-    order = [compute.to_json() for compute in candidates(posed())]
+    order = [compute.to_json() for compute in compute_choices(problem_of())]
     peaks = [sizes[str(choices)] for choices in order]
     assert peaks[1] < peaks[0] and peaks[2] < peaks[0] and peaks[-1] == min(peaks)
     for limit in sorted(peaks):
-        found = choose_compute(posed(), PARTS, limit)
+        found = choose_compute(problem_of(), PARTS, limit)
         assert found is not None
         first = next(i for i, used in enumerate(peaks) if used <= limit)
         assert (found["picked"], found["peak"], found["tried"]) == (order[first], peaks[first], order[:first])
@@ -90,16 +90,16 @@ def test_the_first_that_fits_is_taken(sizes: dict[str, int]):
 def test_what_nothing_fits_is_an_error_that_names_the_least(sizes: dict[str, int]):
     least = min(sizes.values())
     with pytest.raises(UsageError, match=r"the least .* takes is .* [kM]B, with micro_batch=1, checkpoint"):
-        choose_compute(posed(), PARTS, least - 1)
+        choose_compute(problem_of(), PARTS, least - 1)
     with pytest.raises(UsageError, match="max_memory=lots: a number of bytes, like 800MB or 6GB"):
-        choose_compute(posed(), PARTS, "lots")
+        choose_compute(problem_of(), PARTS, "lots")
 
 
 def test_what_does_not_train_has_nothing_to_choose(caplog: pytest.LogCaptureFixture):
-    found = choose_compute(posed(), assemble("erk"), "1MB")
+    found = choose_compute(problem_of(), assemble("erk"), "1MB")
     assert found and found["picked"] == {} and found["peak"] is None
     assert "nothing in this chain trains" in caplog.text
-    assert choose_compute(posed(), PARTS, None) is None
+    assert choose_compute(problem_of(), PARTS, None) is None
 
 
 def test_the_peak_of_tensors_is_what_is_alive_at_a_time():
@@ -117,7 +117,7 @@ def test_the_peak_of_tensors_is_what_is_alive_at_a_time():
         y = weight.sin()  # kept: its input only, which is there already
         y.exp().sum().backward()
     assert 3 * 4000 <= found.bytes <= 5 * 4000
-    with pytest.raises(Over), peak(cpu, [torch.ones(999)], most=4000):
+    with pytest.raises(OverLimit), peak(cpu, [torch.ones(999)], most=4000):
         torch.ones(2)
 
 

@@ -13,7 +13,7 @@ import allot
 from allot.errors import Stopped, UsageError
 from allot.methods import METHODS
 from allot.methods.training.distillation import Training
-from allot.pruning.setup import pose
+from allot.pruning.setup import make_problem
 from allot.run.calibration import Calibration
 from allot.run.problem import Candidate
 
@@ -124,7 +124,7 @@ def test_callers_and_models_in_inference_mode(name: str, made_inside: bool):
 def test_classes_are_the_first_dimension_of_volumes_too():
     model = nn.Sequential(nn.Conv3d(2, 6, 3, padding=1), nn.Conv3d(6, 4, 1))
     x = torch.randn(2, 2, 3, 4, 5)
-    problem = pose(model, allot.Budget(sparsity=0.5), allot.Unstructured(), calibration=Calibration.of(x))
+    problem = make_problem(model, allot.Budget(sparsity=0.5), allot.Unstructured(), calibration=Calibration.of(x))
     training = Training(temperature=1.0)
     pruned_weights = {"1.weight": torch.zeros(4, 6, 1, 1, 1)}
     answers: dict[str, list[Tensor]] = {}

@@ -11,9 +11,9 @@ import torch
 
 import allot
 from allot.errors import BudgetError, Stopped, UsageError
-from allot.pruning import asked
+from allot.pruning import request
 from allot.pruning import sweep as sweeping
-from allot.pruning.sweep import Cell, budgets_of, cells_of, own_options, sweep
+from allot.pruning.sweep import Cell, budgets_of, cells_of, options_for, sweep
 from allot.sources import zoo
 from contract.cases import CASES
 
@@ -67,7 +67,7 @@ def test_data_that_can_be_read_once_serves_every_cell(tmp_path: Path):
 def test_the_dense_model_is_scored_once_for_all_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     seen: list[Any] = []
     evaluate = sweeping.evaluate
-    for module in (sweeping, asked):
+    for module in (sweeping, request):
         monkeypatch.setattr(module, "evaluate", lambda *a, **k: (seen.append(k.get("tensors")), evaluate(*a, **k))[1])
     swept(tmp_path)
     assert sum(tensors is None for tensors in seen) == 1 and len(seen) == 1 + len(CELLS)
@@ -86,12 +86,12 @@ def test_means_and_spreads_are_those_of_the_cells(tmp_path: Path):
         assert mean["spread"] == pytest.approx(abs(own[0] - own[1]) / 2**0.5)
 
 
-def test_options_go_to_the_methods_that_have_them():
-    assert own_options("fcpts", SHORT, {}) == SHORT and own_options("erk", SHORT, {}) == {}
+def test_options_go_to_the_methods_that_have_them(tmp_path: Path):
+    assert options_for("fcpts", SHORT, {}) == SHORT and options_for("erk", SHORT, {}) == {}
     with pytest.raises(UsageError, match="nobody is no method of any cell"):
-        sweep(CASE.make(), CASE.inputs(4), CELLS, "nowhere", options={"nobody": {}})
+        sweep(CASE.make(), CASE.inputs(4), CELLS, tmp_path, options={"nobody": {}})
     with pytest.raises(UsageError, match="stepz"):
-        sweep(CASE.make(), CASE.inputs(4), CELLS[1:2], "nowhere", options={"fcpts": {"stepz": 1}})
+        sweep(CASE.make(), CASE.inputs(4), CELLS[1:2], tmp_path, options={"fcpts": {"stepz": 1}})
 
 
 def test_a_cell_that_cannot_be_met_is_a_row_and_not_the_end(tmp_path: Path):

@@ -14,8 +14,8 @@ from allot.errors import Stopped, UsageError
 from allot.methods import METHODS
 from allot.pruning import time_limit as fit
 from allot.pruning.assemble import assemble, options_of
-from allot.pruning.setup import pose
-from allot.pruning.time_limit import fitted, scaled
+from allot.pruning.setup import make_problem
+from allot.pruning.time_limit import measure_cut, scale_steps
 from contract.cases import CASES
 
 CASE = CASES["with batch norm"]
@@ -95,18 +95,20 @@ def test_every_method_that_trains_can_be_cut(name: str):
 
     look(METHODS[name])
     before, trainings[:] = list(trainings), []
-    look(scaled(METHODS[name], 0.25))
+    look(scale_steps(METHODS[name], 0.25))
     assert before and trainings == [max(1, round(0.25 * steps)) for steps in before]
-    assert scaled(METHODS[name], 1.0) is METHODS[name]
+    assert scale_steps(METHODS[name], 1.0) is METHODS[name]
 
 
 def test_the_model_and_the_draws_of_the_caller_are_left_alone():
     model, parts = CASE.make(), assemble("unipts", options={"unipts-search": {"starts": ["erk"]}})
-    problem = pose(model, allot.Budget(sparsity=0.5), parts.pattern, calibration=allot.Calibration.of(CASE.inputs(16)))
+    problem = make_problem(
+        model, allot.Budget(sparsity=0.5), parts.pattern, calibration=allot.Calibration.of(CASE.inputs(16))
+    )
     before = {name: value.clone() for name, value in model.state_dict().items()}
     torch.manual_seed(3)
     wanted = torch.rand(3)
     torch.manual_seed(3)
-    fitted(problem, parts, 100)
+    measure_cut(problem, parts, 100)
     assert torch.equal(torch.rand(3), wanted)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

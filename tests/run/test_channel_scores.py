@@ -15,7 +15,7 @@ from allot.errors import UsageError
 from allot.methods.training import channel_gates as gates
 from allot.methods.training.selection import CollectedEvidence, importance
 from allot.network.layers import Group, Layer, Scope
-from allot.pruning.setup import pose
+from allot.pruning.setup import make_problem
 from allot.run.calibration import Calibration
 from allot.run.patterns import Channels, Unstructured
 from allot.run.problem import Candidate, Problem
@@ -163,7 +163,7 @@ class Small(nn.Module):
 def small_problem(samples: int, batch_size: int, *, dead: bool = False) -> Problem:
     inputs = Case(Small, (3,)).inputs(samples)
     calibration = Calibration.of(inputs, batch_size=batch_size)
-    return pose(Small(dead=dead), Budget.parse("params=60%"), Channels(), calibration=calibration)
+    return make_problem(Small(dead=dead), Budget.parse("params=60%"), Channels(), calibration=calibration)
 
 
 def information(problem: Problem) -> dict[str, Tensor]:
@@ -296,7 +296,7 @@ def test_scores_of_other_dtypes_are_those_of_single_precision(name: str, dtype: 
     found = {}
     for kind in (dtype, torch.float32):
         calibration = Calibration.of(inputs.to(kind), batch_size=4)
-        problem = pose(Small().to(kind), Budget.parse("params=60%"), Channels(), calibration=calibration)
+        problem = make_problem(Small().to(kind), Budget.parse("params=60%"), Channels(), calibration=calibration)
         torch.manual_seed(3)
         score = importance(_with(problem, name), problem.scope.groups[0], evidence_of(problem))
         assert score.dtype == torch.float64
@@ -314,7 +314,7 @@ def _with(problem: Problem, name: str) -> Problem:
 
 def test_input_norms_are_those_of_the_candidates_net():
     model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 2))
-    problem = pose(model, Budget(sparsity=0.5), Unstructured(), calibration=Calibration.of(torch.randn(6, 3)))
+    problem = make_problem(model, Budget(sparsity=0.5), Unstructured(), calibration=Calibration.of(torch.randn(6, 3)))
     dense, doubled = evidence_of(problem), evidence_of(problem, **{"0.weight": 2 * model[0].weight.detach()})
     layer = problem.scope["1.weight"]
     torch.testing.assert_close(doubled.input_norm(layer), 2 * dense.input_norm(layer))

@@ -1,4 +1,4 @@
-"""The terminal: what the command line says to people, on standard error, and to programs, on standard output."""
+"""The terminal: lines for people, on standard error, and JSON for programs, on standard output."""
 
 from __future__ import annotations
 
@@ -17,30 +17,31 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from allot.processes import first_to_report
 from allot.run.driver import Progress as Step
 
-# a log has no width of its own: tables are not squeezed into 80 columns there
+# a log has no width: its tables are not squeezed into 80 columns
 people = Console(stderr=True, width=None if sys.stderr.isatty() or "COLUMNS" in os.environ else 120)
 EVERY = 30.0  # seconds between lines about progress where there is no terminal to draw a bar on
 
 
 @contextmanager
 def progress() -> Iterator[Callable[[Step], None]]:
-    """A bar a stage with time left, on standard error, or in a log a line now and then; there too goes what models and
-    data print meanwhile.
+    """A bar for each stage with the time left, on standard error; in a log, a line every `EVERY` seconds.
+
+    What models and data print meanwhile goes to standard error too.
     """
     columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     quiet = not people.is_terminal or people.quiet
     bars = Progress(*columns, console=people, disable=quiet, redirect_stdout=False)
     with redirect_stdout(sys.stderr), bars:
         tasks: dict[str, TaskID] = {}
-        said = time.monotonic()
+        reported = time.monotonic()
 
         def on_step(step: Step) -> None:
-            nonlocal said
+            nonlocal reported
             if step.stage not in tasks:
                 tasks[step.stage] = bars.add_task(step.stage, total=step.steps)
             bars.update(tasks[step.stage], completed=step.step, total=step.steps)
-            if not people.is_terminal and time.monotonic() - said >= EVERY:
-                said = time.monotonic()
+            if not people.is_terminal and time.monotonic() - reported >= EVERY:
+                reported = time.monotonic()
                 say(f"{step.stage}: {step.step:,} of {step.steps:,}")
 
         yield on_step
@@ -48,7 +49,7 @@ def progress() -> Iterator[Callable[[Step], None]]:
 
 @contextmanager
 def notes() -> Iterator[None]:
-    """While open, warnings of the library are told to people, a line each."""
+    """While open, every warning of the library is printed, in one line."""
     handler = _Notes(logging.WARNING)
     log = logging.getLogger("allot")
     log.addHandler(handler)
@@ -59,16 +60,16 @@ def notes() -> Iterator[None]:
 
 
 class _Notes(logging.Handler):
-    """What is told twice, as of a file in two data sets, is said once."""
+    """Prints each message once, also where it comes twice, like that of a file in two data sets."""
 
     def __init__(self, level: int) -> None:
         super().__init__(level)
-        self.said: set[str] = set()
+        self.lines: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         line = " ".join(record.getMessage().split())
-        if line not in self.said:
-            self.said.add(line)
+        if line not in self.lines:
+            self.lines.add(line)
             say(f"note: {line}")
 
 
@@ -78,7 +79,7 @@ def say(line: str) -> None:
 
 
 def say_error(message: str) -> None:
-    """One line about what went wrong; of several processes, the first that has to say something does."""
+    """One line about an error; of several processes, the first one that meets an error prints."""
     people.quiet = not first_to_report()
     people.print(f"error: {' '.join(message.split())}", style="red", highlight=False, markup=False, soft_wrap=True)
 
@@ -88,4 +89,4 @@ def print_json(content: Any) -> None:
     if people.quiet:
         return
     sys.stdout.write(json.dumps(content, indent=2) + "\n")
-    sys.stdout.flush()  # a reader that is gone shows here, not while Python shuts down
+    sys.stdout.flush()  # a closed pipe raises here, not while Python shuts down

@@ -1,10 +1,11 @@
-"""What a finished run, or a method, tells of itself, for the command line."""
+"""Finished runs read back, and methods described, for the command line."""
 
 from __future__ import annotations
 
 import inspect
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from allot.run.problem import Rule
 from allot.run.store import read_finished, read_run
 
 log = logging.getLogger("allot")
+# the section of a docstring that describes a method's state, which is for developers
+_STATE = re.compile(r"^State:\n(?:(?: .*)?\n)*(?: .*\Z)?", re.MULTILINE)
 
 
-def recipe_of(run: Path) -> RecipeFile:
-    """The recipe that made a finished run.
+def read_recipe(run: Path) -> RecipeFile:
+    """The recipe of a finished run.
 
     Raises:
         UsageError: it is not finished, or was made in Python.
@@ -30,7 +33,7 @@ def recipe_of(run: Path) -> RecipeFile:
     return RecipeFile.resolve(None, content["recipe"], ())
 
 
-def report_of(run: Path) -> dict[str, Any]:
+def read_report(run: Path) -> dict[str, Any]:
     """report.json of a finished run.
 
     Raises:
@@ -43,7 +46,7 @@ def report_of(run: Path) -> dict[str, Any]:
         raise UsageError(f"{run}/report.json cannot be read: {error}") from error
 
 
-def runs_of(path: Path) -> list[Path]:
+def find_runs(path: Path) -> list[Path]:
     """The run itself, or all runs of a sweep.
 
     Raises:
@@ -60,22 +63,22 @@ def runs_of(path: Path) -> list[Path]:
     if not table.exists():
         return [path]
     try:
-        if found := [path / row["run"] for row in json.loads(table.read_text())["cells"] if "run" in row]:
-            return found
+        if runs := [path / row["run"] for row in json.loads(table.read_text())["cells"] if "run" in row]:
+            return runs
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UsageError(f"{table} cannot be read: {error}") from error
     raise UsageError(f"{path} holds no run: no cell of that sweep met its budget.")
 
 
-def told_of(name: str) -> dict[str, Any]:
-    """What a method does, needs and takes: `{role, needs, summary, text, options}`."""
+def describe_method(name: str) -> dict[str, Any]:
+    """The docstrings and options of a method: `{role, needs, summary, text, options}`."""
     method: Any = METHODS[name]
-    described = method.densities if isinstance(method, Rule) else type(method)
-    text = "\n\n".join((inspect.getdoc(described) or "", inspect.getdoc(inspect.getmodule(described)) or ""))
+    documented = method.densities if isinstance(method, Rule) else type(method)
+    text = "\n\n".join((inspect.getdoc(documented) or "", inspect.getdoc(inspect.getmodule(documented)) or ""))
     return {
         "role": method.role,
         "needs": "calibration data" if method.needs_data else "no data",
         "summary": text.splitlines()[0],
-        "text": text,
+        "text": _STATE.sub("", text),
         "options": options_of(method),
     }

@@ -1,4 +1,4 @@
-"""Verbs of the command line that look at what is there: files of runs, and methods."""
+"""Verbs of the command line that show files of runs, methods and recipes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from allot.cli.console import people, print_json, say
-from allot.cli.finished_run import recipe_of, report_of, runs_of, told_of
+from allot.cli.finished_run import describe_method, find_runs, read_recipe, read_report
 from allot.cli.options import Json, takes
 from allot.cli.recipe import RecipeFile, gallery
 from allot.errors import UsageError, VerificationError, unknown
@@ -23,7 +23,7 @@ from allot.report.page import comparison_page, write_run
 from allot.run.store import write
 from allot.sources.load import example_of, load_model
 
-LONGEST = 200  # characters of what a check says, in the one line of an error
+LONGEST = 200  # characters of one entry of a check, in the one line of an error
 
 
 @takes("weights", "input")
@@ -41,18 +41,18 @@ def verify_command(
 ) -> None:
     """Re-open, recount and certify; exit code 4 if anything differs from what was promised."""
     source = load_model(model, weights=wanted.weights, shape=wanted.input) if model else None
-    found = verify(path, source.model if source else None, trust=trust)
+    checked = verify(path, source.model if source else None, trust=trust)
     if as_json:
-        print_json(found)
+        print_json(checked)
     else:
-        people.print(table.certificate_table(found["rows"]))
-        if found["passed"]:
-            say(f"{path}: all {len(found['rows'])} checks passed")
-    if not found["passed"]:
-        failed = next(row for row in found["rows"] if not row["passed"])
-        said = [table.check_text(failed[key]) for key in ("check", "promised", "found")]
-        check, promised, held = (text if len(text) <= LONGEST else f"{text[:LONGEST]}…" for text in said)
-        raise VerificationError(f"{place_of(path, failed)}: {check}: promised {promised}, found {held}.")
+        people.print(table.certificate_table(checked["rows"]))
+        if checked["passed"]:
+            say(f"{path}: all {len(checked['rows'])} checks passed")
+    for row in checked["rows"]:
+        if not row["passed"]:
+            entries = [table.check_text(row[key]) for key in ("check", "promised", "found")]
+            check, promised, found = (text if len(text) <= LONGEST else f"{text[:LONGEST]}…" for text in entries)
+            raise VerificationError(f"{place_of(path, row)}: {check}: promised {promised}, found {found}.")
 
 
 @takes("data", "input")
@@ -67,9 +67,9 @@ def export_command(
     as_json: Json = False,
 ) -> None:
     """Write what a runtime reads, open it again, compare it with the run and time it beside the dense model."""
-    report, made = report_of(run), recipe_of(run)
-    source = load_model(str(made.model), weights=made.weights, shape=wanted.input or made.input)
-    example = example_of(source, wanted.data or made.data, skip_corrupt=made.skip_corrupt)
+    report, recipe = read_report(run), read_recipe(run)
+    source = load_model(recipe.required_model(), weights=recipe.weights, shape=wanted.input or recipe.input)
+    example = example_of(source, wanted.data or recipe.data, skip_corrupt=recipe.skip_corrupt)
     if example is None:
         raise UsageError("no input to run the model on: give --input or --data.")
     row = export_run(source.model, run, report, example, to, out)
@@ -89,21 +89,18 @@ def report_command(
     as_json: Json = False,
 ) -> None:
     """Show one run, or several side by side, here and as one offline page."""
-    runs = [run for path in runs for run in runs_of(path)]
-    reports = [(str(run), report_of(run)) for run in runs]
+    runs = [run for path in runs for run in find_runs(path)]
+    reports = [(str(run), read_report(run)) for run in runs]
+    name, report = reports[0]
     if len(runs) == 1:
-        page = write_run(runs[0], reports[0][1], out)
+        page, content = write_run(runs[0], report, out), {**report, "run": name}
     else:
-        page = out or Path("report.html")
+        page, content = out or Path("report.html"), {"runs": [{**report, "run": name} for name, report in reports]}
         write(page, comparison_page(reports))
     if as_json:
-        print_json(
-            {**reports[0][1], "run": reports[0][0]}
-            if len(reports) == 1
-            else {"runs": [{**r, "run": n} for n, r in reports]}
-        )
+        print_json(content)
         return
-    people.print(table.run_table(reports[0][1]) if len(reports) == 1 else table.comparison_table(reports))
+    people.print(table.run_table(report) if len(runs) == 1 else table.comparison_table(reports))
     say(f"page: {page}")
 
 
@@ -113,15 +110,15 @@ def recipes_command(
     as_json: Json = False,
 ) -> None:
     """List the named recipes, or show one: `allot prune MODEL --recipe NAME` takes it."""
-    known = {key: path.read_text() for key, path in gallery().items()}
-    if name is not None and name not in known:
-        raise unknown("recipe", name, known)
+    recipes = {key: path.read_text() for key, path in gallery().items()}
+    if name is not None and name not in recipes:
+        raise unknown("recipe", name, recipes)
     if as_json:
-        print_json({"recipes": known} if name is None else {name: known[name]})
+        print_json({"recipes": recipes} if name is None else {name: recipes[name]})
     elif name:
-        say(known[name].rstrip())
+        say(recipes[name].rstrip())
     else:
-        for key, text in known.items():
+        for key, text in recipes.items():
             say(f"{key:<12} {text.splitlines()[0].removeprefix('# ')}")
 
 
@@ -130,26 +127,28 @@ def methods_command(
     *,
     as_json: Json = False,
 ) -> None:
-    """List the methods, or tell what one does, needs and cites, with its options."""
-    if name in RECIPES and name not in METHODS:
-        chain = RECIPES[name]
-        said = f"--method {name}: --allocate {chain.allocate} --repair {','.join(chain.repair)}"
-        return print_json(dataclasses.asdict(chain)) if as_json else say(f"{said}; see `allot methods PART`")
-    if name is not None and name not in METHODS:
-        raise unknown("method", name, {*METHODS, *RECIPES})
-    told = {key: told_of(key) for key in ([name] if name else METHODS)}
-    if as_json:
-        print_json(
-            told[name] if name else {"methods": told, "recipes": {k: dataclasses.asdict(r) for k, r in RECIPES.items()}}
-        )
-    elif name:
-        say(f"{name}: {told[name]['role']}, needs {told[name]['needs']}")
-        say(told[name]["text"])
-        for option, default in told[name]["options"].items():
+    """List the methods, or describe one: its equations, needs, citation and options."""
+    if name is None:
+        methods = {key: describe_method(key) for key in METHODS}
+        if as_json:
+            return print_json({"methods": methods, "recipes": {k: dataclasses.asdict(r) for k, r in RECIPES.items()}})
+        people.print(table.methods_table([(key, m["role"], m["needs"], m["summary"]) for key, m in methods.items()]))
+        for key, recipe in RECIPES.items():
+            say(f"--method {key}: allocate {recipe.allocate}, repair {', '.join(recipe.repair)}")
+    elif name in METHODS:
+        method = describe_method(name)
+        if as_json:
+            return print_json(method)
+        say(f"{name}: {method['role']}, needs {method['needs']}")
+        say(method["text"])
+        for option, default in method["options"].items():
             say(f"  --set options.{name}.{option}={default if isinstance(default, str) else json.dumps(default)}")
+    elif name in RECIPES:
+        recipe = RECIPES[name]
+        parts = f"--allocate {recipe.allocate} --repair {','.join(recipe.repair)}"
+        if as_json:
+            return print_json(dataclasses.asdict(recipe))
+        say(f"--method {name}: {parts}; see `allot methods PART`")
     else:
-        rows = [(key, t["role"], t["needs"], t["summary"]) for key, t in told.items()]
-        people.print(table.methods_table(rows))
-        for key, chain in RECIPES.items():
-            say(f"--method {key}: allocate {chain.allocate}, repair {', '.join(chain.repair)}")
+        raise unknown("method", name, {*METHODS, *RECIPES})
     return None

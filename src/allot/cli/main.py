@@ -1,42 +1,24 @@
-"""The command line: verbs. Nothing else prints."""
+"""The command line: its verbs, and the exit codes of errors. No other package prints."""
 
 from __future__ import annotations
 
-import json
 import sys
-from contextlib import nullcontext, redirect_stdout
-from functools import partial
+from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import metadata
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from allot.cli import inspect as verbs
-from allot.cli import measure as comparing
-from allot.cli.console import notes, people, print_json, progress, say, say_error
-from allot.cli.finished_run import report_of
-from allot.cli.options import CHAIN, LIMITS, READING, RULES, Json, takes
-from allot.cli.recipe import RecipeFile
-from allot.errors import AllotError, Stopped, UsageError, VerificationError
-from allot.export.files.formats import OWN
-from allot.export.timing.latency import Runtime, latency_of
-from allot.processes import first_to_report, on_first_process, rank, sharing
-from allot.pruning.assemble import assemble
-from allot.pruning.prune import prune
-from allot.pruning.result import Result
-from allot.pruning.setup import pose
-from allot.report import table
-from allot.report.data import layer_rows
-from allot.run.driver import drive, interruptible
-from allot.run.problem import Candidate
-from allot.run.store import write
-from allot.sources.load import MODEL_FORMS, REMOTE, example_of, load_model
+from allot.cli import inspect, measure, prune
+from allot.cli.console import notes, people, say, say_error
+from allot.errors import AllotError, Stopped
+from allot.processes import first_to_report, rank, sharing
 
-SHARED = ("prune", "sweep", "evaluate")  # what several processes do together
+SHARED = ("prune", "sweep", "evaluate")  # verbs that several processes run together
 app = typer.Typer(name="allot", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-# what typer raises for a command line that it cannot read; some releases of it bring a click of their own
+# the error of typer for a command line that it cannot read; some releases of it bring a click of their own
 _Misuse: Any = typer.BadParameter.__base__
 
 
@@ -55,130 +37,20 @@ def allot_command(
         raise typer.Exit(2)
 
 
-@app.command("prune")
-@takes("model", "data", "budget", *CHAIN, "weights", "test", *RULES, *LIMITS, "seed", *READING, "input", file=True)
-def prune_command(
-    wanted: RecipeFile,
-    out: Annotated[Path | None, typer.Option(metavar="RUN", help="run directory; an unfinished one goes on")] = None,
-    *,
-    as_json: Json = False,
-) -> None:
-    """Prune MODEL to a budget and write a run directory; resumes if RUN is unfinished."""
-    if out is None:
-        raise UsageError("no place for the run: give --out RUN.")
-    if wanted.model is None:
-        raise UsageError(f"no MODEL: {MODEL_FORMS} is accepted.")
-    asked_budget = wanted.parsed_budget()
-    source, calibration = comparing.loaded(wanted.model, wanted)
-    with interruptible() as should_stop, progress() as on_step:
-        result = prune(
-            source.model,
-            calibration,
-            asked_budget,
-            method=wanted.method,
-            seed=wanted.seed,
-            save_to=out,
-            recipe=wanted.model_dump(mode="json", exclude_none=True),
-            on_step=on_step,
-            should_stop=should_stop,
-            **comparing.settings_of(wanted, source),
-        )
-        report = on_first_process(result.timed)
-    if as_json:
-        print_json({**report_of(out), "run": str(out)})
-        return
-    people.print(table.run_table(report))
-    for stage, (asked, left) in report["diagnostics"].get("fit", {}).get("steps", {}).items():
-        say(f"cut to fit {wanted.max_minutes:g} minutes: {stage} takes {left:,} of {asked:,} steps")
-    _tell_checks(result, out)
-    say(f"run directory: {out}")
-    say(f"to look at: {out / 'report.html'}")
-
-
-def _tell_checks(result: Result, out: Path) -> None:
-    """How many checks passed; of exports, which may have gone since, what differs.
-
-    Raises:
-        VerificationError: the run's own files are not what was written.
-    """
-    rows = result.verify()["rows"]
-    failed = [row for row in rows if not row["passed"]]
-    if any(row["file"] in OWN for row in failed):
-        raise VerificationError(f"{out} does not hold what was written there: allot verify {out} shows what differs.")
-    for row in failed:
-        say(f"note: {row['file']}: {row['check']}: promised {row['promised']}, found {row['found']}")
-    passed = len(rows) - len(failed)
-    say(f"verified: {passed} checks of the re-opened files passed (allot verify {out} shows them)")
-
-
-app.command("sweep")(comparing.sweep_command)
-app.command("advise")(comparing.advise_command)
-
-
-@app.command("plan")
-@takes(
-    "model", "budget", "method", "allocate", "pattern", "runtime", "weights", "data", *RULES, "seed", "input", file=True
-)
-def plan_command(
-    wanted: RecipeFile,
-    save: Annotated[
-        Path | None, typer.Option(metavar="FILE.json", help="write the allocation, to edit and replay")
-    ] = None,
-    *,
-    as_json: Json = False,
-) -> None:
-    """Show how the budget would be shared out over the layers; needs no data."""
-    if wanted.model is None:
-        raise UsageError(f"no MODEL: {MODEL_FORMS} is accepted.")
-    asked_budget = wanted.parsed_budget()
-    parts = assemble(
-        wanted.method, allocate=wanted.allocate, pattern=wanted.pattern, repair=wanted.repair, options=wanted.options
-    )
-    if parts.allocate.needs_data:
-        raise UsageError(
-            f"{parts.names.allocate} learns from data and cannot be planned: use `allot prune`, or --allocate uniform."
-        )
-    origin, _, name = wanted.model.partition(":")
-    chosen_weights = wanted.weights or ("random" if origin in REMOTE and not Path(name).exists() else None)
-    source = load_model(wanted.model, weights=chosen_weights, shape=wanted.input)
-    if chosen_weights == "random" and parts.names.allocate not in ("uniform", "erk"):
-        say(f"note: random weights; {parts.names.allocate} depends on the weights: give --weights for a real plan.")
-    with redirect_stdout(sys.stderr):
-        example = example_of(source, wanted.data, skip_corrupt=wanted.skip_corrupt)
-        problem = pose(
-            source.model,
-            asked_budget,
-            parts.pattern,
-            example=example,
-            rules=wanted.rules(),
-            seed=wanted.seed,
-            latency=partial(latency_of, runtime=Runtime.parse(wanted.runtime), seed=wanted.seed),
-        )
-    candidate = drive(parts.allocate, problem, Candidate.dense(problem))
-    if save:
-        write(save, json.dumps({**candidate.allocation.to_json(), "budget": asked_budget.to_json()}, indent=2) + "\n")
-    plan = {
-        "model": wanted.model,
-        "method": parts.method,
-        "pattern": parts.names.pattern,
-        "budget": problem.budget.rows(candidate.allocation.kept),
-        "kept": sum(problem.budget.sizes(candidate.allocation.kept).values()),
-        "total": problem.budget.total,
-        "layers": layer_rows(problem, candidate.allocation),
-        "skipped": dict(problem.scope.skipped),
-    }
-    if as_json:
-        print_json(plan)
-        return
-    people.print(table.plan_table(plan))
-
-
-app.command("evaluate")(comparing.evaluate_command)
-app.command("verify")(verbs.verify_command)
-app.command("export")(verbs.export_command)
-app.command("report")(verbs.report_command)
-app.command("methods")(verbs.methods_command)
-app.command("recipes")(verbs.recipes_command)
+_VERBS: dict[str, Callable[..., None]] = {
+    "prune": prune.prune_command,
+    "sweep": measure.sweep_command,
+    "advise": measure.advise_command,
+    "plan": prune.plan_command,
+    "evaluate": measure.evaluate_command,
+    "verify": inspect.verify_command,
+    "export": inspect.export_command,
+    "report": inspect.report_command,
+    "methods": inspect.methods_command,
+    "recipes": inspect.recipes_command,
+}
+for _verb, _command in _VERBS.items():
+    app.command(_verb)(_command)
 
 
 def main() -> None:
@@ -203,7 +75,7 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except Exception:
-        first_to_report()  # a traceback says it: other processes need not
+        first_to_report()  # the traceback reports it: other processes need not
         raise
     if code == 130:
         say_error("interrupted.")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from allot.cli.console import people, print_json, progress, say
-from allot.cli.finished_run import recipe_of
+from allot.cli.finished_run import read_recipe
+from allot.cli.loading import load_inputs, prune_arguments
 from allot.cli.options import LIMITS, READING, Json, takes
 from allot.cli.recipe import RecipeFile
 from allot.errors import UsageError
@@ -22,7 +23,6 @@ from allot.run.driver import interruptible
 from allot.run.evaluate import evaluate
 from allot.run.store import write
 from allot.sources.load import DATA_FORMS, MODEL_FORMS, example_of, load_data, load_model
-from allot.sources.origins import ModelSource
 
 
 @takes("model", "data", "pattern", "repair", "score", "weights", "test", *READING, *LIMITS, "input", file=True)
@@ -40,27 +40,23 @@ def sweep_command(
     *,
     as_json: Json = False,
 ) -> None:
-    """Prune MODEL by every method to every budget with several seeds; goes on where it was stopped."""
+    """Prune MODEL by every method to every budget with several seeds; the same command resumes."""
     budgets = budgets_of(budget or ())
     methods = [name.strip() for name in (method or "erk").split(",")]
     if out is None or wanted.model is None or not budgets:
         raise UsageError("a sweep needs MODEL, --budget KIND=LIMITS and --out DIR.")
-    source, calibration = loaded(wanted.model, wanted)
+    source, calibration = load_inputs(wanted)
     with interruptible() as should_stop, progress() as on_step:
-        table_of = sweep(
-            source.model,
-            calibration,
-            cells_of(methods, budgets, seeds),
-            out,
+        results = sweep(
+            source.model, calibration, cells_of(methods, budgets, seeds), out, should_stop=should_stop,
             on_cell=lambda number, of, cell: on_step(Step("sweep", number - 1, of, {})),
             recipe=wanted.model_dump(mode="json", exclude_none=True, exclude={"method", "budget", "seed"}),
-            should_stop=should_stop,
-            **settings_of(wanted, source),
-        )
+            **prune_arguments(wanted, source),
+        )  # fmt: skip
     if as_json:
-        print_json({**table_of, "out": str(out)})
+        print_json({**results, "out": str(out)})
         return
-    people.print(table.sweep_table(table_of))
+    people.print(table.sweep_table(results))
     say(f"comparison: {out / 'report.html'}   as data: {out / 'results.json'}")
 
 
@@ -73,28 +69,22 @@ def advise_command(
     as_json: Json = False,
 ) -> None:
     """Measure layers of MODEL here, and say which sparsity pays on this machine, if any."""
-    if wanted.model is None:
-        raise UsageError(f"no MODEL: {MODEL_FORMS} is accepted.")
-    source = load_model(wanted.model, weights=wanted.weights, shape=wanted.input)
+    model = wanted.required_model()
+    source = load_model(model, weights=wanted.weights, shape=wanted.input)
     example = example_of(source, wanted.data, skip_corrupt=wanted.skip_corrupt)
     if example is None:
         raise UsageError("layers are timed on an input: give --input C,H,W or --data DATA.")
     with progress() as on_step:
-        told = advise(
-            source.model,
-            example,
-            pattern=pattern,
-            runtime=Runtime.parse(wanted.runtime),
-            label=wanted.model,
-            data=wanted.data or "DATA",
-            on_step=lambda done, of: on_step(Step("measure", done, of, {})),
-        )
-    told = {"model": wanted.model, **told}
-    write(out, advice_page(told))
+        advice = advise(
+            source.model, example, pattern=pattern, runtime=Runtime.parse(wanted.runtime), label=model,
+            data=wanted.data or "DATA", on_step=lambda done, of: on_step(Step("measure", done, of, {})),
+        )  # fmt: skip
+    advice = {"model": model, **advice}
+    write(out, advice_page(advice))
     if as_json:
-        print_json(told)
+        print_json(advice)
         return
-    people.print(table.advice_table(told))
+    people.print(table.advice_table(advice))
     say(f"page: {out}")
 
 
@@ -111,11 +101,13 @@ def evaluate_command(
     if Path(target).is_dir():
         if wanted.weights:
             raise UsageError(f"{target} has its own weights: leave --weights out, or name a MODEL.")
-        made = recipe_of(Path(target))
-        pruned = str(Path(target) / "model.safetensors")
-        source = load_model(str(made.model), weights=pruned, shape=wanted.input or made.input, device=wanted.device)
-        workers, skip_corrupt = workers or made.workers, skip_corrupt or made.skip_corrupt
-        data = data or made.test or (made.data if (made.data or "").startswith("zoo:") else None)
+        recipe = read_recipe(Path(target))
+        weights = str(Path(target) / "model.safetensors")
+        source = load_model(
+            recipe.required_model(), weights=weights, shape=wanted.input or recipe.input, device=wanted.device
+        )
+        workers, skip_corrupt = workers or recipe.workers, skip_corrupt or recipe.skip_corrupt
+        data = data or recipe.test or (recipe.data if (recipe.data or "").startswith("zoo:") else None)
     else:
         source = load_model(target, weights=wanted.weights, shape=wanted.input, device=wanted.device)
     if data is None:
@@ -130,43 +122,5 @@ def evaluate_command(
     if as_json:
         print_json(score.to_json())
     else:
-        more = "" if score.perplexity is None else f", perplexity {score.perplexity:.4g}"
-        say(f"{score.metric} {score.score:.4f} on {score.samples:,} samples{more}")
-
-
-def loaded(model: str, wanted: RecipeFile) -> tuple[ModelSource, Any]:
-    """The model on its device, and the calibration data; None where none was given."""
-    source = load_model(model, weights=wanted.weights, shape=wanted.input, device=wanted.device)
-    return source, load_data(wanted.data, source, skip_corrupt=wanted.skip_corrupt) if wanted.data else None
-
-
-def settings_of(wanted: RecipeFile, source: ModelSource) -> dict[str, Any]:
-    """What `prune` and `sweep` take of a recipe alike."""
-    return {
-        "allocate": wanted.allocate,
-        "score": wanted.score,
-        "pattern": wanted.pattern,
-        "repair": wanted.repair,
-        "options": wanted.options,
-        "rules": wanted.rules(),
-        "samples": wanted.samples,
-        "batch_size": wanted.batch_size,
-        "workers": wanted.workers,
-        "example": source.example,
-        "runtime": wanted.runtime,
-        "max_minutes": wanted.max_minutes,
-        "stream": wanted.stream,
-        "compute": wanted.compute,
-        "max_memory": wanted.max_memory,
-        "test": _test_data(wanted, source),
-        "label": wanted.model,
-    }
-
-
-def _test_data(wanted: RecipeFile, source: ModelSource) -> Any:
-    """Held-out data for the score: what --test says, or the test split of zoo data."""
-    if wanted.test:
-        return load_data(wanted.test, source, split="test", skip_corrupt=wanted.skip_corrupt)
-    if wanted.data and wanted.data.startswith("zoo:"):
-        return load_data(wanted.data, source, split="test")
-    return None
+        perplexity = "" if score.perplexity is None else f", perplexity {score.perplexity:.4g}"
+        say(f"{score.metric} {score.score:.4f} on {score.samples:,} samples{perplexity}")

@@ -43,11 +43,11 @@ def takes(*keys: str, file: bool = False) -> Callable[[Callable[..., None]], Cal
             fields = {key: value for key, value in given.items() if key not in COMPUTE}
             command(RecipeFile.resolve(path, fields, [*compute, *(settings or ())]), **arguments)
 
-        own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+        others = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
         parameters = [_parameter(key, _annotation(key)) for key in keys]
         if file:
             parameters += [_parameter("recipe", _FILE), _parameter("settings", _SETTINGS)]
-        parameters += [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+        parameters += [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in others]
         run.__name__, run.__doc__ = command.__name__, command.__doc__
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""A recipe file: what `allot prune` says on the command line, as YAML that is checked before anything runs."""
+"""A recipe file: the options of `allot prune` as YAML, checked before anything runs."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class RecipeFile(BaseModel):
 
     @field_validator("compute")
     @classmethod
-    def _choices_that_there_are(cls, value: dict[str, Any]) -> dict[str, Any]:
+    def _known_choices(cls, value: dict[str, Any]) -> dict[str, Any]:
         return Compute.of(value).to_json()
 
     @field_validator("max_memory")
@@ -180,7 +180,7 @@ class RecipeFile(BaseModel):
 
     @classmethod
     def resolve(cls, path: Path | None, given: Mapping[str, Any], settings: Iterable[str]) -> RecipeFile:
-        """The file's recipe, overridden by what was `given` (None: not given), then by `a.b=c` settings.
+        """The file's recipe, overridden by the values `given` (None: not given), then by `a.b=c` settings.
 
         Raises:
             UsageError: unreadable file, unknown key (with the nearest), or a value of the wrong type.
@@ -205,8 +205,18 @@ class RecipeFile(BaseModel):
         except ValidationError as error:
             first_error = error.errors()[0]
             where = ".".join(str(part) for part in first_error["loc"])
-            said = first_error["msg"].removeprefix("Value error, ").rstrip(".")
-            raise UsageError(f"recipe: {where}={first_error['input']!r}: {said}.") from error
+            reason = first_error["msg"].removeprefix("Value error, ").rstrip(".")
+            raise UsageError(f"recipe: {where}={first_error['input']!r}: {reason}.") from error
+
+    def required_model(self) -> str:
+        """The model.
+
+        Raises:
+            UsageError: the recipe has none.
+        """
+        if self.model is None:
+            raise UsageError(f"no MODEL: {MODEL_FORMS} is accepted.")
+        return self.model
 
     def parsed_budget(self) -> Budget:
         """The budget.
@@ -224,7 +234,7 @@ class RecipeFile(BaseModel):
 
 
 def gallery() -> dict[str, Path]:
-    """Named recipes that come along: `--recipe NAME` takes one for a model of one's own."""
+    """The recipes of this package by name: `--recipe NAME` takes one, for any model."""
     return {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
 
 
@@ -247,11 +257,11 @@ for _tag, _pattern in _NUMBERS.items():
 
 
 def _read(path: Path) -> dict[str, Any]:
-    known = gallery()
-    if str(path) in known and not path.exists():
-        path = known[str(path)]
+    named = gallery()
+    if str(path) in named and not path.exists():
+        path = named[str(path)]
     elif path.suffix == "" and not path.exists():
-        raise unknown("recipe", str(path), known)
+        raise unknown("recipe", str(path), named)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

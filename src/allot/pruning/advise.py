@@ -1,12 +1,13 @@
-"""What pays on this machine, for this model: measured on its own layers before anything is pruned.
+"""Which sparsity makes this model faster on this machine: measured on its layers before anything is pruned.
 
-channels       the tables of a budget of time (`allot.export.timing.latency`) foretell nets with equal shares of
-channels unstructured   linear layers as compressed-sparse-row matrices beside their dense selves, in PyTorch, and what
-               the whole net would gain; of convolutions no runtime here has a sparse kernel: single weights make the
-               file smaller
-2:4            linear layers in half precision on a GPU with sparse tensor cores, where there is one
+    channels        the tables of a budget of time (`allot.export.timing.latency`) predict nets that keep the same
+                    density of channels everywhere
+    unstructured    linear layers as compressed-sparse-row matrices beside the dense layers, in PyTorch, and the
+                    speed-up of the whole net; no runtime here has a sparse kernel for convolutions, where single
+                    weights only make the file smaller
+    2:4             linear layers in half precision, on a GPU with sparse tensor cores
 
-A density breaks even where the sparse layer takes as long as the dense one; between densities measured, on the line.
+A density breaks even where the sparse layer takes as long as the dense one; interpolated between measured densities.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ from allot.network.channels import copied
 from allot.network.draws import generator
 from allot.network.layers import Scope
 from allot.network.macs import measured
-from allot.pruning.setup import pose
+from allot.pruning.setup import make_problem
 from allot.run.calibration import moved
 from allot.run.patterns import Channels, parse
 
-MACS = (0.9, 0.7, 0.5, 0.3)  # shares of the MACs that nets of fewer channels are foretold at
+MACS = (0.9, 0.7, 0.5, 0.3)  # fractions of the MACs at which nets of fewer channels are predicted
 DENSITIES = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02)
 LAYERS = 4  # linear layers that are measured, those with most MACs
-WORTH = 1.1  # times as fast, below which nothing is advised: what is foretold is less sure than what was timed
+WORTH = 1.1  # speed-up below which nothing is advised: a prediction is less sure than a measurement
 
 _PRUNE = "allot prune MODEL --data DATA --out RUN"
 
@@ -60,31 +61,31 @@ def advise(
     data: str = "DATA",
     on_step: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """What was measured, and what it comes to.
+    """The measurements, and the advice that follows from them.
 
     Args:
         example: a batch of one input.
-        pattern: in what multiples channels go.
+        pattern: channels, with the multiple in which they are removed.
         runtime: where channels are timed; where None, ONNX Runtime if it is installed and takes the model, else
             PyTorch, one sample at a time.
-        label, data: what the model and its data are called in commands that are advised.
+        label, data: names of the model and its data in the advised commands.
         on_step: as in `latency_of`.
     Returns:
         `{"machine", "runtime", "pattern", "channels": [{"macs", "faster"}], "why_not", "linear": [{"layer", "layers",
         "share", "faster": {density: times}, "break_even"}], "net": {"milliseconds", "faster": {density: times}} or
-        null, "semi_structured": {layer: times} or null, "said": [sentence]}`; `faster` and times are over dense. A row
-        of `linear` stands for `layers` of one shape; `net` is what the whole net is foretold to gain in PyTorch when
-        those of them that gain are sparse.
+        null, "semi_structured": {layer: times} or null, "said": [sentence]}`; `faster` and times are speed-ups over
+        dense. A row of `linear` stands for `layers` of one shape; `net` is the predicted speed-up of the whole net in
+        PyTorch when the layers that gain are sparse.
     Raises:
         UsageError: no pattern of channels, or the model does not run on the example, or the runtime cannot take it.
     """
     if not isinstance(parse(pattern), Channels):
         raise UsageError(f"pattern {pattern!r}: channels, or channels:8 for multiples of 8, is accepted.")
     scope = measured(Scope.of(model), model, lambda: attempt(model, example, {}))
-    runtime = _taking(model, example, runtime)
+    runtime = _usable_runtime(model, example, runtime)
     channels, why_not = _channels(model, example, pattern, runtime, seed, on_step)
     linear, net = _linear(copied(model).eval(), repeated(example, runtime.batch), scope)
-    told = {
+    measurements = {
         "machine": machine(),
         "runtime": str(runtime),
         "pattern": pattern,
@@ -94,7 +95,8 @@ def advise(
         "net": net,
         "semi_structured": _semi_structured(model, example, [layer.name for layer in scope]),
     }
-    return {**told, "said": [said.replace("DATA", data).replace("MODEL", label) for said in _said(told)]}
+    sentences = [line.replace("DATA", data).replace("MODEL", label) for line in _sentences(measurements)]
+    return {**measurements, "said": sentences}
 
 
 def break_even(densities: Sequence[float], faster: Sequence[float]) -> float | None:
@@ -102,7 +104,10 @@ def break_even(densities: Sequence[float], faster: Sequence[float]) -> float | N
 
     Args:
         densities: descending.
-        faster: times as fast as dense, of each.
+        faster: speed-up over dense at each density.
+
+    >>> break_even((0.5, 0.1), (0.5, 1.5))
+    0.3
     """
     if faster[0] >= 1:
         return densities[0]
@@ -112,11 +117,11 @@ def break_even(densities: Sequence[float], faster: Sequence[float]) -> float | N
     return None
 
 
-def _taking(model: nn.Module, example: Any, runtime: Runtime | None) -> Runtime:
-    """A runtime that takes the model: the one asked for, or the first that does.
+def _usable_runtime(model: nn.Module, example: Any, runtime: Runtime | None) -> Runtime:
+    """The requested runtime, or the first one that runs the model.
 
     Raises:
-        UsageError: the one asked for cannot.
+        UsageError: the requested runtime cannot run the model.
     """
     first = runtime or Runtime.parse(None)
     try:
@@ -136,38 +141,39 @@ def _channels(
     seed: int,
     on_step: Callable[[int, int], None] | None,
 ) -> tuple[list[dict[str, float]], str | None]:
-    """How much faster nets with equal shares of channels are foretold to be; or why no channels can go."""
+    """Predicted speed-ups of nets with the same density of channels everywhere; or why no channels can be removed."""
 
     def tables(*problem: Any) -> Latency:
         model, scope, groups, extents, terms, example, _ = problem
-        half = "50%"  # where tables are made right, whatever is asked
+        half = "50%"  # where tables are fitted best, whatever the limit
         return latency_of(
             model, scope, groups, extents, terms, example, half, runtime=runtime, seed=seed, on_step=on_step
         )
 
     try:
         budget = channel_budget(
-            pose(model, Budget(latency="99.9%"), parse(pattern), example=example, latency=tables).budget
+            make_problem(model, Budget(latency="99.9%"), parse(pattern), example=example, latency=tables).budget
         )
     except AllotError as error:
-        said = str(error).rstrip(".")
-        # of the limit above nobody has heard
-        return [], "fewer channels are not foretold to be any faster" if said.startswith("latency=") else said
+        reason = str(error).rstrip(".")
+        if reason.startswith("latency="):  # the user does not know the limit above
+            reason = "fewer channels are not foretold to be any faster"
+        return [], reason
     assert budget.latency is not None
-    found = []
-    for share in MACS:
+    rows = []
+    for fraction in MACS:
         try:
-            asked = replace(budget.weights, latency=None, macs=f"{100 * share:g}%")
-            kept = replace(budget, weights=asked).counts({term.name: 1.0 for term in budget.terms})
+            weights = replace(budget.weights, latency=None, macs=f"{100 * fraction:g}%")
+            kept = replace(budget, weights=weights).counts({term.name: 1.0 for term in budget.terms})
         except AllotError:  # so few MACs are out of reach
             continue
-        share = budget.cost("macs", kept) / sum(term.macs or 0 for term in budget.weights.terms)
-        found.append({"macs": share, "faster": budget.latency.dense / max(budget.time(kept)[0], 1.0)})
-    return found, None
+        macs = budget.cost("macs", kept) / sum(term.macs or 0 for term in budget.weights.terms)
+        rows.append({"macs": macs, "faster": budget.latency.dense / max(budget.time(kept)[0], 1.0)})
+    return rows, None
 
 
 def _linear(model: nn.Module, example: Any, scope: Scope) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """Linear layers as sparse matrices, beside themselves, at every density; and what the net gains from that."""
+    """Linear layers as sparse matrices beside the dense layers, at every density; and the speed-up of the net."""
     macs = {layer.name: layer.macs or 0 for layer in scope}
     try:
         layers = linear_layers(model, macs)
@@ -183,13 +189,13 @@ def _linear(model: nn.Module, example: Any, scope: Scope) -> tuple[list[dict[str
     rows, saved = [], dict.fromkeys(DENSITIES, 0.0)
     for names in heaviest:
         try:
-            taken = _densities(layers[names[0]], inputs[names[0]])
+            seconds = _time_densities(layers[names[0]], inputs[names[0]])
         except RuntimeError:  # numbers, or inputs, that sparse matrices do not take
             continue
-        faster = {density: taken["dense"] / taken[density] for density in DENSITIES}
+        faster = {density: seconds["dense"] / seconds[density] for density in DENSITIES}
         for density in DENSITIES:
-            if faster[density] >= PAYS:  # what gains nothing stays dense
-                saved[density] += len(names) * (taken["dense"] - taken[density])
+            if faster[density] >= PAYS:  # a layer that gains nothing stays dense
+                saved[density] += len(names) * (seconds["dense"] - seconds[density])
         rows.append(
             {
                 "layer": names[0],
@@ -203,8 +209,8 @@ def _linear(model: nn.Module, example: Any, scope: Scope) -> tuple[list[dict[str
     return rows, {"milliseconds": 1000 * whole, "faster": net}
 
 
-def _densities(layer: nn.Linear, x: Tensor) -> dict[Any, float]:
-    """Seconds that the layer takes, dense and at every density; which weights are left is up to chance.
+def _time_densities(layer: nn.Linear, x: Tensor) -> dict[Any, float]:
+    """Seconds that the layer takes, dense and at every density, with random weights kept.
 
     Raises:
         RuntimeError: numbers, or inputs, that sparse matrices do not take.
@@ -219,7 +225,7 @@ def _densities(layer: nn.Linear, x: Tensor) -> dict[Any, float]:
 
 
 def _semi_structured(model: nn.Module, example: Any, names: list[str]) -> dict[str, float] | None:
-    """Linear layers as 2:4 in half precision on the GPU, beside themselves; None without sparse tensor cores."""
+    """Speed-ups of linear layers as 2:4 in half precision on the GPU; None without sparse tensor cores."""
     if not has_sparse_tensor_cores():
         return None
     half = copied(model).to("cuda", torch.float16).eval()
@@ -231,53 +237,53 @@ def _semi_structured(model: nn.Module, example: Any, names: list[str]) -> dict[s
         if layer.in_features % 4 == 0:  # which two of four does not matter for time
             layer.weight.data.view(-1, 4)[:, 2:] = 0
     example = moved(example, torch.device("cuda"), torch.float16)
-    return {name: taken.faster for name, taken in time_converted(layers, half, example, semi_structured).items()}
+    return {name: times.faster for name, times in time_converted(layers, half, example, semi_structured).items()}
 
 
-def _said(told: Mapping[str, Any]) -> list[str]:
-    """What it comes to, in sentences."""
-    said = []
-    best = max(told["channels"], key=lambda row: row["faster"], default=None)
-    if told["why_not"] or best is None:
-        said.append(f"Channels: no advice ({told['why_not'] or 'no share of the MACs is within reach'}).")
+def _sentences(measurements: Mapping[str, Any]) -> list[str]:
+    """The advice, in sentences."""
+    sentences = []
+    best = max(measurements["channels"], key=lambda row: row["faster"], default=None)
+    if measurements["why_not"] or best is None:
+        sentences.append(f"Channels: no advice ({measurements['why_not'] or 'no share of the MACs is within reach'}).")
     elif best["faster"] < WORTH:
-        said.append(
-            f"Channels do not pay here: at most {best['faster']:.2f}x as fast ({told['pattern']}, "
-            f"{told['runtime']}). This model waits more than it computes."
+        sentences.append(
+            f"Channels do not pay here: at most {best['faster']:.2f}x as fast ({measurements['pattern']}, "
+            f"{measurements['runtime']}). This model waits more than it computes."
         )
     else:
-        pays = next(row for row in told["channels"] if row["faster"] >= WORTH)
-        least = told["channels"][-1]
+        pays = next(row for row in measurements["channels"] if row["faster"] >= WORTH)
+        least = measurements["channels"][-1]
         more = f"; at {100 * least['macs']:.0f} %: {least['faster']:.2f}x" if least is not pays else ""
-        said.append(
+        sentences.append(
             f"Channels pay from {100 * pays['macs']:.0f} % of the MACs down ({pays['faster']:.2f}x as fast{more}): "
             f"{_PRUNE} "
-            f"--budget macs={100 * min(pays['macs'], 0.5):.0f}% --method dsa --pattern {told['pattern']}"
+            f"--budget macs={100 * min(pays['macs'], 0.5):.0f}% --method dsa --pattern {measurements['pattern']}"
         )
-    net = (told["net"] or {"faster": {}})["faster"]
+    net = (measurements["net"] or {"faster": {}})["faster"]
     pay_net = {density: times for density, times in net.items() if times >= WORTH}
     if pay_net:
         (density, times), (least, most) = next(iter(pay_net.items())), list(net.items())[-1]
-        said.append(
+        sentences.append(
             f"Single weights pay from a density of {density} down, as sparse matrices in PyTorch ({times:.2f}x for the "
             f"whole net; at {least}: {most:.2f}x): {_PRUNE} --budget sparsity={1 - float(density):g}, then "
             "allot export RUN --to csr, which converts the layers that gain."
         )
     else:
         best = f" (at most {max(net.values()):.2f}x for the whole net, as sparse matrices in PyTorch)" if net else ""
-        said.append(f"Single weights: size only. Nothing here runs faster for them{best}.")
-    if (halves := told["semi_structured"]) is None:
-        said.append("2:4: no GPU with sparse tensor cores here, size only.")
+        sentences.append(f"Single weights: size only. Nothing here runs faster for them{best}.")
+    if (halves := measurements["semi_structured"]) is None:
+        sentences.append("2:4: no GPU with sparse tensor cores here, size only.")
     elif pay := [times for times in halves.values() if times >= WORTH]:
-        said.append(
+        sentences.append(
             f"2:4 pays for {len(pay)} of {len(halves)} linear layers in half precision on the GPU, up to "
             f"{max(pay):.2f}x: {_PRUNE} --budget sparsity=50% --pattern 2:4, then allot export RUN --to 2:4"
         )
     elif halves:
-        said.append(f"2:4 does not pay on the GPU here: at most {max(halves.values()):.2f}x as fast.")
+        sentences.append(f"2:4 does not pay on the GPU here: at most {max(halves.values()):.2f}x as fast.")
     else:
-        said.append("2:4: no linear layer takes it.")
-    return said
+        sentences.append("2:4: no linear layer takes it.")
+    return sentences
 
 
 def machine() -> dict[str, Any]:
@@ -286,7 +292,7 @@ def machine() -> dict[str, Any]:
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     flags = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "").split()
     name = next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")), "")
-    known = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd", "sve")
+    instructions = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd", "sve")
     versions = {}
     for package in ("torch", "onnxruntime", "openvino", "tensorrt"):
         try:
@@ -296,7 +302,7 @@ def machine() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     return {
         "processor": name or platform.processor() or platform.machine(),
-        "instructions": [flag for flag in known if flag in flags],
+        "instructions": [flag for flag in instructions if flag in flags],
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "sparse_tensor_cores": has_sparse_tensor_cores(),

@@ -1,4 +1,4 @@
-"""DSA from scratch: weights and the shares of channels learned in one training (Ning et al., ECCV 2020), with labels.
+"""DSA from scratch: weights and densities of channels learned in one training (Ning et al., ECCV 2020), with labels.
 
     1  warm-up          weights only, so that |gamma| begins to tell channels apart
     2  together         weights by batches of one split under masks m ~ Bernoulli(p), one draw a group and step; every
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from allot.budget.budget import Budget
 from allot.budget.channels import channel_budget
@@ -32,28 +33,29 @@ from allot.methods.training.selection import CollectedEvidence, Selection
 from allot.network.call import call
 from allot.network.channels import ChannelPlan, copied, slimmed
 from allot.network.draws import generator, numbered
-from allot.network.trees import as_arguments
-from allot.pruning.setup import pose
+from allot.network.trees import as_arguments, map_tensors
+from allot.pruning.setup import make_problem
 from allot.run.driver import Progress, drive, repeatable
 from allot.run.patterns import Channels, parse
 from allot.run.problem import Candidate, Problem, Rule
 from allot.run.scores import CHANNEL_SCORES
 
-Batches = Callable[[str, int], tuple[Any, Tensor]]  # (split, k) -> inputs and labels of batch k
+Batch = tuple[Any, Tensor]  # inputs and labels
+Batches = Callable[[str, int], Batch]  # (split, k) -> batch k of the split
 
 
 @dataclass(frozen=True)
-class Scratch:
+class JointTraining:
     """How weights and densities are trained together.
 
     Args:
         steps: batches that train weights, in all three phases.
-        warm, together: shares of the steps; fine-tuning is the rest.
+        warm, together: fractions of the steps; fine-tuning takes the rest.
         every: weight steps for one step of the densities, 1 or more.
         rate, momentum, decay: of SGD with Nesterov momentum; `decay` on matrices and kernels.
         smoothing: of the labels.
         refresh: weight steps after which importances are taken again.
-        dsa: how densities are learned; its own training is not used.
+        dsa: how densities are learned; its training of weights is not used.
     Raises:
         UsageError: a value out of its range.
     """
@@ -91,15 +93,15 @@ class Scratch:
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A slim net and how it came about.
+class TrainedNet:
+    """A slim net, and the cost of its training.
 
     Attributes:
-        model: what was trained, cut, in eval mode.
-        plan: which channels it kept of the model passed in.
+        model: the trained net, cut, in eval mode.
+        plan: the channels that it kept of the model passed in.
         macs: {"dense", "slim"} multiply-accumulates.
         images: samples pushed {"forward", "backward"}.
-        moved: [step, density of each group] on the way.
+        moved: [step, density of each group] during the training.
     """
 
     model: nn.Module
@@ -115,22 +117,22 @@ def train(
     batches: Batches,
     budget: Budget | str,
     *,
-    recipe: Scratch | None = None,
+    recipe: JointTraining | None = None,
     score: str = "scale",
     pattern: str | Channels = "channels",
     seed: int = 0,
     on_step: Callable[[Progress], None] | None = None,
-) -> Trained:
-    """A copy of `model` trained from its weights as they are, its channels shared out meanwhile, cut to the budget.
+) -> TrainedNet:
+    """A copy of `model` whose weights and densities of channels were trained together, cut to the budget.
 
     Args:
-        model: usually with fresh weights; it is left as it was.
-        batches: what gives (inputs, labels) of batch k of the split "weights", "densities" or "all"; see `split`.
+        model: its weights are where training begins, usually fresh ones; it is not changed.
+        batches: (split, k) -> (inputs, labels) of batch k of the split "weights", "densities" or "all"; see `split`.
         budget: as for `prune`.
     Raises:
-        UsageError, BudgetError: what is wrong with the input, in one line.
+        UsageError, BudgetError: the input cannot be used; the message says why, in one line.
     """
-    recipe = recipe or Scratch()
+    recipe = recipe or JointTraining()
     if score not in CHANNEL_SCORES:
         raise unknown("score", score, CHANNEL_SCORES)
     started = time.monotonic()
@@ -144,16 +146,23 @@ def train(
             f"batches: {type(batches).__name__} cannot be called: pass allot.pruning.from_scratch.split(data)."
         )
     inputs, labels = batches("weights", 0)
-    problem = pose(net, budget, structure, example=_first(inputs), score=CHANNEL_SCORES[score], seed=seed)
+    problem = make_problem(
+        net,
+        budget,
+        structure,
+        example=map_tensors(lambda tensor: tensor[:1], inputs),
+        score=CHANNEL_SCORES[score],
+        seed=seed,
+    )
     images = {"forward": 0, "backward": 0}
 
-    def tell(step: int, split: str, loss: float, samples: int) -> None:
+    def report(step: int, split: str, loss: float, samples: int) -> None:
         images["forward"], images["backward"] = images["forward"] + samples, images["backward"] + samples
         if on_step:
             metrics: dict[str, float | int] = {"loss": loss, "forward": samples, "backward": samples}
             on_step(Progress(split, step + 1, recipe.steps, metrics))
 
-    state = _together(problem, recipe, batches, seed, tell)
+    state = _train_jointly(problem, recipe, batches, seed, report)
     whole = Candidate.dense(problem)
     allocated = recipe.dsa.finish(problem, whole, state) if state else drive(Rule(uniform), problem, whole)
     plan = ChannelPlan.of(net, problem.scope.groups, drive(Selection(), problem, allocated).channels)
@@ -166,13 +175,13 @@ def train(
             loss = _loss(slim.train()(*args, **kwargs), labels, recipe)
             optimizer.zero_grad()
             loss.backward()
-            _stepped(optimizer, recipe, t)
-            tell(t, "all", float(loss.detach()), len(labels))
+            _step(optimizer, recipe, t)
+            report(t, "all", float(loss.detach()), len(labels))
     macs = {
         "dense": problem.budget.cost("macs", whole.allocation.kept),
         "slim": problem.budget.cost("macs", allocated.allocation.kept),
     }
-    return Trained(slim.eval(), plan, macs, images, time.monotonic() - started, state.get("moved", []))
+    return TrainedNet(slim.eval(), plan, macs, images, time.monotonic() - started, state.get("moved", []))
 
 
 def split(data: Any, *, batch_size: int = 64, held_out: float = 0.1, seed: int = 0) -> Batches:
@@ -180,9 +189,9 @@ def split(data: Any, *, batch_size: int = 64, held_out: float = 0.1, seed: int =
 
     Args:
         data: a Dataset of (input, label).
-        held_out: share of it that the densities are learned on, above 0, below 1.
+        held_out: fraction of the samples that the densities are learned on, above 0, below 1.
     Raises:
-        UsageError: too few samples for that.
+        UsageError: too few samples for two splits.
     """
     from torch.utils.data import default_collate
 
@@ -193,21 +202,21 @@ def split(data: Any, *, batch_size: int = 64, held_out: float = 0.1, seed: int =
     if not parts["densities"] or not parts["weights"]:
         raise UsageError(f"held_out={held_out} of {len(order)} samples leaves a split empty.")
 
-    def batch(part: str, k: int) -> tuple[Any, Tensor]:
+    def batch(part: str, k: int) -> Batch:
         indices = parts[part]
-        each = max(len(indices) // batch_size, 1)
-        shuffled = torch.randperm(len(indices), generator=generator(numbered(seed, k // each + 1))).tolist()
-        chosen = shuffled[(k % each) * batch_size : (k % each + 1) * batch_size]
+        count = max(len(indices) // batch_size, 1)
+        shuffled = torch.randperm(len(indices), generator=generator(numbered(seed, k // count + 1))).tolist()
+        chosen = shuffled[(k % count) * batch_size : (k % count + 1) * batch_size]
         inputs, labels = default_collate([data[indices[i]] for i in chosen])
         return inputs, labels
 
     return batch
 
 
-def _together(
-    problem: Problem, recipe: Scratch, batches: Batches, seed: int, tell: Callable[[int, str, float, int], None]
+def _train_jointly(
+    problem: Problem, recipe: JointTraining, batches: Batches, seed: int, report: Callable[[int, str, float, int], None]
 ) -> dict[str, Any]:
-    """The first two phases, the net trained in place; the state of the densities, empty where none were learned."""
+    """Train the net in place in the first two phases; the state of the densities, empty where none were learned."""
     net, optimizer = problem.model, _sgd(problem.model, recipe)
     height = channel_budget(problem.budget).height(Candidate.dense(problem).allocation.kept)
     state: dict[str, Any] = {}
@@ -224,57 +233,53 @@ def _together(
                     state["place"] = recipe.dsa.places(problem, _evidence(problem))
                 if done % recipe.every == 0:
                     batch = batches("densities", done // recipe.every)
-                    tell(t, "densities", *_densities(problem, recipe, state, batch, progress, room))
+                    report(t, "densities", *_learn_densities(problem, recipe, state, batch, progress, room))
                 drawn = recipe.dsa.masks(problem, state, progress, room=room)
                 gates = {name: gate.detach() for name, gate in drawn.gates.items()}
                 if done % max(length // 50, 1) == 0:
                     state["moved"].append([t, drawn.alpha.tolist()])
-            tell(t, "weights", *_weights(problem, recipe, gates, batches("weights", t), optimizer, t))
+            report(t, "weights", *_learn_weights(problem, recipe, gates, batches("weights", t), optimizer, t))
     return state
 
 
-def _densities(
-    problem: Problem, recipe: Scratch, state: dict[str, Any], batch: tuple[Any, Tensor], progress: float, room: float
+def _learn_densities(
+    problem: Problem, recipe: JointTraining, state: dict[str, Any], batch: Batch, progress: float, room: float
 ) -> tuple[float, int]:
     """(loss, samples) of one step of the densities."""
-    inputs, labels = batch
     drawn = recipe.dsa.masks(problem, state, progress, room=room)
-
-    def grad(output: Any) -> tuple[float, tuple[Tensor | None, ...]]:
-        loss = _loss(output, labels, recipe)
-        return float(loss.detach()), torch.autograd.grad(loss, list(drawn.gates.values()), allow_unused=True)
-
     tensors = gated(problem, {}, drawn.gates)
-    loss, found = call(problem.model, tensors, inputs, training=_every, then=grad)
-    recipe.dsa.learn(problem, state, drawn, found)
-    return loss, len(labels)
+    loss, gradients = _gradients(problem.model, recipe, tensors, batch, list(drawn.gates.values()))
+    recipe.dsa.learn(problem, state, drawn, gradients)
+    return loss, len(batch[1])
 
 
-def _weights(
-    problem: Problem,
-    recipe: Scratch,
-    gates: dict[str, Tensor],
-    batch: tuple[Any, Tensor],
-    optimizer: torch.optim.Optimizer,
-    t: int,
+def _learn_weights(
+    problem: Problem, recipe: JointTraining, gates: dict[str, Tensor], batch: Batch, optimizer: Optimizer, t: int
 ) -> tuple[float, int]:
     """(loss, samples) of one step of the weights, in place."""
-    inputs, labels = batch
     parameters = dict(problem.model.named_parameters())
     tensors = (gated(problem, parameters, gates) if gates else parameters) | dict(problem.model.named_buffers())
-
-    def grad(output: Any) -> tuple[float, tuple[Tensor | None, ...]]:
-        loss = _loss(output, labels, recipe)
-        return float(loss.detach()), torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-
-    loss, found = call(problem.model, tensors, inputs, training=_every, then=grad)
-    for parameter, gradient in zip(parameters.values(), found, strict=True):
+    loss, gradients = _gradients(problem.model, recipe, tensors, batch, list(parameters.values()))
+    for parameter, gradient in zip(parameters.values(), gradients, strict=True):
         parameter.grad = gradient
-    _stepped(optimizer, recipe, t)
-    return loss, len(labels)
+    _step(optimizer, recipe, t)
+    return loss, len(batch[1])
 
 
-def _loss(output: Any, labels: Tensor, recipe: Scratch) -> Tensor:
+def _gradients(
+    net: nn.Module, recipe: JointTraining, tensors: Any, batch: Batch, by: list[Any]
+) -> tuple[float, tuple[Tensor | None, ...]]:
+    """(loss, its gradients by the tensors `by`) of the net with other `tensors`, in train mode."""
+    inputs, labels = batch
+
+    def differentiate(output: Any) -> tuple[float, tuple[Tensor | None, ...]]:
+        loss = _loss(output, labels, recipe)
+        return float(loss.detach()), torch.autograd.grad(loss, by, allow_unused=True)
+
+    return call(net, tensors, inputs, training=lambda _: True, then=differentiate)
+
+
+def _loss(output: Any, labels: Tensor, recipe: JointTraining) -> Tensor:
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(labels):
         raise UsageError("training from scratch needs logits [B, classes] and one label a sample.")
@@ -284,14 +289,14 @@ def _loss(output: Any, labels: Tensor, recipe: Scratch) -> Tensor:
     return loss
 
 
-def _sgd(net: nn.Module, recipe: Scratch) -> torch.optim.Optimizer:
+def _sgd(net: nn.Module, recipe: JointTraining) -> Optimizer:
     wide = [p for p in net.parameters() if p.dim() > 1]
     flat = [p for p in net.parameters() if p.dim() <= 1]
     groups: list[dict[str, Any]] = [{"params": wide, "weight_decay": recipe.decay}, {"params": flat}]
     return torch.optim.SGD(groups, lr=recipe.rate, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
 
 
-def _stepped(optimizer: torch.optim.Optimizer, recipe: Scratch, t: int) -> None:
+def _step(optimizer: Optimizer, recipe: JointTraining, t: int) -> None:
     warm = max(1, recipe.steps // 20)
     falling = 0.5 * (1 + math.cos(math.pi * (t - warm) / max(recipe.steps - warm, 1)))
     for group in optimizer.param_groups:
@@ -301,16 +306,3 @@ def _stepped(optimizer: torch.optim.Optimizer, recipe: Scratch, t: int) -> None:
 
 def _evidence(problem: Problem) -> CollectedEvidence:
     return CollectedEvidence(problem, Candidate.dense(problem), {})
-
-
-def _every(module: nn.Module) -> bool:
-    return True
-
-
-def _first(inputs: Any) -> Any:
-    """A batch of one."""
-    if isinstance(inputs, Tensor):
-        return inputs[:1]
-    if isinstance(inputs, dict):
-        return {name: _first(value) for name, value in inputs.items()}
-    return type(inputs)(map(_first, inputs)) if isinstance(inputs, list | tuple) else inputs

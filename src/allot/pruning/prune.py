@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,14 @@ from allot.export.timing.latency import Runtime
 from allot.network.compute import Compute
 from allot.network.layers import Rules
 from allot.processes import on_first_process
-from allot.pruning.asked import Asked, Control
-from allot.pruning.assemble import assemble, streamed
-from allot.pruning.identity import Limited, identity, notes
-from allot.pruning.memory_limit import choose_compute, of_one_process, warn_of_unused
+from allot.pruning.assemble import assemble, stream_repairs
+from allot.pruning.identity import identity, notes
+from allot.pruning.memory_limit import choose_compute
+from allot.pruning.request import Prepared, Request
 from allot.pruning.result import Result
 from allot.pruning.setup import set_up
 from allot.pruning.stages import Run, run_stages
-from allot.pruning.time_limit import cut_of, shortened
+from allot.pruning.time_limit import choose_cut, shorten
 from allot.run.driver import Progress
 from allot.run.evaluate import Score
 from allot.run.patterns import Pattern
@@ -81,57 +80,61 @@ def prune(
         samples, batch_size: how many calibration inputs are used, and how many at a time.
         workers: threads that read samples; the result is the same whatever their number.
         example: a batch of one input, to count MACs with; None: the first calibration sample.
-        runtime: what latency is measured in: "onnx" or "torch", with a batch size like "onnx:64"; None: see `Runtime`.
-        test: labelled data, used for the score before and after and for nothing else.
+        runtime: measures latency: "onnx" or "torch", with a batch size like "onnx:64"; None: see `Runtime`.
+        test: labelled data, used for the score before and after only.
         label: what reports call the model; None: its class.
-        save_to: run directory. An unfinished one of the same configuration resumes; a finished one is open_store.
-        max_minutes: training is cut to what fits (`allot.pruning.time_limit`); a resumed run keeps its cut.
+        save_to: run directory. An unfinished one of the same configuration resumes; a finished one is opened.
+        max_minutes: training is cut until it fits (`allot.pruning.time_limit`); a resumed run keeps its cut.
         stream: device that holds one block of the model at a time for layer-wise repairs; None: the whole net.
         compute: choices about memory and speed, like {"micro_batch": 8}; see `Compute`.
         max_memory: bytes, or like "6GB": the peak of one training step (`allot.pruning.memory_limit`).
-        recipe: more for recipe.yaml, like where the model comes from.
-        dense_score: `evaluate` of the dense model on `test`, where it is known already.
+        recipe: further entries of recipe.yaml, like the origin of the model.
+        dense_score: `evaluate` of the dense model on `test`, where it was computed already.
     Raises:
-        UsageError, BudgetError, PatternError: what is wrong with the input, in one line.
-        Stopped: `should_stop` said so; with `save_to` the same call resumes.
+        UsageError, BudgetError, PatternError: the input cannot be used; the message says why, in one line.
+        Stopped: `should_stop` returned True; with `save_to` the same call resumes.
+
+    >>> prune(nn.Linear(4, 4), None, "sparsity=0.5", repair="none").report()["kept"]
+    8
     """
     chain = assemble(method, allocate=allocate, score=score, pattern=pattern, repair=repair, options=options)
-    log, control = Log(), Control(on_step, should_stop)
-    asked = Asked(
-        model, Budget.parse(budget) if isinstance(budget, str) else budget, chain, rules, seed,
-        calibration, samples, batch_size, workers, example, test, dense_score,
-        Runtime.parse(runtime), Compute.of(compute), stream, max_minutes, max_memory,
-        label or type(model).__name__, Path(save_to) if save_to else None, dict(recipe or {}), dict(options or {}),
+    request = Request(
+        model=model, budget=Budget.parse(budget) if isinstance(budget, str) else budget, chain=chain, rules=rules,
+        seed=seed, calibration=calibration, samples=samples, batch_size=batch_size, workers=workers, example=example,
+        test=test, dense_score=dense_score, runtime=Runtime.parse(runtime), compute=Compute.of(compute), stream=stream,
+        max_minutes=max_minutes, max_memory=max_memory, label=label or type(model).__name__,
+        directory=Path(save_to) if save_to else None, recipe=dict(recipe or {}), options=dict(options or {}),
+        on_step=on_step, should_stop=should_stop,
     )  # fmt: skip
-    limited = _within_limits(asked, set_up(asked, log, control))
-    return _run(asked, limited, log, control)
+    log = Log()
+    return _run(_prepare(request, set_up(request, log)), log)
 
 
-def _within_limits(asked: Asked, problem: Problem) -> Limited:
-    """The problem and the chain, with training cut and memory saved as far as the limits of time and memory ask."""
-    chain = streamed(asked.chain, problem, asked.stream) if asked.stream else asked.chain
-    problem = replace(problem, compute=asked.compute)
-    warn_of_unused(problem, chain)
-    choose = partial(choose_compute, of_one_process(problem), chain, asked.max_memory)
-    memory = on_first_process(lambda: choose(asked.earlier().get("memory")))
+def _prepare(request: Request, problem: Problem) -> Prepared:
+    """The request with the limits of time and memory applied; a resumed run keeps the choices it began with."""
+    chain = stream_repairs(request.chain, problem, request.stream) if request.stream else request.chain
+    earlier = on_first_process(request.earlier)
+    problem = replace(problem, compute=request.compute)
+    memory = choose_compute(problem, chain, request.max_memory, earlier.get("memory"))
     if memory:
         problem = replace(problem, compute=Compute.of(memory["picked"]))
-    time = cut_of(problem, chain, asked.max_minutes, lambda: asked.earlier().get("configuration", {}).get("fit"))
-    as_asked, chain = (shortened(parts, time) if time else parts for parts in (asked.chain, chain))
-    return Limited(problem, chain, as_asked, time, memory)
+    cut = choose_cut(problem, chain, request.max_minutes, earlier.get("configuration", {}).get("fit"))
+    chain, requested_chain = (shorten(parts, cut) for parts in (chain, request.chain))
+    return Prepared(request, problem, chain, requested_chain, cut, memory, earlier.get("state") == "done")
 
 
-def _run(asked: Asked, limited: Limited, log: Log, control: Control) -> Result:
+def _run(prepared: Prepared, log: Log) -> Result:
     """The result of the stages; the run directory is open meanwhile."""
-    done = on_first_process(lambda: asked.earlier().get("state") == "done")
-    dense_score = asked.dense_score
-    if asked.score_of and not done:
-        dense_score = dense_score or asked.score_of(asked.model)  # unusable test data costs no run
-    device = next(iter(limited.problem.dense.values())).device
-    named = identity(asked, limited)
-    store = open_store(asked.directory, named, notes(asked, limited, named), device) if asked.directory else None
+    request, store = prepared.request, None
+    dense_score = request.dense_score
+    if request.score_of and not prepared.done:
+        dense_score = dense_score or request.score_of(request.model)  # unusable test data is an error before the run
+    device = next(iter(prepared.problem.dense.values())).device
+    identified = identity(prepared)
+    if request.directory:
+        store = open_store(request.directory, identified, notes(prepared, identified), device)
     try:
-        return run_stages(Run(asked, limited, store, log, dense_score, control))
+        return run_stages(Run(prepared, store, log, dense_score))
     finally:
         if store:
             store.close()

@@ -39,18 +39,22 @@ class Result:
     """A sparse model that meets its budget: one that does not cannot be constructed.
 
     Attributes:
-        problem: what was asked.
+        problem: the request.
         candidate: allocation, masks, and the tensors that differ from the dense model.
         log: seconds per stage; samples pushed forward and backward through any network (scoring not counted).
         names: the parts of the chain by name.
         method: the recipe's name, or the allocator's.
-        label: what the model is called in reports.
+        label: the name of the model in reports.
         scores: `{"metric", "dense", "sparse"}` on held-out data, or None.
-        latency: milliseconds allowed, foretold and measured, where time was limited.
+        latency: milliseconds allowed, predicted and measured, where time was limited.
         directory: the run directory, if the run was saved.
-        summary: what the allocator does, in a sentence; empty of a user's own.
+        summary: a sentence about the allocator; empty for an allocator of the user.
     Raises:
         BudgetError: the recounted masks or weights break the budget or their allocation.
+
+    >>> import allot
+    >>> allot.prune(nn.Linear(4, 4), None, "sparsity=0.5", repair="none").allocation.kept
+    {'weight': 8}
     """
 
     problem: Problem
@@ -69,13 +73,13 @@ class Result:
 
     def __post_init__(self) -> None:
         state = {**self.problem.dense, **self.candidate.effective(self.problem)}
-        held = {layer.name: int(torch.count_nonzero(state[layer.name])) for layer in self.problem.scope}
+        nonzero = {layer.name: int(torch.count_nonzero(state[layer.name])) for layer in self.problem.scope}
         masks = self.candidate.masks
         masked = {layer.name: int(masks[layer.name].sum()) for layer in self.problem.scope if layer.name in masks}
         kept = self.candidate.allocation.kept
         sizes = self.problem.budget.sizes(kept)
-        if masked != sizes or any(held[name] > sizes[name] for name in sizes):
-            wrong = [name for name in sizes if masked.get(name) != sizes[name] or held[name] > sizes[name]]
+        if masked != sizes or any(nonzero[name] > sizes[name] for name in sizes):
+            wrong = [name for name in sizes if masked.get(name) != sizes[name] or nonzero[name] > sizes[name]]
             raise BudgetError(f"masks do not keep what the allocation says: {', '.join(wrong[:5])}.")
         if not self.problem.budget.meets(kept):
             cost = f"{sum(masked.values()):,} of {self.problem.budget.total:,} weights kept"
@@ -110,7 +114,7 @@ class Result:
         return model
 
     def plan(self) -> ChannelPlan | None:
-        """Which channels stay, where channels were pruned: what `slim` and a slim file are cut by."""
+        """The channels that stay, where channels were pruned: `slim` and a slim file are cut by this plan."""
         groups = self.problem.scope.groups
         return ChannelPlan.of(self.problem.model, groups, self.candidate.channels) if groups else None
 
@@ -132,21 +136,21 @@ class Result:
         tensors = self.candidate.effective(self.problem)
         aliases = plain_state(self.problem.model)[1]
         state = self.problem.model.state_dict()  # may hold more than tensors
-        found = {name: tensors.get(aliases.get(name, name), value) for name, value in state.items()}
-        return {name: value.clone() if isinstance(value, Tensor) else value for name, value in found.items()}
+        state = {name: tensors.get(aliases.get(name, name), value) for name, value in state.items()}
+        return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
 
     def export(self, path: str | Path | None = None, *, to: str | None = None) -> dict[str, Any]:
-        """Write what a runtime reads, open it again, compare it with this result and time it beside the dense model.
+        """Write a file for a runtime, open it again, compare it with this result and time it beside the dense model.
 
         Args:
             path: the file (of slim, openvino and hf, a directory); None: in the run directory, whose report gets the
                 row in any case.
-            to: a form, one of those of `allot export`; None: what the ending of `path` says.
+            to: a form of `allot export`; None: by the ending of `path`.
         Returns:
-            Sizes, times and what more is known of it, see `allot.export.export.export_run`.
+            Sizes, times and errors, see `allot.export.export.export_run`.
         Raises:
             UsageError: an unknown form, or one that this model or installation does not allow; no input to run it on.
-            VerificationError: what was written answers otherwise.
+            VerificationError: the written file computes other outputs.
         """
         form = form_of(path) if to is None else to
         if form is None and path is None:
@@ -171,7 +175,7 @@ class Result:
         return row
 
     def timed(self) -> dict[str, Any]:
-        """The report of a saved result, with its own small file opened again and timed where nothing was timed yet.
+        """The report of a saved result; its small file is opened again and timed where nothing was timed yet.
 
         Where the model cannot be timed, a warning says why.
         """
@@ -185,44 +189,44 @@ class Result:
         return self.report()
 
     def report(self) -> dict[str, Any]:
-        """Everything a report shows, as data."""
+        """The content of the report, as data."""
         return {**report(self), "exports": exports_of(self.directory)}
 
     def save(self, directory: str | Path) -> dict[str, Any]:
         """Write model files, allocation.json, certificate.json, report.json and report.html; returns the certificate.
 
         Raises:
-            VerificationError: what was written, re-opened, does not hold what was promised.
+            VerificationError: the re-opened files do not hold what was promised.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         budget, kept = self.problem.budget, self.allocation.kept
-        about = files.metadata_of(self.problem.model, self.problem.scope, budget)
+        metadata = files.metadata_of(self.problem.model, self.problem.scope, budget)
         tensors = self.candidate.effective(self.problem)
         state = {name: tensors.get(name, value) for name, value in plain_state(self.problem.model)[0].items()}
-        files.save_plain(directory / files.PLAIN, state, about)
+        files.save_plain(directory / files.PLAIN, state, metadata)
         plan = self.plan()
         if plan:
             write_json(directory / files.PLAN, plan.to_json())
-            files.save_slim(directory / files.SLIM, state, about, plan, self.problem.scope.groups)
+            files.save_slim(directory / files.SLIM, state, metadata, plan, self.problem.scope.groups)
         else:
-            files.save_bitmask(directory / files.BITMASK, state, about)
+            files.save_bitmask(directory / files.BITMASK, state, metadata)
         write_json(directory / "allocation.json", {**self.allocation.to_json(), "budget": budget.to_json()})
         certified = certificate.certify(directory, budget.sizes(kept), kept)
         write_json(directory / "certificate.json", certified)
         object.__setattr__(self, "directory", directory)
-        told = report(self)
-        write_json(directory / "report.json", sealed(told))
+        content = report(self)
+        write_json(directory / "report.json", sealed(content))
         if not certified["passed"]:
             failed = next(row for row in certified["rows"] if not row["passed"])
             raise VerificationError(
                 f"{failed['file']}: {failed['check']}: promised {failed['promised']}, found {failed['found']}."
             )
-        write_run(directory, told)
+        write_run(directory, content)
         return certified
 
     def verify(self) -> dict[str, Any]:
-        """Re-open and recount what was saved: `{passed, rows}`.
+        """Re-open and recount the saved files: `{passed, rows}`.
 
         Raises:
             UsageError: the result was not saved.

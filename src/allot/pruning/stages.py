@@ -1,4 +1,4 @@
-"""The stages of a run one after the other, and a finished run opened again."""
+"""The stages of a run, one after the other, and the result of a finished run read back."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ from allot.network.call import attempt, write_into
 from allot.network.channels import ChannelPlan, slimmed
 from allot.network.trees import floats_in
 from allot.processes import on_first_process, single_process
-from allot.pruning.asked import Asked, Control
-from allot.pruning.identity import Limited
-from allot.pruning.latency_limit import Held, paced, told
+from allot.pruning.latency_limit import CorrectCounts, latency_report, slow_tables
+from allot.pruning.request import Prepared
 from allot.pruning.result import Result
 from allot.run import patterns
 from allot.run.driver import drive, repeatable
@@ -35,79 +34,79 @@ from allot.run.store import Log, Store, write
 
 @dataclass(frozen=True)
 class Run:
-    """One run: what was asked, what limits made of it, where it is kept, and who hears of it.
+    """One run: the request as prepared, its run directory and its log.
 
     Attributes:
         store: the run directory; None where nothing is saved.
         dense_score: the score of the dense model; None without test data, and where a finished run is opened.
     """
 
-    asked: Asked
-    limited: Limited
+    prepared: Prepared
     store: Store | None
     log: Log
     dense_score: Score | None
-    control: Control
 
 
 def run_stages(run: Run) -> Result:
-    """The result of all stages, resumed where the store has one unfinished; scored, verified and saved.
+    """The result of all stages, scored, verified and saved; an unfinished stage in the store resumes.
 
     Raises:
-        Stopped: `should_stop` said so.
+        Stopped: `should_stop` returned True.
     """
-    problem, store = run.limited.problem, run.store
+    problem, store = run.prepared.problem, run.store
     if store and store.done:
-        return _reopened(run, store)
+        return _reopen(run, store)
     if store and store.leads and "latency" in problem.budget.asked:
         save_tables(store.directory, problem)
     stages = _stages(run)
     saved = store.saved if store else None
     log = saved.log if saved else run.log
-    candidate = replace(Candidate.dense(problem), diagnostics=run.limited.diagnostics)
+    limits = {"fit": run.prepared.cut, "memory": run.prepared.memory}
+    limits = {name: limit for name, limit in limits.items() if limit}
+    candidate = replace(Candidate.dense(problem), diagnostics=limits)
     if saved:
-        problem = paced(problem, saved.candidate["diagnostics"])
+        problem = slow_tables(problem, saved.candidate["diagnostics"])
         names = [name for name, _ in stages]
         stages = stages[names.index(saved.stage) :]
     for name, method in stages:
-        candidate = _driven(run, name, method, problem, candidate, log)
+        candidate = _drive_stage(run, name, method, problem, candidate, log)
         if name == "latency":
-            problem = paced(problem, candidate.diagnostics)
-    scores = None
-    if run.asked.score_of and run.dense_score:
-        scores = _scores(problem, candidate, run.asked.score_of, run.dense_score)
+            problem = slow_tables(problem, candidate.diagnostics)
+    scores, score_of = None, run.prepared.request.score_of
+    if score_of and run.dense_score:
+        scores = _scores(problem, candidate, score_of, run.dense_score)
     if problem.scope.groups:
         with single_process():
             _check_slim(problem, candidate)
     result = _result(run, problem, candidate, log, scores)
     if "latency" in problem.budget.asked:
-        result = replace(result, latency=on_first_process(partial(told, problem, candidate)))
+        result = replace(result, latency=on_first_process(partial(latency_report, problem, candidate)))
     if store:
         on_first_process(partial(_save, result, store, log))
     return result if store is None or store.leads else replace(result, directory=store.directory)
 
 
 def _stages(run: Run) -> list[tuple[str, Method]]:
-    chain = run.limited.chain
+    chain = run.prepared.chain
     stages: list[tuple[str, Method]] = [("allocate", chain.allocate)]
-    if "latency" in run.limited.problem.budget.asked:
-        stages.append(("latency", Held()))
+    if "latency" in run.prepared.problem.budget.asked:
+        stages.append(("latency", CorrectCounts()))
     stages.append(("select", Selection()))
     repairs = zip(chain.names.repair, chain.repair, strict=True)
     return stages + [(f"repair-{i}-{name}", method) for i, (name, method) in enumerate(repairs, 1)]
 
 
-def _driven(run: Run, stage: str, method: Method, problem: Problem, candidate: Candidate, log: Log) -> Candidate:
-    """What a stage makes of the candidate; errors name the stage.
+def _drive_stage(run: Run, stage: str, method: Method, problem: Problem, candidate: Candidate, log: Log) -> Candidate:
+    """The candidate after a stage; errors name the stage.
 
     Raises:
-        Stopped: `should_stop` said so; the run directory says it as well.
+        Stopped: `should_stop` returned True; run.json records that.
     """
-    control = run.control
+    request = run.prepared.request
     try:
         return drive(
-            method, problem, candidate, stage=stage, store=run.store, log=log, on_step=control.on_step,
-            should_stop=control.should_stop,
+            method, problem, candidate, stage=stage, store=run.store, log=log, on_step=request.on_step,
+            should_stop=request.should_stop,
         )  # fmt: skip
     except Stopped:
         if run.store:
@@ -121,8 +120,8 @@ def _driven(run: Run, stage: str, method: Method, problem: Problem, candidate: C
 
 
 def _result(run: Run, problem: Problem, candidate: Candidate, log: Log, scores: Mapping[str, Any] | None) -> Result:
-    chain = run.limited.chain
-    return Result(problem, candidate, log, chain.names, chain.method, run.asked.label, scores, summary=chain.summary)
+    chain, label = run.prepared.chain, run.prepared.request.label
+    return Result(problem, candidate, log, chain.names, chain.method, label, scores, summary=chain.summary)
 
 
 def _save(result: Result, store: Store, log: Log) -> None:
@@ -133,17 +132,19 @@ def _save(result: Result, store: Store, log: Log) -> None:
     store.finish(log)
 
 
-def _reopened(run: Run, store: Store) -> Result:
+def _reopen(run: Run, store: Store) -> Result:
     """The result of a finished run, read back from its files.
 
     Raises:
-        VerificationError: they do not hold what was promised.
+        VerificationError: the files do not hold what was promised.
     """
-    problem, score_of = run.limited.problem, run.asked.score_of
+    problem, score_of = run.prepared.problem, run.prepared.request.score_of
     rows, _ = certificate.certificate_rows(store.directory)
     if failed := [row for row in rows if not row["passed"]]:
-        what = "; ".join(f"{row['file']}: {row['check']}: {row['found']}" for row in failed[:3])
-        raise VerificationError(f"{store.directory} is not what the run left there ({what}): delete it and run again.")
+        differences = "; ".join(f"{row['file']}: {row['check']}: {row['found']}" for row in failed[:3])
+        raise VerificationError(
+            f"{store.directory} is not what the run left there ({differences}): delete it and run again."
+        )
     try:
         report = json.loads((store.directory / "report.json").read_text())
         kept = json.loads((store.directory / "certificate.json").read_text())["promised"]["kept"]
@@ -156,7 +157,7 @@ def _reopened(run: Run, store: Store) -> Result:
     channels: dict[str, tuple[int, ...]] = {}
     if problem.scope.groups:
         channels = dict(ChannelPlan.from_json(json.loads((store.directory / files.PLAN).read_text())).kept)
-        kept = {name: len(some) for name, some in channels.items()}
+        kept = {name: len(indices) for name, indices in channels.items()}
         masks = channel_masks(problem, channels)
     else:
         # a weight that is zero but kept does not show in the file: any position will do to keep the count
@@ -167,7 +168,7 @@ def _reopened(run: Run, store: Store) -> Result:
     candidate = Candidate(allocation, masks, tensors, channels, report.get("diagnostics", {}))
     dense = run.dense_score
     same = dense and scores and scores.get("nll", {}).get("dense") == dense.nll and scores["dense"] == dense.score
-    if score_of and not same:  # the data may be others than the run was scored on
+    if score_of and not same:  # the test data may differ from those that the run was scored on
         scores = _scores(problem, candidate, score_of, dense or score_of(problem.model))
     result = _result(run, problem, candidate, log, scores)
     return replace(result, latency=report.get("latency"), directory=store.directory)
@@ -175,7 +176,7 @@ def _reopened(run: Run, store: Store) -> Result:
 
 def _scores(problem: Problem, candidate: Candidate, score_of: Callable[..., Score], dense: Score) -> dict[str, Any]:
     sparse = score_of(problem.model, tensors=candidate.effective(problem))
-    found = {
+    scores = {
         "metric": dense.metric,
         "dense": dense.score,
         "sparse": sparse.score,
@@ -183,8 +184,8 @@ def _scores(problem: Problem, candidate: Candidate, score_of: Callable[..., Scor
         "nll": {"dense": dense.nll, "sparse": sparse.nll},
     }
     if dense.perplexity is not None:
-        found["perplexity"] = {"dense": dense.perplexity, "sparse": sparse.perplexity}
-    return found | ({"unreadable": dense.unreadable} if dense.unreadable else {})
+        scores["perplexity"] = {"dense": dense.perplexity, "sparse": sparse.perplexity}
+    return scores | ({"unreadable": dense.unreadable} if dense.unreadable else {})
 
 
 def _check_slim(problem: Problem, candidate: Candidate) -> None:
@@ -198,14 +199,14 @@ def _check_slim(problem: Problem, candidate: Candidate) -> None:
     plan = ChannelPlan.of(problem.model, problem.scope.groups, candidate.channels)
     slim = slimmed(problem.model, plan).eval()
     write_into(slim, {name: plan.cut(name, value) for name, value in tensors.items()})
-    answers = []
+    outputs = []
     for model, replaced in ((problem.model, tensors), (slim, {})):
         with repeatable(problem.model, problem.seed, "slim"):
-            answers.append(floats_in(attempt(model, inputs, replaced)))
-    wanted, outputs = answers
-    if wanted and not any(tensor.numel() for tensor in (*wanted, *outputs)):
-        return  # a detector that finds nothing in these samples, dense or cut
-    if not (error := off(outputs, wanted)) <= allowed(wanted, SLIM_TOLERANCE):
+            outputs.append(floats_in(attempt(model, inputs, replaced)))
+    masked, cut = outputs
+    if masked and not any(tensor.numel() for tensor in (*masked, *cut)):
+        return  # a detector that finds nothing in these samples, masked or cut
+    if not (error := off(cut, masked)) <= allowed(masked, SLIM_TOLERANCE):
         raise VerificationError(
             f"the smaller net answers otherwise than the masked one, off by {error:.2g} of the largest output: its "
             "channels hang together in a way that was not seen. Leave layers out (--exclude) until it agrees."

@@ -1,8 +1,8 @@
 """Several budgets, methods and seeds on one model: a run directory for each, a table of all.
 
-OUT/METHOD/BUDGET/seed-N are ordinary runs. A cell that is done is opened, one that was interrupted goes on, so that the
-same call ends in the same table however often it was stopped. Model, data and the dense model's score are there once
-for all cells; nothing else is shared, so that what a cell costs does not depend on which cells ran before it.
+OUT/METHOD/BUDGET/seed-N are ordinary runs. A finished cell is opened and an interrupted one resumes, so that the same
+call ends in the same table however often it was stopped. All cells share the model, the data and the dense model's
+score, and nothing else, so that the cost of a cell does not depend on the cells before it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Cell:
     seed: int
 
     def directory(self, out: Path) -> Path:
-        """Where it lives."""
+        """The run directory of this cell."""
         return out / self.method / re.sub(r"[^\w.=%-]+", "_", self.budget) / f"seed-{self.seed}"
 
 
@@ -52,23 +52,28 @@ def budgets_of(texts: Sequence[str]) -> list[str]:
     Raises:
         BudgetError: a limit that cannot be read.
     """
-    found: list[str] = []
+    budgets: list[str] = []
     for text in texts:
         kind = ""
         for part in (piece.strip() for piece in text.split(",")):
             if "=" in part:
                 kind = part.partition("=")[0].strip()
-            found.append(part if "=" in part else f"{kind}={part}")
-    return _distinct(found, _meaning)
+            budgets.append(part if "=" in part else f"{kind}={part}")
+    return _unique(budgets, _meaning)
 
 
 def cells_of(methods: Sequence[str], budgets: Sequence[str], seeds: int) -> list[Cell]:
-    """Every cell once, in the order in which a first comparison is there soonest: seed by seed.
+    """Every cell once, seed by seed: the first comparison is complete soonest.
 
     Raises:
         BudgetError: a budget that cannot be read.
+
+    >>> [cell.budget for cell in cells_of(["erk"], budgets_of(["sparsity=0.5,0.9"]), seeds=1)]
+    ['sparsity=0.5', 'sparsity=0.9']
     """
-    return _once([Cell(method, budget, seed) for seed in range(seeds) for budget in budgets for method in methods])
+    return _unique_cells(
+        [Cell(method, budget, seed) for seed in range(seeds) for budget in budgets for method in methods]
+    )
 
 
 def sweep(
@@ -80,25 +85,25 @@ def sweep(
     on_cell: Callable[[int, int, Cell], None] | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Run what is missing, then write OUT/report.html and OUT/results.json; returns what the latter holds.
+    """Run the missing cells, then write OUT/report.html and OUT/results.json; returns the content of results.json.
 
     Args:
         cells: see `cells_of`.
         on_cell: called before each cell with (number, of, cell).
-        settings: what else `prune` takes; of `options`, each method gets those that are its own.
+        settings: further arguments of `prune`; each method gets those of the `options` that a part of it takes.
     Returns:
         `{"cells": [...], "means": [...]}`: one row a run (or the `error` of one that met no budget), and one for all
         seeds of a method at a budget, mean and standard deviation.
     Raises:
-        UsageError, Stopped: as `prune`; the same call goes on.
+        UsageError, Stopped: as `prune`; the same call resumes.
         BudgetError: a budget that cannot be read.
     """
-    out, cells = Path(out), _once(cells)
+    out, cells = Path(out), _unique_cells(cells)
     if not cells:
         raise UsageError("a sweep of no cells: methods, budgets and a number of seeds are accepted.")
     options = dict(settings.pop("options", None) or {})
-    own = {method: own_options(method, options, settings) for method in dict.fromkeys(cell.method for cell in cells)}
-    if unused := sorted(options.keys() - {name for some in own.values() for name in some}):
+    taken = {method: options_for(method, options, settings) for method in dict.fromkeys(cell.method for cell in cells)}
+    if unused := sorted(options.keys() - {name for names in taken.values() for name in names}):
         raise UsageError(f"options: {unused[0]} is no method of any cell.")
     if isinstance(calibration, Iterator):  # every cell reads it
         calibration = list(itertools.islice(calibration, settings.get("samples", 512)))
@@ -111,23 +116,17 @@ def sweep(
         if on_cell:
             on_cell(number, len(cells), cell)
         directory = cell.directory(out)
-        told = {"method": cell.method, "budget": cell.budget, "seed": cell.seed}
+        row = {"method": cell.method, "budget": cell.budget, "seed": cell.seed}
         directory.parent.mkdir(parents=True, exist_ok=True)
         try:
-            chosen = {
-                **settings,
-                "method": cell.method,
-                "seed": cell.seed,
-                "save_to": directory,
-                "test": test,
-                "dense_score": dense,
-            }
-            report = on_first_process(prune(model, calibration, cell.budget, options=own[cell.method], **chosen).timed)
+            chosen = {**settings, "method": cell.method, "seed": cell.seed, "save_to": directory}
+            chosen |= {"options": taken[cell.method], "test": test, "dense_score": dense}
+            report = on_first_process(prune(model, calibration, cell.budget, **chosen).timed)
         except (BudgetError, PatternError) as error:
-            rows.append({**told, "error": str(error)})
+            rows.append({**row, "error": str(error)})
             continue
         reports.append((str(directory.relative_to(out)), report))
-        rows.append({**told, "run": str(directory.relative_to(out)), **_figures(report)})
+        rows.append({**row, "run": str(directory.relative_to(out)), **_results(report)})
     table = {"cells": rows, "means": list(_means(rows))}
     on_first_process(lambda: write(out / "results.json", json.dumps(table, indent=2) + "\n"))
     if not reports:
@@ -141,20 +140,21 @@ def _meaning(budget: str) -> frozenset[Any]:
     return meaning(Budget.parse(budget).asked)
 
 
-def _once(cells: Sequence[Cell]) -> list[Cell]:
-    """Without those that say again, in other words or not, what an earlier one does."""
-    return _distinct(cells, lambda cell: (cell.method, _meaning(cell.budget), cell.seed))
+def _unique_cells(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells without repetitions, also of a budget in other words."""
+    return _unique(cells, lambda cell: (cell.method, _meaning(cell.budget), cell.seed))
 
 
-def _distinct(some: Iterable[T], key: Callable[[T], Any]) -> list[T]:
-    found: dict[Any, T] = {}
-    for one in some:
-        found.setdefault(key(one), one)
-    return list(found.values())
+def _unique(items: Iterable[T], key: Callable[[T], Any]) -> list[T]:
+    """The first item of each key."""
+    first: dict[Any, T] = {}
+    for item in items:
+        first.setdefault(key(item), item)
+    return list(first.values())
 
 
-def own_options(method: str, options: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the options that a part of this recipe takes."""
+def options_for(method: str, options: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a part of this recipe takes."""
     chain = {key: settings.get(key) for key in ("allocate", "score", "pattern", "repair")}
 
     def takes(name: str) -> bool:
@@ -164,11 +164,12 @@ def own_options(method: str, options: Mapping[str, Any], settings: Mapping[str, 
             return False
         return True
 
-    assemble(method, **chain)  # what is wrong with the chain itself is said here
+    assemble(method, **chain)  # raises the errors of the chain itself
     return {name: given for name, given in options.items() if takes(name)}
 
 
-def _figures(report: dict[str, Any]) -> dict[str, Any]:
+def _results(report: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a finished cell."""
     scores, macs = report["scores"], report["macs"]
     return {
         "score": scores["sparse"] if scores else None,
@@ -186,15 +187,16 @@ def _figures(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def _means(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """A row for all seeds of a method at a budget."""
     pairs = dict.fromkeys((row["budget"], row["method"]) for row in rows)
     for budget, method in pairs:
-        own = [row for row in rows if (row["budget"], row["method"]) == (budget, method)]
-        scores = [row["score"] for row in own if row.get("score") is not None and math.isfinite(row["score"])]
+        cells = [row for row in rows if (row["budget"], row["method"]) == (budget, method)]
+        scores = [row["score"] for row in cells if row.get("score") is not None and math.isfinite(row["score"])]
         yield {
             "budget": budget,
             "method": method,
-            "seeds": len(own),
-            "failed": sum("error" in row for row in own),
+            "seeds": len(cells),
+            "failed": sum("error" in row for row in cells),
             "score": statistics.mean(scores) if scores else None,
             "spread": statistics.stdev(scores) if len(scores) > 1 else None,
         }

@@ -23,7 +23,7 @@ from allot.budget.costs import mask_bits
 from allot.errors import UsageError
 from allot.export.files import formats as files
 from allot.pruning.prune import prune
-from allot.pruning.setup import pose
+from allot.pruning.setup import make_problem
 from allot.run.patterns import Unstructured, select
 from contract.cases import CASES, bits
 
@@ -49,7 +49,7 @@ class Odd(nn.Module):
 
 def sparsified(model: nn.Module, budget: Budget, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Any], int]:
     """(state with random zeros that meets the budget, what the metadata says, predicted bytes)."""
-    problem = pose(model, budget, Unstructured())
+    problem = make_problem(model, budget, Unstructured())
     kept = problem.budget.counts({layer.name: 1.0 for layer in problem.scope})
     generator = torch.Generator().manual_seed(seed)
     state = files.plain_state(model)[0]

@@ -24,7 +24,7 @@ from allot.export.timing.latency import Runtime, fitted
 from allot.methods.training.selection import Selection
 from allot.pruning import latency_limit as held
 from allot.pruning import setup
-from allot.pruning.setup import pose
+from allot.pruning.setup import make_problem
 from allot.run.patterns import parse
 from export.damage import DAMAGES, damage, passed
 from network.coupling.nets import net, picture
@@ -54,7 +54,7 @@ def torch_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", NETS)
 def test_the_tables_foretell_a_net_whose_time_is_its_macs(name: str, clock: None, torch_only: None):
-    problem = pose(net(name), Budget(latency="70%"), parse("channels"), example=picture(1))
+    problem = make_problem(net(name), Budget(latency="70%"), parse("channels"), example=picture(1))
     known = channel_budget(problem.budget).latency
     assert known.off < 0.1 and known.scale == pytest.approx(1, rel=0.2)
     whole = {term.name: term.total for term in problem.budget.terms}
@@ -142,8 +142,8 @@ def test_counts_follow_what_was_measured_in_both_directions(
     slower: float, calls: int, clock: None, torch_only: None, monkeypatch: pytest.MonkeyPatch
 ):
     machine = Machine(slower)
-    monkeypatch.setattr(held, "measured", machine)
-    problem = pose(net("resnet"), Budget(latency="60%"), parse("channels"), example=picture(1))
+    monkeypatch.setattr(held, "time_net", machine)
+    problem = make_problem(net("resnet"), Budget(latency="60%"), parse("channels"), example=picture(1))
     table = channel_budget(problem.budget)
     result = allot.prune(
         net("resnet"), None, "latency=60%", allocate="uniform", pattern="channels", repair="none", example=picture(1)
@@ -158,7 +158,7 @@ def test_counts_follow_what_was_measured_in_both_directions(
 def test_a_machine_that_is_never_fast_enough_is_an_error_with_what_was_tried(
     clock: None, torch_only: None, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(held, "measured", Machine(100.0, 50.0))
+    monkeypatch.setattr(held, "time_net", Machine(100.0, 50.0))
     with pytest.raises(BudgetError, match="nets timed: "):
         allot.prune(
             net("resnet"), None, "latency=60%", allocate="uniform", pattern="channels", repair="none",
@@ -184,7 +184,9 @@ def test_a_real_clock_times_every_layer_and_the_whole(runtime: str, monkeypatch:
         nn.ReLU(), nn.Flatten(), nn.Linear(2 * 256, 5),
     ).eval()  # fmt: skip
     timing_of = lambda *given: timing.latency_of(*given, runtime=Runtime.parse(runtime))  # noqa: E731
-    problem = pose(model, Budget(latency="10s"), parse("channels"), example=torch.randn(1, 3, 8, 8), latency=timing_of)
+    problem = make_problem(
+        model, Budget(latency="10s"), parse("channels"), example=torch.randn(1, 3, 8, 8), latency=timing_of
+    )
     known = channel_budget(problem.budget).latency
     assert [layer.layer for layer in known.layers] == ["0.weight", "3.weight", "6.weight"]
     assert all(time > 0 for layer in known.layers for row in layer.times for time in row)
@@ -244,7 +246,7 @@ def test_a_layer_that_runs_twice_takes_twice_the_time_and_its_own_dtype(
 
     monkeypatch.setattr(timing, "timed", watched)
     model, x = counting().to(dtype), torch.ones(1, 6, dtype=dtype)
-    known = pose(model, Budget(latency="70%"), parse("channels"), example=x).budget.latency
+    known = make_problem(model, Budget(latency="70%"), parse("channels"), example=x).budget.latency
     times = {layer.layer: layer.times[-1][-1] for layer in known.layers}
     assert times["twice.weight"] == pytest.approx(2 * 1e3 * (1 + 256)) and times["last.weight"] == 1e3 * (1 + 48)
     assert dtype in seen and seen <= {dtype, torch.float32}
@@ -257,18 +259,18 @@ def test_tables_are_right_for_the_net_with_equal_shares_that_meets_the_limit(
         return {name: (1e6 * time) ** 1.5 / 1e6 for name, time in work(runs).items()}  # no sum of layers is like that
 
     monkeypatch.setattr(timing, "timed", steep)
-    problem = pose(net("resnet"), Budget(latency="40%"), parse("channels"), example=picture(1))
+    problem = make_problem(net("resnet"), Budget(latency="40%"), parse("channels"), example=picture(1))
     kept = problem.budget.counts({term.name: 1.0 for term in problem.budget.terms})
     plan = allot.network.channels.ChannelPlan.of(
         problem.model, problem.scope.groups, {n: range(k) for n, k in kept.items()}
     )
-    assert held.measured(problem, plan)["sparse"] == pytest.approx(problem.budget.cost("latency", kept), rel=0.15)
+    assert held.time_net(problem, plan)["sparse"] == pytest.approx(problem.budget.cost("latency", kept), rel=0.15)
 
 
 def test_a_net_that_is_over_at_the_end_is_an_error_and_time_is_in_units_of_the_dense_net(
     clock: None, torch_only: None, monkeypatch: pytest.MonkeyPatch
 ):
-    problem = pose(net("resnet"), Budget(latency="60%"), parse("channels"), example=picture(1))
+    problem = make_problem(net("resnet"), Budget(latency="60%"), parse("channels"), example=picture(1))
     ready = Selection()
     whole = allot.run.problem.Candidate.dense(problem)
     counts = problem.budget.counts({term.name: 1.0 for term in problem.budget.terms})
@@ -277,15 +279,15 @@ def test_a_net_that_is_over_at_the_end_is_an_error_and_time_is_in_units_of_the_d
     )
     dense = channel_budget(problem.budget).latency.dense
     monkeypatch.setattr(held, "time_both", lambda *given: [7.0, 3.5])  # a machine that counts otherwise
-    assert held.told(problem, cut)["sparse_ms"] == pytest.approx(dense / 2e6)
+    assert held.latency_report(problem, cut)["sparse_ms"] == pytest.approx(dense / 2e6)
     monkeypatch.setattr(held, "time_both", lambda *given: [1.0, 0.9])
     with pytest.raises(BudgetError, match="last of five measurements"):
-        held.told(problem, cut)
+        held.latency_report(problem, cut)
 
 
 @pytest.mark.parametrize("damage", [{"layers": []}, {"slow": 0}, {"slow": -1}, {"dense": 0}, {"base": float("nan")}])
 def test_tables_of_no_clock_are_refused(damage: dict[str, Any], clock: None, torch_only: None):
-    problem = pose(net("resnet"), Budget(latency="60%"), parse("channels"), example=picture(1))
+    problem = make_problem(net("resnet"), Budget(latency="60%"), parse("channels"), example=picture(1))
     whole = channel_budget(problem.budget).latency.to_json()
     with pytest.raises(UsageError, match="no table of latencies"):
         type(channel_budget(problem.budget).latency).from_json({**whole, **damage})

@@ -14,7 +14,7 @@ from allot import METHODS, Budget, Calibration, Unstructured, prune
 from allot.methods.layerwise.blocks import size_of
 from allot.methods.layerwise.streamed_block import copied
 from allot.methods.training.selection import Selection
-from allot.pruning.setup import pose
+from allot.pruning.setup import make_problem
 from allot.run.driver import drive
 from allot.run.problem import Candidate
 from methods.layerwise.nets import NETS, of_transformers
@@ -57,7 +57,7 @@ def test_a_transformer_larger_than_the_device_is_pruned_within_it(repair: str, s
 def test_the_whole_net_does_not_fit_by_the_same_count():
     model, ids = transformer()
     inputs = Calibration.of(ids, batch_size=2)
-    problem = pose(model, Budget(sparsity=0.5), Unstructured(), calibration=inputs)
+    problem = make_problem(model, Budget(sparsity=0.5), Unstructured(), calibration=inputs)
     candidate = drive(Selection(), problem, drive(METHODS["uniform"], problem, Candidate.dense(problem)))
     with pytest.raises(OutOfDeviceMemory), Simulated(size_of(model) - 1):
         copied(model, THERE, {})

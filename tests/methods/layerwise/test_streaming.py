@@ -19,7 +19,7 @@ from allot.errors import Stopped
 from allot.methods.layerwise.streamed import Streamed
 from allot.methods.training.selection import Selection
 from allot.network.call import call
-from allot.pruning.setup import pose
+from allot.pruning.setup import make_problem
 from allot.run.driver import Progress, drive
 from allot.run.problem import Candidate, Method, Problem, finished
 from cli.command import MLP, SAMPLES, run
@@ -38,7 +38,7 @@ CPU = torch.device("cpu")
 
 def posed(case: Case, *, pattern: Any = None, batch_size: int = 4, **rules: Any) -> tuple[Problem, Candidate]:
     inputs = Calibration.of(case.inputs(), batch_size=batch_size)
-    problem = pose(
+    problem = make_problem(
         case.model(), Budget(sparsity=0.5), pattern or Unstructured(), calibration=inputs, rules=Rules(**rules)
     )
     return problem, drive(Selection(), problem, drive(METHODS["uniform"], problem, Candidate.dense(problem)))

@@ -16,7 +16,7 @@ from allot.methods.training.distillation import Training
 from allot.network.call import call
 from allot.network.checkpointing import repeated_blocks
 from allot.network.compute import Compute
-from allot.pruning.setup import pose
+from allot.pruning.setup import make_problem
 from allot.run.calibration import Calibration
 from allot.run.patterns import Unstructured
 from allot.run.problem import Candidate, Problem
@@ -46,7 +46,7 @@ DATA = torch.randn(24, 2, 6, 6, generator=torch.Generator().manual_seed(0))
 
 def posed(model: nn.Module, compute: Compute, data: Tensor = DATA) -> Problem:
     calibration = Calibration.of(data, batch_size=24)
-    problem = pose(model, Budget(sparsity=0.5), Unstructured(), calibration=calibration)
+    problem = make_problem(model, Budget(sparsity=0.5), Unstructured(), calibration=calibration)
     return replace(problem, compute=compute)
 
 
@@ -231,7 +231,9 @@ def test_a_second_run_sees_buffers_as_the_first_one_did():
     found = []
     for choice in (Compute(), Compute(checkpoint=True)):
         calibration = Calibration.of(torch.ones(4, 6), batch_size=4)
-        problem = replace(pose(net, Budget(sparsity=0.5), Unstructured(), calibration=calibration), compute=choice)
+        problem = replace(
+            make_problem(net, Budget(sparsity=0.5), Unstructured(), calibration=calibration), compute=choice
+        )
         masks = {layer.name: torch.ones(layer.shape, dtype=torch.bool) for layer in problem.scope}
         masks["2.weight"] = torch.arange(18).view(3, 6) % 2 == 0  # so that there is something to learn
         training = Training()

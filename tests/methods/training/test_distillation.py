@@ -17,7 +17,7 @@ from allot.methods.training.distillation import Training, trained
 from allot.methods.training.losses import LOSSES
 from allot.methods.training.schedule import Schedule, warm_cosine
 from allot.network.compute import Compute
-from allot.pruning.setup import pose
+from allot.pruning.setup import make_problem
 from allot.run.calibration import Calibration
 from allot.run.patterns import Unstructured
 from allot.run.problem import Candidate, Problem
@@ -26,7 +26,7 @@ from allot.run.problem import Candidate, Problem
 def posed(model: nn.Module, inputs: Any, *, batch_size: int = 8) -> Problem:
     dtype = next(model.parameters()).dtype
     calibration = Calibration.of(inputs, batch_size=batch_size, dtype=dtype)
-    return pose(model.eval(), Budget(sparsity=0.5), Unstructured(), calibration=calibration)
+    return make_problem(model.eval(), Budget(sparsity=0.5), Unstructured(), calibration=calibration)
 
 
 def half(problem: Problem) -> dict[str, Tensor]:

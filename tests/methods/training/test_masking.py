@@ -14,7 +14,7 @@ from allot.methods.training.distillation import Training
 from allot.network.compute import Compute
 from allot.network.masking import Masking, masked
 from allot.pruning.memory_limit import peak
-from allot.pruning.setup import pose
+from allot.pruning.setup import make_problem
 from allot.run.calibration import Calibration
 from allot.run.patterns import Unstructured
 from allot.run.problem import Candidate
@@ -91,7 +91,7 @@ def stepped(name: str, compute: Compute, *, late: bool) -> tuple[Any, dict[str, 
     make, shape = NETS[name]
     model = make().eval()
     data = torch.randn(16, *shape, generator=torch.Generator().manual_seed(0))
-    problem = pose(model, Budget(sparsity=0.5), Unstructured(), calibration=Calibration.of(data, batch_size=16))
+    problem = make_problem(model, Budget(sparsity=0.5), Unstructured(), calibration=Calibration.of(data, batch_size=16))
     problem, training = replace(problem, compute=compute), Training()
     state = training.begin(problem, Candidate.dense(problem))
     if not late:

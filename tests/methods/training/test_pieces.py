@@ -14,7 +14,7 @@ from allot.errors import UsageError
 from allot.methods.training.distillation import Training
 from allot.network.batch_norms import Norms
 from allot.network.compute import Compute
-from allot.pruning.setup import pose
+from allot.pruning.setup import make_problem
 from allot.run.calibration import Calibration
 from allot.run.patterns import Unstructured
 from allot.run.problem import Candidate, Problem
@@ -22,7 +22,7 @@ from allot.run.problem import Candidate, Problem
 
 def posed(model: nn.Module, data: Tensor, micro_batch: int, batch_size: int = 12) -> Problem:
     calibration = Calibration.of(data, batch_size=batch_size)
-    problem = pose(model.eval(), Budget(sparsity=0.5), Unstructured(), calibration=calibration)
+    problem = make_problem(model.eval(), Budget(sparsity=0.5), Unstructured(), calibration=calibration)
     return replace(problem, compute=Compute(micro_batch))
 
 

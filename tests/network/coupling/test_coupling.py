@@ -18,7 +18,7 @@ from allot.errors import UsageError
 from allot.network.channels import ChannelPlan, slimmed
 from allot.network.coupling.find import find_groups
 from allot.network.layers import Group
-from allot.pruning.setup import pose
+from allot.pruning.setup import make_problem
 from allot.run.patterns import Channels
 from network.coupling.nets import (
     NETS,
@@ -597,7 +597,7 @@ def test_trap_13_macs_are_those_of_layers_alone_not_of_norms_and_pools():
         conv(3, 4), nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2), conv(4, 5), nn.BatchNorm2d(5),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 2),
     ).eval()  # fmt: skip
-    budget = pose(model, Budget.parse("macs=50%"), Channels(), example=picture()).budget
+    budget = make_problem(model, Budget.parse("macs=50%"), Channels(), example=picture()).budget
     assert budget.cost("macs", {"0": 4, "4": 5}) == 3 * 4 * 9 * 64 + 4 * 5 * 9 * 16 + 5 * 2
 
 

@@ -1,4 +1,4 @@
-"""What `prune` was asked, read and checked as far as no forward pass is needed."""
+"""The arguments of `prune` as one value, checked as far as no forward pass is needed, and prepared for the stages."""
 
 from __future__ import annotations
 
@@ -19,21 +19,13 @@ from allot.network.layers import Rules, Scope
 from allot.run.driver import Progress
 from allot.run.evaluate import Score, evaluate
 from allot.run.patterns import Channels
-from allot.run.problem import Chain
+from allot.run.problem import Chain, Problem
 from allot.run.store import read_run
 
 
 @dataclass(frozen=True)
-class Control:
-    """What hears of every step, and what may stop a run; both may be left out."""
-
-    on_step: Callable[[Progress], None] | None = None
-    should_stop: Callable[[], bool] | None = None
-
-
-@dataclass(frozen=True)
-class Asked:
-    """The arguments of `prune`, which describes them; `chain` is what its names of parts were read as.
+class Request:
+    """The arguments of `prune`, which describes them; `chain` holds the parts that it names.
 
     Raises:
         UsageError: a compiled or wrapped model, a rule that matches no layer, or a choice of `compute` that this model
@@ -61,21 +53,23 @@ class Asked:
     directory: Path | None
     recipe: Mapping[str, Any]
     options: Mapping[str, Mapping[str, Any]]
+    on_step: Callable[[Progress], None] | None
+    should_stop: Callable[[], bool] | None
 
     def __post_init__(self) -> None:
         check_plain(self.model)
-        # what is wrong with the model comes before a forward pass: one would fill lazy layers
+        # errors of the model come before a forward pass, which would fill lazy layers
         Scope.of(self.model, None if isinstance(self.chain.pattern, Channels) else self.rules)
         self.compute.check(self.model)
 
     @cached_property
     def score_of(self) -> Callable[..., Score] | None:
-        """`evaluate` on the test data, for a model and tensors in place of its own; None: there is no test data."""
+        """`evaluate` on the test data: a function of a model and tensors to replace; None without test data."""
         test = self.test
         if test is None:
             return None
         if isinstance(test, Iterable) and not hasattr(test, "__len__") and not hasattr(test, "dataset"):
-            test = list(test)  # it is read twice
+            test = list(test)  # for the dense and for the sparse net
 
         def score(model: nn.Module, **tensors: Any) -> Score:
             return evaluate(model, test, workers=self.workers, **tensors)
@@ -83,17 +77,39 @@ class Asked:
         return score
 
     def earlier(self) -> dict[str, Any]:
-        """run.json of the run directory where a run began there before; else empty."""
-        began = self.directory is not None and (self.directory / "run.json").exists()
-        return read_run(self.directory) if began and self.directory else {}
+        """run.json of the run that began in the directory before; empty without one."""
+        if self.directory is None or not (self.directory / "run.json").exists():
+            return {}
+        return read_run(self.directory)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request with its problem, its training cut to the limit of time and its memory to the limit of memory.
+
+    Attributes:
+        chain: the parts that run: training cut, repairs streamed.
+        requested_chain: the parts that were requested, training cut.
+        cut: see `choose_cut`; None without a limit of time.
+        memory: see `choose_compute`; None without a limit of memory.
+        done: whether the run directory holds a finished run.
+    """
+
+    request: Request
+    problem: Problem
+    chain: Chain
+    requested_chain: Chain
+    cut: Mapping[str, Any] | None
+    memory: Mapping[str, Any] | None
+    done: bool
 
 
 def check_plain(model: nn.Module) -> None:
     """Raises:
     UsageError: the model is compiled, or wrapped in something.
     """
-    around = torch.jit.ScriptModule, nn.DataParallel, nn.parallel.DistributedDataParallel
-    if isinstance(model, around) or hasattr(model, "_orig_mod"):
+    wrappers = torch.jit.ScriptModule, nn.DataParallel, nn.parallel.DistributedDataParallel
+    if isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
         raise UsageError(
             f"a compiled or wrapped model ({type(model).__name__}): pass the module that it was made from."
         )

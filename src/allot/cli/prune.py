@@ -1,0 +1,135 @@
+"""Verbs of the command line that take one budget: prune, and plan, which needs no data."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import redirect_stdout
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from allot.cli.console import people, print_json, progress, say
+from allot.cli.finished_run import read_report
+from allot.cli.loading import load_inputs, prune_arguments
+from allot.cli.options import CHAIN, LIMITS, READING, RULES, Json, takes
+from allot.cli.recipe import RecipeFile
+from allot.errors import UsageError, VerificationError
+from allot.export.files.formats import OWN
+from allot.export.timing.latency import Runtime, latency_of
+from allot.processes import on_first_process
+from allot.pruning.assemble import assemble
+from allot.pruning.prune import prune
+from allot.pruning.result import Result
+from allot.pruning.setup import make_problem
+from allot.report import table
+from allot.report.data import layer_rows
+from allot.run.driver import drive, interruptible
+from allot.run.problem import Candidate
+from allot.run.store import write
+from allot.sources.load import REMOTE, example_of, load_model
+
+
+@takes("model", "data", "budget", *CHAIN, "weights", "test", *RULES, *LIMITS, "seed", *READING, "input", file=True)
+def prune_command(
+    wanted: RecipeFile,
+    out: Annotated[Path | None, typer.Option(metavar="RUN", help="run directory; an unfinished one resumes")] = None,
+    *,
+    as_json: Json = False,
+) -> None:
+    """Prune MODEL to a budget and write a run directory; resumes if RUN is unfinished."""
+    if out is None:
+        raise UsageError("no place for the run: give --out RUN.")
+    wanted.required_model()
+    budget = wanted.parsed_budget()
+    source, calibration = load_inputs(wanted)
+    with interruptible() as should_stop, progress() as on_step:
+        result = prune(
+            source.model, calibration, budget, method=wanted.method, seed=wanted.seed, save_to=out,
+            recipe=wanted.model_dump(mode="json", exclude_none=True), on_step=on_step, should_stop=should_stop,
+            **prune_arguments(wanted, source),
+        )  # fmt: skip
+        report = on_first_process(result.timed)
+    if as_json:
+        print_json({**read_report(out), "run": str(out)})
+        return
+    people.print(table.run_table(report))
+    for stage, (requested, left) in report["diagnostics"].get("fit", {}).get("steps", {}).items():
+        say(f"cut to fit {wanted.max_minutes:g} minutes: {stage} takes {left:,} of {requested:,} steps")
+    _say_checks(result, out)
+    say(f"run directory: {out}")
+    say(f"to look at: {out / 'report.html'}")
+
+
+def _say_checks(result: Result, out: Path) -> None:
+    """Report how many checks passed, and which exports differ: these may have gone since.
+
+    Raises:
+        VerificationError: the run's own files are not what was written.
+    """
+    rows = result.verify()["rows"]
+    failed = [row for row in rows if not row["passed"]]
+    if any(row["file"] in OWN for row in failed):
+        raise VerificationError(f"{out} does not hold what was written there: allot verify {out} shows what differs.")
+    for row in failed:
+        say(f"note: {row['file']}: {row['check']}: promised {row['promised']}, found {row['found']}")
+    passed = len(rows) - len(failed)
+    say(f"verified: {passed} checks of the re-opened files passed (allot verify {out} shows them)")
+
+
+@takes(
+    "model", "budget", "method", "allocate", "pattern", "runtime", "weights", "data", *RULES, "seed", "input", file=True
+)
+def plan_command(
+    wanted: RecipeFile,
+    save: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="write the allocation, to edit and replay")
+    ] = None,
+    *,
+    as_json: Json = False,
+) -> None:
+    """Show how the budget would be allocated to the layers; needs no data."""
+    model, budget = wanted.required_model(), wanted.parsed_budget()
+    chain = assemble(
+        wanted.method, allocate=wanted.allocate, pattern=wanted.pattern, repair=wanted.repair, options=wanted.options
+    )
+    if chain.allocate.needs_data:
+        raise UsageError(
+            f"{chain.names.allocate} learns from data and cannot be planned: use `allot prune`, or --allocate uniform."
+        )
+    origin, _, name = model.partition(":")
+    weights = wanted.weights or ("random" if origin in REMOTE and not Path(name).exists() else None)
+    source = load_model(model, weights=weights, shape=wanted.input)
+    if weights == "random" and chain.names.allocate not in ("uniform", "erk"):
+        say(f"note: random weights; {chain.names.allocate} depends on the weights: give --weights for a real plan.")
+    with redirect_stdout(sys.stderr):
+        example = example_of(source, wanted.data, skip_corrupt=wanted.skip_corrupt)
+        latency = partial(latency_of, runtime=Runtime.parse(wanted.runtime), seed=wanted.seed)
+        problem = make_problem(
+            source.model,
+            budget,
+            chain.pattern,
+            example=example,
+            rules=wanted.rules(),
+            seed=wanted.seed,
+            latency=latency,
+        )
+    allocation = drive(chain.allocate, problem, Candidate.dense(problem)).allocation
+    if save:
+        write(save, json.dumps({**allocation.to_json(), "budget": budget.to_json()}, indent=2) + "\n")
+    plan = {
+        "model": model,
+        "method": chain.method,
+        "pattern": chain.names.pattern,
+        "budget": problem.budget.rows(allocation.kept),
+        "kept": sum(problem.budget.sizes(allocation.kept).values()),
+        "total": problem.budget.total,
+        "layers": layer_rows(problem, allocation),
+        "skipped": dict(problem.scope.skipped),
+    }
+    if as_json:
+        print_json(plan)
+        return
+    people.print(table.plan_table(plan))
