@@ -345,7 +345,7 @@ def _speeds(found: Found) -> list[str]:
         budgets = [
             "## Budgets of time",
             "",
-            "`latency=LIMIT`, uniform densities: the prediction of the tables after one net was timed, and the time of the",
+            "`latency=LIMIT`, uniform densities: the prediction of the tables after one net was timed, the time of the",
             "slim net end to end, measured again beside the dense one. *Nets* were timed, at most six, till one used",
             "the limit up; other work ran on the machine meanwhile, which shows where measurement and limit differ.",
             "",
