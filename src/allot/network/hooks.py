@@ -65,28 +65,19 @@ def watched_inputs(model: nn.Module, scope: Scope, visit: Callable[[Layer, Tenso
     `squares` has the weight's shape. For a layer that is linear in its weight it is d/dw sum(forward(x^2; w)), which
     holds for every kernel, stride, padding and group; the module's own forward is used.
     """
-    busy: set[int] = set()
 
-    def plain(layer: Layer, place: Place) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            with _not_nested(module, busy) as first:
-                if first:
-                    visit(layer, _squared_inputs(place, args, kwargs))
+    def plain(layer: Layer, place: Place, args: Any, kwargs: Any, output: Any) -> None:
+        visit(layer, _squared_inputs(place, args, kwargs))
 
-        return hook
-
-    def attention(layers: Mapping[str, Layer]) -> Callable[..., None]:
-        def hook(module: nn.MultiheadAttention, args: Any, kwargs: Any, output: Any) -> None:
-            with _not_nested(module, busy) as first:
-                for attribute, layer in layers.items() if first else ():
-                    if attribute == "out_proj.weight":
-                        visit(layer, _column_squares(_out_proj_input(module, args, kwargs)).expand(layer.shape))
-                    else:
-                        parts = _projections(module, attribute, args, kwargs)
-                        rows = [_column_squares(x).expand(stop - start, -1) for start, stop, x in parts]
-                        visit(layer, torch.cat(rows))
-
-        return hook
+    def attention(
+        module: nn.MultiheadAttention, layers: Mapping[str, Layer], args: Any, kwargs: Any, output: Any
+    ) -> None:
+        for attribute, layer in layers.items():
+            if attribute == "out_proj.weight":
+                visit(layer, _column_squares(_out_proj_input(module, args, kwargs)).expand(layer.shape))
+            else:
+                parts = _projections(module, attribute, args, kwargs)
+                visit(layer, torch.cat([_column_squares(x).expand(stop - start, -1) for start, stop, x in parts]))
 
     with _hooked_layers(model, scope, plain, attention):
         yield
@@ -103,47 +94,29 @@ def watched_outputs(model: nn.Module, scope: Scope, visit: Callable[[Layer, Mome
     output (the input projections of an attention without biases take no shift). Tied layers are not visited: a
     correction for one use may be wrong for the other.
     """
-    places = places_by_parameter(model)
-    busy: set[int] = set()
 
-    def plain(layer: Layer) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            rows = output.movedim(layer.output_dim, -1)
-            affine = visit(layer, Moments.of(rows))
-            if affine is None:
-                return None
-            scale, shift = (value.to(output) for value in affine)
-            return (rows * scale + shift).movedim(-1, layer.output_dim)
+    def plain(layer: Layer, place: Place, args: Any, kwargs: Any, output: Any) -> Any:
+        rows = output.movedim(layer.output_dim, -1)
+        affine = visit(layer, Moments.of(rows))
+        if affine is None:
+            return None
+        scale, shift = (value.to(output) for value in affine)
+        return (rows * scale + shift).movedim(-1, layer.output_dim)
 
-        return hook
+    def attention(
+        module: nn.MultiheadAttention, layers: Mapping[str, Layer], args: Any, kwargs: Any, output: Any
+    ) -> Any:
+        if changed := _corrected_projections(module, layers, args, kwargs, visit):
+            output = torch.func.functional_call(module, changed, args, kwargs)
+        attended, weights = output
+        layer = layers.get("out_proj.weight")
+        affine = visit(layer, Moments.of(attended)) if layer else None
+        if affine is not None:
+            scale, shift = (value.to(attended) for value in affine)
+            attended = attended * scale + shift
+        return attended, weights
 
-    def attention(layers: Mapping[str, Layer]) -> Callable[..., Any]:
-        def hook(module: nn.MultiheadAttention, args: Any, kwargs: Any, output: Any) -> Any:
-            if id(module) in busy:
-                return None
-            changed = _corrected_projections(module, layers, args, kwargs, visit)
-            if changed:
-                busy.add(id(module))
-                try:
-                    output = torch.func.functional_call(module, changed, args, kwargs)
-                finally:
-                    busy.discard(id(module))
-            attended, weights = output
-            layer = layers.get("out_proj.weight")
-            affine = visit(layer, Moments.of(attended)) if layer else None
-            if affine is not None:
-                scale, shift = (value.to(attended) for value in affine)
-                attended = attended * scale + shift
-            return attended, weights
-
-        return hook
-
-    with ExitStack() as stack:
-        for layer, place in module_places(scope, places):
-            if not layer.aliases:
-                stack.enter_context(hooked(place.module, plain(layer)))
-        for module, layers in _attention_layers(model, scope, places):
-            stack.enter_context(hooked(module, attention({a: v for a, v in layers.items() if not v.aliases})))
+    with _hooked_layers(model, [layer for layer in scope if not layer.aliases], plain, attention):
         yield
 
 
@@ -157,68 +130,61 @@ def watched_layers(model: nn.Module, scope: Scope, visit: Callable[[Layer, Apply
     `apply(weight, bias)` returns the layer's output for the same inputs with another weight and bias `[rows]` (None:
     the layer's bias), shaped like `output`; for the input projections of an attention both are flat.
     """
-    busy: set[int] = set()
 
-    def plain(layer: Layer, place: Place) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            def apply(weight: Tensor, bias: Tensor | None) -> Tensor:
-                tensors = {place.attribute: weight} | ({} if bias is None else {"bias": bias})
-                return torch.func.functional_call(module, tensors, args, kwargs)
+    def plain(layer: Layer, place: Place, args: Any, kwargs: Any, output: Any) -> None:
+        def apply(weight: Tensor, bias: Tensor | None) -> Tensor:
+            tensors = {place.attribute: weight} | ({} if bias is None else {"bias": bias})
+            return torch.func.functional_call(place.module, tensors, args, kwargs)
 
-            with _not_nested(module, busy) as first:
-                if first:
-                    visit(layer, apply, output)
+        visit(layer, apply, output)
 
-        return hook
-
-    def attention(layers: Mapping[str, Layer]) -> Callable[..., None]:
-        def hook(module: nn.MultiheadAttention, args: Any, kwargs: Any, output: Any) -> None:
-            with _not_nested(module, busy) as first:
-                if not first:
-                    return
-                for attribute, layer in layers.items():
-                    if attribute == "out_proj.weight":
-                        parts = [(0, layer.rows, _out_proj_input(module, args, kwargs))]
-                        visit(layer, _projection_function(parts, module.out_proj.bias, flat=False), output[0])
-                        continue
-                    rows = _attention_rows(module, attribute, layer)
-                    bias_rows = None if module.in_proj_bias is None else module.in_proj_bias[rows]
-                    apply = _projection_function(_projections(module, attribute, args, kwargs), bias_rows)
-                    visit(layer, apply, apply(getattr(module, attribute), None))
-
-        return hook
+    def attention(
+        module: nn.MultiheadAttention, layers: Mapping[str, Layer], args: Any, kwargs: Any, output: Any
+    ) -> None:
+        for attribute, layer in layers.items():
+            if attribute == "out_proj.weight":
+                parts = [(0, layer.rows, _out_proj_input(module, args, kwargs))]
+                visit(layer, _projection_function(parts, module.out_proj.bias, flat=False), output[0])
+                continue
+            rows = _attention_rows(module, attribute, layer)
+            bias_rows = None if module.in_proj_bias is None else module.in_proj_bias[rows]
+            apply = _projection_function(_projections(module, attribute, args, kwargs), bias_rows)
+            visit(layer, apply, apply(getattr(module, attribute), None))
 
     with _hooked_layers(model, scope, plain, attention):
         yield
 
 
 @contextmanager
-def _not_nested(module: nn.Module, busy: set[int]) -> Iterator[bool]:
-    """False where this hook made the module run again."""
-    if id(module) in busy:
-        yield False
-        return
-    busy.add(id(module))
-    try:
-        yield True
-    finally:
-        busy.discard(id(module))
-
-
-@contextmanager
 def _hooked_layers(
-    model: nn.Module,
-    scope: Scope,
-    plain: Callable[[Layer, Place], Callable[..., None]],
-    attention: Callable[[Mapping[str, Layer]], Callable[..., None]],
+    model: nn.Module, scope: Iterable[Layer], plain: Callable[..., Any], attention: Callable[..., Any]
 ) -> Iterator[None]:
-    """While open, the hooks that `plain` and `attention` make run after each layer."""
+    """While open, `plain` or `attention` runs after each layer, not in passes that it makes itself.
+
+    Args:
+        plain: called with (layer, place, args, kwargs, output); a result other than None replaces the output.
+        attention: called with (module, its layers by attribute, args, kwargs, output), likewise.
+    """
     places = places_by_parameter(model)
+    busy: set[int] = set()
+
+    def guarded(react: Callable[..., Any], *subject: Any) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            if id(module) in busy:
+                return None
+            busy.add(id(module))
+            try:
+                return react(*subject, args, kwargs, output)
+            finally:
+                busy.discard(id(module))
+
+        return hook
+
     with ExitStack() as stack:
         for layer, place in module_places(scope, places):
-            stack.enter_context(hooked(place.module, plain(layer, place)))
+            stack.enter_context(hooked(place.module, guarded(plain, layer, place)))
         for module, layers in _attention_layers(model, scope, places):
-            stack.enter_context(hooked(module, attention(layers)))
+            stack.enter_context(hooked(module, guarded(attention, module, layers)))
         yield
 
 
@@ -245,20 +211,16 @@ def _attention_rows(module: nn.MultiheadAttention, attribute: str, layer: Layer)
 def biases_of(model: nn.Module, scope: Iterable[Layer]) -> dict[str, tuple[str, slice]]:
     """Layer name -> (name of the bias that is added to its output, the layer's part of it); only layers with a bias."""
     places = places_by_parameter(model)
-    biases = {layer.name: _bias_of(places[layer.name][0], layer) for layer in scope}
-    return {name: bias for name, bias in biases.items() if bias}
-
-
-def _bias_of(place: Place, layer: Layer) -> tuple[str, slice] | None:
-    start = 0
-    attribute = "bias"
-    if layer.kind == "attention_in":
-        attribute = "in_proj_bias"
-        start = {"k_proj_weight": 1, "v_proj_weight": 2}.get(place.attribute, 0) * getattr(place.module, "embed_dim", 0)
-    if place.module._parameters.get(attribute) is None:
-        return None
-    name = f"{place.module_name}.{attribute}" if place.module_name else attribute
-    return name, slice(start, start + layer.rows)
+    biases: dict[str, tuple[str, slice]] = {}
+    for layer in scope:
+        place, attribute, rows = places[layer.name][0], "bias", slice(0, layer.rows)
+        if layer.kind == "attention_in":
+            attribute = "in_proj_bias"
+            if isinstance(place.module, nn.MultiheadAttention):
+                rows = _attention_rows(place.module, place.attribute, layer)
+        if place.module._parameters.get(attribute) is not None:
+            biases[layer.name] = f"{place.module_name}.{attribute}".lstrip("."), rows
+    return biases
 
 
 @contextmanager

@@ -51,9 +51,9 @@ def measured(scope: Scope, model: nn.Module, forward: Callable[[], Any]) -> Scop
 
 
 class _MacCounter(TorchDispatchMode):
-    def __init__(self, spans: Mapping[int, list[tuple[int, int, str]]]) -> None:
+    def __init__(self, spans: dict[int, list[tuple[int, int, str]]]) -> None:
         super().__init__()
-        self.spans = {memory: list(spans[memory]) for memory in spans}
+        self.spans = spans
         self.macs: dict[str, int] = {}
         self.copies: list[Tensor] = []
 
