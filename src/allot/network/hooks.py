@@ -20,6 +20,8 @@ from allot.network.layers import ATTENTION_INPUTS, Layer, Place, Scope, places_b
 from allot.network.trees import map_tensors
 from allot.processes import all_gather
 
+Attention = nn.MultiheadAttention
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -69,9 +71,7 @@ def watched_inputs(model: nn.Module, scope: Scope, visit: Callable[[Layer, Tenso
     def plain(layer: Layer, place: Place, args: Any, kwargs: Any, output: Any) -> None:
         visit(layer, _squared_inputs(place, args, kwargs))
 
-    def attention(
-        module: nn.MultiheadAttention, layers: Mapping[str, Layer], args: Any, kwargs: Any, output: Any
-    ) -> None:
+    def attention(module: Attention, layers: Mapping[str, Layer], args: Any, kwargs: Any, output: Any) -> None:
         for attribute, layer in layers.items():
             if attribute == "out_proj.weight":
                 visit(layer, _column_squares(_out_proj_input(module, args, kwargs)).expand(layer.shape))
@@ -103,9 +103,7 @@ def watched_outputs(model: nn.Module, scope: Scope, visit: Callable[[Layer, Mome
         scale, shift = (value.to(output) for value in affine)
         return (rows * scale + shift).movedim(-1, layer.output_dim)
 
-    def attention(
-        module: nn.MultiheadAttention, layers: Mapping[str, Layer], args: Any, kwargs: Any, output: Any
-    ) -> Any:
+    def attention(module: Attention, layers: Mapping[str, Layer], args: Any, kwargs: Any, output: Any) -> Any:
         if changed := _corrected_projections(module, layers, args, kwargs, visit):
             output = torch.func.functional_call(module, changed, args, kwargs)
         attended, weights = output
@@ -138,9 +136,7 @@ def watched_layers(model: nn.Module, scope: Scope, visit: Callable[[Layer, Apply
 
         visit(layer, apply, output)
 
-    def attention(
-        module: nn.MultiheadAttention, layers: Mapping[str, Layer], args: Any, kwargs: Any, output: Any
-    ) -> None:
+    def attention(module: Attention, layers: Mapping[str, Layer], args: Any, kwargs: Any, output: Any) -> None:
         for attribute, layer in layers.items():
             if attribute == "out_proj.weight":
                 parts = [(0, layer.rows, _out_proj_input(module, args, kwargs))]
@@ -180,11 +176,9 @@ def _hooked_layers(
 
         return hook
 
-    with ExitStack() as stack:
-        for layer, place in module_places(scope, places):
-            stack.enter_context(hooked(place.module, guarded(plain, layer, place)))
-        for module, layers in _attention_layers(model, scope, places):
-            stack.enter_context(hooked(module, guarded(attention, module, layers)))
+    hooks = [(place.module, guarded(plain, layer, place)) for layer, place in module_places(scope, places)]
+    attentions = _attention_layers(model, scope, places)
+    with hooked([*hooks, *((module, guarded(attention, module, layers)) for module, layers in attentions)]):
         yield
 
 
@@ -202,7 +196,7 @@ def _projection_function(parts: list[tuple[int, int, Tensor]], default: Tensor |
     return apply
 
 
-def _attention_rows(module: nn.MultiheadAttention, attribute: str, layer: Layer) -> slice:
+def _attention_rows(module: Attention, attribute: str, layer: Layer) -> slice:
     """The part of in_proj_bias that belongs to an input projection."""
     start = max(ATTENTION_INPUTS.index(attribute) - 1, 0) * module.embed_dim
     return slice(start, start + layer.rows)
@@ -216,7 +210,7 @@ def biases_of(model: nn.Module, scope: Iterable[Layer]) -> dict[str, tuple[str, 
         place, attribute, rows = places[layer.name][0], "bias", slice(0, layer.rows)
         if layer.kind == "attention_in":
             attribute = "in_proj_bias"
-            if isinstance(place.module, nn.MultiheadAttention):
+            if isinstance(place.module, Attention):
                 rows = _attention_rows(place.module, place.attribute, layer)
         if place.module._parameters.get(attribute) is not None:
             biases[layer.name] = f"{place.module_name}.{attribute}".lstrip("."), rows
@@ -224,13 +218,12 @@ def biases_of(model: nn.Module, scope: Iterable[Layer]) -> dict[str, tuple[str, 
 
 
 @contextmanager
-def hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
-    """While open, `hook(module, args, kwargs, output)` runs after each forward pass of `module`."""
-    handle = module.register_forward_hook(hook, with_kwargs=True)
-    try:
+def hooked(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """While open, each `hook(module, args, kwargs, output)` runs after each forward pass of its module."""
+    with ExitStack() as stack:
+        for module, hook in hooks:
+            stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         yield
-    finally:
-        handle.remove()
 
 
 def module_places(scope: Iterable[Layer], places: Mapping[str, list[Place]]) -> list[tuple[Layer, Place]]:
@@ -246,12 +239,12 @@ def module_places(scope: Iterable[Layer], places: Mapping[str, list[Place]]) -> 
 
 def _attention_layers(
     model: nn.Module, scope: Iterable[Layer], places: Mapping[str, list[Place]]
-) -> list[tuple[nn.MultiheadAttention, dict[str, Layer]]]:
+) -> list[tuple[Attention, dict[str, Layer]]]:
     """Each attention module with its layers in scope, by attribute ("out_proj.weight" for the output)."""
     by_place = {place.name: layer for layer in scope for place in places[layer.name]}
     attentions = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
+        if isinstance(module, Attention):
             prefix = f"{name}." if name else ""
             names = {attribute: prefix + attribute for attribute in (*ATTENTION_INPUTS, "out_proj.weight")}
             layers = {a: by_place[n] for a, n in names.items() if n in by_place}
@@ -260,9 +253,7 @@ def _attention_layers(
     return attentions
 
 
-def _projections(
-    module: nn.MultiheadAttention, attribute: str, args: Any, kwargs: Any
-) -> list[tuple[int, int, Tensor]]:
+def _projections(module: Attention, attribute: str, args: Any, kwargs: Any) -> list[tuple[int, int, Tensor]]:
     """(first row, last row + 1, input) of each projection that an attention weight holds."""
     named = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
     width = module.embed_dim
@@ -272,7 +263,7 @@ def _projections(
     return [(0, width, inputs[ATTENTION_INPUTS.index(attribute) - 1])]
 
 
-def _out_proj_input(module: nn.MultiheadAttention, args: Any, kwargs: Any) -> Tensor:
+def _out_proj_input(module: Attention, args: Any, kwargs: Any) -> Tensor:
     """The input of the output projection: the module's output with an identity as that projection."""
     weight = module.out_proj.weight
     identity = {"out_proj.weight": torch.eye(len(weight), dtype=weight.dtype, device=weight.device)}
@@ -282,11 +273,7 @@ def _out_proj_input(module: nn.MultiheadAttention, args: Any, kwargs: Any) -> Te
 
 
 def _corrected_projections(
-    module: nn.MultiheadAttention,
-    layers: Mapping[str, Layer],
-    args: Any,
-    kwargs: Any,
-    visit: Callable[[Layer, Moments], Affine | None],
+    module: Attention, layers: Mapping[str, Layer], args: Any, kwargs: Any, visit: Callable[[Layer, Moments], Any]
 ) -> dict[str, Tensor]:
     """The attention's input projections as corrected by `visit`; empty where nothing changes."""
     changed: dict[str, Tensor] = {}
@@ -300,11 +287,8 @@ def _corrected_projections(
         for start, stop, x in _projections(module, attribute, args, kwargs):
             added = None if bias is None else bias[first + start : first + stop]
             parts.append(Moments.of(nn.functional.linear(x, weight[start:stop], added)))
-        moments = Moments(
-            *(torch.cat([getattr(part, name) for part in parts]) for name in ("count", "mean", "deviation"))
-        )
-        affine = visit(layer, moments)
-        if affine is not None:
+        columns = zip(*((part.count, part.mean, part.deviation) for part in parts), strict=True)
+        if (affine := visit(layer, Moments(*map(torch.cat, columns)))) is not None:
             scale, shift = (value.to(weight) for value in affine)
             changed[attribute] = weight * scale[:, None]
             if bias is not None:

@@ -9,8 +9,8 @@ each connected set is one channel of a `Group`. Joined are
     positions of one tensor under several names           tied weights
     rows of queries, keys and values, and columns of the projection behind them, of one attention head
 
-A trace can be wrong, so it is only a proposal: on a copy of the model with random weights, in float64, removing
-half of every group's channels has to give what zeroing them gives. Groups that fail stay whole, with the reason.
+A trace can be wrong, so it is only a proposal (`allot.network.coupling.proof`). Groups that fail the proof stay whole,
+with the reason.
 """
 
 from __future__ import annotations
@@ -59,7 +59,6 @@ def find_groups(model: nn.Module, example: Any) -> tuple[tuple[Group, ...], dict
 
 
 def _module_of(name: str) -> str:
-    """The module that a group is named after."""
     return "" if name == "heads" else name.removesuffix(".heads").partition(":")[0]
 
 
