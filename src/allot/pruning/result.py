@@ -200,7 +200,7 @@ class Result:
         about = files.metadata_of(self.problem.model, self.problem.scope, budget)
         tensors = self.candidate.effective(self.problem)
         state = {name: tensors.get(name, value) for name, value in plain_state(self.problem.model)[0].items()}
-        files.save_plain(directory / files.PLAIN, state, about)
+        files.save_tensors(directory / files.PLAIN, state, "plain", about)
         plan = self.plan()
         if plan:
             write_json(directory / files.PLAN, plan.to_json())
