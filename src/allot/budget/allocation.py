@@ -64,7 +64,6 @@ class Allocation(Mapping[str, float]):
         return {"layers": layers}
 
     def save(self, path: str | Path) -> None:
-        """Write `to_json()` to `path`."""
         Path(path).write_text(json.dumps(self.to_json(), indent=2) + "\n")
 
     @staticmethod

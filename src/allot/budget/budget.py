@@ -16,18 +16,16 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from allot.budget import model_budget
-from allot.budget.allocation import Allocation
 from allot.budget.costs import PRICES, REAL_PRICES, Ledger, Term, breakpoints, proportions
-from allot.budget.model_budget import Limit, Number
+from allot.budget.model_budget import Limit, ModelBudget
 from allot.budget.units import KINDS, Amount
 from allot.errors import BudgetError, UsageError, unknown
 
 
 @dataclass(frozen=True)
-class Budget:
+class Budget(ModelBudget):
     """What the sparse model may cost: one or several limits that all hold.
 
     Args:
@@ -88,10 +86,6 @@ class Budget:
     def asked(self) -> dict[str, float | int | str]:
         """The limits as the user wrote them."""
         return {kind: value for kind in KINDS if (value := getattr(self, kind)) is not None}
-
-    def to_json(self) -> dict[str, str]:
-        """The limits as text, by kind."""
-        return {kind: str(value) for kind, value in self.asked.items()}
 
     def on(self, terms: tuple[Term, ...], *, fixed_bytes: int = 0, full_bytes: int = 0) -> Budget:
         """This budget for the layers of one model.
@@ -155,10 +149,6 @@ class Budget:
 
         return {term.name: price_of(term) for term in self.terms}
 
-    def binding(self, kept: Mapping[str, int]) -> str:
-        """The kind of the limit that `kept` is nearest to using up."""
-        return model_budget.binding(self, kept)
-
     def cost(self, kind: str, kept: Mapping[str, int]) -> int:
         """What `kept` weights per layer cost: weights, MACs (rounded up) or bytes."""
         price = PRICES[kind]
@@ -176,10 +166,6 @@ class Budget:
         """Whether whole numbers of weights meet every limit."""
         return all(self.cost(limit.kind, kept) <= limit.ceiling for limit in self.limits)
 
-    def fits_real(self, kept: Mapping[str, float]) -> bool:
-        """Whether real numbers of weights meet every limit."""
-        return model_budget.fits_real(self, kept)
-
     def meets(self, kept: Mapping[str, int]) -> bool:
         """Whether `kept` is an answer: it fits, layers are in their bounds, and sparsity alone is met exactly.
 
@@ -192,21 +178,6 @@ class Budget:
         more = any(kept[term.name] < term.upper and term.step <= left for term in self.terms)
         exact = self.sparsity is None or len(self.limits) > 1 or not more
         return bounded and exact and self.fits(kept)
-
-    def clip(self, kept: Mapping[str, Number]) -> dict[str, Number]:
-        """`kept` brought within the bounds of each layer."""
-        return model_budget.clip(self.terms, kept)
-
-    def project(self, wished: Mapping[str, float]) -> Allocation:
-        """The densities nearest to `wished` in proportion that use up the tightest limit (real numbers).
-
-        Args:
-            wished: layer name -> density or any non-negative weight; only proportions matter.
-        Raises:
-            BudgetError: the budget is not tied to a model yet.
-            UsageError: a layer is missing, unknown, negative or nan.
-        """
-        return model_budget.allocation(self.terms, self._relaxed(wished))
 
     def counts(self, wished: Mapping[str, float]) -> dict[str, int]:
         """Whole numbers of weights per layer that meet every limit, in proportion to `wished`.
@@ -251,10 +222,6 @@ class Budget:
             return False
         ledger = self._ledger(kept)
         return not any(ledger.room(term) for term in self.terms)
-
-    def rows(self, kept: Mapping[str, int]) -> list[dict[str, Any]]:
-        """One row for each limit: `{kind, asked, limit, achieved, met}`."""
-        return model_budget.rows(self, kept)
 
     def _fixed(self, kind: str) -> int:
         return self.fixed_bytes if kind == "bytes" else 0

@@ -20,7 +20,6 @@ from fractions import Fraction
 from typing import Any
 
 from allot.budget import model_budget
-from allot.budget.allocation import Allocation
 from allot.budget.bisection import largest
 from allot.budget.budget import Budget
 from allot.budget.costs import Term, proportions
@@ -61,8 +60,8 @@ class Extent:
 
 
 @dataclass(frozen=True)
-class ChannelBudget:
-    """A budget tied to the channels of one model: a `ModelBudget` whose `kept` counts the channels of each group.
+class ChannelBudget(ModelBudget):
+    """A budget tied to the channels of one model: `kept` counts the channels of each group.
 
     Args:
         weights: the budget tied to the weights of the model, which has the limits.
@@ -90,9 +89,6 @@ class ChannelBudget:
     @property
     def asked(self) -> dict[str, float | int | str]:
         return self.weights.asked
-
-    def to_json(self) -> dict[str, str]:
-        return self.weights.to_json()
 
     @property
     def total(self) -> int:
@@ -159,15 +155,9 @@ class ChannelBudget:
     def fits(self, kept: Mapping[str, int]) -> bool:
         return self.fits_real(kept)
 
-    def fits_real(self, kept: Mapping[str, float]) -> bool:
-        return model_budget.fits_real(self, kept)
-
     def height(self, kept: Mapping[str, float]) -> float:
         """The largest cost over limit, of all limits; above 1 where a limit is broken."""
         return max(float(self.real_cost(limit.kind, kept)) / max(limit.ceiling, 1) for limit in self.limits)
-
-    def binding(self, kept: Mapping[str, int]) -> str:
-        return model_budget.binding(self, kept)
 
     def prices(self, kept: Mapping[str, int]) -> dict[str, float]:
         """Cost of one of the last channels of each group, in units of the limit that `kept` is nearest to using up."""
@@ -201,17 +191,6 @@ class ChannelBudget:
         )
         return bounded and self.fits(kept) and not more
 
-    def clip(self, kept: Mapping[str, Any]) -> dict[str, Any]:
-        return model_budget.clip(self.terms, kept)
-
-    def project(self, wished: Mapping[str, float]) -> Allocation:
-        """The densities nearest to `wished` in proportion that use up the tightest limit (real numbers).
-
-        Raises:
-            UsageError: a group is missing, unknown, negative or nan.
-        """
-        return model_budget.allocation(self.terms, self._relaxed(wished))
-
     def counts(self, wished: Mapping[str, float]) -> dict[str, int]:
         """Whole numbers of channels that meet every limit, in proportion to `wished`; not one more channel fits.
 
@@ -234,9 +213,6 @@ class ChannelBudget:
             else:
                 kept[name] = more
         return kept
-
-    def rows(self, kept: Mapping[str, int]) -> list[dict[str, Any]]:
-        return model_budget.rows(self, kept)
 
     def _relaxed(self, wished: Mapping[str, float]) -> dict[str, float]:
         proportion = proportions(wished, self.terms, "groups of channels")

@@ -138,7 +138,6 @@ class Ledger:
         }
 
     def fits(self) -> bool:
-        """Whether every limit holds."""
         return all(left >= 0 for left in self.left.values())
 
     def add(self, term: Term, steps: int) -> None:

@@ -110,7 +110,6 @@ class Latency:
         return replace(self, slow=factor)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON."""
         return asdict(self)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What every budget for a model answers, whether it counts weights or channels, and the arithmetic that is the same."""
+"""What every budget for a model answers, whether it counts weights or channels, and the arithmetic that they share."""
 
 from __future__ import annotations
 
@@ -30,8 +30,7 @@ class ModelBudget(Protocol):
     `kept` counts weights of each layer, or channels of each group; every term has an entry.
     """
 
-    @property
-    def terms(self) -> tuple[Term, ...]: ...
+    terms: tuple[Term, ...]
 
     @property
     def asked(self) -> dict[str, float | int | str]: ...
@@ -42,8 +41,6 @@ class ModelBudget(Protocol):
     @property
     def total(self) -> int: ...
 
-    def to_json(self) -> dict[str, str]: ...
-
     def sizes(self, kept: Mapping[str, int]) -> dict[str, int]: ...
 
     def cost(self, kind: str, kept: Mapping[str, int]) -> int: ...
@@ -52,44 +49,60 @@ class ModelBudget(Protocol):
 
     def fits(self, kept: Mapping[str, int]) -> bool: ...
 
-    def fits_real(self, kept: Mapping[str, float]) -> bool: ...
-
     def meets(self, kept: Mapping[str, int]) -> bool: ...
-
-    def clip(self, kept: Mapping[str, Number]) -> dict[str, Number]: ...
-
-    def project(self, wished: Mapping[str, float]) -> Allocation: ...
 
     def counts(self, wished: Mapping[str, float]) -> dict[str, int]: ...
 
-    def binding(self, kept: Mapping[str, int]) -> str: ...
-
     def prices(self, kept: Mapping[str, int]) -> dict[str, float]: ...
-
-    def rows(self, kept: Mapping[str, int]) -> list[dict[str, Any]]: ...
 
     def widened(self, factor: float) -> ModelBudget: ...
 
+    def _relaxed(self, wished: Mapping[str, float]) -> dict[str, float]: ...
 
-def fits_real(budget: ModelBudget, kept: Mapping[str, float]) -> bool:
-    """Whether real numbers meet every limit."""
-    return all(budget.real_cost(limit.kind, kept) <= limit.ceiling for limit in budget.limits)
+    def to_json(self) -> dict[str, str]:
+        """The limits as text, by kind."""
+        return {kind: str(value) for kind, value in self.asked.items()}
 
+    def project(self, wished: Mapping[str, float]) -> Allocation:
+        """The densities nearest to `wished` in proportion that use up the tightest limit (real numbers).
 
-def clip(terms: Iterable[Term], kept: Mapping[str, Number]) -> dict[str, Number]:
-    """`kept` brought within the bounds of each term."""
-    return {term.name: min(max(kept[term.name], term.lower), term.upper) for term in terms}
+        Args:
+            wished: name -> density or any non-negative weight; only proportions matter.
+        Raises:
+            BudgetError: the budget is not tied to a model yet.
+            UsageError: a layer or group is missing, unknown, negative or nan.
+        """
+        relaxed, total = self._relaxed(wished), {term.name: term.total for term in self.terms}
+        return Allocation({name: relaxed[name] / total[name] for name in total}, total)
 
+    def fits_real(self, kept: Mapping[str, float]) -> bool:
+        """Whether real numbers meet every limit."""
+        return all(self.real_cost(limit.kind, kept) <= limit.ceiling for limit in self.limits)
 
-def allocation(terms: Iterable[Term], kept: Mapping[str, float]) -> Allocation:
-    """The densities of real numbers of weights or channels."""
-    total = {term.name: term.total for term in terms}
-    return Allocation({name: kept[name] / total[name] for name in total}, total)
+    def clip(self, kept: Mapping[str, Number]) -> dict[str, Number]:
+        """`kept` brought within the bounds of each term."""
+        return {term.name: min(max(kept[term.name], term.lower), term.upper) for term in self.terms}
 
+    def binding(self, kept: Mapping[str, int]) -> str:
+        """The kind of the limit that `kept` is nearest to using up."""
+        return max(self.limits, key=lambda limit: self.cost(limit.kind, kept) / max(limit.ceiling, 1)).kind
 
-def binding(budget: ModelBudget, kept: Mapping[str, int]) -> str:
-    """The kind of the limit that `kept` is nearest to using up."""
-    return max(budget.limits, key=lambda limit: budget.cost(limit.kind, kept) / max(limit.ceiling, 1)).kind
+    def rows(self, kept: Mapping[str, int]) -> list[dict[str, Any]]:
+        """One row for each limit: `{kind, asked, limit, achieved, met}`; sparsity as a fraction."""
+        table = []
+        for limit in self.limits:
+            cost = self.cost(limit.kind, kept)
+            sparsity = limit.kind == "sparsity"
+            table.append(
+                {
+                    "kind": limit.kind,
+                    "asked": str(limit.asked),
+                    "limit": float(Amount.read(limit.kind, limit.asked).value) if sparsity else limit.ceiling,
+                    "achieved": 1 - cost / self.total if sparsity else cost,
+                    "met": cost <= limit.ceiling,
+                }
+            )
+        return table
 
 
 def widened(limits: Iterable[Limit], factor: float, budget: ModelBudget, fixed_bytes: int) -> tuple[Limit, ...]:
@@ -122,24 +135,6 @@ def check_floors(budget: ModelBudget, need: str) -> None:
                 f"{limit.kind}={limit.asked} allows {limit.ceiling:,} {unit(limit.kind)}; {need} {cost:,}. "
                 f"Nearest that can be met: {nearest(budget, least)}."
             )
-
-
-def rows(budget: ModelBudget, kept: Mapping[str, int]) -> list[dict[str, Any]]:
-    """One row for each limit: `{kind, asked, limit, achieved, met}`; sparsity as a fraction, the rest whole numbers."""
-    table = []
-    for limit in budget.limits:
-        cost = budget.cost(limit.kind, kept)
-        sparsity = limit.kind == "sparsity"
-        table.append(
-            {
-                "kind": limit.kind,
-                "asked": str(limit.asked),
-                "limit": float(Amount.read(limit.kind, limit.asked).value) if sparsity else limit.ceiling,
-                "achieved": 1 - cost / budget.total if sparsity else cost,
-                "met": cost <= limit.ceiling,
-            }
-        )
-    return table
 
 
 def nearest(budget: ModelBudget, kept: Mapping[str, int], moved: str = "") -> str:

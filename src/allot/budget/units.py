@@ -11,19 +11,8 @@ from fractions import Fraction
 from allot.errors import BudgetError, UsageError
 
 KINDS = ("sparsity", "params", "macs", "bytes", "latency")
-_UNITS = {
-    "": 1,
-    "k": 10**3,
-    "m": 10**6,
-    "g": 10**9,
-    "b": 1,
-    "kb": 10**3,
-    "mb": 10**6,
-    "gb": 10**9,
-    "kib": 2**10,
-    "mib": 2**20,
-    "gib": 2**30,
-}
+_COUNTS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
+_UNITS = _COUNTS | {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _NANOSECONDS = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
 
 

@@ -129,8 +129,7 @@ def export_run(
     except (AllotError, OSError):
         raise
     except Exception as error:  # a model may raise whatever it likes
-        reason = first_line(error)
-        raise UsageError(f"{type(dense).__name__} cannot be exported to {to}: {reason}") from error
+        raise UsageError(f"{type(dense).__name__} cannot be exported to {to}: {first_line(error)}") from error
 
 
 def _export_run(
@@ -158,7 +157,9 @@ def _export_run(
         else:
             exported = _form(dense, masked, run, example, to, place)
         wanted, error = _compared(exported, masked, example)
-        macs = _macs(exported.model, example, layers) if exported.macs is None else exported.macs
+        macs = exported.macs
+        if macs is None:
+            macs = sum(_layer_macs(exported.model, example, layers).values())
         if to in ("slim", *FORMS) and (run / SLIM).exists() and macs != report["macs"]["sparse"]:
             promised = f"{report['macs']['sparse']:,}"
             raise VerificationError(f"{exported.file.name} takes {macs:,} MACs; the run promised {promised}.")
@@ -166,6 +167,8 @@ def _export_run(
         if probed:
             save_probe(exported.file, to, exported.sparse, example, wanted, run)
         file = target / exported.file.relative_to(place) if target and place else exported.file
+    for_dense, for_sparse = cloned(example), cloned(example)
+    taken = side_by_side(lambda: exported.dense.run(for_dense), lambda: exported.sparse.run(for_sparse))
     resolved, home = file.resolve(), run.resolve()
     return {
         "form": to,
@@ -178,16 +181,8 @@ def _export_run(
         "params": sum(p.numel() for p in exported.model.parameters()),
         "dense_params": sum(p.numel() for p in dense.parameters()),
         "macs": macs,
-        "dense_macs": _macs(dense, example, layers),
+        "dense_macs": sum(_layer_macs(dense, example, layers).values()),
         "error": error,
-        **_times(exported, example),
-    }
-
-
-def _times(exported: ExportedModel, example: Any) -> dict[str, Any]:
-    for_dense, for_sparse = cloned(example), cloned(example)
-    taken = side_by_side(lambda: exported.dense.run(for_dense), lambda: exported.sparse.run(for_sparse))
-    return {
         "milliseconds": {"dense": 1000 * taken.dense, "sparse": 1000 * taken.sparse},
         "faster": taken.faster,
         "spread": list(taken.spread),
@@ -230,8 +225,7 @@ def _file_of_run(dense: nn.Module, run: Path, to: str, place: Path | None) -> Ex
     file = _copied_file(run, to, place)
     sparse = load_into(dense, file)
     opened_dense = Opened.module(dense, (run / PLAIN).stat().st_size)
-    tolerance = SLIM_TOLERANCE if to == "slim" else 0.0
-    return ExportedModel(file, opened_with(sparse, file), opened_dense, sparse, tolerance)
+    return ExportedModel(file, opened_with(sparse, file), opened_dense, sparse, SLIM_TOLERANCE if to == "slim" else 0.0)
 
 
 def _form(dense: nn.Module, masked: nn.Module, run: Path, example: Any, to: str, place: Path) -> ExportedModel:
@@ -253,8 +247,7 @@ def _csr(dense: nn.Module, masked: nn.Module, run: Path, names: list[str], examp
     try:
         attempt(sparse, cloned(example), {})
     except Exception as error:  # fused kernels, like those of a transformer's encoder, take no sparse weights
-        reason = first_line(error)
-        raise UsageError(f"{type(dense).__name__} does not run with sparse rows: {reason}") from error
+        raise UsageError(f"{type(dense).__name__} does not run with sparse rows: {first_line(error)}") from error
     nonzero = {name: int(torch.count_nonzero(layers[name].weight)) / layers[name].weight.numel() for name in chosen}
     macs = sum(round(nonzero.get(name, 1) * count) for name, count in _layer_macs(masked, example, names).items())
     opened_dense = Opened.module(dense, (run / PLAIN).stat().st_size)
@@ -282,8 +275,7 @@ def _semi_structured(
     speedups = time_converted(linear_layers(copy, names), copy, example, semi_structured)
     chosen = [name for name, speedup in speedups.items() if speedup.pays]
     sparse = converted(copy, chosen, semi_structured)
-    counted = _layer_macs(masked, example, names)
-    macs = sum(count // 2 if name in chosen else count for name, count in counted.items())
+    macs = sum(count // 2 if name in chosen else count for name, count in _layer_macs(masked, example, names).items())
     opened, opened_dense = Opened.module(sparse, file.stat().st_size), Opened.module(half, (run / PLAIN).stat().st_size)
     note = _conversion_note("2:4 on the GPU", speedups, chosen)
     return ExportedModel(file, opened, opened_dense, masked, HALF_TOLERANCE, macs, note), example, masked
@@ -323,12 +315,8 @@ def _copied_file(run: Path, to: str, out: Path | None) -> Path:
     return out / SLIM
 
 
-def _macs(model: nn.Module, example: Any, names: list[str]) -> int:
-    """Multiply-accumulates of these layers, counted while the model runs."""
-    return sum(_layer_macs(model, example, names).values())
-
-
 def _layer_macs(model: nn.Module, example: Any, names: list[str]) -> dict[str, int]:
+    """Multiply-accumulates of these layers, counted while the model runs."""
     scope = Scope.of(model)
     in_scope = {layer.name: layer for layer in scope}
     shapes = shapes_of(model)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from allot.methods.training.selection import allocated
 from allot.methods.training.trial import Trial
@@ -38,10 +37,8 @@ class Auto:
     parallel = True
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
-        """No allocation tried."""
         steps = len(self.among) * self.trial.steps(problem, candidate)
-        answers: dict[str, Any] | None = {} if problem.inputs().repeats() else None
-        return {"step": 0, "steps": steps, "tried": {}, "answers": answers}
+        return {"step": 0, "steps": steps, "tried": {}, "answers": {} if problem.inputs().repeats() else None}
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         """One calibration batch of the trial of one allocation after the other, or whole trials (`Trial.try_first`)."""

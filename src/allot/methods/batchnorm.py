@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,30 +42,21 @@ class BatchNorm:
     streams = "passes"
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
-        """No batch seen."""
-        return {
-            "step": 0,
-            "steps": problem.inputs().batches if any(_tracking_norms(problem.model)) else 0,
-            "moments": {},
-        }
+        steps = problem.inputs().batches if any(_tracking_norms(problem.model)) else 0
+        return {"step": 0, "steps": steps, "moments": {}}
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
-        """One calibration batch."""
         inputs, samples = problem.inputs().batch(state["step"])
         tensors = candidate.effective(problem)
         pooled = state["moments"]
 
-        def watch(name: str) -> Any:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                moments = Moments.of((*args, *kwargs.values())[0].movedim(1, -1))
-                pooled[name] = (Moments(**pooled[name]) + moments if name in pooled else moments).to_state()
-
-            return hook
+        def pool(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            moments = Moments.of((*args, *kwargs.values())[0].movedim(1, -1))
+            pooled[name] = (Moments(**pooled[name]) + moments if name in pooled else moments).to_state()
 
         with ExitStack() as stack, torch.no_grad():
             for name, module in _tracking_norms(problem.model):
-                handle = module.register_forward_pre_hook(watch(name), with_kwargs=True)
-                stack.callback(handle.remove)
+                stack.callback(module.register_forward_pre_hook(partial(pool, name), with_kwargs=True).remove)
                 for buffer, value in module.named_buffers(prefix=name, recurse=False):
                     tensors[buffer] = value.clone()  # the pass writes to it
             try:
@@ -77,7 +69,6 @@ class BatchNorm:
         return {"forward": samples, "backward": 0}
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
-        """The candidate with new running statistics."""
         tensors = dict(candidate.tensors)
         for name, module in _tracking_norms(problem.model):
             if name in state["moments"]:

@@ -9,19 +9,18 @@ sensitivity   from the dense net, in rounds of equal cost: for each group just e
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
-from collections.abc import Mapping
+from bisect import bisect_right
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 
 from allot.budget.channels import ChannelBudget, channel_budget
+from allot.budget.costs import Term
 from allot.errors import check_number
 from allot.methods.training.channel_gates import gated
 from allot.methods.training.distillation import Training
-from allot.methods.training.selection import CollectedEvidence, allocated, importance
+from allot.methods.training.selection import CollectedEvidence, allocated, importance, ranked_together
 from allot.processes import one_per_process
 from allot.run.problem import Candidate, Metrics, Problem
 from allot.run.store import State
@@ -41,11 +40,9 @@ class GlobalChannels:
     allocates = ("channels",)
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
-        """No group scored."""
         return {"step": 0, "steps": len(problem.scope.groups), "score": {}, "squares": {}}
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
-        """Score one group."""
         group = problem.scope.groups[state["step"]]
         evidence = CollectedEvidence(problem, candidate, state["squares"])
         state["score"][group.name] = importance(problem, group, evidence)
@@ -53,20 +50,9 @@ class GlobalChannels:
         return {"forward": evidence.forward, "backward": evidence.backward}
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
-        """The candidate that keeps of each group as many channels as are among the highest."""
-        names = sorted(state["score"])
-        owner = torch.cat([torch.full((len(state["score"][name]),), i) for i, name in enumerate(names)])
-        order = torch.cat([state["score"][name] for name in names]).argsort(descending=True, stable=True)
-        ranked = owner[order]
-        budget = channel_budget(problem.budget)
-
-        def counts(r: int) -> dict[str, int]:
-            kept = torch.bincount(ranked[:r], minlength=len(names)).tolist()
-            return budget.clip(dict(zip(names, kept, strict=True)))
-
-        r = bisect_left(range(1, len(ranked) + 1), True, key=lambda r: not budget.fits(counts(r)))
         total = candidate.allocation.total
-        return allocated(candidate, budget.counts({name: k / total[name] for name, k in counts(r).items()}))
+        kept = ranked_together(problem.budget, state["score"])
+        return allocated(candidate, problem.budget.counts({name: k / total[name] for name, k in kept.items()}))
 
 
 @dataclass(frozen=True)
@@ -160,18 +146,14 @@ class Sensitivity:
         if height <= 1:
             return []
         drop = state["drop"]
+
+        def proposals_of(term: Term) -> list[list[Any]]:
+            levels = budget.levels(term, kept[term.name])
+            low = bisect_right(levels, height - drop, key=lambda fewer: budget.height({**kept, term.name: fewer}))
+            return [[term.name, levels[low - 1]]] if low else []
+
         while drop > 1e-9:
-            proposals = []
-            for term in budget.terms:
-                levels = budget.levels(term, kept[term.name])
-                low = bisect_right(levels, height - drop, key=partial(_height_with, budget, kept, term.name))
-                if low:
-                    proposals.append([term.name, levels[low - 1]])
-            if proposals:
+            if proposals := [proposal for term in budget.terms for proposal in proposals_of(term)]:
                 return proposals
             drop /= 2  # no group alone can save that much any more
         return []
-
-
-def _height_with(budget: ChannelBudget, kept: Mapping[str, int], name: str, fewer: int) -> float:
-    return budget.height({**kept, name: fewer})

@@ -35,13 +35,10 @@ class Distill:
     parallel = True
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
-        """The candidate's weights as they are."""
         return distilling(self.training, problem, candidate)
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
-        """One calibration batch."""
         return distil(self.training, self.schedule, problem, candidate, state)
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
-        """The candidate with trained tensors, and the masks of the last step."""
         return distilled(self.training, problem, candidate, state)

@@ -127,7 +127,8 @@ class Dsa:
         start = channel_budget(problem.budget).project({group.name: 1.0 for group in problem.scope.groups})
         least, top = self._bounds(problem)
         alpha = torch.tensor([start[group.name] for group in problem.scope.groups], dtype=torch.float64)
-        a = _logit(((alpha - least) / (top - least).clamp_min(1e-9)).clamp(1e-3, 1 - 1e-3))
+        inside = ((alpha - least) / (top - least).clamp_min(1e-9)).clamp(1e-3, 1 - 1e-3)
+        a = (inside / (1 - inside)).log()
         return {
             "place": self.places(problem, evidence),
             "a": a,
@@ -191,8 +192,7 @@ class Dsa:
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         """The candidate with whole numbers of channels; the path of the densities goes to the report."""
-        names = [group.name for group in problem.scope.groups]
-        report = {"groups": names, "densities": state["moved"]}
+        report = {"groups": [group.name for group in problem.scope.groups], "densities": state["moved"]}
         return allocated(candidate, self.counts(problem, state), {"dsa": report})
 
     def counts(self, problem: Problem, state: State) -> dict[str, int]:
@@ -304,8 +304,7 @@ def padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
     >>> padded([torch.ones(1), torch.ones(2)])[1].tolist()
     [[1.0, 0.0], [1.0, 1.0]]
     """
-    width = max(map(len, rows))
-    table, filled = torch.zeros(2, len(rows), width, dtype=torch.float64).unbind()
+    table, filled = torch.zeros(2, len(rows), max(map(len, rows)), dtype=torch.float64).unbind()
     for k, row in enumerate(rows):
         table[k, : len(row)], filled[k, : len(row)] = row, 1.0
     return table, filled
@@ -351,13 +350,8 @@ def projected(costs: Costs, wished: Tensor, least: Tensor, top: Tensor) -> Tenso
 def _place(score: Tensor, space: str) -> Tensor:
     """X of importances, which tau is a threshold on; of equal ones the lower index is larger."""
     if space == "log":
-        floor = score.max().clamp_min(1e-30) * 1e-6
-        return score.clamp_min(floor).log()
+        return score.clamp_min(score.max().clamp_min(1e-30) * 1e-6).log()
     order = score.argsort(stable=True, descending=True)
     rank = torch.empty(len(score), dtype=torch.float64)
     rank[order] = torch.arange(len(score) - 1, -1, -1, dtype=torch.float64)
     return (rank + 0.5) / len(score) * 4 - 2
-
-
-def _logit(fraction: Tensor) -> Tensor:
-    return (fraction / (1 - fraction)).log()

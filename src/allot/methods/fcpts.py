@@ -46,7 +46,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -113,8 +112,8 @@ class Fcpts:
             check_number(name, getattr(self, name), 0)
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
-        """Before the first step of the start."""
-        return _first_state(self, problem, candidate)
+        start = self.start.init(problem, candidate)
+        return {"step": 0, "steps": start["steps"] + self.training.steps, "start": start}
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         """One step of the start, or one calibration batch."""
@@ -147,12 +146,12 @@ class Fcpts:
         return metrics | allocation | {"forward": metrics["forward"] + evidence.forward}
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
-        """The candidate with the learned allocation, its masks, and trained tensors."""
         p = problem.budget.prices(state["kept"])
         signals = {
             word: {l: state[x][l] / p[l] for l in p if p[l]} for word, x in (("gain", "a"), ("sensitivity", "b"))
         }
-        return _learned_candidate(self, "fcpts", problem, candidate, state, signals)
+        diagnostics = state["started"] | {"fcpts": {"trajectory": state["trajectory"], **signals}}
+        return distilled(self.training, problem, allocated(candidate, state["kept"], diagnostics), state)
 
     def _begin_training(self, problem: Problem, candidate: Candidate, state: State) -> State:
         started = self.start.finish(problem, candidate, state["start"])
@@ -258,7 +257,8 @@ class FcptsPaper:
         """
         if problem.score is not magnitude:
             raise UsageError("fcpts-paper has thresholds on magnitudes: use --score magnitude, or --method fcpts.")
-        return _first_state(self, problem, candidate)
+        start = self.start.init(problem, candidate)
+        return {"step": 0, "steps": start["steps"] + self.training.steps, "start": start}
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         """One step of the start, or one calibration batch."""
@@ -312,8 +312,9 @@ class FcptsPaper:
         state["masks"] = self.training.select(
             problem, state["training"], CollectedEvidence(problem, candidate, {}), state["kept"]
         )
-        at_end = {"threshold": {l: float(t) for l, t in thresholds(shift).items()}}
-        return _learned_candidate(self, "fcpts-paper", problem, candidate, state, at_end)
+        report = {"trajectory": state["trajectory"], "threshold": {l: float(t) for l, t in thresholds(shift).items()}}
+        diagnostics = state["started"] | {"fcpts-paper": report}
+        return distilled(self.training, problem, allocated(candidate, state["kept"], diagnostics), state)
 
     def _begin_training(self, problem: Problem, candidate: Candidate, state: State) -> State:
         started = self.start.finish(problem, candidate, state["start"])
@@ -384,20 +385,3 @@ def _threshold_scale(magnitudes: Tensor) -> float:
     """M_l, the largest threshold; from a quartile, which one outlier does not move."""
     x = _evenly_spaced(magnitudes)
     return max(1.0, 10 * float(torch.quantile(x[x > 0], 0.75))) if bool((x > 0).any()) else 1.0
-
-
-def _first_state(method: Fcpts | FcptsPaper, problem: Problem, candidate: Candidate) -> State:
-    start = method.start.init(problem, candidate)
-    return {"step": 0, "steps": start["steps"] + method.training.steps, "start": start}
-
-
-def _learned_candidate(
-    method: Fcpts | FcptsPaper,
-    name: str,
-    problem: Problem,
-    candidate: Candidate,
-    state: State,
-    report: Mapping[str, Any],
-) -> Candidate:
-    diagnostics = {**state["started"], name: {"trajectory": state["trajectory"], **report}}
-    return distilled(method.training, problem, allocated(candidate, state["kept"], diagnostics), state)

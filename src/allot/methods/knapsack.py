@@ -65,7 +65,6 @@ class Knapsack:
         object.__setattr__(self, "densities", densities)
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
-        """Nothing measured."""
         return {
             "step": 0,
             "steps": len(problem.scope) * len(self.densities),
@@ -85,8 +84,7 @@ class Knapsack:
             kept = min(max(round(self.densities[j] * layer.total / step) * step, fewest), most)
             weight = problem.dense[layer.name]
             mask = problem.pattern.mask(layer, scored(problem, layer, weight, evidence), kept)
-            pruned = {layer.name: masked(weight, mask)}
-            loss, forward = self.training.judge(problem, pruned, 0, state["answers"])
+            loss, forward = self.training.judge(problem, {layer.name: masked(weight, mask)}, 0, state["answers"])
             return layer.name, kept / layer.total, loss, forward
 
         if not state["step"]:  # the sums that the score asks for are collected once

@@ -63,7 +63,7 @@ class LeastSquares:
             return self._find_order(problem, candidate, state)
         name = state["order"][state["step"] - 1]
         scope = replace(problem.scope, layers=(problem.scope[name],))
-        bias = biases_of(problem.model, scope).get(name)
+        bias, part = biases_of(problem.model, scope).get(name, ("", slice(0)))
         current = replace(candidate, tensors={**candidate.tensors, **state["tensors"]})
         targets: list[Tensor] = []
         applied: list[Apply] = []
@@ -76,24 +76,19 @@ class LeastSquares:
                 with watched_layers(problem.model, scope, lambda _, apply, output: applied.append(apply)):
                     call(problem.model, current.effective(problem), inputs)
                 forward += 2 * samples
-        mask = candidate.masks[name]
-        weight = current.effective(problem)[name]
-        value = None
-        if bias:
-            value = current.tensors.get(bias[0], problem.dense[bias[0]])[bias[1]]
+        parameter = current.tensor(problem, bias) if bias else None
         # a tied weight may be used beside several biases, and a layer more often in one net than in the other
         if len(targets) == len(applied) and not (bias and scope.layers[0].aliases):
-            weight, value = _refitted(applied, targets, weight, value, mask, self.iterations)
+            weight, value = current.effective(problem)[name], None if parameter is None else parameter[part]
+            weight, value = _refitted(applied, targets, weight, value, candidate.masks[name], self.iterations)
             state["tensors"][name] = weight
-            if bias and value is not None:
-                parameter = current.tensors.get(bias[0], problem.dense[bias[0]]).clone()
-                parameter[bias[1]] = value
-                state["tensors"][bias[0]] = parameter
+            if parameter is not None and value is not None:
+                state["tensors"][bias] = parameter.clone()
+                state["tensors"][bias][part] = value
         state["step"] += 1
         return {"forward": forward, "backward": 0}
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
-        """The candidate with refitted weights and biases."""
         return replace(candidate, tensors={**candidate.tensors, **state["tensors"]})
 
     def _find_order(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
@@ -116,19 +111,20 @@ def _refitted(
     dtype = targets[0].dtype
     W, b = weight.to(dtype), None if bias is None else bias.to(dtype)
 
+    def outputs(leaves: list[Tensor]) -> list[Tensor]:
+        return [apply(leaves[0], None if b is None else leaves[1]) for apply in applied]
+
     def transposed(r: list[Tensor]) -> list[Tensor]:
         """A^T r, at kept weights."""
-        w = torch.zeros_like(W, requires_grad=True)
-        leaves = [w] if b is None else [w, torch.zeros_like(b, requires_grad=True)]
+        leaves = [torch.zeros_like(value, requires_grad=True) for value in x]
         with torch.enable_grad():
-            parts = [(apply(*_padded(leaves)) * part).sum() for apply, part in zip(applied, r, strict=True)]
-            product = torch.stack(parts).sum()
-            gradients = list(torch.autograd.grad(product, leaves))
+            product = torch.stack([(y * part).sum() for y, part in zip(outputs(leaves), r, strict=True)]).sum()
+            gradients = torch.autograd.grad(product, leaves)
         return [masked(gradients[0], mask), *gradients[1:]]
 
     def forward(leaves: list[Tensor]) -> list[Tensor]:
         with torch.no_grad():
-            return [apply(*_padded(leaves)) for apply in applied]
+            return outputs(leaves)
 
     x = [W] if b is None else [W, b]
     r = [y - z for y, z in zip(targets, forward(x), strict=True)]
@@ -148,10 +144,6 @@ def _refitted(
     if not all(bool(torch.isfinite(value).all()) for value in x):
         return weight, bias
     return x[0].to(weight.dtype), None if bias is None else x[1].to(bias.dtype)
-
-
-def _padded(leaves: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-    return leaves[0], leaves[1] if len(leaves) > 1 else None
 
 
 def _dot(one: list[Tensor], other: list[Tensor]) -> float:

@@ -56,10 +56,8 @@ class OutputMoments:
         check_number("limit", self.limit, 1)
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
-        """No batch seen."""
         shiftable = list(biases_of(problem.model, problem.scope))
-        steps = 2 * problem.inputs().batches
-        return {"step": 0, "steps": steps, "shiftable": shiftable, "dense": {}, "sparse": {}}
+        return {"step": 0, "steps": 2 * problem.inputs().batches, "shiftable": shiftable, "dense": {}, "sparse": {}}
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         """One calibration batch: through the dense net in the first pass, through the sparse one in the second."""
@@ -84,7 +82,6 @@ class OutputMoments:
         return {"forward": samples, "backward": 0}
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
-        """The candidate with scaled rows and shifted biases."""
         tensors = dict(candidate.tensors)
         biases = biases_of(problem.model, problem.scope)
 

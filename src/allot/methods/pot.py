@@ -65,21 +65,16 @@ class WeightMoments:
         check_number("limit", self.limit, 1)
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
-        """No layer done."""
         return {"step": 0, "steps": len(problem.scope), "tensors": {}}
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
-        """One layer."""
         layer = problem.scope.layers[state["step"]]
-        w = candidate.tensors.get(layer.name, problem.dense[layer.name])
-        state["tensors"][layer.name] = layer.unmatrix(
-            self.matched(layer.matrix(w), layer.matrix(candidate.masks[layer.name]))
-        ).contiguous()
+        w, m = candidate.tensor(problem, layer.name), candidate.masks[layer.name]
+        state["tensors"][layer.name] = layer.unmatrix(self.matched(layer.matrix(w), layer.matrix(m))).contiguous()
         state["step"] += 1
         return {"forward": 0, "backward": 0}
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
-        """The candidate with new weights."""
         return replace(candidate, tensors={**candidate.tensors, **state["tensors"]})
 
     def matched(self, w: Tensor, m: Tensor) -> Tensor:
@@ -125,11 +120,9 @@ class Layerwise:
             raise unknown("inputs", str(self.inputs), INPUTS)
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
-        """The candidate's weights as they are."""
         return {"step": 0, "steps": self.steps, "training": self._training().begin(problem, candidate)}
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
-        """One calibration batch."""
         training = state["training"]
         inputs, samples = problem.inputs().batch(state["step"])
         targets: dict[str, list[Tensor]] = {}
@@ -158,17 +151,15 @@ class Layerwise:
                 }
                 with watched_layers(problem.model, problem.scope, compare):
                     call(problem.model, {n: v.to(problem.dense[n].dtype) for n, v in current.items()}, inputs)
-        gradients = dict(
-            zip(sorted(gradients), all_reduce([gradients[name] for name in sorted(gradients)]), strict=True)
-        )
-        self._training().update(training, gradients)
+        names = sorted(gradients)
+        summed = all_reduce([gradients[name] for name in names])
+        self._training().update(training, dict(zip(names, summed, strict=True)))
         state["step"] += 1
         every_loss = [loss for of_layer in losses.values() for loss in of_layer]
         loss = all_reduce_number(sum(every_loss)) / max(len(every_loss), 1)
         return {"loss": loss, "forward": samples * (1 if dense else 2), "backward": 0}
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
-        """The candidate with trained weights and biases."""
         return replace(candidate, tensors=self._training().tensors(problem, candidate, state["training"]))
 
     def _training(self) -> Training:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from allot.methods.training.selection import ranked_together
 from allot.run.problem import Problem
 from allot.run.scores import lamp_score
 
@@ -43,7 +42,6 @@ class Given:
     wished: Mapping[str, float]
 
     def __call__(self, problem: Problem) -> Mapping[str, float]:
-        """The wished densities, for `Rule`."""
         return self.wished
 
 
@@ -69,25 +67,7 @@ def global_normalised(problem: Problem) -> dict[str, float]:
 
 
 def _survivor_densities(problem: Problem, score: Callable[[Tensor], Tensor]) -> dict[str, float]:
-    """Densities of the layers when all weights of the net are ranked together.
-
-        k_l = #{i in layer l : s_i among the r highest scores of the net},   r as large as the budget allows
-
-    Equal scores go to the layer first by name, then to the lower index. Bounds of a layer cut its k_l: r makes up for
-    the weights that this frees or takes, and `Budget.counts` for the last rounding.
-    """
-    layers = sorted(problem.scope, key=lambda layer: layer.name)
-    scores = [score(problem.dense[layer.name].flatten().cpu().double()) for layer in layers]
-    owner = torch.repeat_interleave(
-        torch.arange(len(layers), dtype=torch.int32), torch.tensor([layer.total for layer in layers])
-    )
-    ranked = owner[torch.cat(scores).argsort(descending=True, stable=True)]  # [N], the layer of each weight, best first
-
-    def counts(r: int) -> dict[str, int]:
-        kept = torch.bincount(ranked[:r], minlength=len(layers)).tolist()
-        return {layer.name: k for layer, k in zip(layers, kept, strict=True)}
-
-    budget = problem.budget
-    r = bisect_left(range(1, len(ranked) + 1), True, key=lambda r: not budget.fits(budget.clip(counts(r))))
-    kept = budget.clip(counts(r))
-    return {layer.name: kept[layer.name] / layer.total for layer in layers}
+    """Densities of the layers when all weights of the net are ranked together; `Budget.counts` rounds them."""
+    scores = {layer.name: score(problem.dense[layer.name].flatten().cpu().double()) for layer in problem.scope}
+    kept = ranked_together(problem.budget, scores)
+    return {layer.name: kept[layer.name] / layer.total for layer in problem.scope}

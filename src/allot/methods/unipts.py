@@ -85,11 +85,9 @@ class Unipts:
             raise unknown("growth", str(self.growth), GROWTH)
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
-        """The candidate's weights as they are."""
         return distilling(self.training, problem, candidate)
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
-        """One calibration batch."""
         t, T = state["step"], state["steps"]
 
         def select(evidence: Evidence, kept: Mapping[str, int]) -> dict[str, Tensor]:
@@ -106,7 +104,6 @@ class Unipts:
         return metrics
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
-        """The candidate with trained tensors, and the masks of the last step."""
         return distilled(self.training, problem, candidate, state)
 
     def _mask(self, problem: Problem, state: State, l: Layer, evidence: Evidence, kept: int) -> Tensor:

@@ -18,10 +18,8 @@ search.
     generation g: parents are the best of all that were tried (the best is never lost);
               crossover takes each gene from one of two of them; mutation changes genes with probability `mutation`
 
-`Search` as `unipts-search` has one start, the densities that a short FCPTS learns, and stops there: one individual
-needs no trial. With more starts and `generations` it searches further; at the sparsities where allocation matters,
-trials of 16 steps cannot distinguish individuals, and chose worse (docs/methods/unipts.md). As `unipts-paper` it has
-the paper's schedule: 25 individuals, 25 generations, no training in the fitness.
+`unipts-search` has one start, the densities that a short FCPTS learns, and stops there: one individual needs no trial,
+and trials of 16 steps chose worse (docs/methods/unipts.md). `unipts-paper` has the paper's schedule.
 
 Differences from the authors' code:
     - the fitness is the KL to the dense net on held-out samples; there, top-1 on those that are trained on later;
@@ -123,7 +121,6 @@ class Search:
             raise unknown("change", str(self.change), MUTATIONS)
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
-        """Nothing tried."""
         train = self._problem_of_starts(problem)
         allocating = sum(method.init(train, candidate)["steps"] for _, method in self.starts)
         individuals = max(self.population, len(self.starts)) + (self.crossovers + self.mutants) * self.generations
@@ -148,9 +145,8 @@ class Search:
         if not state["pool"]:
             self._populate(problem, state)
         forward = self._rank_weights(problem, candidate, state) if self.trial.one_shot and "order" not in state else 0
-        waiting = [
-            partial(self._individual, problem, candidate, state, state["pool"][i]["kept"]) for i in state["queue"]
-        ]
+        queued = [state["pool"][i]["kept"] for i in state["queue"]]
+        waiting = [partial(self._individual, problem, candidate, state, kept) for kept in queued]
         metrics, losses = self.trial.try_first(self._with_noise(problem), state, waiting, state["answers"])
         generation = state["generation"]
         for loss in losses:
@@ -197,8 +193,7 @@ class Search:
         """The first population: the starts as they are, then genomes at random."""
         base = self._base(problem.budget)
         for row in state["starts"]:
-            x = encoded(problem.budget, base, row["kept"])
-            self._add(state, row["name"], x, row["kept"])
+            self._add(state, row["name"], encoded(problem.budget, base, row["kept"]), row["kept"])
         draw = generator(problem.seed)
         for i in range(self.population - len(state["starts"])):
             x = torch.rand(len(base), generator=draw, dtype=torch.float64).tolist()
@@ -211,8 +206,7 @@ class Search:
             state["steps"] -= state["each"]
             return
         state["queue"].append(len(state["pool"]))
-        row = {"name": name, "x": x, "kept": kept, "generation": state["generation"], "losses": []}
-        state["pool"].append(row)
+        state["pool"].append({"name": name, "x": x, "kept": kept, "generation": state["generation"], "losses": []})
 
     def _fill_queue(self, problem: Problem, state: State) -> None:
         """Go to the next generation that has anything to try; after the last one the search ends."""
@@ -274,10 +268,8 @@ class Search:
     def _with_noise(self, problem: Problem) -> Problem:
         if not self.noise:
             return problem
-        calibration = problem.inputs()
-        return replace(
-            problem, calibration=replace(calibration, source=Noisy(calibration.source, self.noise, problem.seed))
-        )
+        noisy = Noisy(problem.inputs().source, self.noise, problem.seed)
+        return replace(problem, calibration=replace(problem.inputs(), source=noisy))
 
 
 def reduced(budget: ModelBudget, excess: float, *, relative: bool) -> dict[str, float]:
@@ -312,8 +304,7 @@ def decoded(budget: ModelBudget, base: Mapping[str, float], x: list[float]) -> d
 def equal_counts(problem: Problem) -> dict[str, float]:
     """The paper's start, a constant genome: every layer grows by the same number of weights."""
     budget = problem.budget
-    base = reduced(budget, EXCESS, relative=False)
-    kept = decoded(budget, base, [0.0] * len(budget.terms))
+    kept = decoded(budget, reduced(budget, EXCESS, relative=False), [0.0] * len(budget.terms))
     return {term.name: kept[term.name] / term.total for term in budget.terms}
 
 

@@ -50,8 +50,7 @@ def attach(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     for name, mask in masks.items():
         by_module = {id(place.module): place for place in by_name[name]}  # a shared module is one module
         for place in by_module.values():
-            parametrization = Mask(mask.to(place.parameter.device))
-            parametrize.register_parametrization(place.module, place.attribute, parametrization)
+            parametrize.register_parametrization(place.module, place.attribute, Mask(mask.to(place.parameter.device)))
     return model
 
 

@@ -47,7 +47,6 @@ class Norms(TorchFunctionMode):
         return other
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Replaces torch's batch norm in train mode; other functions run unchanged."""
         kwargs = kwargs or {}
         if func is not F.batch_norm:
             return func(*args, **kwargs)

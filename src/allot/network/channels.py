@@ -57,13 +57,8 @@ class ChannelPlan:
             if not kept_channels or not kept_channels <= set(range(group.total)):
                 raise UsageError(f"{group.name}: channels {sorted(kept_channels)[:5]} of {group.total} cannot be kept.")
             for member in group.members:
-                positions_removed = removed.setdefault((member.tensor, member.dim), set())
-                positions_removed.update(
-                    position
-                    for channel, positions in enumerate(member.places)
-                    if channel not in kept_channels
-                    for position in positions
-                )
+                places_removed = [at for channel, at in enumerate(member.places) if channel not in kept_channels]
+                removed.setdefault((member.tensor, member.dim), set()).update(*places_removed)
             for name, parts in group.attributes.items():
                 new_values = attributes.setdefault(name, {})
                 for attribute, per_channel in parts.items():
@@ -185,13 +180,13 @@ def _set_sizes(module: Any) -> None:
     """Set the attributes that hold a module's sizes, after its tensors changed."""
     weight = module._parameters.get("weight")
     if isinstance(module, nn.modules.conv._ConvNd) and weight is not None:
-        out, inside = (1, 0) if isinstance(module, nn.modules.conv._ConvTransposeNd) else (0, 1)
+        sides = weight.shape[0], weight.shape[1] * module.groups
         if module.groups > 1 and module.groups == module.in_channels == module.out_channels:
             module.groups = module.in_channels = module.out_channels = weight.shape[0]
         elif isinstance(module, nn.modules.conv._ConvTransposeNd):
-            module.in_channels, module.out_channels = weight.shape[0], weight.shape[out] * module.groups
+            module.in_channels, module.out_channels = sides
         else:
-            module.out_channels, module.in_channels = weight.shape[0], weight.shape[inside] * module.groups
+            module.out_channels, module.in_channels = sides
     elif isinstance(module, nn.Linear) and weight is not None:
         module.out_features, module.in_features = weight.shape
     elif isinstance(module, nn.modules.batchnorm._NormBase):
@@ -232,7 +227,6 @@ class FewerHeads(nn.Module):
         average_attn_weights: bool = True,  # noqa: FBT001, FBT002
         is_causal: bool = False,  # noqa: FBT001, FBT002
     ) -> tuple[Tensor, Tensor | None]:
-        """As `nn.MultiheadAttention.forward`."""
         batched = query.dim() == 3
         if not batched:
             query, key, value = (t.unsqueeze(0) for t in (query, key, value))

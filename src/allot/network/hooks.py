@@ -20,6 +20,8 @@ from allot.network.layers import ATTENTION_INPUTS, Layer, Place, Scope, places_b
 from allot.network.trees import map_tensors
 from allot.processes import all_gather
 
+Attention = nn.MultiheadAttention
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -65,28 +67,17 @@ def watched_inputs(model: nn.Module, scope: Scope, visit: Callable[[Layer, Tenso
     `squares` has the weight's shape. For a layer that is linear in its weight it is d/dw sum(forward(x^2; w)), which
     holds for every kernel, stride, padding and group; the module's own forward is used.
     """
-    busy: set[int] = set()
 
-    def plain(layer: Layer, place: Place) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            with _not_nested(module, busy) as first:
-                if first:
-                    visit(layer, _squared_inputs(place, args, kwargs))
+    def plain(layer: Layer, place: Place, args: Any, kwargs: Any, output: Any) -> None:
+        visit(layer, _squared_inputs(place, args, kwargs))
 
-        return hook
-
-    def attention(layers: Mapping[str, Layer]) -> Callable[..., None]:
-        def hook(module: nn.MultiheadAttention, args: Any, kwargs: Any, output: Any) -> None:
-            with _not_nested(module, busy) as first:
-                for attribute, layer in layers.items() if first else ():
-                    if attribute == "out_proj.weight":
-                        visit(layer, _column_squares(_out_proj_input(module, args, kwargs)).expand(layer.shape))
-                    else:
-                        parts = _projections(module, attribute, args, kwargs)
-                        rows = [_column_squares(x).expand(stop - start, -1) for start, stop, x in parts]
-                        visit(layer, torch.cat(rows))
-
-        return hook
+    def attention(module: Attention, layers: Mapping[str, Layer], args: Any, kwargs: Any, output: Any) -> None:
+        for attribute, layer in layers.items():
+            if attribute == "out_proj.weight":
+                visit(layer, _column_squares(_out_proj_input(module, args, kwargs)).expand(layer.shape))
+            else:
+                parts = _projections(module, attribute, args, kwargs)
+                visit(layer, torch.cat([_column_squares(x).expand(stop - start, -1) for start, stop, x in parts]))
 
     with _hooked_layers(model, scope, plain, attention):
         yield
@@ -103,47 +94,27 @@ def watched_outputs(model: nn.Module, scope: Scope, visit: Callable[[Layer, Mome
     output (the input projections of an attention without biases take no shift). Tied layers are not visited: a
     correction for one use may be wrong for the other.
     """
-    places = places_by_parameter(model)
-    busy: set[int] = set()
 
-    def plain(layer: Layer) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            rows = output.movedim(layer.output_dim, -1)
-            affine = visit(layer, Moments.of(rows))
-            if affine is None:
-                return None
-            scale, shift = (value.to(output) for value in affine)
-            return (rows * scale + shift).movedim(-1, layer.output_dim)
+    def plain(layer: Layer, place: Place, args: Any, kwargs: Any, output: Any) -> Any:
+        rows = output.movedim(layer.output_dim, -1)
+        affine = visit(layer, Moments.of(rows))
+        if affine is None:
+            return None
+        scale, shift = (value.to(output) for value in affine)
+        return (rows * scale + shift).movedim(-1, layer.output_dim)
 
-        return hook
+    def attention(module: Attention, layers: Mapping[str, Layer], args: Any, kwargs: Any, output: Any) -> Any:
+        if changed := _corrected_projections(module, layers, args, kwargs, visit):
+            output = torch.func.functional_call(module, changed, args, kwargs)
+        attended, weights = output
+        layer = layers.get("out_proj.weight")
+        affine = visit(layer, Moments.of(attended)) if layer else None
+        if affine is not None:
+            scale, shift = (value.to(attended) for value in affine)
+            attended = attended * scale + shift
+        return attended, weights
 
-    def attention(layers: Mapping[str, Layer]) -> Callable[..., Any]:
-        def hook(module: nn.MultiheadAttention, args: Any, kwargs: Any, output: Any) -> Any:
-            if id(module) in busy:
-                return None
-            changed = _corrected_projections(module, layers, args, kwargs, visit)
-            if changed:
-                busy.add(id(module))
-                try:
-                    output = torch.func.functional_call(module, changed, args, kwargs)
-                finally:
-                    busy.discard(id(module))
-            attended, weights = output
-            layer = layers.get("out_proj.weight")
-            affine = visit(layer, Moments.of(attended)) if layer else None
-            if affine is not None:
-                scale, shift = (value.to(attended) for value in affine)
-                attended = attended * scale + shift
-            return attended, weights
-
-        return hook
-
-    with ExitStack() as stack:
-        for layer, place in module_places(scope, places):
-            if not layer.aliases:
-                stack.enter_context(hooked(place.module, plain(layer)))
-        for module, layers in _attention_layers(model, scope, places):
-            stack.enter_context(hooked(module, attention({a: v for a, v in layers.items() if not v.aliases})))
+    with _hooked_layers(model, [layer for layer in scope if not layer.aliases], plain, attention):
         yield
 
 
@@ -157,68 +128,57 @@ def watched_layers(model: nn.Module, scope: Scope, visit: Callable[[Layer, Apply
     `apply(weight, bias)` returns the layer's output for the same inputs with another weight and bias `[rows]` (None:
     the layer's bias), shaped like `output`; for the input projections of an attention both are flat.
     """
-    busy: set[int] = set()
 
-    def plain(layer: Layer, place: Place) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            def apply(weight: Tensor, bias: Tensor | None) -> Tensor:
-                tensors = {place.attribute: weight} | ({} if bias is None else {"bias": bias})
-                return torch.func.functional_call(module, tensors, args, kwargs)
+    def plain(layer: Layer, place: Place, args: Any, kwargs: Any, output: Any) -> None:
+        def apply(weight: Tensor, bias: Tensor | None) -> Tensor:
+            tensors = {place.attribute: weight} | ({} if bias is None else {"bias": bias})
+            return torch.func.functional_call(place.module, tensors, args, kwargs)
 
-            with _not_nested(module, busy) as first:
-                if first:
-                    visit(layer, apply, output)
+        visit(layer, apply, output)
 
-        return hook
-
-    def attention(layers: Mapping[str, Layer]) -> Callable[..., None]:
-        def hook(module: nn.MultiheadAttention, args: Any, kwargs: Any, output: Any) -> None:
-            with _not_nested(module, busy) as first:
-                if not first:
-                    return
-                for attribute, layer in layers.items():
-                    if attribute == "out_proj.weight":
-                        parts = [(0, layer.rows, _out_proj_input(module, args, kwargs))]
-                        visit(layer, _projection_function(parts, module.out_proj.bias, flat=False), output[0])
-                        continue
-                    rows = _attention_rows(module, attribute, layer)
-                    bias_rows = None if module.in_proj_bias is None else module.in_proj_bias[rows]
-                    apply = _projection_function(_projections(module, attribute, args, kwargs), bias_rows)
-                    visit(layer, apply, apply(getattr(module, attribute), None))
-
-        return hook
+    def attention(module: Attention, layers: Mapping[str, Layer], args: Any, kwargs: Any, output: Any) -> None:
+        for attribute, layer in layers.items():
+            if attribute == "out_proj.weight":
+                parts = [(0, layer.rows, _out_proj_input(module, args, kwargs))]
+                visit(layer, _projection_function(parts, module.out_proj.bias, flat=False), output[0])
+                continue
+            rows = _attention_rows(module, attribute, layer)
+            bias_rows = None if module.in_proj_bias is None else module.in_proj_bias[rows]
+            apply = _projection_function(_projections(module, attribute, args, kwargs), bias_rows)
+            visit(layer, apply, apply(getattr(module, attribute), None))
 
     with _hooked_layers(model, scope, plain, attention):
         yield
 
 
 @contextmanager
-def _not_nested(module: nn.Module, busy: set[int]) -> Iterator[bool]:
-    """False where this hook made the module run again."""
-    if id(module) in busy:
-        yield False
-        return
-    busy.add(id(module))
-    try:
-        yield True
-    finally:
-        busy.discard(id(module))
-
-
-@contextmanager
 def _hooked_layers(
-    model: nn.Module,
-    scope: Scope,
-    plain: Callable[[Layer, Place], Callable[..., None]],
-    attention: Callable[[Mapping[str, Layer]], Callable[..., None]],
+    model: nn.Module, scope: Iterable[Layer], plain: Callable[..., Any], attention: Callable[..., Any]
 ) -> Iterator[None]:
-    """While open, the hooks that `plain` and `attention` make run after each layer."""
+    """While open, `plain` or `attention` runs after each layer, not in passes that it makes itself.
+
+    Args:
+        plain: called with (layer, place, args, kwargs, output); a result other than None replaces the output.
+        attention: called with (module, its layers by attribute, args, kwargs, output), likewise.
+    """
     places = places_by_parameter(model)
-    with ExitStack() as stack:
-        for layer, place in module_places(scope, places):
-            stack.enter_context(hooked(place.module, plain(layer, place)))
-        for module, layers in _attention_layers(model, scope, places):
-            stack.enter_context(hooked(module, attention(layers)))
+    busy: set[int] = set()
+
+    def guarded(react: Callable[..., Any], *subject: Any) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            if id(module) in busy:
+                return None
+            busy.add(id(module))
+            try:
+                return react(*subject, args, kwargs, output)
+            finally:
+                busy.discard(id(module))
+
+        return hook
+
+    hooks = [(place.module, guarded(plain, layer, place)) for layer, place in module_places(scope, places)]
+    attentions = _attention_layers(model, scope, places)
+    with hooked([*hooks, *((module, guarded(attention, module, layers)) for module, layers in attentions)]):
         yield
 
 
@@ -236,7 +196,7 @@ def _projection_function(parts: list[tuple[int, int, Tensor]], default: Tensor |
     return apply
 
 
-def _attention_rows(module: nn.MultiheadAttention, attribute: str, layer: Layer) -> slice:
+def _attention_rows(module: Attention, attribute: str, layer: Layer) -> slice:
     """The part of in_proj_bias that belongs to an input projection."""
     start = max(ATTENTION_INPUTS.index(attribute) - 1, 0) * module.embed_dim
     return slice(start, start + layer.rows)
@@ -245,30 +205,25 @@ def _attention_rows(module: nn.MultiheadAttention, attribute: str, layer: Layer)
 def biases_of(model: nn.Module, scope: Iterable[Layer]) -> dict[str, tuple[str, slice]]:
     """Layer name -> (name of the bias that is added to its output, the layer's part of it); only layers with a bias."""
     places = places_by_parameter(model)
-    biases = {layer.name: _bias_of(places[layer.name][0], layer) for layer in scope}
-    return {name: bias for name, bias in biases.items() if bias}
-
-
-def _bias_of(place: Place, layer: Layer) -> tuple[str, slice] | None:
-    start = 0
-    attribute = "bias"
-    if layer.kind == "attention_in":
-        attribute = "in_proj_bias"
-        start = {"k_proj_weight": 1, "v_proj_weight": 2}.get(place.attribute, 0) * getattr(place.module, "embed_dim", 0)
-    if place.module._parameters.get(attribute) is None:
-        return None
-    name = f"{place.module_name}.{attribute}" if place.module_name else attribute
-    return name, slice(start, start + layer.rows)
+    biases: dict[str, tuple[str, slice]] = {}
+    for layer in scope:
+        place, attribute, rows = places[layer.name][0], "bias", slice(0, layer.rows)
+        if layer.kind == "attention_in":
+            attribute = "in_proj_bias"
+            if isinstance(place.module, Attention):
+                rows = _attention_rows(place.module, place.attribute, layer)
+        if place.module._parameters.get(attribute) is not None:
+            biases[layer.name] = f"{place.module_name}.{attribute}".lstrip("."), rows
+    return biases
 
 
 @contextmanager
-def hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
-    """While open, `hook(module, args, kwargs, output)` runs after each forward pass of `module`."""
-    handle = module.register_forward_hook(hook, with_kwargs=True)
-    try:
+def hooked(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """While open, each `hook(module, args, kwargs, output)` runs after each forward pass of its module."""
+    with ExitStack() as stack:
+        for module, hook in hooks:
+            stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         yield
-    finally:
-        handle.remove()
 
 
 def module_places(scope: Iterable[Layer], places: Mapping[str, list[Place]]) -> list[tuple[Layer, Place]]:
@@ -284,12 +239,12 @@ def module_places(scope: Iterable[Layer], places: Mapping[str, list[Place]]) -> 
 
 def _attention_layers(
     model: nn.Module, scope: Iterable[Layer], places: Mapping[str, list[Place]]
-) -> list[tuple[nn.MultiheadAttention, dict[str, Layer]]]:
+) -> list[tuple[Attention, dict[str, Layer]]]:
     """Each attention module with its layers in scope, by attribute ("out_proj.weight" for the output)."""
     by_place = {place.name: layer for layer in scope for place in places[layer.name]}
     attentions = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
+        if isinstance(module, Attention):
             prefix = f"{name}." if name else ""
             names = {attribute: prefix + attribute for attribute in (*ATTENTION_INPUTS, "out_proj.weight")}
             layers = {a: by_place[n] for a, n in names.items() if n in by_place}
@@ -298,9 +253,7 @@ def _attention_layers(
     return attentions
 
 
-def _projections(
-    module: nn.MultiheadAttention, attribute: str, args: Any, kwargs: Any
-) -> list[tuple[int, int, Tensor]]:
+def _projections(module: Attention, attribute: str, args: Any, kwargs: Any) -> list[tuple[int, int, Tensor]]:
     """(first row, last row + 1, input) of each projection that an attention weight holds."""
     named = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
     width = module.embed_dim
@@ -310,7 +263,7 @@ def _projections(
     return [(0, width, inputs[ATTENTION_INPUTS.index(attribute) - 1])]
 
 
-def _out_proj_input(module: nn.MultiheadAttention, args: Any, kwargs: Any) -> Tensor:
+def _out_proj_input(module: Attention, args: Any, kwargs: Any) -> Tensor:
     """The input of the output projection: the module's output with an identity as that projection."""
     weight = module.out_proj.weight
     identity = {"out_proj.weight": torch.eye(len(weight), dtype=weight.dtype, device=weight.device)}
@@ -320,11 +273,7 @@ def _out_proj_input(module: nn.MultiheadAttention, args: Any, kwargs: Any) -> Te
 
 
 def _corrected_projections(
-    module: nn.MultiheadAttention,
-    layers: Mapping[str, Layer],
-    args: Any,
-    kwargs: Any,
-    visit: Callable[[Layer, Moments], Affine | None],
+    module: Attention, layers: Mapping[str, Layer], args: Any, kwargs: Any, visit: Callable[[Layer, Moments], Any]
 ) -> dict[str, Tensor]:
     """The attention's input projections as corrected by `visit`; empty where nothing changes."""
     changed: dict[str, Tensor] = {}
@@ -338,11 +287,8 @@ def _corrected_projections(
         for start, stop, x in _projections(module, attribute, args, kwargs):
             added = None if bias is None else bias[first + start : first + stop]
             parts.append(Moments.of(nn.functional.linear(x, weight[start:stop], added)))
-        moments = Moments(
-            *(torch.cat([getattr(part, name) for part in parts]) for name in ("count", "mean", "deviation"))
-        )
-        affine = visit(layer, moments)
-        if affine is not None:
+        columns = zip(*((part.count, part.mean, part.deviation) for part in parts), strict=True)
+        if (affine := visit(layer, Moments(*map(torch.cat, columns)))) is not None:
             scale, shift = (value.to(weight) for value in affine)
             changed[attribute] = weight * scale[:, None]
             if bias is not None:

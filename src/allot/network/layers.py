@@ -160,7 +160,6 @@ class Rules:
         return (*self.include, *self.exclude, *self.min_density, *self.max_density)
 
     def bounded(self, layer: Layer, names: Iterable[str]) -> Layer:
-        """`layer` with the bounds of these rules."""
         per_row = 0
         if str(self.floor).endswith("/row"):
             per_row = min(int(str(self.floor)[:-4]), layer.total // layer.rows)
@@ -244,7 +243,8 @@ class Scope:
                 layer = Layer(name, tuple(parameter.shape), place.kind, groups, aliases=aliases)
                 layers.append(rules.bounded(layer, names))
         if unmatched := [pattern for pattern in rules.patterns if pattern not in matched]:
-            raise UsageError(f"rule {unmatched[0]!r} matches no prunable layer; there are {_first_names(prunable)}.")
+            shown = ", ".join(prunable[:6]) + (f" and {len(prunable) - 6} more" if len(prunable) > 6 else "")
+            raise UsageError(f"rule {unmatched[0]!r} matches no prunable layer; there are {shown}.")
         return cls(tuple(layers), skipped)
 
 
@@ -278,9 +278,8 @@ def places_by_parameter(model: nn.Module) -> dict[str, list[Place]]:
 
 def _kind_of_layer(module: nn.Module, attribute: str, parameter: Tensor) -> str:
     """Kind of layer, or "" where the parameter cannot be pruned."""
-    if isinstance(parameter, nn.parameter.UninitializedParameter):
-        return ""
-    if parameter.dtype not in FLOATS or parameter.numel() == 0:
+    uninitialised = isinstance(parameter, nn.parameter.UninitializedParameter)
+    if uninitialised or parameter.dtype not in FLOATS or parameter.numel() == 0:
         return ""
     if isinstance(module, nn.MultiheadAttention):
         return "attention_in" if attribute in ATTENTION_INPUTS else ""
@@ -322,11 +321,6 @@ def matches(pattern: str, names: Iterable[str]) -> bool:
     if pattern.startswith("re:"):
         return any(re.fullmatch(pattern[3:], name) for name in names)
     return any(fnmatch.fnmatchcase(name, pattern) for name in names)
-
-
-def _first_names(names: Iterable[str]) -> str:
-    all_names = list(names)
-    return ", ".join(all_names[:6]) + (f" and {len(all_names) - 6} more" if len(all_names) > 6 else "")
 
 
 def plain_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,16 +33,25 @@ def measured(scope: Scope, model: nn.Module, forward: Callable[[], Any]) -> Scop
     by_module: dict[str, int] = {}
     outputs: dict[int, tuple[str, Tensor]] = {}
     normalised: set[str] = set()
-    with ExitStack() as stack:
-        for layer, place in module_places(scope, places):
-            stack.enter_context(hooked(place.module, _count_output(layer, place, by_module, outputs)))
-        for module in model.modules():
-            if is_batch_norm(module):
-                stack.enter_context(hooked(module, _note_normalised(outputs, normalised)))
-        # a torch-function mode keeps nn.MultiheadAttention off its fused path, which hides its matrix products
-        stack.enter_context(BaseTorchFunctionMode())
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(counter)
+
+    def count_output(layer: Layer, place: Place, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        transposed = place.kind == "conv_transposed"
+        tensor = _first_argument(args, kwargs) if transposed else output
+        if isinstance(tensor, Tensor):
+            channels = layer.shape[0] if transposed else layer.rows
+            by_module[layer.name] = by_module.get(layer.name, 0) + layer.total * (tensor.numel() // channels)
+            outputs[id(output)] = (layer.name, output)  # keeping it alive keeps its id from being reused
+
+    def note_normalised(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if (source := id(_first_argument(args, kwargs))) in outputs:
+            normalised.add(outputs[source][0])
+
+    hooks: list[tuple[nn.Module, Any]] = [
+        *((place.module, partial(count_output, layer, place)) for layer, place in module_places(scope, places)),
+        *((module, note_normalised) for module in model.modules() if is_batch_norm(module)),
+    ]
+    # a torch-function mode keeps nn.MultiheadAttention off its fused path, which hides its matrix products
+    with hooked(hooks), BaseTorchFunctionMode(), torch.no_grad(), counter:
         forward()
     # a weight that is recomputed before use (standardised, cast) is counted from its module's output instead
     macs = {layer.name: counter.macs.get(layer.name) or by_module.get(layer.name, 0) for layer in scope}
@@ -51,9 +60,9 @@ def measured(scope: Scope, model: nn.Module, forward: Callable[[], Any]) -> Scop
 
 
 class _MacCounter(TorchDispatchMode):
-    def __init__(self, spans: Mapping[int, list[tuple[int, int, str]]]) -> None:
+    def __init__(self, spans: dict[int, list[tuple[int, int, str]]]) -> None:
         super().__init__()
-        self.spans = {memory: list(spans[memory]) for memory in spans}
+        self.spans = spans
         self.macs: dict[str, int] = {}
         self.copies: list[Tensor] = []
 
@@ -97,28 +106,5 @@ _CONVOLUTIONS = (_aten.convolution, _aten._convolution)
 _COPIES = (_aten.clone, _aten._to_copy)
 
 
-def _count_output(
-    layer: Layer, place: Place, macs: dict[str, int], outputs: dict[int, tuple[str, Tensor]]
-) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        transposed = place.kind == "conv_transposed"
-        tensor = _first_argument(args, kwargs) if transposed else output
-        if isinstance(tensor, Tensor):
-            channels = layer.shape[0] if transposed else layer.rows
-            macs[layer.name] = macs.get(layer.name, 0) + layer.total * (tensor.numel() // channels)
-            outputs[id(output)] = (layer.name, output)  # keeping it alive keeps its id from being reused
-
-    return hook
-
-
-def _note_normalised(outputs: dict[int, tuple[str, Tensor]], normalised: set[str]) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if (source := id(_first_argument(args, kwargs))) in outputs:
-            normalised.add(outputs[source][0])
-
-    return hook
-
-
 def _first_argument(args: Any, kwargs: Mapping[str, Any]) -> Any:
-    """The first argument of a forward pass, positional or by keyword."""
     return args[0] if args else next(iter(kwargs.values()), None)

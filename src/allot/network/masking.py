@@ -44,7 +44,6 @@ class Masking(TorchFunctionMode):
         return any(tensor.grad is not None for tensor in self.placed.values())
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """The function, called with masked copies in place of placed tensors."""
         kwargs = kwargs or {}
         if func in _ABOUT:
             return func(*args, **kwargs)

@@ -204,7 +204,7 @@ class Result:
         metadata = files.metadata_of(self.problem.model, self.problem.scope, budget)
         tensors = self.candidate.effective(self.problem)
         state = {name: tensors.get(name, value) for name, value in plain_state(self.problem.model)[0].items()}
-        files.save_plain(directory / files.PLAIN, state, metadata)
+        files.save_tensors(directory / files.PLAIN, state, "plain", metadata)
         plan = self.plan()
         if plan:
             write_json(directory / files.PLAN, plan.to_json())

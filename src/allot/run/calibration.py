@@ -101,8 +101,7 @@ class Calibration:
     @property
     def order(self) -> tuple[Any, ...]:
         """The values that determine the batches of a source: equal orders, equal batches."""
-        how = self.batch_size, self.seed, str(self.device), str(self.dtype), self.channels_last
-        return self.indices, *how
+        return self.indices, self.batch_size, self.seed, str(self.device), str(self.dtype), self.channels_last
 
     @property
     def batches(self) -> int:
@@ -174,10 +173,11 @@ class Calibration:
             _refuse_texts(batch)
         except (TypeError, RuntimeError, ValueError, KeyError) as error:
             raise UsageError(
-                f"calibration samples do not form a batch: {_first_line(error)}. "
+                f"calibration samples do not form a batch: {first_line(error).rstrip('.')}. "
                 "Tensors or arrays of one shape are accepted."
             ) from error
-        _refuse_not_finite(batch)
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in floats_in(batch)):
+            raise UsageError("the calibration inputs hold nan or infinite values: leave these samples out.")
         batch = moved(batch, self.device, self.dtype)
         return map_tensors(_channels_last, batch) if self.channels_last else batch
 
@@ -252,11 +252,6 @@ def _sample_at(inputs: Any, i: int) -> Any:
     return (tuple(value[i] for value in inputs),) if isinstance(inputs, tuple) else inputs[i]
 
 
-def _refuse_not_finite(batch: Any) -> None:
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in floats_in(batch)):
-        raise UsageError("the calibration inputs hold nan or infinite values: leave these samples out.")
-
-
 def _refuse_texts(batch: Any) -> None:
     """Collation passes texts through unchanged, and no model computes with texts."""
     for leaf in leaves_of(batch):
@@ -265,17 +260,10 @@ def _refuse_texts(batch: Any) -> None:
 
 
 def _equal(left: Any, right: Any) -> bool:
-    """Whether two batches have equal leaves."""
-
-    def equal(one: Any, other: Any) -> bool:
-        return torch.equal(one, other) if isinstance(one, Tensor) else bool(one == other)
-
     leaves, others = list(leaves_of(left)), list(leaves_of(right))
-    return len(leaves) == len(others) and all(map(equal, leaves, others))
-
-
-def _first_line(error: BaseException) -> str:
-    return first_line(error).rstrip(".")
+    pairs = zip(leaves, others, strict=False)
+    same = (torch.equal(one, other) if isinstance(one, Tensor) else bool(one == other) for one, other in pairs)
+    return len(leaves) == len(others) and all(same)
 
 
 class Noisy:

@@ -59,7 +59,40 @@ def drive(
     log = log if log is not None else Log()
 
     def run() -> Candidate:
-        return _drive_here(method, problem, candidate, stage, store, log, on_step, should_stop, save_seconds)
+        saved = store.saved if store and store.saved and store.saved.stage == stage else None
+        if saved:
+            start, state = Candidate.from_state(saved.candidate, problem), saved.state
+        else:
+            with repeatable(problem.model, problem.seed, stage):
+                start, state = candidate, method.init(problem, candidate)
+        started = last_saved = time.monotonic()
+        before = log.seconds.get(stage, 0.0)
+
+        def save() -> None:
+            log.seconds[stage] = before + time.monotonic() - started
+            if store:
+                store.save(stage, start.to_state(), state, log)
+
+        if not saved:
+            save()
+        while not finished(state):
+            if any_process(bool(should_stop and should_stop())):
+                save()
+                raise Stopped(f"stopped in stage {stage} after step {state['step']} of {state['steps']}")
+            with repeatable(problem.model, problem.seed, stage, state["step"]):
+                metrics = method.step(problem, start, state)
+            log.forward += int(metrics["forward"])
+            log.backward += int(metrics["backward"])
+            if store:
+                store.write_step(stage, state["step"], metrics)
+            if on_step:
+                on_step(Progress(stage, state["step"], state["steps"], metrics))
+            if time.monotonic() - last_saved > save_seconds:
+                save()
+                last_saved = time.monotonic()
+        better = method.finish(problem, start, state)
+        log.seconds[stage] = before + time.monotonic() - started
+        return better
 
     if world_size() == 1:
         return run()
@@ -83,54 +116,6 @@ def _pack_candidate(candidate: Candidate) -> bytes:
 
 def _unpack_candidate(content: bytes, problem: Problem) -> Candidate:
     return Candidate.from_state(torch.load(io.BytesIO(content), weights_only=True, map_location="cpu"), problem)
-
-
-def _drive_here(
-    method: Method,
-    problem: Problem,
-    candidate: Candidate,
-    stage: str,
-    store: Store | None,
-    log: Log,
-    on_step: Callable[[Progress], None] | None,
-    should_stop: Callable[[], bool] | None,
-    save_seconds: float,
-) -> Candidate:
-    saved = store.saved if store and store.saved and store.saved.stage == stage else None
-    if saved:
-        candidate = Candidate.from_state(saved.candidate, problem)
-        state = saved.state
-    else:
-        with repeatable(problem.model, problem.seed, stage):
-            state = method.init(problem, candidate)
-    started = last_saved = time.monotonic()
-    before = log.seconds.get(stage, 0.0)
-
-    def save() -> None:
-        log.seconds[stage] = before + time.monotonic() - started
-        if store:
-            store.save(stage, candidate.to_state(), state, log)
-
-    if not saved:
-        save()
-    while not finished(state):
-        if any_process(bool(should_stop and should_stop())):
-            save()
-            raise Stopped(f"stopped in stage {stage} after step {state['step']} of {state['steps']}")
-        with repeatable(problem.model, problem.seed, stage, state["step"]):
-            metrics = method.step(problem, candidate, state)
-        log.forward += int(metrics["forward"])
-        log.backward += int(metrics["backward"])
-        if store:
-            store.write_step(stage, state["step"], metrics)
-        if on_step:
-            on_step(Progress(stage, state["step"], state["steps"], metrics))
-        if time.monotonic() - last_saved > save_seconds:
-            save()
-            last_saved = time.monotonic()
-    better = method.finish(problem, candidate, state)
-    log.seconds[stage] = before + time.monotonic() - started
-    return better
 
 
 @contextmanager

@@ -178,17 +178,14 @@ def _refuse_looking_ahead(model: nn.Module, inputs: Any, logits: Any, tensors: M
 
 
 def _batches(data: Any, batch_size: int, workers: int) -> Iterator[tuple[Any, Tensor | None]]:
-    loader = data
-    if not isinstance(data, DataLoader):
-        if not isinstance(data, IterableDataset) and hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-            indices = range(rank(), len(data), world_size())
-            samples: Iterator[Any] = (sample for _, sample in read_readable(data, indices, workers))
-        else:
-            samples = itertools.islice(data, rank(), None, world_size())
-        loader = _grouped(samples, batch_size)
+    if isinstance(data, DataLoader):
+        batches: Iterator[Any] = itertools.islice(data, rank(), None, world_size())
+    elif not isinstance(data, IterableDataset) and hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        indices = range(rank(), len(data), world_size())
+        batches = _grouped((sample for _, sample in read_readable(data, indices, workers)), batch_size)
     else:
-        loader = itertools.islice(loader, rank(), None, world_size())
-    for batch in loader:
+        batches = _grouped(itertools.islice(data, rank(), None, world_size()), batch_size)
+    for batch in batches:
         yield inputs_of(batch), _labels(batch)
 
 

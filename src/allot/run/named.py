@@ -54,7 +54,7 @@ def function_at(spec: str) -> Any:
     where, _, name = spec.rpartition(":")
     try:
         if where.endswith(".py"):
-            function = getattr(_executed_once(str(Path(where).resolve())), name)
+            function = getattr(_executed_once(Path(where).resolve()), name)
         else:
             function = pkgutil.resolve_name(spec)
     except UsageError:
@@ -77,8 +77,7 @@ def optional(module: str, package: str, extra: str) -> ModuleType:
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name == package:
             raise UsageError(f"{package} is not installed: pip install 'allot[{extra}]'.") from error
-        message = first_line(error)
-        raise UsageError(f"{package} is installed but cannot be imported here: {message}") from error
+        raise UsageError(f"{package} is installed but cannot be imported here: {first_line(error)}") from error
 
 
 def import_from(folder: Path) -> None:
@@ -99,6 +98,4 @@ def _executed(path: Path) -> ModuleType:
     return module
 
 
-@functools.cache
-def _executed_once(path: str) -> ModuleType:
-    return _executed(Path(path))
+_executed_once = functools.cache(_executed)

@@ -19,18 +19,15 @@ class Pattern(Protocol):
 
     def feasible(self, layer: Layer) -> tuple[int, int, int]:
         """(step, fewest, most): a layer keeps a multiple of `step` weights, from `fewest` to `most`."""
-        ...
 
     def mask(self, layer: Layer, score: Tensor, kept: int) -> Tensor:
         """Mask of exactly `kept` weights with the highest score; `score` has the weight's shape."""
-        ...
 
     def order(self, layer: Layer, score: Tensor) -> Tensor:
         """Flat indices of all weights; the first `kept` are those of `mask`, for every feasible `kept`.
 
         One sort serves many masks of one score.
         """
-        ...
 
 
 @dataclass(frozen=True)

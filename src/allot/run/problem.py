@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -22,9 +22,6 @@ from allot.run.scores import ChannelScore, WeightScore
 from allot.run.store import State
 
 Metrics = dict[str, float | int]
-
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -84,6 +81,10 @@ class Candidate:
         total = {term.name: term.total for term in problem.budget.terms}
         return cls(Allocation(dict.fromkeys(total, 1.0), total))
 
+    def tensor(self, problem: Problem, name: str) -> Tensor:
+        """A parameter or buffer of the candidate's net, before masking."""
+        return self.tensors.get(name, problem.dense[name])
+
     def effective(self, problem: Problem) -> dict[str, Tensor]:
         """The tensors to put in place of the model's: all that differ from it, masks applied.
 
@@ -92,7 +93,7 @@ class Candidate:
         if self._effective.get("problem") is not problem:
             tensors = dict(self.tensors)
             for name, mask in self.masks.items():
-                tensors[name] = masked(tensors.get(name, problem.dense[name]), mask)
+                tensors[name] = masked(self.tensor(problem, name), mask)
             self._effective.update(problem=problem, tensors=tensors)
         return dict(self._effective["tensors"])
 
@@ -151,15 +152,12 @@ class Method(Protocol):
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
         """The state before the first step."""
-        ...
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         """One step, in place; what happened, with `forward` and `backward`: samples pushed through any network."""
-        ...
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         """The better candidate."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -195,15 +193,12 @@ class Rule:
     needs_data = False
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
-        """Nothing decided yet."""
         return {"step": 0, "steps": 1, "kept": {}}
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
-        """Decide."""
         state["kept"] = problem.budget.counts(self.densities(problem))
         state["step"] = 1
         return {"forward": 0, "backward": 0, "kept": sum(state["kept"].values())}
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
-        """The candidate with the allocation."""
         return replace(candidate, allocation=Allocation.of(state["kept"], candidate.allocation.total))

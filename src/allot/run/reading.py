@@ -53,7 +53,6 @@ class Readable(Dataset[Any]):
             raise CorruptSample.of(f"sample {index} cannot be read ({error})") from error
 
     def leave_out(self, index: int, error: CorruptSample) -> None:
-        """Record that the sample cannot be read, and log it the first time."""
         if index not in self.unreadable:
             self.unreadable[index] = error.what
             log.warning("left out: %s", error.what)

@@ -24,11 +24,9 @@ class Evidence(Protocol):
     @property
     def seed(self) -> int:
         """The run's seed."""
-        ...
 
     def input_norm(self, layer: Layer) -> Tensor:
         """Root of the summed squares of the calibration inputs that each weight multiplies; shape of the weight."""
-        ...
 
 
 class ChannelEvidence(Evidence, Protocol):
@@ -36,15 +34,12 @@ class ChannelEvidence(Evidence, Protocol):
 
     def tensor(self, name: str) -> Tensor:
         """A tensor of the net."""
-        ...
 
     def module(self, name: str) -> nn.Module:
         """The module that holds a tensor."""
-        ...
 
     def gate_squares(self, group: Group) -> Tensor:
         """Expected squared gradient of the log-likelihood by a factor on each channel; `[channels]`."""
-        ...
 
 
 WeightScore = Callable[[Layer, Tensor, Evidence], Tensor]
@@ -120,8 +115,7 @@ def channel_taylor(group: Group, evidence: ChannelEvidence) -> Tensor:
 
 def channel_random(group: Group, evidence: ChannelEvidence) -> Tensor:
     """A draw from [0, 1) by the run's seed and the group's name."""
-    draw = generator(numbered(evidence.seed, zlib.crc32(group.name.encode())))
-    return torch.rand(group.total, generator=draw)
+    return torch.rand(group.total, generator=generator(numbered(evidence.seed, zlib.crc32(group.name.encode()))))
 
 
 CHANNEL_SCORES: dict[str, ChannelScore] = {

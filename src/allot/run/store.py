@@ -105,7 +105,6 @@ class Store:
                 older.unlink()
 
     def write_step(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
-        """Append one line to steps.jsonl."""
         try:
             with (self.directory / "steps.jsonl").open("a") as file:
                 file.write(json.dumps({"stage": stage, "step": step, **metrics}) + "\n")
@@ -118,7 +117,6 @@ class Store:
         write(self.directory / "run.json", json.dumps(content, indent=2) + "\n")
 
     def finish(self, log: Log) -> None:
-        """Mark the run as done and remove its state file."""
         self.describe("done", log)
         self._forget()
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from allot.errors import UsageError
 from allot.export.certificate.probe import ANSWERS, ENDING, holds_tensors, probe_of, probe_rows
@@ -69,11 +70,7 @@ def verify(path: str | Path, model: nn.Module | None = None, *, trust: bool = Fa
     allot.errors.UsageError: no/such/run: no such file or directory.
     """
     path = Path(path)
-    try:
-        exists = path.exists()
-    except OSError:  # a name that is too long is no name
-        exists = False
-    if not exists:
+    if not os.path.exists(path):  # not `path.exists`, which raises where a name is too long
         raise UsageError(f"{path}: no such file or directory.")
     if path.name.endswith("probe.safetensors"):
         raise UsageError(f"{path} is the probe of an export: verify the file or directory that it lies beside.")
@@ -150,9 +147,8 @@ def certificate_rows(path: Path) -> tuple[list[Row], Mapping[str, Any] | None]:
             file_rows = _promised_rows(path, content["promised"])
             reliable = all(row["passed"] for row in file_rows if row["file"] == CERTIFICATE)
             return rows + file_rows, content["promised"] if reliable else None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ArithmeticError) as error:
-        problem = f"cannot be read ({type(error).__name__}: {error})"
-        rows.append(checked(CERTIFICATE, "opens", "a certificate", problem, passed=False))
+    except (*_BROKEN, ArithmeticError) as error:
+        rows.append(_unreadable(CERTIFICATE, "a certificate", error))
     return rows, None
 
 
@@ -181,16 +177,13 @@ def _promised_rows(directory: Path, promised: Mapping[str, Any]) -> list[Row]:
 
 
 def _same_tensors_row(directory: Path, recounts: Mapping[str, Recounted]) -> Row:
-    """Whether both model files hold the same tensors."""
     plain, other = recounts[PLAIN].state, SLIM if SLIM in recounts else BITMASK
+    stored = recounts[other].state
     if other == SLIM:
         plan, aliases = ChannelPlan.from_json(json.loads((directory / PLAN).read_text())), recounts[SLIM].aliases
         plain = {name: plan.cut(aliases.get(name, name), value) for name, value in plain.items()}
-    return checked(other, f"same tensors as {PLAIN}", "yes", "yes" if _equal(plain, recounts[other].state) else "no")
-
-
-def _equal(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    same = plain.keys() == stored.keys() and all(torch.equal(plain[name], stored[name]) for name in plain)
+    return checked(other, f"same tensors as {PLAIN}", "yes", "yes" if same else "no")
 
 
 _BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
@@ -260,7 +253,11 @@ def export_rows(directory: Path, run: str | None, model: nn.Module | None, *, tr
         trust: whether programs are opened.
     """
     probes = {*directory.glob(f"*{ENDING}"), *directory.glob(f"*/{PROBE}")}
-    rows, listed = [], _listed(directory)
+    rows: list[Row] = []
+    try:
+        listed = _exports(json.loads((directory / REPORT).read_text()))
+    except _BROKEN:  # `report_rows` has a row for the broken report
+        listed = {}
     probes |= {probe for name in listed if (probe := probe_of(directory / name)).exists()}
     for name, probed in listed.items():
         path = directory / name
@@ -276,15 +273,8 @@ def export_rows(directory: Path, run: str | None, model: nn.Module | None, *, tr
     return rows
 
 
-def _listed(directory: Path) -> dict[str, bool]:
-    """Export that the report lists -> whether it has a probe; {} if it cannot be read, see `report_rows`."""
-    try:
-        return _exports(json.loads((directory / REPORT).read_text()))
-    except _BROKEN:
-        return {}
-
-
 def _exports(report: Mapping[str, Any]) -> dict[str, bool]:
+    """Export in the run that the report lists -> whether it has a probe."""
     return {str(row["inside"]): bool(row["probe"]) for row in report["exports"] if row["inside"] is not None}
 
 

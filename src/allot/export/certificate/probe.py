@@ -146,7 +146,16 @@ def probe_rows(
     if not all(row["passed"] for row in rows):
         return rows
     try:
-        return rows + _opened_rows(path, called, promise, tensors, model, ask=ask, trust=trust)
+        form, counts = FORMS.get(str(promise["form"])), promise["counts"]
+        if form and form.runs_code and not trust:
+            only = "only where trusted"
+            return [*rows, checked(str(called), _OPENS, only, "not opened (--trust opens it)", passed=True)]
+        if form and (ask or form.runs_code):
+            return rows + _answer_rows(called, promise, tensors, form.open(path))
+        if model and not form:
+            return rows + _answer_rows(called, promise, tensors, opened_with(load_into(model, path), path))
+        recounted = {} if form else _count_weights(weights_of(path))
+        return rows + [checked(str(called), kind, counts[kind], count) for kind, count in recounted.items()]
     except UsageError:
         raise
     except ImportError as error:  # the file is right, the runtime is missing
@@ -164,28 +173,6 @@ def _digest_rows(path: Path, called: Path, probe: str, promise: dict[str, Any]) 
     return rows
 
 
-def _opened_rows(
-    path: Path,
-    called: Path,
-    promise: dict[str, Any],
-    tensors: dict[str, Tensor],
-    model: nn.Module | None,
-    *,
-    ask: bool,
-    trust: bool,
-) -> list[Row]:
-    """Rows of counts, and of outputs if the file holds the code for them or the model is given."""
-    form, counts = FORMS.get(str(promise["form"])), promise["counts"]
-    if form and form.runs_code and not trust:
-        return [checked(str(called), _OPENS, "only where trusted", "not opened (--trust opens it)", passed=True)]
-    if form and (ask or form.runs_code):
-        return _answer_rows(called, promise, tensors, form.open(path))
-    if model and not form:
-        return _answer_rows(called, promise, tensors, opened_with(load_into(model, path), path))
-    recounted = {} if form else _count_weights(weights_of(path))
-    return [checked(str(called), kind, counts[kind], count) for kind, count in recounted.items()]
-
-
 def holds_tensors(path: Path) -> bool:
     """Whether the probe is that of a file of tensors, without code that a runtime can run."""
     try:
@@ -201,7 +188,8 @@ def _files(path: Path) -> dict[str, Path]:
 
 def _answer_rows(called: Path, promise: dict[str, Any], tensors: dict[str, Tensor], opened: Opened) -> list[Row]:
     """Rows of counts and outputs of an opened model."""
-    inputs, answers = (_numbered(tensors, kind) for kind in ("input", "output"))
+    counts = {kind: sum(name.startswith(f"{kind}.") for name in tensors) for kind in ("input", "output")}
+    inputs, answers = ([tensors[f"{kind}.{i}"] for i in range(count)] for kind, count in counts.items())
     names = promise["inputs"]
     example = dict(zip(names, inputs, strict=True)) if any(names) else tuple(inputs)
     error = off(opened.ask(example), answers)  # first: a model may count its calls
@@ -211,8 +199,3 @@ def _answer_rows(called: Path, promise: dict[str, Any], tensors: dict[str, Tenso
     promised = f"the run's, to {tolerance:.1g} of the largest"
     rows.append(checked(str(called), ANSWERS, promised, f"off by {error:.1g}", passed=error <= tolerance))
     return rows
-
-
-def _numbered(tensors: dict[str, Tensor], kind: str) -> list[Tensor]:
-    count = sum(name.startswith(f"{kind}.") for name in tensors)
-    return [tensors[f"{kind}.{i}"] for i in range(count)]

@@ -17,8 +17,6 @@ from allot.export.certificate.rows import Row, checked
 from allot.export.files.formats import TABLES, read
 from allot.export.files.latency_tables import load_tables
 
-_SIZED = ("bitmask", "slim")  # the formats that a limit on bytes applies to
-
 
 @dataclass(frozen=True)
 class Recounted:
@@ -82,7 +80,7 @@ def _costs(
             Fraction(nonzeros[name] * macs, math.prod(shape)) for name, (shape, macs) in metadata["layers"].items()
         )
         costs["macs"] = math.ceil(sum(exact))
-    if metadata["format"] in _SIZED:
+    if metadata["format"] in ("bitmask", "slim"):
         costs["bytes"] = path.stat().st_size
     if metadata["format"] == "slim" and (tables := path.with_name(TABLES)).exists():  # times of one machine
         sides = {name: (float(state[name].shape[0]), float(state[name].shape[1])) for name in metadata["layers"]}

@@ -17,13 +17,8 @@ def checked(file: str, check: str, promised: Any, found: Any, *, passed: bool | 
     >>> checked("model.safetensors", "kept", 10, 9)["passed"]
     False
     """
-    return {
-        "file": file,
-        "check": check,
-        "promised": promised,
-        "found": found,
-        "passed": bool(promised == found if passed is None else passed),
-    }
+    passed = bool(promised == found if passed is None else passed)
+    return {"file": file, "check": check, "promised": promised, "found": found, "passed": passed}
 
 
 def digest(path: Path) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def layout(state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Layout:
     """Header and other bytes of the bitmask file; every header is padded to the length of the longest one."""
     plain = _plain_size(state, metadata)
     metadata = _longest(metadata)
-    entries: dict[str, Any] = {"__metadata__": {"allot": _metadata_text("bitmask", metadata)}}
+    entries: dict[str, Any] = {}
     end = 10 ** len(str(2 * sum(_nbytes(value) for value in state.values()) + 8 * len(state))) - 1
     for name, value in state.items():
         if name in metadata["layers"]:
@@ -104,18 +104,9 @@ def layout(state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Layout:
             entries[name + ".mask"] = mask
             entries[name + ".values"] = {**mask, "dtype": _DTYPES[value.dtype], "shape": [value.numel()]}
         else:
-            entries[name] = {
-                "dtype": _DTYPES.get(value.dtype, "F8_E4M3"),
-                "shape": list(value.shape),
-                "data_offsets": [end, end],
-            }
+            entries[name] = _entry(value, end, end)
     others = sum(_nbytes(value) for name, value in state.items() if name not in metadata["layers"])
-    return Layout(_header_bytes(entries), others, plain)
-
-
-def save_plain(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write model.safetensors."""
-    save_tensors(path, state, "plain", metadata)
+    return Layout(_header_bytes("bitmask", metadata, entries), others, plain)
 
 
 def save_bitmask(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -133,11 +124,7 @@ def save_bitmask(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str,
             tensors[name + ".values"] = flat[mask]
         else:
             tensors[name] = value
-    header = layout(state, metadata).header
-    size = header + sum(_nbytes(value) for value in tensors.values())
-    _save(path, tensors, _metadata_text("bitmask", metadata))
-    if missing := size - path.stat().st_size:
-        _save(path, tensors, _metadata_text("bitmask", metadata, " " * missing))
+    save_tensors(path, tensors, "bitmask", metadata, header=layout(state, metadata).header)
 
 
 def save_csr(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any], names: Iterable[str]) -> None:
@@ -150,9 +137,14 @@ def save_csr(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any
     save_tensors(path, tensors, "csr", metadata)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], form: str, metadata: Mapping[str, Any]) -> None:
-    """Write tensors unchanged, with metadata, sealed."""
-    _save(path, dict(tensors), _metadata_text(form, metadata))
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], form: str, metadata: Mapping[str, Any], *, header: int | None = None
+) -> None:
+    """Write tensors unchanged, with metadata, sealed; the header is padded to the length `header`."""
+    _save(path, tensors, _metadata_text(form, metadata))
+    size = path.stat().st_size if header is None else header + sum(_nbytes(value) for value in tensors.values())
+    if missing := size - path.stat().st_size:
+        _save(path, tensors, _metadata_text(form, metadata, " " * missing))
 
 
 def csr(weight: Tensor) -> Tensor:
@@ -167,14 +159,9 @@ def csr(weight: Tensor) -> Tensor:
 def slim_header(state: Mapping[str, Tensor], metadata: Mapping[str, Any], groups: Iterable[Group]) -> int:
     """Length of a slim file's header; every header is padded to the length of the longest one, of the dense model."""
     widest = {name: dict.fromkeys(names, 10**9) for group in groups for name, names in group.attributes.items()}
-    entries: dict[str, Any] = {
-        "__metadata__": {"allot": _metadata_text("slim", {**_longest(metadata), "attributes": widest})}
-    }
     end = 10 ** len(str(sum(_nbytes(value) for value in state.values()))) - 1
-    for name, value in state.items():
-        dtype = _DTYPES.get(value.dtype, "F8_E4M3")
-        entries[name] = {"dtype": dtype, "shape": list(value.shape), "data_offsets": [end, end]}
-    return _header_bytes(entries)
+    entries = {name: _entry(value, end, end) for name, value in state.items()}
+    return _header_bytes("slim", {**_longest(metadata), "attributes": widest}, entries)
 
 
 def save_slim(
@@ -184,10 +171,7 @@ def save_slim(
     header = slim_header(state, metadata, groups)
     tensors = {name: plan.cut(name, value) for name, value in state.items()}
     metadata = {**metadata, "attributes": {name: dict(values) for name, values in plan.attributes.items()}}
-    size = header + sum(_nbytes(value) for value in tensors.values())
-    _save(path, tensors, _metadata_text("slim", metadata))
-    if missing := size - path.stat().st_size:
-        _save(path, tensors, _metadata_text("slim", metadata, " " * missing))
+    save_tensors(path, tensors, "slim", metadata, header=header)
 
 
 def load(path: str | Path) -> dict[str, Tensor]:
@@ -312,13 +296,15 @@ def _mask_bytes(total: int, kept: int) -> int:
 
 
 def _plain_size(state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> int:
-    entries: dict[str, Any] = {"__metadata__": {"allot": _metadata_text("plain", metadata)}}
-    end = 0
+    entries, end = {}, 0
     for name, value in state.items():
         start, end = end, end + _nbytes(value)
-        dtype = _DTYPES.get(value.dtype, "F8_E4M3")
-        entries[name] = {"dtype": dtype, "shape": list(value.shape), "data_offsets": [start, end]}
-    return _header_bytes(entries) + end
+        entries[name] = _entry(value, start, end)
+    return _header_bytes("plain", metadata, entries) + end
+
+
+def _entry(value: Tensor, start: int, end: int) -> dict[str, Any]:
+    return {"dtype": _DTYPES.get(value.dtype, "F8_E4M3"), "shape": list(value.shape), "data_offsets": [start, end]}
 
 
 def _longest(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -331,9 +317,10 @@ def _metadata_text(form: str, metadata: Mapping[str, Any], pad: str = "") -> str
     return json.dumps({"format": form, **metadata, "seal": _UNSEALED, "pad": pad}, separators=(",", ":"))
 
 
-def _header_bytes(entries: Mapping[str, Any]) -> int:
+def _header_bytes(form: str, metadata: Mapping[str, Any], entries: Mapping[str, Any]) -> int:
     """Length of a safetensors header with these entries: 8 bytes, then JSON filled up to a multiple of 8."""
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    content = {"__metadata__": {"allot": _metadata_text(form, metadata)}, **entries}
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
     return 8 + -(-len(text) // 8) * 8
 
 
@@ -341,7 +328,7 @@ def _nbytes(value: Tensor) -> int:
     return value.numel() * value.element_size()
 
 
-def _save(path: Path, tensors: dict[str, Tensor], metadata: str) -> None:
+def _save(path: Path, tensors: Mapping[str, Tensor], metadata: str) -> None:
     with replacing(path) as temporary:
         try:
             # one key only: safetensors writes several in an order that changes from run to run

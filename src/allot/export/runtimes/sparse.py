@@ -80,8 +80,7 @@ def with_tensors(model: nn.Module, path: Path, state: Mapping[str, Tensor]) -> n
         UsageError: the tensors belong to another model.
     """
     tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    shared = tensors.keys() & state.keys()
-    reshaped = [name for name in shared if tensors[name].shape != state[name].shape]
+    reshaped = [name for name in tensors.keys() & state.keys() if tensors[name].shape != state[name].shape]
     if wrong := [*(tensors.keys() ^ state.keys()), *reshaped]:
         raise UsageError(f"{path} belongs to another model: {', '.join(sorted(wrong)[:5])} differ.")
     model = copied(model).eval()

@@ -15,8 +15,8 @@ import itertools
 import random
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from allot.budget.units import Amount
 from allot.errors import UsageError, check_number, unknown
 from allot.export.runtimes.forms import write_and_reopen
 from allot.export.runtimes.onnx import onnx_session
-from allot.export.timing.clock import timed
+from allot.export.timing.clock import Run, timed
 from allot.network.call import attempt
 from allot.network.channels import ChannelPlan, copied, slimmed
 from allot.network.hooks import hooked, module_places
@@ -43,7 +43,6 @@ RUNTIMES = ("onnx", "torch")
 SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)  # shares of its channels that a layer is timed with, on either side
 WHOLE = (1.0, 0.75, 0.5, 0.3)  # shares of the net, the same in all groups
 MIXED = 4  # number of nets with a different share in each group
-Run = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,12 @@ def latency_of(
     """
     tensors = {extent.name: extent for extent in extents}
     products = products_of(model, scope, example)
-    progress = _progress(on_step, len(products) + len(WHOLE) + MIXED + 1)
+    done = itertools.count(1)
+
+    def progress() -> None:
+        if on_step:
+            on_step(next(done), len(products) + len(WHOLE) + MIXED + 1)
+
     layers = _tables(products, tensors, {term.name: term for term in terms}, runtime, progress)
 
     def channels(shares: Mapping[str, float]) -> dict[str, int]:
@@ -205,20 +209,16 @@ def fitted(
     """(b, s, m, largest relative error): least relative squares of b + s sums + m traffic - whole, with s, m >= 0."""
     weight = 1 / np.array(whole)
     columns = np.stack([np.ones(len(whole)), np.array(sums), np.array(traffic)])
-    best: tuple[float, np.ndarray[Any, Any]] | None = None
-    for used in ((0, 1, 2), (0, 1), (0, 2), (0,)):
-        solution = np.zeros(3)
-        scale = np.abs(columns[list(used)] * weight).max(1)  # sums and traffic are of different size
-        solution[list(used)] = np.linalg.lstsq((columns[list(used)] * weight / scale[:, None]).T, np.ones(len(whole)))[
-            0
-        ]
-        solution[list(used)] /= scale
+    solutions = []
+    for used in ([0, 1, 2], [0, 1], [0, 2], [0]):
+        solution, weighted = np.zeros(3), columns[used] * weight
+        scale = np.abs(weighted).max(1)  # sums and traffic are of different size
+        solution[used] = np.linalg.lstsq((weighted / scale[:, None]).T, np.ones(len(whole)))[0] / scale
         if (solution[1:] >= 0).all():
-            error = float(np.square(solution @ columns * weight - 1).sum())
-            best = (error, solution) if best is None or error < best[0] else best
-    assert best is not None  # a constant is always a solution
-    b, s, m = map(float, best[1])
-    return b, s, m, float(np.abs(best[1] @ columns * weight - 1).max())
+            solutions.append(solution)
+    best = min(solutions, key=lambda solution: np.square(solution @ columns * weight - 1).sum())  # a constant is one
+    b, s, m = map(float, best)
+    return b, s, m, float(np.abs(best @ columns * weight - 1).max())
 
 
 @dataclass(frozen=True)
@@ -265,8 +265,7 @@ class Product:
         if self.convolution is None:
             return lambda: x @ weight
         stride, padding, dilation, extra = self.convolution
-        transposed = bool(self.out)
-        return lambda: torch.convolution(x, weight, None, stride, padding, dilation, transposed, extra, groups)
+        return lambda: torch.convolution(x, weight, None, stride, padding, dilation, bool(self.out), extra, groups)
 
     def _node(self, groups: int) -> tuple[str, dict[str, Any]]:
         """Name and attributes of its ONNX operator."""
@@ -281,17 +280,12 @@ def products_of(model: nn.Module, scope: Scope, example: Any) -> list[Product]:
     """Every layer that the example reaches, with the shapes of its inputs."""
     seen: dict[str, list[tuple[nn.Module, torch.Size, int]]] = {}
 
-    def recorder(layer: Layer) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            seen.setdefault(layer.name, []).append((module, x.shape, output.numel() // layer.rows))
-
-        return hook
+    def record(layer: Layer, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        seen.setdefault(layer.name, []).append((module, x.shape, output.numel() // layer.rows))
 
     places = places_by_parameter(model)
-    with ExitStack() as stack:
-        for layer, place in module_places(scope, places):
-            stack.enter_context(hooked(place.module, recorder(layer)))
+    with hooked((place.module, partial(record, layer)) for layer, place in module_places(scope, places)):
         attempt(model, example, {})
     products = []
     for layer in scope:
@@ -355,13 +349,3 @@ def repeated(inputs: Any, times: int) -> Any:
     if isinstance(inputs, list | tuple):
         return type(inputs)(repeated(value, times) for value in inputs)
     return inputs
-
-
-def _progress(on_step: Callable[[int, int], None] | None, of: int) -> Callable[[], None]:
-    done = itertools.count(1)
-
-    def step() -> None:
-        if on_step:
-            on_step(next(done), of)
-
-    return step

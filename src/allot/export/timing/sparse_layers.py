@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,18 +34,13 @@ def time_converted(
 def inputs_of(layers: Mapping[str, nn.Linear], model: nn.Module, example: Any) -> dict[str, Tensor]:
     """Layer that is called -> its input on the example."""
     inputs: dict[str, Tensor] = {}
-    with ExitStack() as stack, torch.no_grad():
-        for name, layer in layers.items():
-            stack.enter_context(hooked(layer, _recorder(inputs, name)))
-        apply(model, cloned(example))
-    return inputs
 
-
-def _recorder(inputs: dict[str, Tensor], name: str) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: Any, output: Any) -> None:
+    def record(name: str, module: nn.Module, args: tuple[Tensor, ...], kwargs: Any, output: Any) -> None:
         inputs.setdefault(name, (*args, *kwargs.values())[0])
 
-    return hook
+    with hooked((layer, partial(record, name)) for name, layer in layers.items()), torch.no_grad():
+        apply(model, cloned(example))
+    return inputs
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Callable[[], None]:

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +49,6 @@ class ModuleCall:
     dim_out: int
 
     def hidden_of(self, output: Any) -> Tensor:
-        """The hidden in an output."""
         return output if self.rest is None else output[0]
 
     def output_of(self, hidden: Tensor) -> Any:
@@ -126,7 +126,8 @@ def find_blocks(model: nn.Module, single: Any, pair: Any) -> BlockSequence:
     Raises:
         UsageError: no two modules run one after another, or they hold less than a quarter of the model.
     """
-    element_ids = _element_ids(model)
+    containers = (module for module in model.modules() if isinstance(module, nn.ModuleList | nn.Sequential))
+    element_ids = {id(child) for container in containers for child in container.children()}
     single_passes, pair_passes = _passes_of(model, single, element_ids), _passes_of(model, pair, element_ids)
     elements = []
     output_ids = {id(tensor) for passed in pair_passes for tensor in tensors_in(passed.output)}
@@ -194,14 +195,11 @@ def _passes_of(model: nn.Module, inputs: Any, element_ids: set[int]) -> list[_Pa
     passes: list[_Pass] = []
     open_passes: list[_Pass] = []
 
-    def begin(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            spec, leaves = flat((tuple(args), dict(kwargs))) if id(module) in element_ids else (None, [])
-            passed = _Pass(name, module, len(passes), spec, leaves, _version(leaves[0] if leaves else None))
-            passes.append(passed)
-            open_passes.append(passed)
-
-        return hook
+    def begin(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        spec, leaves = flat((tuple(args), dict(kwargs))) if id(module) in element_ids else (None, [])
+        passed = _Pass(name, module, len(passes), spec, leaves, _version(leaves[0] if leaves else None))
+        passes.append(passed)
+        open_passes.append(passed)
 
     def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         passed = open_passes.pop()
@@ -211,17 +209,10 @@ def _passes_of(model: nn.Module, inputs: Any, element_ids: set[int]) -> list[_Pa
 
     with ExitStack() as stack, torch.no_grad():
         for name, module in model.named_modules():
-            handle = module.register_forward_pre_hook(begin(name), with_kwargs=True)
-            stack.callback(handle.remove)
+            stack.callback(module.register_forward_pre_hook(partial(begin, name), with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(end, with_kwargs=True).remove)
         call(model, {}, inputs)
     return passes
-
-
-def _element_ids(model: nn.Module) -> set[int]:
-    """Ids of the modules that stand in a ModuleList or Sequential."""
-    containers = (module for module in model.modules() if isinstance(module, nn.ModuleList | nn.Sequential))
-    return {id(child) for container in containers for child in container.children()}
 
 
 def _separate_passes(model: nn.Module, passes: list[_Pass], element_ids: set[int]) -> Iterator[_Pass]:
@@ -239,7 +230,8 @@ def _separate_passes(model: nn.Module, passes: list[_Pass], element_ids: set[int
 
 def _element_of(single: _Pass, pair: _Pass) -> _Element | None:
     """The module as an element, where its first argument and output are tensors that count samples."""
-    if single.spec != pair.spec or not pair.leaves or not _is_hidden_first(pair.spec):
+    args, kwargs = pair.spec
+    if single.spec != pair.spec or (args[0] if args else next(iter(kwargs.values()), None)) is not LEAF:
         return None
     dim_in = _sample_dim(single.leaves[0], pair.leaves[0])
     dim_out = _sample_dim(_first(single.output), _first(pair.output))
@@ -267,11 +259,6 @@ def _sample_dim(one: Any, two: Any) -> int | None:
     return dim if len(differing) == 1 and (one.shape[dim], two.shape[dim]) == (1, 2) else -1
 
 
-def _is_hidden_first(spec: Any) -> bool:
-    args, kwargs = spec
-    return (args[0] if args else next(iter(kwargs.values()), None)) is LEAF
-
-
 def _first(output: Any) -> Any:
     return output[0] if isinstance(output, tuple | list) and output else output
 
@@ -284,8 +271,7 @@ def _best_sequence(elements: list[_Element], total: int) -> list[_Element]:
     """The sequence whose largest part, or rest, is smallest; of equal ones the one with more elements."""
     readers: dict[tuple[int, int], list[int]] = {}  # (id, version) of a hidden -> the elements that take it
     for number, element in enumerate(elements):
-        hidden = element.passed.leaves[0]
-        readers.setdefault((id(hidden), element.passed.version_in), []).append(number)
+        readers.setdefault((id(element.passed.leaves[0]), element.passed.version_in), []).append(number)
     best: tuple[int, int, list[_Element]] = (total + 1, 0, [])  # bytes of the largest part, minus length, sequence
     for largest in sorted({element.size for element in elements}):
         ways: dict[int, tuple[int, int, int | None]] = {}  # from here on: size, number of elements, the next one
@@ -332,5 +318,4 @@ def _calls_of(elements: Iterable[_Element]) -> tuple[list[ModuleCall], tuple[int
 
 
 def _has_matrix(model: nn.Module, module_call: ModuleCall) -> bool:
-    """Whether the module holds a matrix or kernel."""
     return any(parameter.dim() > 1 for parameter in model.get_submodule(module_call.name).parameters())

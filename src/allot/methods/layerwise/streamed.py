@@ -1,34 +1,24 @@
 """Layer-wise repairs block by block: the model stays on the host, one block at a time is on the device.
 
-A repair that looks at every layer for itself needs of the net only the inputs of a block. `Streamed` cuts the model
-into a sequence of blocks (`allot.methods.layerwise.blocks`), runs the modules before them over all calibration samples
-once, and keeps on the host
+`Streamed` runs the modules before the first block over all calibration samples once, and keeps on the host
 
-    x_d, x_s     the inputs of a block, of every sample, in the dense net and in the sparse one: N times one sample's
-                 hidden state, in its dtype, for each net, twice while the next block's are made
+    x_d, x_s     the inputs of a block, of every sample, in the dense net and in the sparse one
 
-and then for each block, front to back: the block comes to the device, the repair runs on it as if it were the model,
-its new tensors go back to the host, x_d and x_s become the block's outputs, and the block leaves. The device holds one
-block, the tensors that the repair keeps of it, and a batch. The modules outside the blocks (embeddings before, a head
-behind) are on the device together, without the blocks, and only while a layer or batch norm among them is repaired:
-before the first block and after the last one.
+Then for each block, front to back: the block comes to the device, the repair runs on it as if it were the model, its
+new tensors go back to the host, and x_d and x_s become the block's outputs. The modules outside the blocks are on the
+device together, without the blocks, while a layer or batch norm among them is repaired: before the first block or after
+the last one. A method says how it may be streamed by an attribute `streams`:
 
-A method says how it may be streamed by an attribute `streams`:
+    "passes"   once through the samples (for each net); x_s of the next block is the block's output while the repair ran
+    "result"   the inputs of the next block are the outputs of the repaired block
 
-    "passes"   once through the samples (for each net), where the output of a layer in this pass is the input of the
-               next one: so x_s of the next block is the block's output while the repair ran. As in the whole net, to
-               the order of sums.
-    "result"   the inputs of the next block are the outputs of the repaired block. As in the whole net where layers do
-               not wait for each other (`layerwise` on dense inputs), or wait from front to back (`lstsq`). `layerwise`
-               on sparse inputs trains all layers side by side in the whole net; here a block begins when the blocks
-               before it are done.
-
-x_d and x_s are not in the state, which is saved often: a resumed run makes them again, a block a step.
+x_d and x_s are not in the state: a resumed run makes them again, a block a step. docs/streaming.md says what the host
+has to hold, and where results differ from those on the whole net.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -39,7 +29,7 @@ from allot.errors import UsageError, first_line
 from allot.methods.layerwise.blocks import find_blocks, size_of
 from allot.methods.layerwise.streamed_block import FLAG, BlockPart, ModelPart, OutsidePart, PartInputs
 from allot.network.call import call
-from allot.network.layers import Layer, Scope, is_batch_norm, places_by_parameter
+from allot.network.layers import Scope, is_batch_norm, places_by_parameter
 from allot.network.trees import tensors_in
 from allot.run.problem import Candidate, Method, Metrics, Problem, finished
 from allot.run.store import State
@@ -94,11 +84,9 @@ class Streamed:
             again = run.number
             run.repeat_part(state)
             return {"forward": state["pushed"] // run.size - before, "backward": 0, "again": again}
-        metrics = run.step(state)
-        return {**metrics, "forward": state["pushed"] // run.size - before, "backward": 0}
+        return {**run.step(state), "forward": state["pushed"] // run.size - before, "backward": 0}
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
-        """The candidate with the tensors of all blocks."""
         self._live.clear()
         return replace(candidate, tensors={**candidate.tensors, **state["tensors"]})
 
@@ -122,8 +110,7 @@ def usable(device: str | torch.device) -> torch.device:
         usable_device = torch.device(device)
         torch.empty(0, device=usable_device)
     except (RuntimeError, AssertionError, TypeError) as error:
-        reason = first_line(error)
-        raise UsageError(f"stream={str(device)!r}: this machine has no such device ({reason}).") from error
+        raise UsageError(f"stream={str(device)!r}: this machine has no such device ({first_line(error)}).") from error
     return usable_device
 
 
@@ -157,7 +144,8 @@ class _StreamedRun:
         lengths = []
         for number in range(self.last + 1):
             _, problem, candidate = self._task_on(number, self.host, {})
-            repaired = len(problem.scope) or any(self._batch_norms_in(number))
+            modules = self.problem.model.named_modules()
+            repaired = len(problem.scope) or any(is_batch_norm(m) and self._part_of(n) == number for n, m in modules)
             lengths.append(int(self.method.init(problem, candidate)["steps"]) if repaired else 0)
         return lengths
 
@@ -225,7 +213,7 @@ class _StreamedRun:
         alike = part.inputs.get(False) is part.inputs.get(True) and not part.next_inputs and not changed
         size = problem.inputs().batch_size
         for sparse in (False,) if alike else (False, True):
-            if sparse in part.next_inputs and part.next_inputs[sparse].complete:
+            if sparse in part.next_inputs and bool(part.next_inputs[sparse].hidden.filled.all()):
                 continue
             with part.recording(True), torch.no_grad():
                 for numbers in torch.arange(len(problem.inputs())).split(size):
@@ -251,7 +239,8 @@ class _StreamedRun:
                 aliases=tuple(str(part.inner_name(alias)) for alias in layer.aliases),
             )
             for layer in problem.scope
-            if self._part_of(layer) == number
+            # of a tied weight outside the blocks, the last part that uses it
+            if max(self._part_of(place.module_name) for place in self.places[layer.name] if place.kind) == number
         )
         every = tuple(range(part.count))
         numbers = replace(calibration, source=every, indices=every, device=torch.device("cpu"), dtype=None, workers=0)
@@ -266,27 +255,14 @@ class _StreamedRun:
             return BlockPart(model, sequence, number - 1, count, device, self.host)
         return OutsidePart(model, sequence, pick, count, device, self.host, stops=not number)
 
-    def _part_of(self, layer: Layer) -> int:
-        block = self.sequence.block_of(layer.name)
+    def _part_of(self, name: str) -> int:
+        """The part that holds the module of this name; the projection in an attention goes with the attention."""
+        block = self.sequence.block_of(name)
         if block is not None:
             return block + 1
-        used = [place for place in self.places[layer.name] if place.kind]
-        return 0 if all(self._is_before(place.module_name) for place in used) else self.last
-
-    def _is_before(self, name: str) -> bool:
-        """Whether a module outside begins before the first block; the projection in an attention goes with it."""
         parent = name.rpartition(".")[0]
         in_attention = isinstance(self.problem.model.get_submodule(parent), nn.MultiheadAttention)
-        return (parent if in_attention else name) in self.sequence.before
-
-    def _batch_norms_in(self, number: int) -> Iterator[str]:
-        """Names of the batch norms of a part."""
-        for name, module in self.problem.model.named_modules():
-            if is_batch_norm(module):
-                block = self.sequence.block_of(name)
-                outside = 0 if name in self.sequence.before else self.last
-                if number == (outside if block is None else block + 1):
-                    yield name
+        return 0 if (parent if in_attention else name) in self.sequence.before else self.last
 
     def _device_of(self, number: int) -> torch.device:
         """Where a part runs that is not repaired: the modules before the blocks run where the model is."""

@@ -61,11 +61,6 @@ class PartInputs:
     def __init__(self, hidden: SampleTensor, slots: list[Any]) -> None:
         self.hidden, self.slots = hidden, slots
 
-    @property
-    def complete(self) -> bool:
-        """Whether every sample is recorded."""
-        return bool(self.hidden.filled.all())
-
 
 class ModelPart(nn.Module):
     """Some of a model's modules on a device, called with numbers of samples `[B]`.
@@ -99,7 +94,6 @@ class ModelPart(nn.Module):
         return any(name != FLAG for name in names)
 
     def run(self, numbers: Tensor, *, sparse: bool) -> Any:
-        """The part's output for the samples of these numbers."""
         raise NotImplementedError
 
     def forward(self, numbers: Tensor) -> Any:

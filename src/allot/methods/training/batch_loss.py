@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,6 +33,7 @@ from allot.run.problem import Problem
 from allot.run.store import State
 
 Answers = tuple[list[Tensor], list[Tensor]]  # the tensors that are compared, of the outputs and of blocks
+Kept = dict[str, list[Tensor]] | None  # batch -> the dense net's outputs on it; None: outputs are not kept
 SCALES = 2.0**16, 200  # of the loss in fp16: the first one, and after how many finite steps it doubles
 
 
@@ -83,7 +84,10 @@ class Distance:
 
     def reading(self, problem: Problem) -> State:
         """The part of a state that `loss_of` reads."""
-        _check_blocks(problem.model, self.blocks)
+        names = [name for name, _ in problem.model.named_modules() if name]
+        for pattern in self.blocks:
+            if not fnmatch.filter(names, pattern):
+                raise unknown("module in blocks", pattern, names)
         repeat = not self.blocks and not any_process(not problem.inputs().repeats())
         return {"step": 0, "repeat": repeat, "teacher": []}
 
@@ -141,12 +145,12 @@ class Distance:
                 call(model, batch.placed, batch.inputs, training=is_batch_norm, norms=whole, **how)
             batch_moments = whole.seen
         counted = {n: v.clone() for n, v in batch.placed.items() if parts > 1 and n.endswith("num_batches_tracked")}
-        for piece, (outputs, dense_blocks) in zip(batch.pieces, batch.teacher, strict=True):
+        for piece, answers in zip(batch.pieces, batch.teacher, strict=True):
             part = cut(batch.inputs, *piece) if parts > 1 else batch.inputs
             if self.blocks and parts > 1:
-                _, dense_blocks = self._answers_to(problem, part)
+                answers = answers[0], self._answers_to(problem, part)[1]
             blocks: list[Tensor] = []
-            grad = partial(self._backward, state, batch.learning, outputs, blocks, dense_blocks, batch.wholes)
+            grad = partial(self._backward, state, batch, answers, blocks)
             with torch.enable_grad(), _block_outputs(model, self.blocks, blocks):
                 norms = None if batch_moments is None else Norms(batch_moments)
                 loss += call(model, batch.placed, part, training=is_batch_norm, norms=norms, **how, then=grad)
@@ -154,26 +158,18 @@ class Distance:
             batch.placed[name].copy_(count)
         return loss
 
-    def _backward(
-        self,
-        state: State,
-        leaves: list[Tensor],
-        teacher: list[Tensor],
-        blocks: list[Tensor],
-        dense_blocks: list[Tensor],
-        wholes: list[float] | None,
-        output: Any,
-    ) -> float:
+    def _backward(self, state: State, batch: _Batch, answers: Answers, blocks: list[Tensor], output: Any) -> float:
         """The part of L of one piece of a batch; its gradients are added to those of the leaves, in place."""
-        loss = self._compared(self._read(output), teacher, wholes and wholes[: len(teacher)])
-        of_blocks = wholes[len(teacher) :] if wholes else [None] * len(blocks)
+        teacher, dense_blocks = answers
+        loss = self._compared(self._read(output), teacher, batch.wholes and batch.wholes[: len(teacher)])
+        of_blocks = batch.wholes[len(teacher) :] if batch.wholes else [None] * len(blocks)
         for ours, theirs, whole in zip(blocks, dense_blocks, of_blocks, strict=True):
             loss = loss + self.block_weight * relative_error(ours, theirs, whole)
         if not loss.requires_grad:
             raise UsageError("the model's outputs carry no gradients: take no_grad and detach out of its forward.")
         check_finite(loss, state["step"])
-        if leaves:
-            torch.autograd.backward(loss * state.get("loss_scale", 1.0), inputs=leaves)
+        if batch.learning:
+            torch.autograd.backward(loss * state.get("loss_scale", 1.0), inputs=batch.learning)
         return float(loss.detach())
 
     def _teacher_answers(
@@ -208,18 +204,12 @@ class Distance:
             return self._read(call(problem.model, {}, inputs, compute=problem.compute)), blocks
 
     def judge(
-        self,
-        problem: Problem,
-        tensors: Mapping[str, Tensor],
-        k: int,
-        answers: dict[str, list[Tensor]] | None,
-        *,
-        batch_statistics: bool = False,
+        self, problem: Problem, tensors: Mapping[str, Tensor], k: int, answers: Kept, *, batch_statistics: bool = False
     ) -> tuple[float, int]:
         """(L of the net with `tensors` in place on batch k, in eval mode; samples pushed).
 
         Args:
-            answers: the dense net's outputs by batch, kept from call to call and filled here; None keeps none.
+            answers: kept from call to call, and filled here.
             batch_statistics: whether batch norms of the net with `tensors` normalise by the batch.
         Raises:
             AllotError: the loss is not finite.
@@ -278,7 +268,6 @@ class _Batch:
 
     @property
     def learning(self) -> list[Tensor]:
-        """All tensors whose gradients are wanted."""
         return [*self.leaves.values(), *(self.masking.placed.values() if self.masking else ())]
 
 
@@ -324,11 +313,7 @@ def _full_tables(problem: Problem, state: State) -> list[Tensor] | None:
 
 
 def _fill_tables(
-    problem: Problem,
-    state: State,
-    answers: list[list[Tensor]],
-    pieces: list[tuple[int, int]],
-    positions: list[int],
+    problem: Problem, state: State, answers: list[list[Tensor]], pieces: list[tuple[int, int]], positions: list[int]
 ) -> None:
     """Keep the answers to these samples, where inputs repeat and the tables fit into `Compute.cached` bytes.
 
@@ -375,13 +360,6 @@ def statistics(model: nn.Module) -> Iterator[str]:
             yield from (buffer for buffer, _ in module.named_buffers(prefix=name, recurse=False) if buffer in buffers)
 
 
-def _check_blocks(model: nn.Module, blocks: tuple[str, ...]) -> None:
-    names = [name for name, _ in model.named_modules() if name]
-    for pattern in blocks:
-        if not fnmatch.filter(names, pattern):
-            raise unknown("module in blocks", pattern, names)
-
-
 @contextmanager
 def _block_outputs(model: nn.Module, blocks: tuple[str, ...], seen: list[Tensor]) -> Iterator[None]:
     """While open, outputs of the modules that match are appended to `seen`, in the order in which they come."""
@@ -391,8 +369,6 @@ def _block_outputs(model: nn.Module, blocks: tuple[str, ...], seen: list[Tensor]
         if isinstance(first, Tensor) and first.is_floating_point() and not is_second_run():
             seen.append(first)
 
-    with ExitStack() as stack:
-        for name, module in model.named_modules():
-            if any(fnmatch.fnmatchcase(name, pattern) for pattern in blocks):
-                stack.enter_context(hooked(module, hook))
+    matching = (m for name, m in model.named_modules() if any(fnmatch.fnmatchcase(name, p) for p in blocks))
+    with hooked((module, hook) for module in matching):
         yield

@@ -56,8 +56,7 @@ class Costs:
         costs = []
         for weight, header, ceiling in self.weights:
             if weight is None:
-                kept = dict(zip(self.names, (alpha * self.total).tolist(), strict=True))
-                time, by_group = self.budget.time(kept)
+                time, by_group = self.budget.time(dict(zip(self.names, (alpha * self.total).tolist(), strict=True)))
                 by_index = torch.tensor([by_group[name] for name in self.names], dtype=torch.float64)
                 costs.append((time / ceiling, by_index * self.total / ceiling))
                 continue
@@ -65,10 +64,8 @@ class Costs:
             for d in range(sizes.shape[1]):
                 others = sizes[:, [j for j in range(sizes.shape[1]) if j != d]].prod(1)
                 slope += (weight * others) @ self.places[:, d]
-            cost = (header + float(weight @ sizes.prod(1))) / ceiling
-            costs.append((cost, slope * self.total / ceiling))
+            costs.append(((header + float(weight @ sizes.prod(1))) / ceiling, slope * self.total / ceiling))
         return costs
 
     def fits(self, alpha: Tensor) -> bool:
-        """Whether every limit holds."""
         return all(cost <= 1 for cost, _ in self(alpha))

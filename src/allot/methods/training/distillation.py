@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ from allot.run.problem import Candidate, Problem
 from allot.run.scores import Evidence
 from allot.run.store import State
 
+_ADAM: Any = {"amsgrad": False, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0, "eps": 1e-8, "maximize": False}
 Select = Callable[[Evidence, Mapping[str, int]], dict[str, Tensor]]
 
 
@@ -67,29 +69,21 @@ class Training(Distance):
 
     def begin(self, problem: Problem, candidate: Candidate) -> State:
         """The state before the first step: copies of the tensors that will change, in float32 or wider."""
-        tensors: dict[str, Tensor] = {}
-        for name in trained(problem):
-            value = candidate.tensors.get(name, problem.dense[name])
-            tensors[name] = wide(value).clone()
-        for name in statistics(problem.model):
-            tensors[name] = candidate.tensors.get(name, problem.dense[name]).clone()
+        weights = {name: wide(candidate.tensor(problem, name)).clone() for name in trained(problem)}
+        buffers = {name: candidate.tensor(problem, name).clone() for name in statistics(problem.model)}
         return {
             **self.reading(problem),
             "steps": self.steps,
-            "tensors": tensors,
-            "mean": {name: torch.zeros_like(tensors[name]) for name in trained(problem)},
-            "square": {name: torch.zeros_like(tensors[name]) for name in trained(problem)},
-            "scale": {name: _step_scale(tensors[name]) for name in trained(problem)},
+            "tensors": weights | buffers,
+            "mean": {name: torch.zeros_like(value) for name, value in weights.items()},
+            "square": {name: torch.zeros_like(value) for name, value in weights.items()},
+            "scale": {name: _step_scale(value) for name, value in weights.items()},
         }
 
     def select(self, problem: Problem, state: State, evidence: Evidence, kept: Mapping[str, int]) -> dict[str, Tensor]:
         """Layer -> mask of the `kept` best-scored of its current weights."""
-        return {
-            layer.name: problem.pattern.mask(
-                layer, scored(problem, layer, state["tensors"][layer.name], evidence), kept[layer.name]
-            )
-            for layer in problem.scope
-        }
+        scores = ((l, scored(problem, l, state["tensors"][l.name], evidence)) for l in problem.scope)
+        return {l.name: problem.pattern.mask(l, score, kept[l.name]) for l, score in scores}
 
     def gradients(
         self, problem: Problem, state: State, masks: Mapping[str, Tensor]
@@ -136,21 +130,8 @@ class Training(Distance):
                 mean.mul_(0.9).add_(gradient)
                 value.sub_(lr * mean)
                 continue
-            adam(
-                [value],
-                [gradient],
-                [mean],
-                [state["square"][name]],
-                [],
-                [torch.tensor(float(t))],
-                amsgrad=False,
-                beta1=0.9,
-                beta2=0.99,
-                lr=lr * state["scale"][name],
-                weight_decay=0.0,
-                eps=1e-8,
-                maximize=False,
-            )
+            square, lr_of_tensor = state["square"][name], lr * state["scale"][name]
+            adam([value], [gradient], [mean], [square], [], [torch.tensor(float(t))], lr=lr_of_tensor, **_ADAM)
         state["step"] = t + 1
 
     def tensors(self, problem: Problem, candidate: Candidate, state: State) -> dict[str, Tensor]:

@@ -24,12 +24,7 @@ Outputs = Callable[[Any], Any]
 
 
 def compared(
-    student: list[Tensor],
-    teacher: list[Tensor],
-    loss: str,
-    temperature: float,
-    student_temperature: float,
-    wholes: list[float] | None = None,
+    student: list[Tensor], teacher: list[Tensor], loss: str, T: float, T_s: float, wholes: list[float] | None = None
 ) -> Float[Tensor, ""]:
     """Sum of the losses of pairs of tensors, in float32 or better.
 
@@ -48,8 +43,7 @@ def compared(
         )
     sizes: list[float | None] = [*wholes] if wholes else [None] * len(teacher)
     losses = [
-        LOSSES[loss](ours, theirs, temperature, student_temperature, whole)
-        for ours, theirs, whole in zip(student, teacher, sizes, strict=True)
+        LOSSES[loss](ours, theirs, T, T_s, whole) for ours, theirs, whole in zip(student, teacher, sizes, strict=True)
     ]
     return torch.stack(losses).sum()
 
@@ -120,14 +114,12 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _kl(
-    student: Tensor, teacher: Tensor, temperature: float, student_temperature: float, whole: float | None = None
-) -> Tensor:
+def _kl(student: Tensor, teacher: Tensor, T: float, T_s: float, whole: float | None = None) -> Tensor:
     dim = _classes(student)
-    theirs = (wide(teacher) / temperature).log_softmax(dim)
-    ours = (wide(student) / student_temperature).log_softmax(dim)
+    theirs = (wide(teacher) / T).log_softmax(dim)
+    ours = (wide(student) / T_s).log_softmax(dim)
     rows = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(dim)
-    return temperature**2 * (rows.mean() if whole is None else rows.sum() / whole)
+    return T**2 * (rows.mean() if whole is None else rows.sum() / whole)
 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from allot.budget.allocation import Allocation
+from allot.budget.model_budget import ModelBudget
 from allot.errors import UsageError
 from allot.methods.training.channel_gates import fisher
 from allot.network.call import call
@@ -48,15 +50,13 @@ class Selection:
             return self._select_channels(problem, candidate, state)
         layer = problem.scope.layers[state["step"]]
         evidence = CollectedEvidence(problem, candidate, state["squares"])
-        weight = candidate.tensors.get(layer.name, problem.dense[layer.name])
         kept = candidate.allocation.kept[layer.name]
-        score = scored(problem, layer, weight, evidence)
+        score = scored(problem, layer, candidate.tensor(problem, layer.name), evidence)
         state["masks"][layer.name] = problem.pattern.mask(layer, score, kept)
         state["step"] += 1
         return {"forward": evidence.forward, "backward": 0, "kept": kept}
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
-        """The candidate with masks."""
         if not state["channels"]:
             return replace(candidate, masks=dict(state["masks"]))
         channels = {name: tuple(kept) for name, kept in state["channels"].items()}
@@ -66,8 +66,7 @@ class Selection:
         group = problem.scope.groups[state["step"]]
         evidence = CollectedEvidence(problem, candidate, state["squares"])
         kept = candidate.allocation.kept[group.name]
-        mask = select(importance(problem, group, evidence), kept)
-        state["channels"][group.name] = mask.nonzero().flatten().tolist()
+        state["channels"][group.name] = select(importance(problem, group, evidence), kept).nonzero().flatten().tolist()
         state["step"] += 1
         return {"forward": evidence.forward, "backward": evidence.backward, "kept": kept}
 
@@ -76,6 +75,25 @@ def allocated(candidate: Candidate, kept: Mapping[str, int], diagnostics: Mappin
     """The candidate that keeps these numbers of weights, or channels, with a method's report about them."""
     allocation = Allocation.of(kept, candidate.allocation.total)
     return replace(candidate, allocation=allocation, diagnostics={**candidate.diagnostics, **(diagnostics or {})})
+
+
+def ranked_together(budget: ModelBudget, scores: Mapping[str, Tensor]) -> dict[str, int]:
+    """Counts of the layers, or groups, when all their scores are ranked together.
+
+        k_l = #{i in l : s_i among the r highest scores of the net},   r as large as the budget allows
+
+    Equal scores go to the first by name, then to the lower index. Bounds cut k_l; r makes up for what this frees or
+    takes.
+    """
+    names = sorted(scores)
+    index, sizes = torch.arange(len(names), dtype=torch.int32), torch.tensor([scores[name].numel() for name in names])
+    order = torch.cat([scores[name] for name in names]).argsort(descending=True, stable=True)
+    ranked = torch.repeat_interleave(index, sizes)[order]  # [N], the place in `names` of each score, best first
+
+    def counts(r: int) -> dict[str, int]:
+        return budget.clip(dict(zip(names, torch.bincount(ranked[:r], minlength=len(names)).tolist(), strict=True)))
+
+    return counts(bisect_left(range(1, len(ranked) + 1), True, key=lambda r: not budget.fits(counts(r))))
 
 
 def scored(problem: Problem, layer: Layer, weight: Tensor, evidence: Evidence) -> Tensor:
@@ -126,18 +144,12 @@ class CollectedEvidence:
         self.forward = self.backward = 0
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor of the candidate's net."""
-        return self.candidate.tensors.get(name, self.problem.dense[name])
+        return self.candidate.tensor(self.problem, name)
 
     def module(self, name: str) -> nn.Module:
-        """The module that holds a tensor of this name."""
         return self.problem.model.get_submodule(name.rpartition(".")[0])
 
     def gate_squares(self, group: Group) -> Tensor:
-        """Expected squared gradient of the log-likelihood by a factor on each channel; `[channels]`.
-
-        See `allot.methods.training.channel_gates.fisher`.
-        """
         if "gates" not in self.squares:
             self.squares["gates"], forward, backward = fisher(self.problem, self.candidate)
             self.forward += forward

@@ -5,8 +5,7 @@
     statistics  batch-norm re-estimation on the training half, say; without batch norm, a correction in its place
     loss        mean loss against the dense net on the judging half, in eval mode
 
-The one-shot loss is no judge at high sparsity: a net that was not trained is near chance there, and the allocations
-that look best starve layers that training would need. The same is true of a repair too short to lead away from chance.
+Without training, or with too little, a net is near chance at high sparsity, and its loss no judge: decision 0010.
 """
 
 from __future__ import annotations
@@ -15,9 +14,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor
-
 from allot.errors import UsageError, check_flag
+from allot.methods.training.batch_loss import Kept
 from allot.methods.training.distillation import Training, distil, distilled, distilling
 from allot.methods.training.schedule import Schedule
 from allot.processes import one_per_process, world_size
@@ -52,7 +50,6 @@ class Trial:
         check_flag("one_shot", self.one_shot)
 
     def steps(self, problem: Problem, candidate: Candidate) -> int:
-        """How many steps a trial takes."""
         train, judge = halves(problem)
         of_statistics = next((n for m in self.statistics if (n := m.init(train, candidate)["steps"])), 0)
         return int(of_statistics) + judge.inputs().batches + (0 if self.one_shot else self.training.steps)
@@ -69,43 +66,35 @@ class Trial:
         self._advance(halves(problem)[0], candidate, state)
         return state
 
-    def step(self, problem: Problem, state: State, answers: dict[str, list[Tensor]] | None) -> Metrics:
+    def step(self, problem: Problem, state: State, answers: Kept) -> Metrics:
         """One calibration batch, in place.
 
         Args:
             answers: as in `Distance.judge`, of the judging half, kept from trial to trial.
         """
         state["taken"] += 1
-        with repeatable(problem.model, problem.seed, "trial", state["taken"]):  # the same draws for every individual
-            return self._step(problem, state, answers)
-
-    def _step(self, problem: Problem, state: State, answers: dict[str, list[Tensor]] | None) -> Metrics:
         train, judge = halves(problem)
         candidate = Candidate.from_state(state["candidate"], problem)
         stage, inner = state["stage"], state["inner"]
-        if stage == 0:
-            metrics = distil(self.training, self.schedule, train, candidate, inner)
-            if finished(inner):
-                self._advance(train, distilled(self.training, train, candidate, inner), state)
-            return metrics
-        if stage <= len(self.statistics):
-            method = self.statistics[stage - 1]
-            metrics = method.step(train, candidate, inner)
-            if finished(inner):
-                state |= {"stage": self._judging, "candidate": method.finish(train, candidate, inner).to_state()}
-            return metrics
-        k = len(state["losses"])
-        loss, forward = self.training.judge(judge, candidate.effective(problem), k, answers)
+        with repeatable(problem.model, problem.seed, "trial", state["taken"]):  # the same draws for every individual
+            if stage == 0:
+                metrics = distil(self.training, self.schedule, train, candidate, inner)
+                if finished(inner):
+                    self._advance(train, distilled(self.training, train, candidate, inner), state)
+                return metrics
+            if stage <= len(self.statistics):
+                method = self.statistics[stage - 1]
+                metrics = method.step(train, candidate, inner)
+                if finished(inner):
+                    state |= {"stage": self._judging, "candidate": method.finish(train, candidate, inner).to_state()}
+                return metrics
+            loss, forward = self.training.judge(judge, candidate.effective(problem), len(state["losses"]), answers)
         state["losses"].append(loss)
         state["stage"] += len(state["losses"]) == judge.inputs().batches
         return {"forward": forward, "backward": 0, "loss": loss}
 
     def try_first(
-        self,
-        problem: Problem,
-        state: State,
-        waiting: Sequence[Callable[[], Candidate]],
-        answers: dict[str, list[Tensor]] | None,
+        self, problem: Problem, state: State, waiting: Sequence[Callable[[], Candidate]], answers: Kept
     ) -> tuple[Metrics, list[float]]:
         """(metrics, losses of the first of `waiting`): one step of the first trial, whose loss is there at its end.
 
@@ -127,9 +116,7 @@ class Trial:
         state["step"] += 1
         return metrics, [self.loss(state.pop("trial"))] if self.done(state["trial"]) else []
 
-    def _whole_trial(
-        self, problem: Problem, candidate: Candidate, answers: dict[str, list[Tensor]] | None
-    ) -> tuple[Metrics, float, int]:
+    def _whole_trial(self, problem: Problem, candidate: Candidate, answers: Kept) -> tuple[Metrics, float, int]:
         """(samples pushed, loss, steps) of a trial from its first step to its last."""
         state = self.begin(problem, candidate)
         pushed: Metrics = {"forward": 0, "backward": 0}
@@ -139,7 +126,6 @@ class Trial:
         return pushed, self.loss(state), state["taken"]
 
     def done(self, state: State) -> bool:
-        """Whether the loss is known."""
         return bool(state["stage"] > self._judging)
 
     def loss(self, state: State) -> float:

@@ -77,13 +77,9 @@ def _can_be_nonzero(model: nn.Module, tensors: Mapping[str, Tensor], group: Grou
     alive = _has_weights(tensors, group, reads=False)
     for member in group.members:
         owner, _, attribute = member.tensor.rpartition(".")
-        if (
-            tensors[member.tensor].dim() != 1
-            or member.reads
-            or attribute not in ("bias", "running_mean", "in_proj_bias")
-        ):
-            continue
         value = tensors[member.tensor]
+        if value.dim() != 1 or member.reads or attribute not in ("bias", "running_mean", "in_proj_bias"):
+            continue
         if attribute == "running_mean":  # scaled by gamma
             scale = tensors.get(f"{owner}.weight")
             value = value if scale is None else value * scale

@@ -9,8 +9,8 @@ each connected set is one channel of a `Group`. Joined are
     positions of one tensor under several names           tied weights
     rows of queries, keys and values, and columns of the projection behind them, of one attention head
 
-A trace can be wrong, so it is only a proposal: on a copy of the model with random weights, in float64, removing
-half of every group's channels has to give what zeroing them gives. Groups that fail stay whole, with the reason.
+A trace can be wrong, so it is only a proposal (`allot.network.coupling.proof`). Groups that fail the proof stay whole,
+with the reason.
 """
 
 from __future__ import annotations
@@ -59,7 +59,6 @@ def find_groups(model: nn.Module, example: Any) -> tuple[tuple[Group, ...], dict
 
 
 def _module_of(name: str) -> str:
-    """The module that a group is named after."""
     return "" if name == "heads" else name.removesuffix(".heads").partition(":")[0]
 
 
@@ -273,41 +272,28 @@ def _tensors_of(
 ) -> Iterator[tuple[str, int, Callable[[int], int]]]:
     """(tensor, dimension, channel -> position) of each tensor that holds a module's channels."""
 
-    def first_name(attribute: str) -> Iterator[str]:
-        assert module is not None
-        tensor = module._parameters.get(attribute, module._buffers.get(attribute))
-        if tensor is not None and tensor.dim():
-            yield first[id(tensor)]
-
     def identity(channel: int) -> int:
         return channel
 
     if module is None:  # a parameter that is used directly
         yield name, int(side.removeprefix("dim ")), identity
-    elif isinstance(module, _ConvNd):
+        return
+    dims: dict[str, int] = {}
+    each = 0  # channels of the dimension that all groups of a conv share
+    if isinstance(module, _ConvNd | nn.Linear):
         transposed = isinstance(module, _ConvTransposeNd)
-        each = module.in_channels // module.groups if not transposed else module.out_channels // module.groups
-        shared = (side == "out") == transposed  # the dimension that all groups of the conv share
-        for weight in first_name("weight"):
-            if _depthwise(module):
-                yield weight, 0, identity
-            else:
-                yield (
-                    weight,
-                    int(shared) if not transposed else int(side == "out"),
-                    ((lambda channel: channel % each) if shared else identity),
-                )
-        if side == "out":
-            yield from ((bias, 0, identity) for bias in first_name("bias"))
-    elif isinstance(module, nn.Linear):
-        yield from ((weight, 0 if side == "out" else 1, identity) for weight in first_name("weight"))
-        if side == "out":
-            yield from ((bias, 0, identity) for bias in first_name("bias"))
+        shared = (side == "out") == transposed and not _depthwise(module)
+        if shared and isinstance(module, _ConvNd):
+            each = (module.out_channels if transposed else module.in_channels) // module.groups
+        dims = {"weight": int(shared)} | ({"bias": 0} if side == "out" else {})
     elif isinstance(module, nn.Embedding):
-        yield from ((weight, 1, identity) for weight in first_name("weight"))
+        dims = {"weight": 1}
     elif _can_be_cut(module):
-        for attribute in ("weight", "bias", "running_mean", "running_var"):
-            yield from ((tensor, 0, identity) for tensor in first_name(attribute))
+        dims = dict.fromkeys(("weight", "bias", "running_mean", "running_var"), 0)
+    for attribute, dim in dims.items():
+        tensor = module._parameters.get(attribute, module._buffers.get(attribute))
+        if tensor is not None and tensor.dim():
+            yield first[id(tensor)], dim, (lambda channel: channel % each) if each and dim else identity
 
 
 def _writes_channels(module: nn.Module | None) -> bool:
@@ -329,8 +315,7 @@ def _is_bare_norm(module: nn.Module | None) -> bool:
     """Whether a norm per channel holds no tensor whose size is its number of channels."""
     if not isinstance(module, _NormBase | nn.GroupNorm):
         return False
-    held = (module._parameters.get("weight"), module._buffers.get("running_mean"))
-    return all(tensor is None for tensor in held)
+    return module._parameters.get("weight") is None and module._buffers.get("running_mean") is None
 
 
 def _size_attributes(module: nn.Module) -> tuple[str, ...]:

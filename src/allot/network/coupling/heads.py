@@ -14,22 +14,16 @@ def heads_of(model: nn.Module) -> Iterator[Group]:
     """A group of heads for every attention of a known kind; the proof decides whether the group can be cut."""
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
-        if isinstance(module, nn.MultiheadAttention):
-            if (
-                module.num_heads > 1
-                and module._qkv_same_embed_dim
-                and module.bias_k is None
-                and not module.add_zero_attn
-            ):
-                rows = _rows_by_head(module.num_heads, module.head_dim, parts=3)
-                members = [Member(f"{prefix}in_proj_weight", 0, False, rows)]
-                if module.in_proj_bias is not None:
-                    members.append(Member(f"{prefix}in_proj_bias", 0, False, rows))
-                columns = _rows_by_head(module.num_heads, module.head_dim)
-                members.append(Member(f"{prefix}out_proj.weight", 1, True, columns))
-                yield Group(f"{prefix}heads", tuple(members), {name: {"num_heads": 1}}, layers=(name,))
-            continue
-        yield from _linear_heads(model, name, prefix, module)
+        if not isinstance(module, nn.MultiheadAttention):
+            yield from _linear_heads(model, name, prefix, module)
+        elif module.num_heads > 1 and module._qkv_same_embed_dim and module.bias_k is None and not module.add_zero_attn:
+            rows = _rows_by_head(module.num_heads, module.head_dim, parts=3)
+            members = [Member(f"{prefix}in_proj_weight", 0, False, rows)]
+            if module.in_proj_bias is not None:
+                members.append(Member(f"{prefix}in_proj_bias", 0, False, rows))
+            columns = _rows_by_head(module.num_heads, module.head_dim)
+            members.append(Member(f"{prefix}out_proj.weight", 1, True, columns))
+            yield Group(f"{prefix}heads", tuple(members), {name: {"num_heads": 1}}, layers=(name,))
 
 
 _QKV = (("qkv",), ("q", "k", "v"), ("query", "key", "value"), ("q_proj", "k_proj", "v_proj"), ("to_q", "to_k", "to_v"))
@@ -44,10 +38,8 @@ def _linear_heads(model: nn.Module, name: str, prefix: str, module: nn.Module) -
     inputs = next(
         (names for names in _QKV if all(isinstance(getattr(module, n, None), nn.Linear) for n in names)), None
     )
-    out = next(
-        (path for path in (_relative_path(name, o) for o in _OUT) if isinstance(_submodule_at(model, path), nn.Linear)),
-        None,
-    )
+    paths = (_relative_path(name, path) for path in _OUT)
+    out = next((path for path in paths if isinstance(_submodule_at(model, path), nn.Linear)), None)
     if not (count_name and inputs and out):
         return
     heads, width = getattr(module, count_name), _submodule_at(model, out).in_features
