@@ -16,10 +16,18 @@ def pruned(net: str, budget: str, more: str = "") -> dict:
     return done(f"prune zoo:{net} --budget {budget} --repair none --out RUN --json {more}").json
 
 
+def planned(net: str, budget: str, more: str = "") -> dict:
+    return done(f"plan zoo:{net} --budget {budget} --json {more}").json
+
+
 @pytest.mark.parametrize("sparsity", ["0.5", "0.8", "0.9", "0.95", "0.98", "0.99"])
 @pytest.mark.parametrize("net", NETS)
 def test_sparsity_is_met_to_the_last_weight(net, sparsity):
-    said = pruned(net, f"sparsity={sparsity}")
+    """A plan of each sparsity; of one, the run too, which keeps as many."""
+    said = planned(net, f"sparsity={sparsity}")
+    if sparsity == "0.95":
+        run = pruned(net, f"sparsity={sparsity}")
+        assert (run["layers"], run["budget"]) == (said["layers"], said["budget"])
     assert said["kept"] == exact(said["total"], sparsity) == sum(layer["kept"] for layer in said["layers"])
     assert said["budget"] == [{**said["budget"][0], "kind": "sparsity", "limit": float(sparsity), "met": True}]
 
@@ -27,7 +35,7 @@ def test_sparsity_is_met_to_the_last_weight(net, sparsity):
 @pytest.mark.parametrize("limit", LIMITS)
 @pytest.mark.parametrize("net", NETS)
 def test_other_budgets_are_never_above_and_within_one_weight(net, limit, tmp_path):
-    said = pruned(net, limit, "--allocate uniform")
+    said = (pruned if limit.startswith("bytes") else planned)(net, limit, "--allocate uniform")
     row = said["budget"][0]
     assert row["met"] is True and row["achieved"] <= row["limit"]
     open_layers = [layer for layer in said["layers"] if layer["kept"] < layer["total"]]

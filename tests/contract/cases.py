@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -19,7 +22,7 @@ from allot.run.calibration import Calibration
 from allot.run.driver import drive
 from allot.run.patterns import Channels, Unstructured
 from allot.run.problem import Candidate, Method, Problem
-from allot.run.store import Log
+from allot.run.store import Log, State
 
 
 def convolutions(*, norm: bool = True, reverse: bool = False) -> nn.Module:
@@ -122,11 +125,11 @@ def _dead_rows(weight: Tensor) -> None:
     weight[: len(weight) // 2] = 0
 
 
-FEW = {"steps": 12, "rounds": 6, "generations": 2, "population": 4, "parents": 2, "crossovers": 2, "mutants": 2}
+FEW = {"steps": 6, "rounds": 6, "generations": 2, "population": 4, "parents": 2, "crossovers": 2, "mutants": 2}
 
 
 def short(method: Method) -> Method:
-    """A method that trains, with fewer steps: 12, over the samples of a case more than one pass; small populations."""
+    """A method that trains, with fewer steps: 6, two passes over the samples of a case; small populations."""
     changed: dict[str, Any] = {}
     for option in fields(method):
         value = getattr(method, option.name)
@@ -195,6 +198,16 @@ def problem_of(
     return make_problem(made, Budget.parse(budget), pattern_of(name), calibration=calibration)
 
 
+def shared_problem(case: str = "with batch norm", budget: str = "sparsity=0.7", *, name: str) -> Problem:
+    """`problem_of`, made once for all methods on weights and once for all on channels."""
+    return _shared_problem(case, budget_of(name, case, budget), ON_CHANNELS if name.endswith(ON_CHANNELS) else "")
+
+
+@cache
+def _shared_problem(case: str, budget: str, suffix: str) -> Problem:
+    return problem_of(case, budget, name=suffix)
+
+
 def budget_of(name: str, case: str, budget: str = "sparsity=0.7") -> str:
     """The budget, or a looser one where one head of two is all that can go."""
     few = name.endswith(ON_CHANNELS) and case == "attention"
@@ -221,8 +234,105 @@ def before(name: str, problem: Problem) -> Candidate:
 
 def run(name: str, problem: Problem, *, log: Log | None = None) -> Candidate:
     """The candidate after the method, weights selected."""
-    candidate = drive(METHODS[name], problem, before(name, problem), log=log)
+    with untouched(problem):
+        return _selected(problem, drive(METHODS[name], problem, before(name, problem), log=log))
+
+
+@contextmanager
+def untouched(problem: Problem) -> Iterator[None]:
+    """Names the method that edits the model of a shared problem, before the next method runs on it."""
+    tensors = {key: bits(value) for key, value in problem.model.state_dict().items()}
+    yield
+    assert {key: bits(value) for key, value in problem.model.state_dict().items()} == tensors
+
+
+def _selected(problem: Problem, candidate: Candidate) -> Candidate:
     return candidate if candidate.masks else drive(Selection(), problem, candidate)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of a method, and what was seen on the way.
+
+    Attributes:
+        given, given_before: the candidate that the method got, and a copy of it from before the run.
+        effective_before: its effective tensors from before the run, as bytes.
+        result: what the method returned.
+        candidate: the same with weights selected.
+        pushed: samples that went forward and backward through the model.
+    """
+
+    problem: Problem
+    given: Candidate
+    given_before: Candidate
+    effective_before: dict[str, bytes]
+    result: Candidate
+    candidate: Candidate
+    log: Log
+    metrics: list[dict[str, Any]]
+    states: list[State]  # the keys alone, with those of the dicts inside
+    pushed: dict[str, int]
+
+
+@cache
+def finished_run(name: str, case: str = "with batch norm") -> Run:
+    """The run of a method on a case, made once for all tests that look at it."""
+    torch.manual_seed(1)
+    problem = shared_problem(case, name=name)
+    given = before(name, problem)
+    copied = copy.deepcopy(Candidate(given.allocation, given.masks, given.tensors, given.channels))
+    effective = {key: bits(value) for key, value in given.effective(problem).items()}
+    pushed = {"forward": 0, "backward": 0}
+
+    def went(module: nn.Module, args: Any) -> None:
+        pushed["forward"] += len(args[0])
+
+    def came_back(gradient: Tensor) -> None:
+        pushed["backward"] += len(gradient)
+
+    def gives(module: nn.Module, args: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(came_back)
+
+    hooks = [problem.model.register_forward_pre_hook(went), problem.model.register_forward_hook(gives)]
+    metrics: list[dict[str, Any]] = []
+    watched, log = Watched(METHODS[name]), Log()
+    try:
+        with untouched(problem):
+            result = drive(watched, problem, given, log=log, on_step=lambda progress: metrics.append(progress.metrics))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    candidate = _selected(problem, result)
+    return Run(problem, given, copied, effective, result, candidate, log, metrics, watched.states, pushed)
+
+
+@dataclass
+class Watched:
+    """A method whose states are written down, their keys alone."""
+
+    method: Method
+    states: list[State] = field(default_factory=list)
+
+    def __getattr__(self, option: str) -> Any:
+        return getattr(self.method, option)
+
+    def init(self, problem: Problem, candidate: Candidate) -> State:
+        return self._seen(self.method.init(problem, candidate))
+
+    def step(self, problem: Problem, candidate: Candidate, state: State) -> Any:
+        metrics = self.method.step(problem, candidate, state)
+        self._seen(state)
+        return metrics
+
+    def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
+        return self.method.finish(problem, candidate, state)
+
+    def _seen(self, state: State) -> State:
+        self.states.append(
+            {key: dict.fromkeys(value) if isinstance(value, dict) else None for key, value in state.items()}
+        )
+        return state
 
 
 def nothing_more_fits(problem: Problem, kept: Mapping[str, int]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import io
 import json
@@ -15,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import allot
 from allot.budget.allocation import Allocation
@@ -34,10 +33,12 @@ from contract.cases import (
     CASES,
     METHODS,
     ON_CHANNELS,
+    Watched,
     before,
     bits,
     budget_of,
     convolutions,
+    finished_run,
     fitting,
     nothing_more_fits,
     parts,
@@ -45,6 +46,7 @@ from contract.cases import (
     problem_of,
     run,
     same,
+    shared_problem,
     short,
     without_data,
 )
@@ -70,7 +72,7 @@ def test_a_method_is_a_frozen_value_with_a_role(name: str):
 def test_sparsity_is_met_to_the_last_weight(name: str, sparsity: float):
     if name.endswith(ON_CHANNELS) and sparsity > 0.9:
         pytest.skip("one channel a group is more than that")
-    problem = problem_of("without batch norm", f"sparsity={sparsity}", name=name)
+    problem = shared_problem("without batch norm", f"sparsity={sparsity}", name=name)
     candidate = run(name, problem)
     total = sum(layer.total for layer in problem.scope)
     wanted = round((1 - sparsity) * total)
@@ -99,7 +101,7 @@ def test_sparsity_is_met_to_the_last_weight(name: str, sparsity: float):
 )
 def test_other_budgets_are_met_and_not_one_more_weight_fits(name: str, case: str, budget: str):
     fitting(name, case)
-    problem = problem_of(case, budget, name=name)
+    problem = shared_problem(case, budget, name=name)
     holds_what_it_says(problem, run(name, problem))
 
 
@@ -116,8 +118,7 @@ def holds_what_it_says(problem: Problem, candidate: Candidate) -> None:
 @each_case
 def test_hostile_models_give_whole_results(name: str, case: str):
     fitting(name, case)
-    problem = problem_of(case, name=name)
-    candidate = run(name, problem)
+    problem, candidate = finished_run(name, case).problem, finished_run(name, case).candidate
     assert all(0 <= density <= 1 for density in candidate.allocation.values())
     assert all(kept >= 1 for kept in candidate.allocation.kept.values())  # the floor
     holds_what_it_says(problem, candidate)
@@ -129,8 +130,8 @@ def test_hostile_models_give_whole_results(name: str, case: str):
 
 @each_method
 def test_an_allocation_survives_json_and_replays_to_the_same_counts(name: str, tmp_path: Path):
-    problem = problem_of("without batch norm", name=name)
-    allocation = run(name, problem).allocation
+    finished = finished_run(name, "without batch norm")
+    problem, allocation = finished.problem, finished.candidate.allocation
     allocation.save(tmp_path / "allocation.json")
     assert Allocation.load(tmp_path / "allocation.json") == dict(allocation)
     replayed = {"allocate": str(tmp_path / "allocation.json"), "repair": "none", "pattern": pattern_of(name)}
@@ -172,8 +173,7 @@ def _everything(model: nn.Module) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.needs_data])
 def test_a_method_that_needs_no_data_does_without(name: str):
-    problem = problem_of(name=name)
-    assert same(run(name, problem), run(name, without_data(problem)))
+    assert same(finished_run(name).candidate, run(name, without_data(problem_of(name=name))))
 
 
 # the same again
@@ -182,8 +182,7 @@ def test_a_method_that_needs_no_data_does_without(name: str):
 @each_method
 @pytest.mark.parametrize("case", ["with batch norm", "attention"])
 def test_the_same_seed_gives_the_same_result(name: str, case: str):
-    torch.manual_seed(1)
-    first = run(name, problem_of(case, name=name))
+    first = finished_run(name, case).candidate
     torch.manual_seed(2)
     assert same(first, run(name, problem_of(case, name=name)))
 
@@ -191,32 +190,29 @@ def test_the_same_seed_gives_the_same_result(name: str, case: str):
 @each_method
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "plain"])
 def test_the_order_of_layers_is_irrelevant(name: str, norm: bool):
-    one, other = convolutions(norm=norm), convolutions(norm=norm, reverse=True)
-    other.load_state_dict(one.state_dict())
-    assert list(one.state_dict()) != list(other.state_dict())
-    found = [run(name, problem_of(model=model, name=name)) for model in (one, other)]
-    assert same(*found)
+    one = finished_run(name, "with batch norm" if norm else "without batch norm")
+    other = convolutions(norm=norm, reverse=True)
+    other.load_state_dict(one.problem.model.state_dict())
+    assert list(one.problem.model.state_dict()) != list(other.state_dict())
+    assert same(one.candidate, run(name, problem_of(model=other, name=name)))
 
 
 @each_method
-@pytest.mark.parametrize("case", ["with batch norm", "attention"])
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(name: str, case: str, tmp_path: Path):
+@pytest.mark.parametrize(("case", "stride"), [("with batch norm", 1), ("attention", 2)])
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(name: str, case: str, stride: int, tmp_path: Path):
     asked = {"calibration": CASES[case].inputs(), "budget": budget_of(name, case), "batch_size": 8, **parts(name)}
     model = CASES[case].make()
     whole = prune(model, **asked, save_to=tmp_path / "whole")
     steps = len((tmp_path / "whole" / "steps.jsonl").read_text().splitlines())
     small = "model.slim.safetensors" if name.endswith(ON_CHANNELS) else "model.bitmask.safetensors"
-    for stride in (1, 3):
-        run = tmp_path / str(stride)
-        starts, result = in_parts(
-            stride, lambda stop, run=run: prune(model, **asked, save_to=run, should_stop=stop), run
-        )
-        assert starts == max(-(-steps // stride), 1)
-        assert same(result.candidate, whole.candidate)
-        assert (result.log.forward, result.log.backward) == (whole.log.forward, whole.log.backward)
-        for file in ("model.safetensors", small, "allocation.json", "steps.jsonl"):
-            assert (run / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
-        assert not list(run.glob("state-*"))
+    run = tmp_path / "parts"
+    starts, result = in_parts(stride, lambda stop: prune(model, **asked, save_to=run, should_stop=stop), run)
+    assert starts == max(-(-steps // stride), 1)
+    assert same(result.candidate, whole.candidate)
+    assert (result.log.forward, result.log.backward) == (whole.log.forward, whole.log.backward)
+    for file in ("model.safetensors", small, "allocation.json", "steps.jsonl"):
+        assert (run / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+    assert not list(run.glob("state-*"))
 
 
 def in_parts(stride: int, start: Callable[[Callable[[], bool]], Result], run: Path) -> tuple[int, Result]:
@@ -233,8 +229,8 @@ def in_parts(stride: int, start: Callable[[Callable[[], bool]], Result], run: Pa
 
 @each_method
 def test_a_state_is_tensors_numbers_and_words_at_every_step(name: str):
-    problem = problem_of("attention", name=name)
-    candidate, method = before(name, problem), METHODS[name]
+    whole, method = finished_run(name, "attention"), METHODS[name]
+    problem, candidate = whole.problem, whole.given
     state = method.init(problem, candidate)
     while True:
         assert 0 <= state["step"] <= state["steps"]
@@ -242,7 +238,7 @@ def test_a_state_is_tensors_numbers_and_words_at_every_step(name: str):
         if finished(state):
             break
         method.step(problem, candidate, state)
-    assert same(method.finish(problem, candidate, state), drive(method, problem, candidate))
+    assert same(method.finish(problem, candidate, state), whole.result)
 
 
 def _through_a_file(state: State) -> State:
@@ -254,26 +250,23 @@ def _through_a_file(state: State) -> State:
 @each_method
 def test_a_docstring_names_every_key_of_a_state_at_every_step(name: str):
     for case in ("attention", "with batch norm"):
-        problem = problem_of(case, name=name)
-        _names_every_key(METHODS[name], problem, before(name, problem))
+        _names_every_key(METHODS[name], finished_run(name, case).states)
 
 
 @pytest.mark.parametrize("method", [Selection(), Streamed(allot.METHODS["variance"], torch.device("cpu"))])
 def test_so_do_the_methods_that_have_no_name(method: Method):
     problem = problem_of("linear chain")
-    candidate = before("uniform" if isinstance(method, Selection) else "variance", problem)
-    _names_every_key(method, problem, candidate)
+    watched = Watched(method)
+    drive(watched, problem, before("uniform" if isinstance(method, Selection) else "variance", problem))
+    _names_every_key(method, watched.states)
 
 
-def _names_every_key(method: Method, problem: Problem, candidate: Candidate) -> None:
-    state = method.init(problem, candidate)
-    while True:
+def _names_every_key(method: Method, states: list[State]) -> None:
+    assert states
+    for state in states:
         assert state.keys() <= keys_named_by(type(method)), type(method)
         for key, kind in (("training", Training), ("trial", Trial)):
             assert state.get(key, {}).keys() <= keys_named_by(kind), kind
-        if finished(state):
-            return
-        method.step(problem, candidate, state)
 
 
 def keys_named_by(kind: type) -> set[str]:
@@ -286,7 +279,7 @@ def keys_named_by(kind: type) -> set[str]:
 
 @each_method
 def test_it_stops_within_a_step(name: str):
-    problem = problem_of(name=name)
+    problem = shared_problem(name=name)
     candidate = before(name, problem)
     available = METHODS[name].init(problem, candidate)["steps"]
     for steps in range(min(3, available)):
@@ -308,39 +301,19 @@ def test_it_stops_within_a_step(name: str):
 @each_method
 @pytest.mark.parametrize("case", ["with batch norm", "attention"])
 def test_metrics_are_finite_and_count_every_sample_pushed_through_the_model(name: str, case: str):
-    problem = problem_of(case, name=name)
-    candidate = before(name, problem)
-    pushed = {"forward": 0, "backward": 0}
-
-    def went(module: nn.Module, args: Any) -> None:
-        pushed["forward"] += len(args[0])
-
-    def came_back(gradient: Tensor) -> None:
-        pushed["backward"] += len(gradient)
-
-    def gives(module: nn.Module, args: Any, output: Tensor) -> None:
-        if output.requires_grad:
-            output.register_hook(came_back)
-
-    problem.model.register_forward_pre_hook(went)
-    problem.model.register_forward_hook(gives)
-    told: list[dict[str, Any]] = []
-    log = Log()
-    drive(METHODS[name], problem, candidate, log=log, on_step=lambda progress: told.append(progress.metrics))
-    assert all(type(value) in (int, float) and math.isfinite(value) for metrics in told for value in metrics.values())
-    assert {key: sum(metrics[key] for metrics in told) for key in pushed} == pushed
-    assert (log.forward, log.backward) == (pushed["forward"], pushed["backward"])
+    seen = finished_run(name, case)
+    numbers = [value for metrics in seen.metrics for value in metrics.values()]
+    assert all(type(value) in (int, float) and math.isfinite(value) for value in numbers)
+    assert {key: sum(metrics[key] for metrics in seen.metrics) for key in seen.pushed} == seen.pushed
+    assert (seen.log.forward, seen.log.backward) == (seen.pushed["forward"], seen.pushed["backward"])
 
 
 @each_method
 def test_a_method_leaves_its_candidate_as_it_was(name: str):
-    problem = problem_of(name=name)
-    candidate = before(name, problem)
-    kept = copy.deepcopy(Candidate(candidate.allocation, candidate.masks, candidate.tensors, candidate.channels))
-    effective = {key: bits(value) for key, value in candidate.effective(problem).items()}
-    drive(METHODS[name], problem, candidate)
-    assert same(candidate, kept)
-    assert {key: bits(value) for key, value in candidate.effective(problem).items()} == effective
+    seen = finished_run(name)
+    assert same(seen.given, seen.given_before)
+    effective = seen.given.effective(seen.problem)
+    assert {key: bits(value) for key, value in effective.items()} == seen.effective_before
 
 
 @pytest.mark.parametrize("name", allot.RECIPES)
