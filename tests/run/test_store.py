@@ -313,6 +313,16 @@ def test_a_state_that_would_run_code_is_refused(tmp_path: Path):
         chain(tmp_path / "run")
 
 
+def test_a_state_of_another_format_is_refused_with_both_formats(tmp_path: Path):
+    stopped(tmp_path / "run", 4)
+    state = next((tmp_path / "run").glob("state-*.pt"))
+    content = torch.load(state, weights_only=True)
+    del content["format"]  # as versions before 2 wrote it
+    torch.save(content, state)
+    with pytest.raises(UsageError, match=r"states of format 1, this one reads 2.*delete"):
+        chain(tmp_path / "run")
+
+
 # a full disk
 
 

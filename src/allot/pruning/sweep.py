@@ -97,6 +97,12 @@ def sweep(
     Raises:
         UsageError, Stopped: as `prune`; the same call resumes.
         BudgetError: a budget that cannot be read.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as out:
+    ...     cells = cells_of(["erk"], ["sparsity=0.5"], seeds=1)
+    ...     sweep(nn.Linear(4, 4), None, cells, out, repair="none")["cells"][0]["kept"]
+    8
     """
     out, cells = Path(out), _unique_cells(cells)
     if not cells:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -246,18 +247,22 @@ def _best_per_group(score: Shaped[Tensor, "*groups m"], kept: int) -> Bool[Tenso
     return torch.zeros_like(score, dtype=torch.bool).scatter(-1, best, True)
 
 
+PATTERNS: dict[str, Callable[[re.Match[str]], Pattern]] = {  # text, as a regular expression -> the value
+    r"unstructured": lambda match: Unstructured(),
+    r"(\d+|n):(\d+)": lambda match: NM(None if match[1] == "n" else int(match[1]), int(match[2])),
+    r"channels(?::(\d+))?": lambda match: Channels(int(match[1] or 1)),
+}
+
+
 def parse(text: str) -> Pattern:
     """`unstructured`, `N:M`, `n:M` where n may differ between layers, `channels`, or `channels:STEP`.
 
     Raises:
         UsageError: anything else.
     """
-    if text == "unstructured":
-        return Unstructured()
-    if match := re.fullmatch(r"channels(?::(\d+))?", text):
-        return Channels(int(match[1] or 1))
-    if match := re.fullmatch(r"(\d+|n):(\d+)", text):
-        return NM(None if match[1] == "n" else int(match[1]), int(match[2]))
+    for form, make in PATTERNS.items():
+        if match := re.fullmatch(form, text):
+            return make(match)
     raise UsageError(
         f"unknown pattern {text!r}: 'unstructured', N:M like 2:4, n:4, channels, or channels:8 is accepted."
     )

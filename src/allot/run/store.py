@@ -22,6 +22,7 @@ from allot.errors import UsageError
 from allot.processes import on_first_process
 
 State = dict[str, Any]
+FORMAT = 2  # of saved states: counts up where the state of any method gets other keys
 
 
 @dataclass
@@ -91,6 +92,7 @@ class Store:
             "stage": stage,
             "candidate": candidate,
             "state": state,
+            "format": FORMAT,
             "log": {"seconds": log.seconds, "forward": log.forward, "backward": log.backward},
             "steps_bytes": steps.stat().st_size,
         }
@@ -182,9 +184,15 @@ class Store:
             return None, 0
         try:
             self.content = paths[-1].read_bytes()
-            return _parse_saved(self.content, device)
+            saved, steps_bytes, written_as = _parse_saved(self.content, device)
         except (RuntimeError, KeyError, TypeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
             raise UsageError(f"{paths[-1]} cannot be read: delete {self.directory} and start again.") from error
+        if written_as != FORMAT:
+            raise UsageError(
+                f"{paths[-1]} was saved by another version of allot (states of format {written_as}, this one reads "
+                f"{FORMAT}): resume with that version, or delete {self.directory} and start again."
+            )
+        return saved, steps_bytes
 
 
 class _FollowerStore(Store):
@@ -220,10 +228,10 @@ def open_store(
     return _FollowerStore(Path(directory), notes, done, _parse_saved(content, device)[0] if content else None)
 
 
-def _parse_saved(content: bytes, device: str | torch.device) -> tuple[Saved, int]:
+def _parse_saved(content: bytes, device: str | torch.device) -> tuple[Saved, int, int]:
     parsed = torch.load(io.BytesIO(content), weights_only=True, map_location=device)
     saved = Saved(parsed["stage"], parsed["candidate"], parsed["state"], Log(**parsed["log"]))
-    return saved, int(parsed["steps_bytes"])
+    return saved, int(parsed["steps_bytes"]), int(parsed.get("format", 1))
 
 
 def read_run(directory: str | Path) -> dict[str, Any]:
