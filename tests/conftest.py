@@ -73,19 +73,10 @@ def three_rounds_of_every_clock(request: pytest.FixtureRequest, monkeypatch: pyt
         monkeypatch.setattr(module, what, lambda *runs, real=real, **settings: real(*runs, seconds=0, least=3))
 
 
-PICTURES = 64  # of the zoo's 3,000 that a command scores on
-
-
 @pytest.fixture(autouse=True)
 def few_pictures_of_the_zoo_to_score_on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command in this process scores on few pictures of the zoo's test split: all of them take most of its time."""
+    """See pictures.py; a test of the whole scores is slow."""
     if request.node.get_closest_marker("slow") or request.node.get_closest_marker("gpu"):
         return
-    loading = importlib.import_module("allot.sources.load")
-    opened = loading._open_data
-
-    def shortened(spec: str, source: Any, split: str) -> Any:
-        data = opened(spec, source, split)
-        return type(data)(*data[:PICTURES]) if spec.startswith("zoo:") and split == "test" else data
-
-    monkeypatch.setattr(loading, "_open_data", shortened)
+    pictures = importlib.import_module("pictures")
+    monkeypatch.setattr(pictures.load, "_open_data", pictures.few_of_the_zoo())

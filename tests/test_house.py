@@ -206,10 +206,12 @@ def run_here(arguments: list[str], where: str) -> None:
 
 
 def run_allot(arguments: list[str], where: str) -> None:
-    # `python -m allot`, after what conftest.py does for torchvision
+    # `python -m allot`, after what conftest.py does for torchvision and for scores
     start = """
 import runpy, vision
 vision.declare_operators_when_needed()
+import pictures
+pictures.score_on_few()
 runpy.run_module("allot", run_name="__main__", alter_sys=True)
 """
     path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,12 @@ SHORT = "--method dsa --repair bn --samples 16 --batch-size 16 --set options.dsa
 
 
 @pytest.fixture
-def pruned() -> str:
-    done(f"prune {NET} --data {NET} --budget macs=50% {SHORT} --out RUN")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A copy of one run; where a run lies does not matter."""
+    made = tmp_path_factory.getbasetemp() / "channels" / "RUN"
+    if not made.exists():
+        done(f"prune {NET} --data {NET} --budget macs=50% {SHORT} --out {made}")
+    shutil.copytree(made, "RUN")
     return "RUN"
 
 

@@ -130,6 +130,17 @@ def test_a_single_file_is_held_to_its_own_limits(runs: dict[str, Path], kind: st
         assert broken == ([kind] if (kind, name) != ("bytes", PLAIN) else [])
 
 
+def test_a_limit_that_cannot_be_counted_is_not_met(runs: dict[str, Path], tmp_path: Path):
+    def change(tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+        about["layers"] = {name: [shape, None] for name, (shape, _) in about["layers"].items()}
+
+    for name in (PLAIN, BITMASK):
+        shutil.copy(runs["macs"] / name, tmp_path / name)
+        rewrite(tmp_path / name, change)
+        [row] = [row for row in verify(tmp_path / name)["rows"] if not row["passed"]]
+        assert (row["check"], row["found"]) == ("macs=40%", "cannot be counted")
+
+
 def test_files_that_differ_from_each_other_fail(run: Path):
     def change(tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
         tensors["out.bias"] = tensors["out.bias"] + 1

@@ -79,6 +79,16 @@ def test_a_flipped_bit_in_any_export_is_found(run: Path):
         any_flipped_bit_fails(run, name, 5)
 
 
+@pytest.mark.parametrize("form", ["program", "csr"])
+def test_a_probe_that_promises_fewer_counts_fails(form: str, run: Path):
+    probe = probe_of(run / FORMS[form])
+    tensors, promise = stored(probe)
+    promise = {key: promise[key] for key in ("form", "files", "counts", "inputs", "run")}
+    del promise["counts"]["zeros"]
+    save_tensors(probe, tensors, "probe", promise)
+    assert failed(run) == [(probe.name, "counts")]
+
+
 def test_an_export_of_another_run_is_noticed(run: Path, tmp_path: Path):
     other = into(tmp_path / "other", seed=1, forms=["program"])
     assert verify(other / "model.pt2", trust=True)["passed"]
