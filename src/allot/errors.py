@@ -56,7 +56,7 @@ class Lost(AllotError):
 
 
 class Stopped(AllotError):
-    """The run was asked to stop; what is done so far is saved and the same command goes on from there.
+    """The run was asked to stop; its progress is saved and the same command resumes.
 
     Args:
         message: what was stopped where.

@@ -157,7 +157,7 @@ def _channels(
     except AllotError as error:
         reason = str(error).rstrip(".")
         if reason.startswith("latency="):  # the user does not know the limit above
-            reason = "fewer channels are not foretold to be any faster"
+            reason = "fewer channels are not predicted to be any faster"
         return [], reason
     assert budget.latency is not None
     rows = []

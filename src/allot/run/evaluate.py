@@ -172,7 +172,7 @@ def _refuse_looking_ahead(model: nn.Module, inputs: Any, logits: Any, tensors: M
     # the same sums in the same order: equal to the last bit unless a kernel chooses another order
     if last and float((after - before).abs().max()) > 4 * torch.finfo(before.dtype).eps * float(before.abs().max()):
         raise UsageError(
-            "next tokens are foretold by causal language models; this model's logits change with tokens that come "
+            "next tokens are predicted by causal language models; this model's logits change with tokens that come "
             "later: samples (inputs, label) are needed to score it."
         )
 
