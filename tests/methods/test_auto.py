@@ -17,8 +17,8 @@ from allot.methods.training.distillation import Training
 from allot.methods.training.schedule import Schedule
 from allot.methods.training.selection import Selection
 from allot.methods.training.trial import Trial
+from allot.network.applied_masks import masked
 from allot.network.call import call
-from allot.network.masking import masked
 from allot.run.calibration import Calibration
 from allot.run.driver import drive
 from allot.run.problem import Candidate

@@ -14,8 +14,8 @@ from allot.budget.budget import Budget
 from allot.budget.costs import Term
 from allot.errors import UsageError
 from allot.methods.knapsack import Knapsack, best_densities, lower_hull
+from allot.network.applied_masks import masked
 from allot.network.call import call
-from allot.network.masking import masked
 from allot.run.driver import drive
 from allot.run.problem import Candidate
 from contract.cases import problem_of

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from allot.errors import UsageError
 from allot.methods import METHODS, RECIPES
 from allot.methods.pot import Layerwise, WeightMoments
+from allot.network.applied_masks import masked
 from allot.network.call import call
 from allot.network.hooks import Apply, watched_layers
-from allot.network.masking import masked
 from allot.run.driver import drive
 from allot.run.problem import Candidate, Problem
 from contract.cases import CASES, attention, before, convolutions, problem_of, same

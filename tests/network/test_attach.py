@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from allot.errors import UsageError
+from allot.network.applied_masks import masked
 from allot.network.attach import Mask, attach, fold
 from allot.network.call import call
 from allot.network.layers import Scope
-from allot.network.masking import masked
 
 
 def rand(*shape: int) -> Tensor:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from allot.errors import UsageError
+from allot.network.applied_masks import masked
 from allot.network.call import call
-from allot.network.masking import masked
 from allot.network.trees import as_arguments
 
 

@@ -118,6 +118,7 @@ class ChannelBudget(ModelBudget):
         counted = (extent for extent in self.extents if extent.counted)
         if kind == "macs":
             return sum(_scaled(extent.size(kept), extent.uses) for extent in counted)
+        assert kind in ("sparsity", "params"), kind  # a new kind has a branch of its own
         return sum(extent.size(kept) for extent in counted)
 
     def time(self, kept: Mapping[str, float]) -> tuple[float, dict[str, float]]:

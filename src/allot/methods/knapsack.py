@@ -25,7 +25,7 @@ from allot.budget.model_budget import ModelBudget
 from allot.errors import UsageError, check_number
 from allot.methods.training.distillation import Training
 from allot.methods.training.selection import CollectedEvidence, allocated, scored
-from allot.network.masking import masked
+from allot.network.applied_masks import masked
 from allot.processes import one_per_process
 from allot.run.problem import Candidate, Metrics, Problem
 from allot.run.store import State

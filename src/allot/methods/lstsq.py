@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from allot.errors import check_number
+from allot.network.applied_masks import masked
 from allot.network.call import call
 from allot.network.hooks import Apply, biases_of, watched_layers
 from allot.network.layers import Layer
-from allot.network.masking import masked
 from allot.run.problem import Candidate, Metrics, Problem
 from allot.run.store import State
 

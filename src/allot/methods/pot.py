@@ -33,10 +33,10 @@ from allot.errors import UsageError, check_number, unknown
 from allot.methods.training.batch_loss import check_finite
 from allot.methods.training.distillation import Training
 from allot.methods.training.losses import relative_error, whole_of
+from allot.network.applied_masks import masked
 from allot.network.call import call
 from allot.network.hooks import Apply, biases_of, watched_layers
 from allot.network.layers import Layer
-from allot.network.masking import masked
 from allot.processes import all_reduce, all_reduce_number
 from allot.run.problem import Candidate, Metrics, Problem
 from allot.run.store import State

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from allot.errors import UsageError, unknown
+from allot.network.applied_masks import masked
 from allot.network.call import refuse_two_values
 from allot.network.layers import places_by_parameter
-from allot.network.masking import masked
 
 
 class Mask(nn.Module):

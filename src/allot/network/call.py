@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from allot.errors import AllotError, UsageError, first_line, unknown
+from allot.network.applied_masks import Masking
 from allot.network.batch_norms import Norms
 from allot.network.checkpointing import checkpointed
 from allot.network.compute import Compute
-from allot.network.masking import Masking
 from allot.network.trees import as_arguments, map_leaves
 from allot.processes import world_size
 

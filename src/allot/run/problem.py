@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from allot.budget.allocation import Allocation
 from allot.budget.model_budget import ModelBudget
 from allot.errors import UsageError
+from allot.network.applied_masks import masked
 from allot.network.compute import Compute
 from allot.network.layers import Scope
-from allot.network.masking import masked
 from allot.run.calibration import Calibration
 from allot.run.patterns import Pattern
 from allot.run.recipes import Recipe

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from allot.budget.budget import Budget
 from allot.methods.training.distillation import Training
+from allot.network.applied_masks import Masking, masked
 from allot.network.compute import Compute
-from allot.network.masking import Masking, masked
 from allot.pruning.memory_limit import peak
 from allot.pruning.setup import make_problem
 from allot.run.calibration import Calibration

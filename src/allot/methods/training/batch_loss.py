@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from allot.errors import AllotError, UsageError, check_number, unknown
 from allot.methods.training.losses import LOSSES, Outputs, compared, compared_tensors, relative_error, size
+from allot.network.applied_masks import Masking
 from allot.network.batch_norms import Norms
 from allot.network.call import call
 from allot.network.checkpointing import is_second_run
 from allot.network.hooks import hooked
 from allot.network.layers import is_batch_norm
-from allot.network.masking import Masking
 from allot.processes import all_gather_object, all_reduce, all_reduce_number, any_process, single_process, world_size
 from allot.run.calibration import cut
 from allot.run.problem import Problem

@@ -43,8 +43,9 @@ class Costs:
                 self.weights.append((None, 0.0, room * max(limit.ceiling, 1)))
                 continue
             bytes_ = limit.kind == "bytes"
-            price: list[float] = [
-                e.place_bytes if bytes_ else float(e.uses) if limit.kind == "macs" else 1 for e in extents
+            price = [
+                {"bytes": e.place_bytes, "macs": float(e.uses), "params": 1.0, "sparsity": 1.0}[limit.kind]
+                for e in extents
             ]
             counted = [float(bytes_ or e.counted) for e in extents]
             weight = constant * torch.tensor(price, dtype=torch.float64) * torch.tensor(counted, dtype=torch.float64)

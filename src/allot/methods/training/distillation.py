@@ -29,7 +29,7 @@ from allot.methods.training.batch_loss import Distance, Unseen, statistics
 from allot.methods.training.losses import wide
 from allot.methods.training.schedule import Schedule, warm_cosine
 from allot.methods.training.selection import CollectedEvidence, scored
-from allot.network.masking import masked
+from allot.network.applied_masks import masked
 from allot.run.problem import Candidate, Problem
 from allot.run.scores import Evidence
 from allot.run.store import State

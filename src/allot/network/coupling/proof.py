@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from allot.network.applied_masks import masked
 from allot.network.call import modes
 from allot.network.channels import ChannelPlan, slimmed
 from allot.network.draws import generator, seeded
 from allot.network.layers import Group
-from allot.network.masking import masked
 from allot.network.trees import as_arguments, floats_in, map_tensors
 
 TOLERANCE = 1e-5  # of the largest output; a wrong coupling is off by a percent or more
