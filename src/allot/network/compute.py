@@ -92,7 +92,7 @@ class Compute:
 
     @property
     def lean(self) -> bool:
-        """Whether masks are applied inside the call, which saves memory and costs time (`allot.network.applied_masks`)."""
+        """Whether masks are applied inside the call, which saves memory and costs time (`network.applied_masks`)."""
         return (self.checkpoint or bool(self.micro_batch)) and not self.compile
 
     def pieces(self, samples: int) -> list[tuple[int, int]]:
