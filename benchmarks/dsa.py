@@ -223,7 +223,7 @@ def page(found: Found) -> str:
         "Top-1 on the held-out test split after the last step, in percent, and negative log-likelihood (nll) in nats,",
         "of the slim net: mean ± standard deviation over three seeds (draw and order of 512 unlabelled calibration",
         f"images). Every row is scored by |gamma| (`--score scale`) and repaired alike (`--repair {REPAIR}`):",
-        "only the shares of the groups differ. Images are samples pushed forward / backward, in thousands.",
+        "only the densities of the groups differ. Images are samples pushed forward / backward, in thousands.",
         "",
         f"Dense: {', '.join(f'{net} {dense(net)}' for net in NETS)}.",
         "",
@@ -357,7 +357,7 @@ def _speeds(found: Found) -> list[str]:
     return [
         "## Faster for real?",
         "",
-        "Half of the MACs, uniform shares; dense and slim taken in turn in one process; median milliseconds a batch.",
+        "Half of the MACs, uniform densities; dense and slim taken in turn in one process: median milliseconds.",
         "ONNX Runtime computes channels in blocks: a count that is no multiple of one can cost more than it saves.",
         "",
         "| | MACs kept | ONNX Runtime, batch 1 | PyTorch, batch 1 | ONNX Runtime, batch 64 | PyTorch, batch 64 |",

@@ -16,6 +16,9 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from allot.methods import METHODS
+from allot.run.problem import Rule
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {"README.md": "readme.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 LINK = re.compile(r"(?P<start>\]\()(?P<target>[^)\s#:]+)(?P<anchor>#[^)\s]*)?\)")
@@ -57,6 +60,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         file = next((mark for mark in match["marks"].split() if "." in mark), None)
         return match["start"] + (f' title="{file}"' if file else "")
 
+    markdown = re.sub(r"^<!-- methods: (\w+) -->$", lambda match: _entries(match[1]), markdown, flags=re.MULTILINE)
     markdown = re.sub(r"^<!--.*-->$", "\n", markdown, flags=re.MULTILINE)  # a table starts after an empty line
     return FENCE.sub(titled, LINK.sub(moved, markdown))
 
@@ -69,6 +73,17 @@ class Sections(griffe.Extension):
         if obj.docstring:
             sections = r"(?<=[^\n])\n(?=(?:Args|Attributes|Returns|Yields|Raises):\n)"
             obj.docstring.value = re.sub(sections, "\n\n", obj.docstring.value)
+
+
+def _entries(role: str) -> str:
+    """An entry for the code of every method of this role: a new line in `METHODS` is on the page by itself."""
+    places = dict.fromkeys(
+        f"{code.__module__}.{code.__qualname__}"
+        for method in METHODS.values()
+        if method.role == role
+        for code in [method.densities if isinstance(method, Rule) else type(method)]
+    )
+    return "\n\n".join(f"::: {place}\n    options: {{members: false, heading_level: 3}}" for place in places)
 
 
 def _in_repository(uri: str, target: str) -> str:

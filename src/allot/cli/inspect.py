@@ -31,7 +31,8 @@ def verify_command(
     wanted: RecipeFile,
     path: Annotated[Path, typer.Argument(metavar="RUN|FILE", help="a run directory or a file that allot wrote")],
     model: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="to ask exported files that hold tensors only, as in prune")
+        str | None,
+        typer.Option(metavar="MODEL", help="the model that runs files of tensors; the same forms as in prune"),
     ] = None,
     *,
     trust: Annotated[

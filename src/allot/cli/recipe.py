@@ -57,7 +57,7 @@ class RecipeFile(BaseModel):
     ] = None
     input: Annotated[
         tuple[Annotated[int, Field(gt=0)], ...] | None,
-        Option("shape of one input, without the batch; tokens of a text  [what the origin says]", "C,H,W"),
+        Option("shape of one input, without the batch; tokens of a text  [from the source of the model]", "C,H,W"),
     ] = None
     budget: Annotated[
         tuple[str, ...],
@@ -76,7 +76,7 @@ class RecipeFile(BaseModel):
         Option("magnitude, lamp, wanda or random; of channels magnitude, scale, taylor or random  [magnitude]", "NAME"),
     ] = None
     pattern: Annotated[
-        str | None, Option("unstructured, N:M like 2:4, channels, or channels:8  [unstructured]", "PATTERN")
+        str | None, Option("unstructured, N:M like 2:4, n:4, channels, or channels:8  [unstructured]", "PATTERN")
     ] = None
     repair: Annotated[
         str | None, Option("repairs in order, joined with commas; none for none  [those of --method]", "NAMES")
@@ -105,23 +105,23 @@ class RecipeFile(BaseModel):
     floor: Annotated[
         int | str, Option("what every layer keeps: weights (1), per row (1/row) or a share (5%)  [1]", "N")
     ] = 1
-    seed: Annotated[int, Option("decides every draw  [0]", "N", int)] = 0
+    seed: Annotated[int, Option("seed of all random numbers  [0]", "N", int)] = 0
     samples: Annotated[int, Option("calibration samples used  [512]", "N", int)] = 512
     batch_size: Annotated[int, Option("calibration samples at a time  [64]", "N", int)] = 64
     workers: Annotated[
         int, Field(ge=0), Option("threads that read samples ahead, the same ones in the same order  [0]", "N", int)
     ] = 0
     skip_corrupt: Annotated[
-        bool, Option("leave samples out that cannot be read, and say which  [an error]", kind=bool)
+        bool, Option("leave out samples that cannot be read, and report them  [an error]", kind=bool)
     ] = False
     max_minutes: Annotated[
         Annotated[float, Field(gt=0)] | None,
-        Option("cut training to what fits, from what steps take here", "M", float),
+        Option("shorten training to fit into M minutes, by the step time measured here", "M", float),
     ] = None
     stream: Annotated[
         str | None,
         Option(
-            "where layer-wise repairs have one block of the model at a time, like cuda; it stays on the host  [whole]",
+            "device that runs layer-wise repairs block by block, like cuda; the model stays on the host  [whole]",
             "DEVICE",
         ),
     ] = None

@@ -58,7 +58,7 @@ METHODS: dict[str, Method] = {
     "dsa": Dsa(),
     "global-channels": GlobalChannels(),
     "sensitivity": Sensitivity(),
-    # repair: adjust what is left
+    # repair: adjust the remaining weights
     "bn": BatchNorm(),
     "bias": OutputMoments(scale=False),
     "variance": OutputMoments(scale=True),

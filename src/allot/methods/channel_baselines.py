@@ -57,7 +57,7 @@ class GlobalChannels:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Search greedily: in each round that group gives up channels whose loss of them moves the outputs least.
+    """Search greedily: each round removes channels from the group whose removal changes the outputs least.
 
     Args:
         training: its loss judges, batch norms normalising by the batch; nothing is trained.

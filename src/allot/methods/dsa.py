@@ -2,7 +2,7 @@
 
     C, n      channels a group of coupled channels has, channels it keeps
     alpha     keep density of a group, the only thing that is learned: alpha = eps + (top - eps) sigma(a), top at most 1
-    x_i       importance of channel i: its rank among the C as (rank + 1/2) / C 4 - 2, or log b_i (`space`)
+    x_i       importance of channel i: its rank among the C as 4 (rank + 1/2) / C - 2, or log b_i (`space`)
     p_i, tau  soft mask of channel i, threshold of the group;  beta  steepness, from beta_1 to beta_2 in equal ratios
     F, B      cost of an allocation, budget;  h = F / B - 1;  rho, lambda  penalty, multiplier
 

@@ -14,7 +14,7 @@ Differences from POT as released:
     - every output is matched exactly in its mean; there, from a constant input per channel, which borders contradict;
     - a row that lost all its weights is left at zero, not scaled by 1e9;
     - each step of the reconstruction sees the next batch; there, forty steps repeat one batch, and after a step that
-      lowered the loss the next one goes on with old gradients;
+      lowered the loss the next one continues with old gradients;
     - steps are shares of a tensor's size (`allot.methods.training.distillation`), there 1e-5 for every weight;
     - one sparsity level: masks stay; there, the same is done ten points below the target first;
     - all layers in scope count for the threshold and are masked; there, ignored ones count and are not masked.

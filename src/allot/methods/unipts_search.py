@@ -1,11 +1,11 @@
 """UniPTS, the search: densities by reducing and regrowing (Xie et al., CVPR 2024). The training is beside it.
 
     l        layer; n_l weights, k_l of them kept;  u_l weights that a uniform density keeps
-    x_l, a_l genome, and a = softmax(x): shares of what is grown again;  e excess
+    x_l, a_l genome, and a = softmax(x): fractions of what is grown again;  e excess
 
 An individual is decoded by reducing and regrowing:
 
-    reduce    r_l = (1 - e) u_l        every layer down to one density, which is a floor: a share e is free
+    reduce    r_l = (1 - e) u_l        every layer down to one density, which is a floor: a fraction e is free
               r_l = u_l - e n_l        the paper's form, e = 0.05, where `relative` is off
     regrow    k_l = min(r_l + c a_l, most that l may keep),  c the largest number that the budget allows
 
@@ -23,12 +23,12 @@ and trials of 16 steps chose worse (docs/methods/unipts.md). `unipts-paper` has 
 
 Differences from the authors' code:
     - the fitness is the KL to the dense net on held-out samples; there, top-1 on those that are trained on later;
-    - clipped shares go to other layers; there, they are lost and the net is sparser than asked. Where P + e exceeds 1,
-      layers are reduced to their floor; there, they are emptied;
+    - clipped fractions go to other layers; there, they are lost and the net is sparser than the budget. Where the
+      pruned fraction plus e exceeds 1, layers are reduced to their floor; there, they are emptied;
     - the best is never lost, and chosen by its fitness; there, the last children are drawn and judged once more;
     - statistics by exact pooling, as in `bn`; there, by momentum, over the last batches. Without batch norm, mean and
       spread of outputs are corrected in its place;
-    - input noise is a share of each sample's standard deviation; there, 1e-6 in absolute units, which float32 swallows;
+    - input noise is a fraction of each sample's deviation; there, 1e-6 in absolute units, which float32 swallows;
     - weights are sorted once; there, in every forward pass of every individual, on a copy of the net.
 The paper's search costs 12.8 million images forward on ImageNet.
 """
@@ -66,14 +66,14 @@ class Search:
         starts: (name, allocator) pairs; where individuals are tried, starts run on the training half of the samples.
         trial: the fitness.
         excess: e, above 0, at most 1.
-        relative: whether e is a share of the weights kept or, as in the paper, of all weights.
+        relative: whether e is a fraction of the weights kept or, as in the paper, of all weights.
         generations: after the first population, 0 or more.
         population: individuals of the first population: the starts, filled up with genomes at random.
         parents, crossovers, mutants: of each generation.
         mutation: probability that a gene of a mutant changes.
         strength: standard deviation of a change.
         change: "add" it to the gene, or "multiply" the gene by 1 + it.
-        noise: of inputs while individuals are judged, as a share of a sample's standard deviation.
+        noise: of inputs while individuals are judged, as a fraction of a sample's standard deviation.
     Raises:
         UsageError: a value out of its range.
     State:

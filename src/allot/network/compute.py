@@ -111,7 +111,7 @@ class Compute:
 
     def check(self, model: nn.Module) -> None:
         """Raises:
-        UsageError: batches cannot be parted (`allot.network.batch_norms.check_divisible`); the model's device cannot
+        UsageError: the batches of the model cannot be split (`check_divisible`); the model's device cannot
             compute as `amp` says, or the model has no weights in float32; or it has
             batch norms, whose statistics in pieces are not compiled.
         """

@@ -53,7 +53,7 @@ def set_up(request: Request, log: Log) -> Problem:
         Stopped: `should_stop` returned True while layers were timed.
     """
     chain = request.chain
-    with repeatable(request.model, request.seed, "pose"):
+    with repeatable(request.model, request.seed, "pose"):  # the name decides draws: another one, other draws
         inputs = _calibration(request)
         problem = make_problem(
             request.model, request.budget, chain.pattern, calibration=inputs, rules=request.rules, score=chain.score,
