@@ -104,7 +104,7 @@ def main() -> None:
         "|---|--:|--:|--:|--:|",
         *rows,
         "",
-        "What it said:",
+        "The advice:",
         "",
         *sentences,
         "",

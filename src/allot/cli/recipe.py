@@ -163,7 +163,8 @@ class RecipeFile(BaseModel):
     def _bounds_in_any_form(cls, value: Any) -> Any:
         if isinstance(value, Mapping):
             return value
-        bounds = [text.rpartition("=") for text in ((value,) if isinstance(value, str) else value)]
+        texts = value if isinstance(value, list | tuple) else (value,)
+        bounds = [text.rpartition("=") if isinstance(text, str) else ("", "", "") for text in texts]
         if not all(pattern and density for pattern, _, density in bounds):
             raise ValueError("LAYERS=DENSITY is accepted, like fc=0.2")
         return {pattern: density for pattern, _, density in bounds}

@@ -98,7 +98,7 @@ def _digest(batch: Any, into: Any) -> None:
         for key, value in sorted(batch.items()):
             into.update(str(key).encode())
             _digest(value, into)
-    elif isinstance(batch, tuple):
+    elif isinstance(batch, tuple | list):
         for value in batch:
             _digest(value, into)
     else:

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import pickle
+import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -171,7 +172,11 @@ class Store:
             if key.split(".")[0] in self.asked and asked_flat.get(key) != earlier_flat.get(key)
         )
         if differing:
-            shown = "; ".join(f"{k} was {earlier_flat.get(k)}, is {asked_flat.get(k)}" for k in differing[:6])
+            both = [
+                (key, *(textwrap.shorten(str(flat.get(key)), 100) for flat in (earlier_flat, asked_flat)))
+                for key in differing[:6]
+            ]
+            shown = "; ".join(f"{key} was {was}, is {now}" for key, was, now in both)
             raise UsageError(
                 f"{self.directory} belongs to another configuration: {shown}. Choose another directory or delete it."
             )

@@ -37,7 +37,7 @@ from allot.network.call import attempt
 from allot.network.channels import ChannelPlan, copied, slimmed
 from allot.network.hooks import hooked, module_places
 from allot.network.layers import Group, Layer, Scope, places_by_parameter
-from allot.network.trees import as_arguments
+from allot.network.trees import as_arguments, map_tensors
 
 RUNTIMES = ("onnx", "torch")
 SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)  # shares of its channels that a layer is timed with, on either side
@@ -342,10 +342,4 @@ def repeated(inputs: Any, times: int) -> Any:
     >>> repeated(torch.ones(1, 3), 4).shape
     torch.Size([4, 3])
     """
-    if isinstance(inputs, Tensor):
-        return inputs.repeat(times, *[1] * (inputs.dim() - 1)) if inputs.dim() else inputs
-    if isinstance(inputs, Mapping):
-        return {key: repeated(value, times) for key, value in inputs.items()}
-    if isinstance(inputs, list | tuple):
-        return type(inputs)(repeated(value, times) for value in inputs)
-    return inputs
+    return map_tensors(lambda x: x.repeat(times, *[1] * (x.dim() - 1)) if x.dim() else x, inputs)
