@@ -48,7 +48,9 @@ def verify_command(
     else:
         people.print(table.certificate_table(checked["rows"]))
         if checked["passed"]:
-            say(f"{path}: all {len(checked['rows'])} checks passed")
+            unopened = sum(row["found"].startswith("not opened") for row in checked["rows"])
+            note = f" ({unopened} of them without opening a program: --trust opens it)" if unopened else ""
+            say(f"{path}: all {len(checked['rows'])} checks passed{note}")
     for row in checked["rows"]:
         if not row["passed"]:
             entries = [table.check_text(row[key]) for key in ("check", "promised", "found")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from contextlib import redirect_stdout
 from functools import partial
@@ -28,7 +27,7 @@ from allot.report import table
 from allot.report.data import layer_rows
 from allot.run.driver import drive, interruptible
 from allot.run.problem import Candidate
-from allot.run.store import write
+from allot.run.store import write_json
 from allot.sources.load import REMOTE, example_of, load_model
 
 
@@ -118,7 +117,7 @@ def plan_command(
         )
     allocation = drive(chain.allocate, problem, Candidate.dense(problem)).allocation
     if save:
-        write(save, json.dumps({**allocation.to_json(), "budget": budget.to_json()}, indent=2) + "\n")
+        write_json(save, {**allocation.to_json(), "budget": budget.to_json()})
     plan = {
         "model": model,
         "method": chain.method,

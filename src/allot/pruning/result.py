@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import tempfile
 from collections.abc import Mapping
@@ -29,7 +28,7 @@ from allot.report.exports import add_export, exports_of
 from allot.report.page import write_run
 from allot.run.problem import Candidate, Problem
 from allot.run.recipes import Recipe
-from allot.run.store import Log, write
+from allot.run.store import Log, write_json
 
 log = logging.getLogger("allot")
 
@@ -234,8 +233,3 @@ class Result:
         if self.directory is None:
             raise UsageError("nothing to verify: save the result first, or prune with save_to=.")
         return certificate.verify(self.directory)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON, whole or not at all."""
-    write(path, json.dumps(content, indent=2) + "\n")

@@ -8,7 +8,6 @@ score, and nothing else, so that the cost of a cell does not depend on the cells
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import re
 import statistics
@@ -28,7 +27,7 @@ from allot.pruning.prune import prune
 from allot.report.page import comparison_page
 from allot.report.table import speed
 from allot.run.evaluate import evaluate
-from allot.run.store import write
+from allot.run.store import write, write_json
 
 T = TypeVar("T")
 
@@ -134,7 +133,7 @@ def sweep(
         reports.append((str(directory.relative_to(out)), report))
         rows.append({**row, "run": str(directory.relative_to(out)), **_results(report)})
     table = {"cells": rows, "means": list(_means(rows))}
-    on_first_process(lambda: write(out / "results.json", json.dumps(table, indent=2) + "\n"))
+    on_first_process(lambda: write_json(out / "results.json", table))
     if not reports:
         raise UsageError(f"no cell met its budget; the first: {rows[0]['error']}")
     failed = [row for row in rows if "error" in row]

@@ -9,7 +9,7 @@ from typing import Any
 from allot.errors import UsageError
 from allot.export.certificate.rows import sealed
 from allot.report.page import write_run
-from allot.run.store import write
+from allot.run.store import write_json
 
 
 def exports_of(run: Path | None) -> list[dict[str, Any]]:
@@ -36,5 +36,5 @@ def add_export(run: Path, row: dict[str, Any]) -> None:
     path = run / "report.json"
     others = [other for other in exports_of(run) if (other["form"], other["file"]) != (row["form"], row["file"])]
     report = {**json.loads(path.read_text()), "exports": [*others, row]}
-    write(path, json.dumps(sealed(report), indent=2) + "\n")
+    write_json(path, sealed(report))
     write_run(run, report)

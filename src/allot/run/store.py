@@ -117,7 +117,7 @@ class Store:
     def describe(self, state: str, log: Log) -> None:
         """Write run.json; `state` is "running", "stopped" or "done"."""
         content = {**self.asked, **self.notes, "seconds": log.seconds, "state": state}
-        write(self.directory / "run.json", json.dumps(content, indent=2) + "\n")
+        write_json(self.directory / "run.json", content)
 
     def finish(self, log: Log) -> None:
         self.describe("done", log)
@@ -275,6 +275,15 @@ def write(path: Path, content: str | bytes | memoryview) -> None:
     """
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON, whole or not at all.
+
+    Raises:
+        UsageError: as `write`.
+    """
+    write(path, json.dumps(content, indent=2) + "\n")
 
 
 @contextmanager
