@@ -1,4 +1,4 @@
-"""Every method by name, and the recipes that put them together: literal dicts to read."""
+"""One paper or baseline a file; `METHODS` and `RECIPES` are dicts to read."""
 
 from allot.methods.auto import Auto
 from allot.methods.batchnorm import BatchNorm

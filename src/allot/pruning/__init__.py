@@ -1,1 +1,1 @@
-"""The chain: from what a user asks to a `Result`."""
+"""The chain: from a request to a `Result`."""

@@ -1,4 +1,4 @@
-"""One problem, one driver, one run directory."""
+"""One problem, one driver, one run directory; calibration data, patterns and scores."""
 
 from allot.run.calibration import Calibration
 from allot.run.driver import Progress, drive
