@@ -48,7 +48,7 @@ def verify_command(
     else:
         people.print(table.certificate_table(checked["rows"]))
         if checked["passed"]:
-            unopened = sum(row["found"].startswith("not opened") for row in checked["rows"])
+            unopened = sum(str(row["found"]).startswith("not opened") for row in checked["rows"])
             note = f" ({unopened} of them without opening a program: --trust opens it)" if unopened else ""
             say(f"{path}: all {len(checked['rows'])} checks passed{note}")
     for row in checked["rows"]:
