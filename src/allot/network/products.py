@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ class Product:
         window: how the kernel moves; None for a matrix product.
         groups: into how many problems of equal size `rows` falls, each with its own part of the inputs.
         positions: number of outputs that each row computes.
+        output: outputs of all rows, plus `bias`, in any layout; None where the operator does not return them.
     """
 
     layer: Layer
@@ -55,6 +56,15 @@ class Product:
     window: Window | None
     groups: int
     positions: int
+    output: Tensor | None = None
+    bias: Tensor | None = None
+
+    def energy(self) -> Tensor | None:
+        """Sum of the squared outputs, without the bias: 0-dim, float64; None without outputs."""
+        if self.output is None:
+            return None
+        output = self.output if self.bias is None else self.output - self.bias
+        return output.float().square().sum(dtype=torch.float64)
 
     @property
     def key(self) -> Hashable:
@@ -62,19 +72,24 @@ class Product:
         x = self.inputs
         return x.data_ptr(), x._version, x.shape, x.stride(), self.window, self.groups
 
-    def columns(self) -> Iterator[Float[Tensor, "groups positions K"]]:
+    def columns(self, every: int = 1, offset: int = 0) -> Iterator[Float[Tensor, "groups positions K"]]:
         """The inputs as the matrix that the rows are multiplied with, a part of the positions at a time.
 
         `K` runs as the columns of `layer.matrix` do.
+
+        Args:
+            every: about one of so many positions is taken, on a grid; of each sample at least one where a kernel moves.
+            offset: the first position that is taken.
         """
         if self.window is None:
-            for part in self.inputs.split(max(1, COLUMNS // self.inputs.shape[-1])):
+            inputs = self.inputs[offset % every :: every]
+            for part in inputs.split(max(1, COLUMNS // self.inputs.shape[-1])):
                 yield part[None]
             return
         width = self.layer.total // self.layer.rows * self.groups
-        per_sample = max(1, self.positions // len(self.inputs)) * width
+        per_sample = max(1, self.positions // len(self.inputs) // every) * width
         for part in self.inputs.split(max(1, COLUMNS // per_sample)):
-            yield _unrolled(part, self.window, self.groups)
+            yield _unrolled(part, self.window, self.groups, every, offset)
 
 
 @contextmanager
@@ -196,8 +211,10 @@ def _matrix_product(first: int) -> Callable[[_Operators, Any, Any], None]:
         left, right = args[first], args[first + 1]
         for operand, other, of_right in ((right, left, True), (left, right, False)):
             if weight := mode.weight_of(operand):
-                macs = out.numel() * left.shape[-1]
-                mode.seen(_product_of(weight, operand, other, of_right=of_right), (weight.layer.name, macs))
+                product = _product_of(weight, operand, other, of_right=of_right)
+                if product is not None:
+                    product = replace(product, output=out, bias=args[0] if first else None)
+                mode.seen(product, (weight.layer.name, out.numel() * left.shape[-1]))
                 return
 
     return react
@@ -219,7 +236,7 @@ def _product_of(weight: _Weight, operand: Tensor, other: Tensor, *, of_right: bo
 
 def _convolution(mode: _Operators, args: Any, out: Tensor) -> None:
     """(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups)."""
-    inputs, operand, _, stride, padding, dilation, transposed, output_padding, groups = args[:9]
+    inputs, operand, bias, stride, padding, dilation, transposed, output_padding, groups = args[:9]
     if not (weight := mode.weight_of(operand)):
         return
     positions = out.numel() // out.shape[1] * (1 if inputs.dim() == operand.dim() else 0)
@@ -234,7 +251,9 @@ def _convolution(mode: _Operators, args: Any, out: Tensor) -> None:
         tuple(value) * (len(kernel) if len(value) == 1 else 1) for value in (stride, padding, dilation)
     )
     window = Window(kernel, stride, padding, dilation, bool(transposed), tuple(output_padding) if transposed else ())
-    product = Product(weight.layer, slice(0, weight.layer.rows), inputs, window, int(groups), positions)
+    bias = None if bias is None else bias.view(-1, *(1 for _ in kernel))
+    rows = slice(0, weight.layer.rows)
+    product = Product(weight.layer, rows, inputs, window, int(groups), positions, out, bias)
     mode.seen(product, cost)
 
 
@@ -273,7 +292,7 @@ _OPERATORS: Mapping[Any, Callable[[_Operators, Any, Any], None]] = {
 }
 
 
-def _unrolled(x: Tensor, window: Window, groups: int) -> Float[Tensor, "groups positions K"]:
+def _unrolled(x: Tensor, window: Window, groups: int, every: int, offset: int) -> Float[Tensor, "groups positions K"]:
     """What the kernel sees at each position: kernel positions run slowest along K, channels fastest."""
     kernel, dims = window.kernel, len(window.kernel)
     stride = window.stride
@@ -281,17 +300,21 @@ def _unrolled(x: Tensor, window: Window, groups: int) -> Float[Tensor, "groups p
         x, stride = _stuffed(x, window), (1,) * dims
     else:
         x = nn.functional.pad(x, [side for p in reversed(window.padding) for side in (p, p)])
-    reach = [d * (k - 1) for d, k in zip(window.dilation, kernel, strict=True)]
-    counts = [(size - r - 1) // s + 1 for size, r, s in zip(x.shape[2:], reach, stride, strict=True)]
+    grids = []  # of each dimension: first position, step, number of positions
+    for dim, (k, d, s) in enumerate(zip(kernel, window.dilation, stride, strict=True)):
+        count = (x.shape[2 + dim] - d * (k - 1) - 1) // s + 1
+        step = min(count, round(every ** (1 / (dims - dim))))
+        every = max(1, every // step)
+        grids.append((offset % step * s, step * s, len(range(offset % step, count, step))))
     x = x.unflatten(1, (groups, -1))  # [batch, groups, channels, *size]
     seen = []
     for place in itertools.product(*map(range, kernel)):
         if window.transposed:  # a kernel that spreads inputs out reads them backwards
             place = tuple(k - 1 - i for k, i in zip(kernel, place, strict=True))
         part = x
-        for dim, (i, d, s, count) in enumerate(zip(place, window.dilation, stride, counts, strict=True), 3):
-            part = part.narrow(dim, i * d, (count - 1) * s + 1)
-            part = part.unfold(dim, 1, s).squeeze(-1)  # every s-th
+        for dim, (i, d, (first, step, count)) in enumerate(zip(place, window.dilation, grids, strict=True), 3):
+            part = part.narrow(dim, i * d + first, (count - 1) * step + 1)
+            part = part.unfold(dim, 1, step).squeeze(-1)  # one of every `step`
         seen.append(part.movedim(2, -1).transpose(0, 1).flatten(1, -2))  # [groups, positions, channels]
     return torch.cat(seen, -1)
 
