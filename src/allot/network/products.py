@@ -207,6 +207,9 @@ def _product_of(weight: _Weight, operand: Tensor, other: Tensor, *, of_right: bo
     """The product of a weight's matrix `operand` with `other`, where it is one of whole rows."""
     if operand.dim() == 1:  # a matrix times a vector
         return None
+    if operand.dim() == other.dim() == 3 and (operand.stride(0) == 0 or len(operand) == 1):
+        # matmul repeats a matrix over a batch whose memory it cannot view as rows
+        operand, other = operand[0], other.flatten(0, 1) if of_right else other.transpose(0, 1).flatten(1)
     vector = other.dim() == 1
     if operand.dim() != 2 or other.dim() > 2:
         return None
