@@ -13,10 +13,11 @@ import torch
 from allot.budget.allocation import Allocation
 from allot.errors import UsageError, unknown
 from allot.methods import METHODS, RECIPES
-from allot.methods.layerwise.streamed import WAYS, Streamed, usable
+from allot.methods.layerwise.streamed import WAYS, Streamed, by_blocks, usable
 from allot.methods.rules import Given
 from allot.methods.training.selection import Selection
 from allot.run import patterns
+from allot.run.driver import repeatable
 from allot.run.patterns import Pattern
 from allot.run.problem import Candidate, Chain, Method, Problem, Rule
 from allot.run.recipes import Recipe
@@ -105,6 +106,16 @@ def stream_repairs(chain: Chain, problem: Problem, device: str | torch.device) -
             raise UsageError(f"stream: {name} needs the whole net on the device; {can} do not.")
         repairs.append(Streamed(method, device) if method.needs_data else method)
     return replace(chain, repair=tuple(repairs))
+
+
+def repair_by_blocks(chain: Chain, problem: Problem) -> Chain:
+    """The chain whose repairs go block by block where they say so: a pass of the whole net for each layer is slow.
+
+    Raises:
+        UsageError: a repair that needs blocks, for a model that has none.
+    """
+    with repeatable(problem.model, problem.seed, "blocks"):
+        return replace(chain, repair=tuple(by_blocks(method, problem) for method in chain.repair))
 
 
 def options_of(method: Any) -> dict[str, Any]:

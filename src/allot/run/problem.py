@@ -142,6 +142,8 @@ class Method(Protocol):
             `CollectedEvidence`, which do so). Otherwise one process runs it, on whole batches.
         streams: of a repair that treats each layer by itself, its form that goes block by block: see
             `allot.methods.layerwise.streamed`; other methods have none.
+        by_blocks: optional, of a method that streams. True: it goes block by block without a request too, where the
+            model has blocks. "needed": it is refused where the model has none.
     """
 
     @property
