@@ -72,7 +72,7 @@ def prune(
         method: recipe to start from, a key of `RECIPES`; the next four replace single parts of it.
         allocate: name in `METHODS`, a method, densities by layer name, or the path of an allocation.json.
         score: name in `SCORES` or a function `(layer, weight, evidence) -> tensor`.
-        pattern: "unstructured", "2:4" or a `Pattern`.
+        pattern: "unstructured", "rows", "2:4" or a `Pattern`.
         repair: names joined with commas ("none" for none), or a sequence of names and methods, in this order.
         options: method name -> hyperparameters that differ from the defaults.
         rules: which layers, with which bounds.
