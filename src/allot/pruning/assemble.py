@@ -84,7 +84,7 @@ def assemble(
 
 
 def stream_repairs(chain: Chain, problem: Problem, device: str | torch.device) -> Chain:
-    """The chain whose repairs have one block of the model at a time on the device.
+    """The chain whose selection and repairs have one block of the model at a time on the device.
 
     Raises:
         UsageError: a part that needs the whole net, or a device that does not exist.
@@ -97,7 +97,12 @@ def stream_repairs(chain: Chain, problem: Problem, device: str | torch.device) -
         dense, without_data = Candidate.dense(problem), replace(problem, calibration=None)
         Selection().step(without_data, dense, Selection().init(without_data, dense))
     except UsageError as error:
-        raise UsageError(f"stream: the score {chain.names.score} needs the whole net; magnitude does not.") from error
+        if problem.scope.groups:
+            raise UsageError(
+                f"stream: the score {chain.names.score} needs the whole net; magnitude does not."
+            ) from error
+        problem.inputs()
+        chain = replace(chain, select=Streamed(Selection(by_inputs=True), device))
     repairs = []
     for name, method in zip(chain.names.repair, chain.repair, strict=True):
         if method.needs_data and not _streams(method):

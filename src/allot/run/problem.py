@@ -166,7 +166,8 @@ class Method(Protocol):
 class Chain:
     """The parts of a run as values: what allocates, scores, structures and repairs; their names; the method's name.
 
-    `summary` says in a sentence what the allocator does; empty of a user's own.
+    `summary` says in a sentence what the allocator does; empty of a user's own. `select` decides which weights stay;
+    None: `Selection`, on the whole net.
     """
 
     allocate: Method
@@ -176,6 +177,7 @@ class Chain:
     names: Recipe
     method: str
     summary: str = ""
+    select: Method | None = None
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from allot.pruning.setup import make_problem
 from allot.run.driver import drive
 from allot.run.patterns import select
 from allot.run.problem import Candidate, Metrics, Problem, finished
-from allot.run.store import State
+from allot.run.store import Log, State
 from contract.cases import same
 from methods.layerwise.nets import NETS, Case, Encoder, words
 
@@ -66,7 +66,7 @@ class Move:
         state["tensors"][layer.name] = weight / 2
         state["norms"][layer.name] = norm
         state["step"] += 1
-        return {"forward": len(problem.inputs()), "backward": 0}
+        return {"forward": len(problem.inputs()), "backward": 2 * len(problem.inputs())}
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         masks, tensors = {**candidate.masks, **state["masks"]}, {**candidate.tensors, **state["tensors"]}
@@ -135,6 +135,17 @@ def test_a_repair_that_keeps_another_number_of_weights_is_an_error_with_the_laye
     problem, candidate = posed(NETS["row"])
     with pytest.raises(BudgetError, match=r"^0.weight: Move keeps 82 weights of 81 that are allocated"):
         drive(Streamed(Move(more=1), CPU), problem, candidate)
+
+
+def test_samples_pushed_through_parts_count_as_much_of_the_model_as_the_part_holds():
+    problem, candidate = posed(NETS["encoder"])
+    log = Log()
+    drive(Streamed(Move(), CPU), problem, candidate, log=log)
+    sizes = {part: sum(t.nbytes for n, t in problem.dense.items() if n.startswith(part)) for part in ("", "layers.0")}
+    outside = 1 - 2 * sizes["layers.0"] / sizes[""]
+    layers = 4 * 2 * sizes["layers.0"] / sizes[""] + 2 * outside  # four in each of two blocks, two outside
+    assert log.backward == pytest.approx(2 * layers * len(problem.inputs()), abs=1)
+    assert log.forward > layers * len(problem.inputs())
 
 
 # without a request

@@ -11,6 +11,8 @@ the last one. A method says how it may be streamed by an attribute `streams`:
 
     "passes"   once through the samples (for each net); x_s of the next block is the block's output while the repair ran
     "result"   the inputs of the next block are the outputs of the repaired block
+    "given"    the method looks at the sparse net alone, which has no masks yet; x_s of the next block is the block's
+               output as the method got it, made while the method ran
 
 New tensors, new masks and diagnostics leave a block under the model's names. A method with an attribute `by_blocks` is
 streamed to the device where the model is, without a request: True: where the model has blocks, "needed": or not at all.
@@ -24,24 +26,25 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from allot.errors import BudgetError, UsageError, first_line
+from allot.errors import BudgetError, PatternError, UsageError, first_line
 from allot.methods.layerwise.blocks import find_blocks, size_of
-from allot.methods.layerwise.part_names import merged, part_allocation, renamed
-from allot.methods.layerwise.streamed_block import FLAG, BlockPart, ModelPart, OutsidePart, PartInputs
+from allot.methods.layerwise.part_names import merged, outer_score, part_allocation, renamed, renamed_text
+from allot.methods.layerwise.streamed_block import FLAG, BlockPart, ModelPart, OutsidePart, PartInputs, is_close
 from allot.network.call import call
 from allot.network.layers import Scope, is_batch_norm, places_by_parameter
 from allot.network.trees import map_tensors, tensors_in
 from allot.run.problem import Candidate, Method, Metrics, Problem, finished
+from allot.run.scores import WeightScore
 from allot.run.store import State
 
 log = logging.getLogger("allot")
 
-WAYS = ("passes", "result")
+WAYS = ("passes", "result", "given")
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Streamed:
         masks: parameter -> new mask, likewise; only masks that the repair moved.
         diagnostics: of the parts so far: entries by layer stand under the model's names, lists follow one another, and
             of other values the last part's counts.
-        pushed: samples pushed through a part, times the part's bytes.
+        pushed: samples pushed through a part, times the part's bytes: "forward", and "backward" likewise.
     """
 
     method: Method
@@ -90,20 +93,22 @@ class Streamed:
         except UsageError as error:
             raise UsageError(f"{error} Leave stream out.") from error
         lengths = run.lengths()
-        state: State = {"step": 0, "steps": sum(lengths), "lengths": lengths, "part": 0, "inner": {}, "pushed": 0}
-        state |= {"tensors": {}, "masks": {}, "diagnostics": {}}
+        state: State = {"step": 0, "steps": sum(lengths), "lengths": lengths, "part": 0, "inner": {}}
+        state |= {"tensors": {}, "masks": {}, "diagnostics": {}, "pushed": {"forward": 0, "backward": 0}}
         self._live.update(state=state, problem=problem, candidate=candidate, run=run)
         return state
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         """One step of the repair on the current block; after its last one the next block's inputs are made."""
         run = self._run_of(problem, candidate, state)
-        before = state["pushed"] // run.size
+        before = dict(state["pushed"])
+        metrics: Metrics
         if run.number < state["part"]:
-            again = run.number
+            metrics = {"again": run.number}
             run.repeat_part(state)
-            return {"forward": state["pushed"] // run.size - before, "backward": 0, "again": again}
-        return {**run.step(state), "forward": state["pushed"] // run.size - before, "backward": 0}
+        else:
+            metrics = run.step(state)
+        return metrics | {way: count // run.size - before[way] // run.size for way, count in state["pushed"].items()}
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         self._live.clear()
@@ -165,7 +170,8 @@ class _StreamedRun:
 
     def __init__(self, streamed: Streamed, problem: Problem, candidate: Candidate) -> None:
         self.method, self.device = streamed.method, streamed.device
-        self.passes = streamed.method.streams == "passes"  # type: ignore[attr-defined]
+        way = streamed.method.streams  # type: ignore[attr-defined]
+        self.passes, self.given = way != "result", way == "given"
         self.problem, self.candidate = problem, candidate
         self.host = next(iter(problem.dense.values())).device
         calibration = problem.inputs()
@@ -204,7 +210,7 @@ class _StreamedRun:
             self._leave_part(state, self._finished_task(state))
             state["part"] = self.number
         if self.task is None:
-            self.task = self._task_on(self.number, self.device, _repaired(self.candidate, state))
+            self.task = self._task_on(self.number, self.device, self._current(state))
             inner = state["inner"]
             done = inner.get("step", 0)
             state["inner"] = (
@@ -224,7 +230,7 @@ class _StreamedRun:
             better = self.method.finish(problem, candidate, state["inner"])
             self._keep_changes(state, part, candidate, better)
             state["inner"] = {}
-            self._leave_part(state, (part, problem, better))
+            self._leave_part(state, (part, problem, candidate if self.given else better))
             state["part"] = self.number
         return metrics
 
@@ -238,11 +244,16 @@ class _StreamedRun:
         inner = self.method.init(problem, candidate)
         while not finished(inner):
             self._method_step(state, task, inner)
-        self._leave_part(state, (part, problem, self.method.finish(problem, candidate, inner)))
+        better = candidate if self.given else self.method.finish(problem, candidate, inner)
+        self._leave_part(state, (part, problem, better))
 
     def _finished_task(self, state: State) -> PartTask:
         """The current part for a pass with what is repaired so far; before the blocks it runs where the model is."""
-        return self._task_on(self.number, self.device if self.number else self.host, _repaired(self.candidate, state))
+        return self._task_on(self.number, self.device if self.number else self.host, self._current(state))
+
+    def _current(self, state: State) -> Candidate:
+        """The candidate that the method goes by in the next part."""
+        return self.candidate if self.given else _repaired(self.candidate, state)
 
     def _keep_changes(self, state: State, part: ModelPart, before: Candidate, after: Candidate) -> None:
         """Raises:
@@ -261,14 +272,22 @@ class _StreamedRun:
                     "repair may move weights, not change their number."
                 )
             state["masks"][outer] = mask.to(self.host)
-        names = {inner: outer for outer in self.problem.dense if (inner := part.inner_name(outer)) is not None}
+        names = self._outer_names(part)
         state["diagnostics"] = merged(state["diagnostics"], renamed(dict(after.diagnostics), names))
+
+    def _outer_names(self, part: ModelPart) -> dict[str, str]:
+        """Tensor in the part -> its name in the model."""
+        return {inner: outer for outer in self.problem.dense if (inner := part.inner_name(outer)) is not None}
 
     def _method_step(self, state: State, task: PartTask, inner: State) -> Metrics:
         part, problem, candidate = task
-        with part.recording(self.passes):
-            metrics = self.method.step(problem, candidate, inner)
-        state["pushed"] += int(metrics["forward"]) * self._part_size(self.number)
+        try:
+            with part.recording(self.passes):
+                metrics = self.method.step(problem, candidate, inner)
+        except (UsageError, BudgetError, PatternError) as error:
+            raise type(error)(renamed_text(str(error), self._outer_names(part))) from error
+        for way in state["pushed"]:
+            state["pushed"][way] += int(metrics[way]) * self._part_size(self.number)
         return metrics
 
     def _leave_part(self, state: State, task: PartTask) -> None:
@@ -286,14 +305,15 @@ class _StreamedRun:
         changed = part.changes_with({*candidate.tensors, *candidate.masks})
         alike = part.inputs.get(False) is part.inputs.get(True) and not part.next_inputs and not changed
         size = problem.inputs().batch_size
-        for sparse in (False,) if alike else (False, True):
+        nets = (True,) if self.given else (False,) if alike else (False, True)
+        for sparse in nets:
             if sparse in part.next_inputs and bool(part.next_inputs[sparse].hidden.filled.all()):
                 continue
             with part.recording(True), torch.no_grad():
                 for numbers in torch.arange(len(problem.inputs())).split(size):
                     call(part, candidate.effective(problem) if sparse else {}, numbers)
-                    state["pushed"] += len(numbers) * self._part_size(self.number)
-        return dict.fromkeys((False, True), part.next_inputs[False]) if alike else part.next_inputs
+                    state["pushed"]["forward"] += len(numbers) * self._part_size(self.number)
+        return part.next_inputs if len(nets) == 2 else dict.fromkeys((False, True), part.next_inputs[nets[0]])
 
     def _task_on(self, number: int, device: torch.device, candidate: Candidate) -> PartTask:
         """A part on a device, and problem and candidate in the names of the part."""
@@ -318,7 +338,9 @@ class _StreamedRun:
         )
         every = tuple(range(part.count))
         numbers = replace(calibration, source=every, indices=every, device=torch.device("cpu"), dtype=None, workers=0)
-        inner = replace(problem, model=part, scope=Scope(layers, {}), calibration=numbers, example=None)
+        score = outer_score(cast(WeightScore, problem.score), self._outer_names(part))
+        scope = Scope(layers, {})
+        inner = replace(problem, model=part, scope=scope, calibration=numbers, example=None, score=score)
         current = {**within(candidate.tensors), FLAG: torch.ones((), device=device)}
         masks = within(candidate.masks)
         outer_names = {layer.name: part.outer_name(layer.name) for layer in layers}
@@ -362,7 +384,7 @@ class _StreamedRun:
                     output = call(part, {}, numbers)
                 inputs = part.next_inputs
         outputs = list(tensors_in(output))
-        if len(outputs) != len(wanted) or not all(map(_is_close, outputs, wanted)):
+        if len(outputs) != len(wanted) or not all(map(is_close, outputs, wanted)):
             calls = self.sequence.calls
             raise UsageError(
                 f"streaming: {calls[0].name} to {calls[-1].name} run one after another, but by themselves they do not "
@@ -374,13 +396,3 @@ def _repaired(candidate: Candidate, state: State) -> Candidate:
     """The candidate with the tensors and masks of the parts that are repaired."""
     tensors, masks = ({**getattr(candidate, key), **state[key]} for key in ("tensors", "masks"))
     return replace(candidate, tensors=tensors, masks=masks)
-
-
-def _is_close(output: Tensor, wanted: Tensor) -> bool:
-    if output.shape != wanted.shape:
-        return False
-    if not wanted.is_floating_point():
-        return torch.equal(output, wanted)
-    scale = float(wanted.float().abs().nan_to_num(posinf=0.0).max()) if wanted.numel() else 0.0
-    tolerance = 1e-4 if torch.finfo(wanted.dtype).eps < 1e-5 else 0.05
-    return torch.allclose(output.float(), wanted.float(), rtol=tolerance, atol=tolerance * scale, equal_nan=True)

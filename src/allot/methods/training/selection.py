@@ -30,20 +30,30 @@ class Selection:
 
     Where the score asks for input norms, each batch of calibration inputs is a step before the first layer.
 
+    Args:
+        by_inputs: whether the score is known to ask for input norms: then all steps are counted from the start.
+
     State:
         masks: layer -> mask, bool, shape of the weight.
         channels: group -> channels kept, ascending.
         squares: sums that the score asks for, as in `CollectedEvidence`.
     """
 
+    by_inputs: bool = False
+
     role = "select"
     needs_data = False
     parallel = True
+    streams = "given"
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
         """No layer done; an allocator that trains weights brings its masks."""
         steps = 0 if candidate.masks else len(problem.scope.groups or problem.scope.layers)
-        return {"step": 0, "steps": steps, "masks": dict(candidate.masks), "channels": {}, "squares": {}}
+        squares = {}
+        if steps and self.by_inputs:
+            squares["batches"] = 0
+            steps += problem.inputs().batches
+        return {"step": 0, "steps": steps, "masks": dict(candidate.masks), "channels": {}, "squares": squares}
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         """Select in one layer, or in one group of channels; before the first layer, a batch a step for its inputs."""
