@@ -8,6 +8,7 @@ attention and shared weights all count. A weight that is recomputed before use (
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -70,7 +71,8 @@ class Product:
     def key(self) -> Hashable:
         """Equal for products that read the same columns, as long as both inputs are alive."""
         x = self.inputs
-        return x.data_ptr(), x._version, x.shape, x.stride(), self.window, self.groups
+        version = object() if x.is_inference() else x._version  # changes in place are not counted there: equal to none
+        return x.data_ptr(), version, x.shape, x.stride(), self.window, self.groups
 
     def columns(self, every: int = 1, offset: int = 0) -> Iterator[Float[Tensor, "groups positions K"]]:
         """The inputs as the matrix that the rows are multiplied with, a part of the positions at a time.
@@ -90,6 +92,21 @@ class Product:
         per_sample = max(1, self.positions // len(self.inputs) // every) * width
         for part in self.inputs.split(max(1, COLUMNS // per_sample)):
             yield _unrolled(part, self.window, self.groups, every, offset)
+
+    def squares(self) -> Float[Tensor, "groups K"]:
+        """The sum over positions of the squares of `columns()`, in float32 or wider; nothing is unrolled."""
+        dtype = torch.promote_types(self.inputs.dtype, torch.float32)
+        if self.window is None:
+            return torch.stack([part.to(dtype).square().sum(1) for part in self.columns()]).sum(0)
+        per_sample = max(1, self.inputs[0].numel())
+        parts = self.inputs.split(max(1, COLUMNS // per_sample))
+        x = torch.stack([part.to(dtype).square().sum(0) for part in parts]).sum(0)  # [channels, *size]
+        places = math.prod(self.window.kernel)
+        at_once = max(1, COLUMNS // max(1, self.positions // len(self.inputs) * places))
+        seen = [  # channels as samples of one channel: [1, channels * positions, places]
+            _unrolled(part[:, None], self.window, 1).view(len(part), -1, places).sum(1) for part in x.split(at_once)
+        ]
+        return torch.cat(seen).unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(1)
 
 
 @contextmanager
@@ -224,6 +241,9 @@ def _product_of(weight: _Weight, operand: Tensor, other: Tensor, *, of_right: bo
     """The product of a weight's matrix `operand` with `other`, where it is one of whole rows."""
     if operand.dim() == 1:  # a matrix times a vector
         return None
+    if operand.dim() == other.dim() == 3 and (operand.stride(0) == 0 or len(operand) == 1):
+        # matmul repeats a matrix over a batch whose memory it cannot view as rows
+        operand, other = operand[0], other.flatten(0, 1) if of_right else other.transpose(0, 1).flatten(1)
     vector = other.dim() == 1
     if operand.dim() != 2 or other.dim() > 2:
         return None
