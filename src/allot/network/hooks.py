@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from allot.errors import UsageError
 from allot.network.draws import generator
-from allot.network.layers import ATTENTION_INPUTS, Layer, Place, Scope, places_by_parameter
+from allot.network.kinds import ATTENTION_INPUTS, INSIDE
+from allot.network.layers import Layer, Place, Scope, places_by_parameter
+from allot.network.products import Product, watched_products
 from allot.network.trees import map_tensors
 from allot.processes import all_gather
 
@@ -65,7 +67,9 @@ def watched_inputs(model: nn.Module, scope: Scope, visit: Callable[[Layer, Tenso
     """While open, each forward pass calls `visit(layer, squares)`: for every weight the sum of its squared inputs.
 
     `squares` has the weight's shape. For a layer that is linear in its weight it is d/dw sum(forward(x^2; w)), which
-    holds for every kernel, stride, padding and group; the module's own forward is used.
+    holds for every kernel, stride, padding and group; the module's own forward is used. Recurrent weights and experts
+    are visited on leaving, with what all passes showed: an expert that no input reached has the mean of the others. So
+    is a lookup table, which nothing is multiplied with: with ones.
     """
 
     def plain(layer: Layer, place: Place, args: Any, kwargs: Any, output: Any) -> None:
@@ -79,8 +83,42 @@ def watched_inputs(model: nn.Module, scope: Scope, visit: Callable[[Layer, Tenso
                 parts = _projections(module, attribute, args, kwargs)
                 visit(layer, torch.cat([_column_squares(x).expand(stop - start, -1) for start, stop, x in parts]))
 
-    with _hooked_layers(model, scope, plain, attention):
+    with _squares_by_product(model, scope, visit), _hooked_layers(model, scope, plain, attention):
         yield
+
+
+@contextmanager
+def _squares_by_product(model: nn.Module, scope: Scope, visit: Callable[[Layer, Tensor], None]) -> Iterator[None]:
+    """`watched_inputs` for layers without a module that multiplies its input by their weight alone."""
+    layers = [layer for layer in scope if layer.kind in INSIDE]
+    sums: dict[str, dict[tuple[int, int], Tensor]] = {layer.name: {} for layer in layers}
+
+    def add(product: Product) -> None:
+        of_layer, rows = sums[product.layer.name], (product.rows.start, product.rows.stop)
+        for columns in product.columns():
+            of_layer[rows] = of_layer.get(rows, 0) + columns.double().square().sum(1)  # [groups, K]
+
+    if not layers:
+        yield
+        return
+    with watched_products(model, layers, add):
+        yield
+    for layer in layers:
+        if sums[layer.name] or layer.kind == "lookup":
+            visit(layer, layer.unmatrix(_spread(layer, sums[layer.name])))
+
+
+def _spread(layer: Layer, sums: Mapping[tuple[int, int], Tensor]) -> Float[Tensor, "rows cols"]:
+    """The sums of all columns for each row, where they were added up for groups of rows."""
+    if not sums:
+        return torch.ones(layer.rows, layer.inputs)
+    squares = next(iter(sums.values())).new_zeros(layer.rows, layer.inputs)
+    reached = torch.zeros(layer.rows, dtype=torch.bool, device=squares.device)
+    for (start, stop), parts in sums.items():
+        squares[start:stop] += parts.repeat_interleave((stop - start) // len(parts), 0)
+        reached[start:stop] = True
+    squares[~reached] = squares[reached].mean(0)
+    return squares
 
 
 Affine = tuple[Tensor, Tensor]
@@ -203,10 +241,15 @@ def _attention_rows(module: Attention, attribute: str, layer: Layer) -> slice:
 
 
 def biases_of(model: nn.Module, scope: Iterable[Layer]) -> dict[str, tuple[str, slice]]:
-    """Layer name -> (name of the bias that is added to its output, the layer's part of it); only layers with a bias."""
+    """Layer name -> (name of the bias that is added to its output, the layer's part of it).
+
+    Only of layers with one bias, which is added to what the layer alone gives.
+    """
     places = places_by_parameter(model)
     biases: dict[str, tuple[str, slice]] = {}
     for layer in scope:
+        if layer.kind in INSIDE:
+            continue
         place, attribute, rows = places[layer.name][0], "bias", slice(0, layer.rows)
         if layer.kind == "attention_in":
             attribute = "in_proj_bias"
