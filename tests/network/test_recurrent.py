@@ -215,3 +215,20 @@ def test_input_squares_are_sums_over_samples_and_steps() -> None:
     for name, values in (("weight_ih_l0", x), ("weight_hh_l0", hidden)):
         expected = 2 * values.flatten(0, 1).square().sum(0).expand(3 * H, -1)
         torch.testing.assert_close(seen[name].float(), expected)
+
+
+@pytest.mark.parametrize("make", [nn.LSTM, nn.GRU, nn.RNN])
+def test_the_kernels_of_cudnn_which_hide_their_products_are_off_for_recurrent_layers_alone(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.backends.cudnn.is_available", lambda: True)
+    model, enabled = nn.Sequential(make(N, H), First(), nn.Linear(H, 2)), {}
+    before = torch.backends.cudnn.enabled
+
+    def visit(product: Product) -> None:
+        enabled[product.layer.name] = torch.backends.cudnn.enabled
+
+    with watched_products(model, Scope.of(model), visit):
+        model(torch.randn(T, B, N))
+    assert enabled == {"0.weight_ih_l0": False, "0.weight_hh_l0": False, "2.weight": before}
+    assert torch.backends.cudnn.enabled == before

@@ -80,8 +80,9 @@ def report(result: Any) -> dict[str, Any]:
 
 
 def weights_of(model: nn.Module) -> int:
-    """Number of weights of a model, in scope or not: of all parameters of two dimensions or more."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1)
+    """Number of weights of a model, in scope or not: of all parameters of two dimensions or more but biases."""
+    named = ((name.rpartition(".")[2], parameter) for name, parameter in model.named_parameters())
+    return sum(parameter.numel() for name, parameter in named if parameter.dim() > 1 and "bias" not in name)
 
 
 def layer_rows(problem: Problem, allocation: Allocation) -> list[dict[str, Any]]:

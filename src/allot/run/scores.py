@@ -68,7 +68,10 @@ def lamp_score(weight: Float[Tensor, "*shape"]) -> Float64[Tensor, "*shape"]:
 
 
 def wanda(layer: Layer, weight: Tensor, evidence: Evidence) -> Tensor:
-    """|w| times the norm of the input that it multiplies (Sun et al., ICLR 2024), for any kernel and groups."""
+    """|w| times the norm of the input that it multiplies (Sun et al., ICLR 2024), for any kernel and groups.
+
+    Of an embedding |w|: no input multiplies it.
+    """
     return magnitude(layer, weight, evidence) * evidence.input_norm(layer).to(weight.device)
 
 
