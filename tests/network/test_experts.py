@@ -13,6 +13,7 @@ from allot.network.hooks import watched_inputs
 from allot.network.layers import Rules, Scope
 from allot.network.macs import measured
 from allot.network.products import Product, watched_products
+from allot.pruning.prune import prune
 
 E, OUT, IN, T = 3, 4, 8, 7
 
@@ -248,3 +249,20 @@ def test_the_fused_experts_of_transformers_are_in_scope(module: str, implementat
         expected = x[(chosen == e).any(1)]
         assert columns.shape == expected.shape
         torch.testing.assert_close(columns.sort(0).values, expected.sort(0).values)
+
+
+def test_a_language_model_of_experts_is_pruned_with_its_experts() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_local_experts": 4, "num_hidden_layers": 1}
+    heads = {"vocab_size": 40, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32}
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads)).eval()
+    rows = [{"input_ids": torch.randint(0, 40, (6,))} for _ in range(6)]
+    result = prune(model, rows, "sparsity=0.5", allocate="erk", score="wanda", repair="none")
+    scope, pruned = result.problem.scope, result.model()
+    assert {layer.kind for layer in scope} == {"linear", "experts"}
+    reason = "weight of MixtralTopKRouter: not the weight of a layer that allot knows"
+    assert scope.skipped["model.layers.0.mlp.gate.weight"] == reason
+    for layer in scope:
+        assert int(torch.count_nonzero(pruned.get_parameter(layer.name))) == result.allocation.kept[layer.name]
+    assert bool(torch.isfinite(pruned(rows[0]["input_ids"][None]).logits).all())
