@@ -16,7 +16,7 @@ from cli.command import FACTORIES, MLP, NET, SAMPLES, done, refused, run
 
 REPORT = {
     "allot", "model", "method", "pattern", "seed", "budget", "kept", "total", "sparsity", "macs", "bytes", "layers",
-    "skipped", "scores", "seconds", "images",
+    "skipped", "weights", "scores", "seconds", "images",
 }  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def test_a_finished_run_is_shown_again_and_not_made_again(pruned):
 
 def test_plan_needs_no_data_and_says_what_prune_would_keep():
     said = done(f"plan {NET} --budget sparsity=0.9 --json").json
-    keys = {"model", "method", "pattern", "budget", "kept", "total", "layers", "skipped"}
+    keys = {"model", "method", "pattern", "budget", "kept", "total", "layers", "skipped", "weights"}
     assert said.keys() == keys and said["budget"][0]["met"] is True
     done(f"prune {NET} --budget sparsity=0.9 --repair none --out RUN")
     assert said["layers"] == done("report RUN --json").json["layers"]

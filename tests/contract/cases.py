@@ -47,6 +47,11 @@ def tied() -> nn.Module:
     return _filled(model)
 
 
+def recurrent() -> nn.Module:
+    """An LSTM, the experts of a mixture, and linear layers around them."""
+    return _filled(Recurrent())
+
+
 def single() -> nn.Module:
     """A layer with one weight among others."""
     return _filled(nn.Sequential(nn.Linear(6, 1), nn.Linear(1, 1), nn.Linear(1, 7)))
@@ -90,6 +95,20 @@ class Attention(nn.Module):
         y = self.norm(x)
         x = x + self.attention(y, y, y, need_weights=False)[0]
         return self.out(x.mean(1))
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.into = nn.Linear(4, 6)
+        self.lstm = nn.LSTM(6, 5, batch_first=True)
+        self.experts = nn.Parameter(torch.empty(3, 5, 6))
+        self.router, self.out = nn.Linear(5, 3), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.lstm(torch.relu(self.into(x)))[0].mean(1)
+        y = torch.bmm(h.expand(3, -1, -1), self.experts) * self.router(h).softmax(-1).t()[..., None]
+        return self.out(torch.relu(y.sum(0)))
 
 
 def _filled(model: nn.Module) -> nn.Module:
@@ -169,6 +188,7 @@ CASES = {
     "attention": Case(attention, (5, 8)),
     "tied weights": Case(tied, (6,)),
     "a layer with one weight": Case(single, (6,)),
+    "recurrent, and experts": Case(recurrent, (5, 4)),
     "zero weights": Case(_changed(torch.zero_), PICTURE),
     "zero weights without batch norm": Case(_changed(torch.zero_, lambda: convolutions(norm=False)), PICTURE),
     "equal weights": Case(_changed(lambda weight: weight.fill_(0.5)), PICTURE),
@@ -179,7 +199,7 @@ CASES = {
 }
 
 
-WITHOUT_CHANNELS = ("tied weights", "a layer with one weight")  # that could go
+WITHOUT_CHANNELS = ("tied weights", "a layer with one weight", "recurrent, and experts")  # that could go
 
 
 def problem_of(

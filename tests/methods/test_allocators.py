@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from torch import nn
 from allot.budget.budget import Budget
 from allot.errors import UsageError
 from allot.methods import METHODS
-from allot.methods.rules import global_magnitude
-from allot.network.layers import Rules
+from allot.methods.rules import erk, global_magnitude
+from allot.network.layers import Layer, Rules, Scope
 from allot.pruning.prune import prune
 from allot.pruning.setup import make_problem
 from allot.run.driver import drive
@@ -61,6 +62,12 @@ def test_erk_agrees_with_the_loop_over_dense_layers(sparsity: float):
     for name, kept in kept_by("erk", problem).items():
         expected = layers[name].total * (1.0 if name in dense else price * raw[name])
         assert abs(kept - expected) < 1
+
+
+def test_erk_gives_a_stack_of_experts_the_density_of_one_of_them():
+    layers = (Layer("stack", (8, 6, 4), "experts"), Layer("one", (6, 4), "linear"))
+    densities = erk(replace(posed(linears([[1.0]]), 1), scope=Scope(layers, {})))
+    assert densities["stack"] == densities["one"] == 10 / 24
 
 
 SCORES = {

@@ -33,6 +33,18 @@ class MyLinear(nn.Linear):
     pass
 
 
+class Experts(nn.Module):
+    """Says how its stacks are stored, as the fused experts of transformers do."""
+
+    is_transposed, num_experts = False, 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.zeros(3, 8, 4))
+        self.down = nn.Parameter(torch.zeros(3, 4, 8))
+        self.down_bias = nn.Parameter(torch.zeros(3, 4))
+
+
 class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -116,6 +128,12 @@ PRUNABLE = {
     "wrapped": (lambda: Wrapper(nn.DataParallel(nn.Linear(4, 4))), {"module.module.weight": "linear"}),
     "shared module": (Twice, {"first.weight": "linear", "blocks.a.0.weight": "linear"}),
     "embedding tied to a linear": (Tied, {"table.weight": "linear"}),
+    "lstm": (
+        lambda: nn.LSTM(4, 4, bidirectional=True, proj_size=2),
+        {f"weight_{part}_l0{direction}": "recurrent" for direction in ("", "_reverse") for part in ("ih", "hh", "hr")},
+    ),
+    "gru cell": (lambda: nn.GRUCell(4, 4), {"weight_ih": "recurrent", "weight_hh": "recurrent"}),
+    "experts of transformers": (Experts, {"up": "experts", "down": "experts"}),
     "encoder layer": (
         lambda: nn.TransformerEncoderLayer(4, 2, 8),
         {
@@ -133,9 +151,7 @@ SKIPPED = {
     "embedding": (lambda: nn.Embedding(4, 4), "weight", "lookup table"),
     "batch norm": (lambda: nn.BatchNorm2d(4), "weight", "normalisation .BatchNorm2d."),
     "layer norm": (lambda: nn.LayerNorm((4, 4)), "weight", "normalisation"),
-    "lstm": (lambda: nn.LSTM(4, 4), "weight_ih_l0", "recurrent weight of LSTM"),
     "bias of an lstm": (lambda: nn.LSTM(4, 4), "bias_ih_l0", "^bias$"),
-    "gru cell": (lambda: nn.GRUCell(4, 4), "weight_hh", "recurrent weight of GRUCell"),
     "bilinear": (lambda: nn.Bilinear(4, 4, 4), "weight", "of Bilinear: not the weight of a layer"),
     "raw weight": (Raw, "weight", "of Raw: not the weight of a layer"),
     "raw token": (Raw, "class_token", "of Raw: not the weight of a layer"),
@@ -158,6 +174,8 @@ SKIPPED = {
     ),
     "old weight norm": (old_weight_norm, "weight_v", "remove the parametrization"),
     "linear that is no matrix": (Stacked, "weight", "of Stacked: not the weight of a layer"),
+    "three dimensions": (Stacked, "weight", r"knows without inputs \(3 dimensions\)$"),
+    "bias of experts": (Experts, "down_bias", "of Experts: not the weight of a layer"),
 }
 
 
@@ -199,6 +217,18 @@ def test_the_order_is_the_order_of_the_model():
         "3.in_proj_weight",
         "3.out_proj.weight",
     ]
+
+
+def test_a_lookup_table_is_in_scope_where_it_is_included_by_name():
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "bag": nn.EmbeddingBag(5, 4), "fc": nn.Linear(4, 2)})
+    kinds = {layer.name: layer.kind for layer in Scope.of(model, Rules(include=("embed*", "fc")))}
+    assert kinds == {"embed.weight": "lookup", "fc.weight": "linear"}
+    assert [layer.kind for layer in Scope.of(model, Rules(include=("*",)))] == ["lookup", "lookup", "linear"]
+    assert Scope.of(model, Rules(include=("fc",))).skipped["embed.weight"] == "lookup table, not a matrix product"
+    assert len(Scope.of(model, Rules(include=("*",), exclude=("embed",)))) == 2
+    with pytest.raises(UsageError, match="matches no prunable layer"):  # where no rule includes it
+        Scope.of(model, Rules(exclude=("embed",)))
+    assert Scope.of(Tied(), Rules(include=("*",)))["table.weight"].kind == "linear"
 
 
 def test_tied_weights_are_one_layer_with_all_their_names():
@@ -434,3 +464,20 @@ def test_the_matrix_of_an_attention_input_stacks_query_key_and_value():
     layer = scope["in_proj_weight"]
     assert (layer.rows, layer.inputs) == (12, 4)
     assert torch.equal(layer.unmatrix(layer.matrix(model.in_proj_weight)), model.in_proj_weight)
+
+
+@pytest.mark.parametrize("kind", ["experts", "experts_transposed"])
+def test_the_matrix_of_experts_has_the_rows_of_expert_after_expert(kind):
+    layer = Layer("experts", (3, 4, 5), kind)
+    weight = torch.arange(60.0).view(3, 4, 5)
+    each = [matrix if kind == "experts" else matrix.t() for matrix in weight]
+    assert torch.equal(layer.matrix(weight), torch.cat(each))
+    assert (layer.rows, layer.inputs) == ((12, 5) if kind == "experts" else (15, 4))
+    assert torch.equal(layer.unmatrix(layer.matrix(weight)), weight)
+    assert layer.unmatrix(layer.matrix(weight)).is_contiguous()
+
+
+def test_the_matrix_of_a_recurrent_weight_has_the_rows_of_gate_after_gate():
+    model = nn.GRU(4, 3)
+    layer = Scope.of(model)["weight_hh_l0"]
+    assert (layer.rows, layer.inputs) == (9, 3) and layer.matrix(model.weight_hh_l0) is model.weight_hh_l0

@@ -89,6 +89,25 @@ def recurrent_inside() -> nn.Module:
     return Wrapped(net, lambda net, x: net["out"](net["lstm"](x)[0][:, -1]))
 
 
+@odd(rows(5, 6))
+def recurrent_both_ways_in_a_loop() -> nn.Module:
+    net = nn.ModuleDict({"gru": nn.GRU(6, 4, 2, batch_first=True, bidirectional=True), "cell": nn.LSTMCell(8, 3)})
+    return Wrapped(net, lambda net, x: net["cell"](net["gru"](x)[0].sum(1))[0])
+
+
+@odd(rows(6))
+def mixture_of_experts() -> nn.Module:
+    net = nn.Module()
+    net.router, net.up = nn.Linear(6, 3), nn.Parameter(torch.randn(3, 6, 8))
+    net.down, net.positions = nn.Parameter(torch.randn(3, 4, 8)), nn.Parameter(torch.randn(1, 1, 6))
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        hidden = torch.einsum("bi,eih->ebh", (x + net.positions)[0], net.up).relu()
+        return (torch.bmm(hidden, net.down.mT) * net.router(x).softmax(-1).t()[..., None]).sum(0)
+
+    return Wrapped(net, forward)
+
+
 @odd(rows(5, 8))
 def transformer_encoder() -> nn.Module:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
@@ -261,7 +280,7 @@ def test_the_state_dict_of_a_result_is_a_copy():
     ("make", "said"),
     [
         (lambda: nn.Sequential(nn.ReLU()), "nothing in scope|no parameters"),
-        (lambda: nn.LSTM(6, 6), "nothing in scope"),
+        (lambda: nn.LayerNorm(6), "nothing in scope"),
         (lambda: nn.LazyLinear(3), r"weight holds no values yet"),
         (lambda: nn.Linear(6, 6, device="meta"), "weight holds no values yet"),
         (lambda: _with(nn.Linear(6, 6), "weight", math.nan), "weight holds nan or infinite values"),

@@ -24,7 +24,7 @@ from allot.pruning.prune import prune
 from allot.pruning.result import Result
 from allot.pruning.setup import make_problem
 from allot.report import table
-from allot.report.data import layer_rows
+from allot.report.data import layer_rows, weights_of
 from allot.run.driver import drive, interruptible
 from allot.run.problem import Candidate
 from allot.run.store import write_json
@@ -127,6 +127,7 @@ def plan_command(
         "total": problem.budget.total,
         "layers": layer_rows(problem, allocation),
         "skipped": dict(problem.scope.skipped),
+        "weights": weights_of(source.model),
     }
     if as_json:
         print_json(plan)

@@ -322,5 +322,5 @@ def _layer_macs(model: nn.Module, example: Any, names: list[str]) -> dict[str, i
     shapes = shapes_of(model)
     # the projections of an attention with fewer heads are no layer that could be pruned again
     layers = tuple(in_scope.get(name, Layer(name, tuple(shapes[name]), "attention_in")) for name in names)
-    counted = measured(replace(scope, layers=layers), model, lambda: attempt(model, cloned(example), {}))
+    counted = measured(replace(scope, layers=layers, undecided=()), model, lambda: attempt(model, cloned(example), {}))
     return {layer.name: layer.macs or 0 for layer in counted}

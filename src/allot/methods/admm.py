@@ -1,8 +1,9 @@
 """ADMM: each layer's mask and weights from its second-order statistics, layer after layer.
 
 Boza, *Fast and Effective Weight Update for Pruned Large Language Models* (TMLR 2024, arXiv:2401.02938), for any layer
-and any pattern. Meng et al., *ALPS* (NeurIPS 2024), solves the same problem; Frantar and Alistarh, *SparseGPT* (ICML 2023),
-goes through the columns once. Inputs X_s come from the net that is sparse up to this layer, targets from the dense net:
+and any pattern. Meng et al., *ALPS* (NeurIPS 2024), solves the same problem; Frantar and Alistarh, *SparseGPT* (ICML
+2023), goes through the columns once. Inputs X_s come from the net that is sparse up to this layer, targets from the
+dense net:
 
     min over W with k nonzeros    |W X_s - W_d X_d|^2 + damping             W_d dense weight, [rows, K]
     G = X_s X_s^T,  C = X_d X_s^T                                           sums over all positions

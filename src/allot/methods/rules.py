@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from allot.methods.training.selection import ranked_together
+from allot.network.kinds import EXPERTS
 from allot.run.problem import Problem
 from allot.run.scores import lamp_score
 
@@ -22,11 +24,13 @@ def erk(problem: Problem) -> dict[str, float]:
 
         d_l = c * sum(shape_l) / prod(shape_l)          shape_l = (C_out, C_in/groups, k_1, ..) as the weight is stored
 
-    Small and narrow layers keep more. c is the largest price that the budget allows, with d_l cut at 1
-    (`Budget.project`): the cut layers stay dense and the others share the rest of the budget, as after RigL's loop over
-    dense layers. Mocanu et al. 2018; Evci et al., RigL, ICML 2020, appendix.
+    Small and narrow layers keep more; a stack of experts counts as one expert, with its shape. c is the largest price
+    that the budget allows, with d_l cut at 1 (`Budget.project`): the cut layers stay dense and the others share the
+    rest of the budget, as after RigL's loop over dense layers. Mocanu et al. 2018; Evci et al., RigL, ICML 2020,
+    appendix.
     """
-    return {layer.name: sum(layer.shape) / layer.total for layer in problem.scope}
+    shapes = {layer.name: layer.shape[1:] if layer.kind in EXPERTS else layer.shape for layer in problem.scope}
+    return {name: sum(shape) / math.prod(shape) for name, shape in shapes.items()}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from allot.network.layers import ATTENTION_INPUTS, Layer, Place, Scope, places_by_parameter
+from allot.network.kinds import ATTENTION_INPUTS, INSIDE
+from allot.network.layers import Layer, Place, Scope, places_by_parameter
 from allot.processes import all_gather
 
 Attention = nn.MultiheadAttention
@@ -177,10 +178,15 @@ def _attention_rows(module: Attention, attribute: str, layer: Layer) -> slice:
 
 
 def biases_of(model: nn.Module, scope: Iterable[Layer]) -> dict[str, tuple[str, slice]]:
-    """Layer name -> (name of the bias that is added to its output, the layer's part of it); only layers with a bias."""
+    """Layer name -> (name of the bias that is added to its output, the layer's part of it).
+
+    Only of layers with one bias, which is added to what the layer alone gives.
+    """
     places = places_by_parameter(model)
     biases: dict[str, tuple[str, slice]] = {}
     for layer in scope:
+        if layer.kind in INSIDE:
+            continue
         place, attribute, rows = places[layer.name][0], "bias", slice(0, layer.rows)
         if layer.kind == "attention_in":
             attribute = "in_proj_bias"

@@ -54,7 +54,7 @@ def watched_squares(model: nn.Module, scope: Scope, sums: Squares) -> Iterator[N
         yield
         last.clear()
     for name, place in ran.items():
-        if name not in sums:
+        if name not in sums and place.kind != "lookup":
             raise UsageError(
                 f"{place.name}: {type(place.module).__name__} is not linear in its weight, so its inputs' norms mean "
                 "nothing for single weights. Exclude the layer or use the score 'magnitude'."
@@ -77,16 +77,25 @@ def reduced(sums: Squares) -> Squares:
 
 
 def input_norms(layer: Layer, squares: dict[str, Tensor]) -> Float64[Tensor, "*weight"]:
-    """The root of the summed squares of the inputs of each weight, in the shape of the weight."""
+    """The root of the summed squares of the inputs of each weight, in the shape of the weight.
+
+    Rows that no input reached, as those of an expert may be, have the mean of the others. Nothing multiplies a lookup
+    table: ones.
+    """
+    if layer.kind == "lookup":
+        return torch.ones(layer.shape, dtype=torch.float64)
     whole = squares.get(f"0:{layer.rows}")
     if len(squares) == 1 and whole is not None:
         norms = _of_rows(whole.sqrt(), layer.rows)
     else:
         first = next(iter(squares.values()))
         norms = first.new_zeros(layer.rows, first.shape[1])
+        reached = torch.zeros(layer.rows, dtype=torch.bool, device=first.device)
         for rows, part in squares.items():
             start, stop = map(int, rows.split(":"))
             norms[start:stop] += _of_rows(part, stop - start)
+            reached[start:stop] = True
+        norms[~reached] = norms[reached].mean(0)
         norms = norms.sqrt()
     return layer.unmatrix(norms)
 

@@ -1,4 +1,4 @@
-"""Which tensors of a model may be pruned: the only file that knows a conv from a linear.
+"""Which tensors of a model may be pruned, and how each of them is a matrix.
 
 Weights keep the shapes of their modules. `Layer.matrix` shows any of them as `[rows, cols]`: one row an output
 channel; along a row kernel positions run slowest and input channels fastest, so that N:M groups lie along inputs.
@@ -13,16 +13,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Real
 
-import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils import parametrize
 
 from allot.errors import BudgetError, UsageError, unknown
-
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-ATTENTION_INPUTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+from allot.network.kinds import EXPERTS, STACK, kind_of, reason_to_skip
 
 
 @dataclass(frozen=True)
@@ -33,7 +29,9 @@ class Layer:
         name: name of the parameter in `model.named_parameters()`, the first one where weights are tied.
         shape: of the parameter, as its module stores it.
         kind: "linear" `[out, in]`, "linear_transposed" `[in, out]`, "conv" `[out, in/groups, *kernel]`,
-            "conv_transposed" `[in, out/groups, *kernel]`, "attention_in" `[out, in]`, "attention_out" `[out, in]`.
+            "conv_transposed" `[in, out/groups, *kernel]`, "attention_in" `[out, in]`, "attention_out" `[out, in]`,
+            "recurrent" `[gates * hidden, in]`, "lookup" `[entries, width]`, "experts" `[experts, out, in]`,
+            "experts_transposed" `[experts, in, out]`.
         groups: of the convolution.
         macs: dense multiply-accumulates in one forward pass of the example; None until measured.
         normalised: whether its output goes straight into a batch norm; False until measured.
@@ -68,9 +66,11 @@ class Layer:
 
     @property
     def rows(self) -> int:
-        """Output channels."""
+        """Output channels, of all experts."""
         if self.kind == "conv_transposed":
             return self.shape[1] * self.groups
+        if self.kind in EXPERTS:
+            return self.total // self.inputs
         return self.shape[1] if self.kind == "linear_transposed" else self.shape[0]
 
     @property
@@ -83,6 +83,8 @@ class Layer:
         """Input channels that one output channel sees."""
         if self.kind == "conv_transposed":
             return self.shape[0] // self.groups
+        if self.kind == "experts":
+            return self.shape[2]
         return self.shape[0] if self.kind == "linear_transposed" else self.shape[1]
 
     def matrix(self, tensor: Shaped[Tensor, ...]) -> Shaped[Tensor, "rows cols"]:
@@ -94,6 +96,8 @@ class Layer:
         if self.kind == "conv_transposed":
             split = tensor.unflatten(0, (self.groups, self.inputs))  # [g, in/g, out/g, *kernel]
             return split.movedim(1, -1).reshape(self.rows, -1)
+        if self.kind in EXPERTS:
+            return (tensor if self.kind == "experts" else tensor.transpose(1, 2)).reshape(self.rows, -1)
         return tensor
 
     def unmatrix(self, matrix: Shaped[Tensor, "rows cols"]) -> Shaped[Tensor, ...]:
@@ -105,6 +109,9 @@ class Layer:
         if self.kind == "conv_transposed":
             split = matrix.reshape(self.groups, self.shape[1], *self.shape[2:], self.inputs)
             return split.movedim(-1, 1).reshape(self.shape).contiguous()
+        if self.kind in EXPERTS:
+            split = matrix.unflatten(0, (self.shape[0], -1))  # [experts, out, in]
+            return (split if self.kind == "experts" else split.transpose(1, 2)).contiguous()
         return matrix
 
 
@@ -116,7 +123,7 @@ class Rules:
     after `re:` that has to match one of these names whole.
 
     Attributes:
-        include: only layers that match one of these are in scope; empty means all.
+        include: only layers that match one of these are in scope; empty means all but lookup tables (embeddings).
         exclude: layers that match one of these are left dense.
         min_density, max_density: pattern -> bound in [0, 1]; where several match, the last one counts.
         floor: lower bound for every layer: weights per layer (`1`), weights per output row (`"2/row"`) or a share
@@ -187,6 +194,8 @@ class Scope:
         layers: every prunable tensor once, in the model's order.
         skipped: parameter name -> the reason it stays dense; for channels, group -> the reason it stays whole.
         groups: coupled channels, where channels are pruned and not single weights.
+        undecided: weights of 3 dimensions, each in both forms of a stack of experts: `allot.network.macs.measured`
+            finds out which form the model uses, if any. Until then they are in `skipped`.
 
     >>> scope = Scope.of(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)))
     >>> [layer.name for layer in scope], scope.skipped["1.weight"]
@@ -196,6 +205,7 @@ class Scope:
     layers: tuple[Layer, ...]
     skipped: Mapping[str, str]
     groups: tuple[Group, ...] = ()
+    undecided: tuple[Layer, ...] = ()
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -219,6 +229,7 @@ class Scope:
         rules = rules or Rules()
         places = places_by_parameter(model)
         layers: list[Layer] = []
+        undecided: list[Layer] = []
         skipped: dict[str, str] = {}
         matched: set[str] = set()
         prunable: list[str] = []
@@ -226,14 +237,15 @@ class Scope:
             parameter = holders[0].parameter
             if isinstance(parameter, nn.parameter.UninitializedParameter) or parameter.is_meta:
                 raise UsageError(f"{name} holds no values yet: load weights or run one batch through the model first.")
-            place = next((place for place in holders if place.kind), None)
-            if place is None:
-                skipped[name] = _reason_to_skip(holders[0])
+            names = [n for p in holders for n in (p.name, p.module_name)]
+            included = any(matches(pattern, names) for pattern in rules.include)
+            place = max(holders, key=lambda place: place.certainty)  # the first one of those
+            if not place.kind or (place.kind == "lookup" and not included):
+                skipped[name] = holders[0].reason_to_skip()
                 continue
             prunable.append(name)
-            names = [n for p in holders for n in (p.name, p.module_name)]
             matched.update(pattern for pattern in rules.patterns if matches(pattern, names))
-            if rules.include and not any(matches(pattern, names) for pattern in rules.include):
+            if rules.include and not included:
                 skipped[name] = "no include rule matches it"
             elif excluding := [pattern for pattern in rules.exclude if matches(pattern, names)]:
                 skipped[name] = f"excluded by rule {excluding[0]!r}"
@@ -241,16 +253,23 @@ class Scope:
                 groups = getattr(place.module, "groups", 1) if place.kind.startswith("conv") else 1
                 aliases = tuple(p.name for p in holders[1:])
                 layer = Layer(name, tuple(parameter.shape), place.kind, groups, aliases=aliases)
-                layers.append(rules.bounded(layer, names))
+                if place.kind == STACK:
+                    skipped[name] = f"{place.reason_to_skip()} {UNDECIDED}"
+                    undecided.extend(rules.bounded(replace(layer, kind=kind), names) for kind in EXPERTS)
+                else:
+                    layers.append(rules.bounded(layer, names))
         if unmatched := [pattern for pattern in rules.patterns if pattern not in matched]:
             shown = ", ".join(prunable[:6]) + (f" and {len(prunable) - 6} more" if len(prunable) > 6 else "")
             raise UsageError(f"rule {unmatched[0]!r} matches no prunable layer; there are {shown}.")
-        return cls(tuple(layers), skipped)
+        return cls(tuple(layers), skipped, undecided=tuple(undecided))
+
+
+UNDECIDED = "without inputs (3 dimensions)"
 
 
 @dataclass(frozen=True)
 class Place:
-    """A place where a parameter is held by a module; `kind` as in `Layer`, "" where the parameter cannot be pruned."""
+    """A place where a parameter is held by a module; `kind` as `kind_of` finds it."""
 
     name: str
     module_name: str
@@ -258,6 +277,15 @@ class Place:
     attribute: str
     parameter: nn.Parameter
     kind: str
+
+    @property
+    def certainty(self) -> int:
+        """How sure it is that the parameter is multiplied with inputs here."""
+        return 0 if not self.kind else 1 if self.kind in ("lookup", STACK) else 2
+
+    def reason_to_skip(self) -> str:
+        """Why the parameter stays dense here."""
+        return reason_to_skip(self.module, self.attribute, self.parameter)
 
 
 def places_by_parameter(model: nn.Module) -> dict[str, list[Place]]:
@@ -268,52 +296,12 @@ def places_by_parameter(model: nn.Module) -> dict[str, list[Place]]:
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 name = f"{module_name}.{attribute}" if module_name else attribute
-                kind = _kind_of_layer(module, attribute, parameter)
+                kind = kind_of(module, attribute, parameter)
                 kind = "attention_out" if kind == "linear" and id(module) in output_projections else kind
                 place = Place(name, module_name, module, attribute, parameter, kind)
                 by_tensor.setdefault(id(parameter), []).append(place)
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     return {first[key]: sorted(places, key=lambda place: place.name != first[key]) for key, places in by_tensor.items()}
-
-
-def _kind_of_layer(module: nn.Module, attribute: str, parameter: Tensor) -> str:
-    """Kind of layer, or "" where the parameter cannot be pruned."""
-    uninitialised = isinstance(parameter, nn.parameter.UninitializedParameter)
-    if uninitialised or parameter.dtype not in FLOATS or parameter.numel() == 0:
-        return ""
-    if isinstance(module, nn.MultiheadAttention):
-        return "attention_in" if attribute in ATTENTION_INPUTS else ""
-    if attribute != "weight":
-        return ""
-    if isinstance(module, nn.modules.conv._ConvNd) and parameter.dim() > 2:
-        return "conv_transposed" if isinstance(module, nn.modules.conv._ConvTransposeNd) else "conv"
-    if parameter.dim() != 2:
-        return ""
-    if isinstance(module, nn.Linear):
-        return "linear"
-    # by name: transformers is optional, and its Conv1D is a linear layer stored [in, out]
-    if any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(module).__mro__):
-        return "linear_transposed"
-    return ""
-
-
-def _reason_to_skip(place: Place) -> str:
-    module, attribute, owner = place.module, place.attribute, type(place.module).__name__
-    if place.parameter.dtype not in FLOATS:
-        return f"{str(place.parameter.dtype).removeprefix('torch.')} values; only 16 to 64 bit floating point is pruned"
-    if place.parameter.numel() == 0:
-        return "empty"
-    if isinstance(module, parametrize.ParametrizationList) or attribute in ("weight_g", "weight_v", "weight_orig"):
-        return "parametrized: remove the parametrization first"
-    if "bias" in attribute and (place.parameter.dim() < 2 or isinstance(module, nn.MultiheadAttention)):
-        return "bias"
-    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
-        return f"recurrent weight of {owner}: not supported yet"
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        return "lookup table, not a matrix product"
-    if "norm" in owner.lower():
-        return f"normalisation ({owner})"
-    return f"{attribute} of {owner}: not the weight of a layer that allot knows"
 
 
 def matches(pattern: str, names: Iterable[str]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from allot.network.hooks import hooked, module_places
-from allot.network.layers import Layer, Place, Scope, is_batch_norm, places_by_parameter
+from allot.network.layers import UNDECIDED, Layer, Place, Scope, is_batch_norm, places_by_parameter
 from allot.network.products import Product, observed
 
 
@@ -19,9 +19,10 @@ def measured(scope: Scope, model: nn.Module, forward: Callable[[], Any]) -> Scop
 
     Matrix products and convolutions are recognised by the memory of the weight they read (or of a copy of it, as
     autocast makes), so that functional use, attention and shared weights all count. A layer that the example never
-    reaches costs 0 MACs.
+    reaches costs 0 MACs. A weight of 3 dimensions is in scope, as experts, where a product sums over one of them.
     """
     places = places_by_parameter(model)
+    forms: dict[str, str] = {}  # of weights of 3 dimensions
     by_weight: dict[str, int] = {}
     by_module: dict[str, int] = {}
     outputs: dict[int, tuple[str, Tensor]] = {}
@@ -30,6 +31,8 @@ def measured(scope: Scope, model: nn.Module, forward: Callable[[], Any]) -> Scop
     def count_product(product: Product | None, cost: tuple[str, int]) -> None:
         name, macs = cost
         by_weight[name] = by_weight.get(name, 0) + macs
+        if product is not None:
+            forms[name] = product.layer.kind
 
     def count_output(layer: Layer, place: Place, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         transposed = place.kind == "conv_transposed"
@@ -47,12 +50,28 @@ def measured(scope: Scope, model: nn.Module, forward: Callable[[], Any]) -> Scop
         *((place.module, partial(count_output, layer, place)) for layer, place in module_places(scope, places)),
         *((module, note_normalised) for module in model.modules() if is_batch_norm(module)),
     ]
-    with hooked(hooks), observed(model, scope, count_product):
+    with hooked(hooks), observed(model, _watched(scope, places), count_product):
         forward()
+    decided = [layer for layer in scope.undecided if forms.get(layer.name) == layer.kind]
+    order = {name: number for number, name in enumerate(places)}
+    layers = sorted([*scope, *decided], key=lambda layer: order[layer.name]) if decided else scope.layers
     # a weight that is recomputed before use (standardised, cast) is counted from its module's output instead
-    macs = {layer.name: by_weight.get(layer.name) or by_module.get(layer.name, 0) for layer in scope}
-    layers = (replace(layer, macs=macs[layer.name], normalised=layer.name in normalised) for layer in scope)
-    return replace(scope, layers=tuple(layers))
+    macs = {layer.name: by_weight.get(layer.name) or by_module.get(layer.name, 0) for layer in layers}
+    layers = tuple(replace(layer, macs=macs[layer.name], normalised=layer.name in normalised) for layer in layers)
+    skipped = {name: reason.removesuffix(f" {UNDECIDED}") for name, reason in scope.skipped.items()}
+    skipped = {name: reason for name, reason in skipped.items() if name not in {layer.name for layer in decided}}
+    return replace(scope, layers=layers, skipped=skipped, undecided=())
+
+
+def _watched(scope: Scope, places: Mapping[str, list[Place]]) -> list[Layer]:
+    """The layers in scope, undecided ones in both forms, and then all others: a weight is no input of theirs."""
+    watched = [*scope, *scope.undecided]
+    if scope.undecided:
+        seen = {layer.name for layer in watched}
+        first = {name: holders[0] for name, holders in places.items() if name not in seen}
+        certain = {name: place for name, place in first.items() if place.certainty == 2}
+        watched += [Layer(name, tuple(place.parameter.shape), place.kind) for name, place in certain.items()]
+    return watched
 
 
 def _first_argument(args: Any, kwargs: Mapping[str, Any]) -> Any:

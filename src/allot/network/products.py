@@ -2,7 +2,8 @@
 
 A pass of any module comes down to a few operators of torch: matrix products, convolutions, and the LSTM kernel. A
 weight is recognised among their operands by its memory, so that functional use, subclasses with a forward of their own,
-attention and shared weights all count. A weight that is recomputed before use (standardised, say) is not recognised.
+attention, experts and shared weights all count. A weight that is recomputed before use (standardised, say) is not
+recognised.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from allot.network.layers import Layer, Place, places_by_parameter
+from allot.network.kinds import EXPERTS
+from allot.network.layers import Layer, places_by_parameter
+from allot.network.memory import Held, Memory, extent
 
 COLUMNS = 2**24  # entries of the unrolled inputs that exist at once
 
@@ -44,11 +47,11 @@ class Product:
     Attributes:
         layer: whose weight is multiplied.
         rows: of `layer.matrix(weight)` that this product computes.
-        inputs: `[positions, K]`, or `[batch, channels, *size]` where a kernel moves over it.
+        inputs: `[positions, K]`, `[groups, positions, K]`, or `[batch, channels, *size]` where a kernel moves over it.
         window: how the kernel moves; None for a matrix product.
         groups: into how many problems of equal size `rows` falls, each with its own part of the inputs.
         positions: number of outputs that each row computes.
-        output: outputs of all rows, plus `bias`, in any layout; None where the operator does not return them.
+        version: counts the changes of the inputs' memory so far.
     """
 
     layer: Layer
@@ -57,22 +60,13 @@ class Product:
     window: Window | None
     groups: int
     positions: int
-    output: Tensor | None = None
-    bias: Tensor | None = None
-
-    def energy(self) -> Tensor | None:
-        """Sum of the squared outputs, without the bias: 0-dim, float64; None without outputs."""
-        if self.output is None:
-            return None
-        output = self.output if self.bias is None else self.output - self.bias
-        return output.float().square().sum(dtype=torch.float64)
+    version: int
 
     @property
     def key(self) -> Hashable:
         """Equal for products that read the same columns, as long as both inputs are alive."""
         x = self.inputs
-        version = object() if x.is_inference() else x._version  # changes in place are not counted there: equal to none
-        return x.data_ptr(), version, x.shape, x.stride(), self.window, self.groups
+        return x.data_ptr(), self.version, x.shape, x.stride(), self.window, self.groups
 
     def columns(self, every: int = 1, offset: int = 0) -> Iterator[Float[Tensor, "groups positions K"]]:
         """The inputs as the matrix that the rows are multiplied with, a part of the positions at a time.
@@ -84,9 +78,8 @@ class Product:
             offset: the first position that is taken.
         """
         if self.window is None:
-            inputs = self.inputs[offset % every :: every]
-            for part in inputs.split(max(1, COLUMNS // self.inputs.shape[-1])):
-                yield part[None]
+            stack = (self.inputs if self.inputs.dim() == 3 else self.inputs[None])[:, offset % every :: every]
+            yield from stack.split(max(1, COLUMNS // (len(stack) * stack.shape[-1])), 1)
             return
         width = self.layer.total // self.layer.rows * self.groups
         per_sample = max(1, self.positions // len(self.inputs) // every) * width
@@ -104,7 +97,8 @@ class Product:
         places = math.prod(self.window.kernel)
         at_once = max(1, COLUMNS // max(1, self.positions // len(self.inputs) * places))
         seen = [  # channels as samples of one channel: [1, channels * positions, places]
-            _unrolled(part[:, None], self.window, 1).view(len(part), -1, places).sum(1) for part in x.split(at_once)
+            _unrolled(part[:, None], self.window, 1, 1, 0).view(len(part), -1, places).sum(1)
+            for part in x.split(at_once)
         ]
         return torch.cat(seen).unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(1)
 
@@ -131,85 +125,42 @@ def observed(model: nn.Module, scope: Iterable[Layer], seen: Seen) -> Iterator[N
 
     def register(module: nn.Module, args: Any) -> None:
         """Tensors may be put in place for one pass: they are looked up when it starts."""
-        mode.weights.clear()
-        mode.alive.clear()
+        mode.memory = Memory()
         for layer in layers:
             place = places[layer.name][0]
-            tensor = _tensor_of(place)
-            mode.register(layer, tensor, tensor.stride())
+            tensor = getattr(place.module, place.attribute).detach()
+            mode.memory.add(Held(layer, *extent(tensor), tensor.stride()), tensor)
 
     handle = model.register_forward_pre_hook(register)
     try:
-        # a torch-function mode keeps nn.MultiheadAttention off its fused path, which hides its matrix products
-        with BaseTorchFunctionMode(), torch.no_grad(), mode:
+        with _Plain(), torch.no_grad(), mode:
             yield
     finally:
         handle.remove()
 
 
-def _tensor_of(place: Place) -> Tensor:
-    tensor: Tensor = getattr(place.module, place.attribute)
-    return tensor.detach()
+class _Plain(BaseTorchFunctionMode):
+    """Keeps nn.MultiheadAttention off its fused path, and recurrent layers off cuDNN: both hide matrix products."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _RECURRENT and torch.backends.cudnn.is_available():
+            with torch.backends.cudnn.flags(enabled=False):
+                return func(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
 
 
-@dataclass(frozen=True)
-class _Weight:
-    """A layer's weight, or a copy of it, in memory: entries `start` to `stop` of a storage.
-
-    `strides` are those of the weight's dimensions; empty where a copy is of another form.
-    """
-
-    layer: Layer
-    start: int
-    stop: int
-    strides: tuple[int, ...]
-
-    def rows_of(self, operand: Tensor, row: int, column: int) -> slice | None:
-        """Which rows of the layer's matrix `operand` holds, whole, along its dimension `row`.
-
-        None where it holds something else.
-        """
-        if not self.strides:
-            return None
-        of_row, of_column = self._matrix_strides()
-        count, K = operand.shape[row], operand.shape[column]
-        if self.layer.total // self.layer.rows != K:
-            return None
-        if (count > 1 and operand.stride(row) != of_row) or (K > 1 and operand.stride(column) != of_column):
-            return None
-        first, rest = divmod(int(operand.storage_offset()) - self.start, of_row)
-        return None if rest else slice(first, first + count)
-
-    def _matrix_strides(self) -> tuple[int, int]:
-        one, other = self.strides[-2:]
-        return (other, one) if self.layer.kind.endswith("_transposed") else (one, other)
+_RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 
 
 class _Operators(TorchDispatchMode):
     def __init__(self, seen: Seen) -> None:
         super().__init__()
         self.seen = seen
-        self.weights: dict[int, list[_Weight]] = {}  # by storage
-        self.alive: list[Tensor] = []  # copies of weights: as long as they live, their memory is not used again
-
-    def register(self, layer: Layer, tensor: Tensor, strides: tuple[int, ...]) -> None:
-        start = int(tensor.storage_offset())
-        stop = start + 1 + sum((size - 1) * int(step) for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-        weight = _Weight(layer, start, stop, strides)
-        self.weights.setdefault(tensor.untyped_storage().data_ptr(), []).append(weight)
-
-    def weight_of(self, tensor: Any) -> _Weight | None:
-        """The registered weight whose memory `tensor` starts in."""
-        if not isinstance(tensor, Tensor) or not tensor.numel():
-            return None
-        offset = tensor.storage_offset()
-        near = self.weights.get(tensor.untyped_storage().data_ptr(), ())
-        return next((weight for weight in near if weight.start <= offset < weight.stop), None)
+        self.memory = Memory()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        operator = func._overloadpacket
-        react = _OPERATORS.get(operator)
+        react = _OPERATORS.get(func._overloadpacket) or _BY_NAME.get(func.name())
         if react is None:
             with self:  # under inference_mode, linear and conv2d arrive whole
                 out = func.decompose(*args, **kwargs)
@@ -217,8 +168,54 @@ class _Operators(TorchDispatchMode):
                 return out
         out = func(*args, **kwargs)
         if react is not None:
-            react(self, args, out)
+            react(self, (*args, *kwargs.values()), out)
         return out
+
+    def report(self, weights: list[Held], operand: Tensor, inputs: Tensor, version: int) -> None:
+        """Report the products of `operand`, which holds one of these weights, with `inputs`.
+
+        Args:
+            operand: `[batch, rows, K]`.
+            inputs: `[batch, positions, K]`.
+        """
+        for weight in weights:
+            products = list(_products_of(weight, operand, inputs, version))
+            for product in products:
+                rows = product.rows.stop - product.rows.start
+                self.seen(product, (weight.layer.name, rows * product.positions * product.inputs.shape[-1]))
+            if products:
+                return
+        self.seen(None, (weights[0].layer.name, operand.shape[1] * inputs.shape[:2].numel() * operand.shape[2]))
+
+
+def _products_of(weight: Held, operand: Tensor, inputs: Tensor, version: int) -> Iterator[Product]:
+    """The products of `operand` with `inputs` where it holds whole rows of the weight, as `_Operators.report` has them.
+
+    Matrices that follow one another are one product in groups; the inputs of one matrix are put together.
+    """
+    layer, (count, K) = weight.layer, operand.shape[1:]
+    offset, (of_batch, *strides) = int(operand.storage_offset()), operand.stride()
+    starts = []
+    for number in range(len(operand)):
+        rows = weight.rows_of(offset + number * of_batch, (count, K), strides)
+        if rows is None:
+            return
+        starts.append(rows.start)
+    if len(starts) == 1:
+        yield Product(layer, slice(starts[0], starts[0] + count), inputs[0], None, 1, inputs.shape[1], version)
+    elif all(after == before + count for before, after in itertools.pairwise(starts)):
+        yield Product(layer, slice(starts[0], starts[-1] + count), inputs, None, len(starts), inputs.shape[1], version)
+    else:
+        batches: dict[int, list[int]] = {}
+        for number, start in enumerate(starts):
+            batches.setdefault(start, []).append(number)
+        for start, numbers in batches.items():
+            part = (inputs if len(numbers) == len(inputs) else inputs[numbers]).flatten(0, 1)
+            yield Product(layer, slice(start, start + count), part, None, 1, len(part), version)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else int(tensor._version)  # tensors of inference mode do not count changes
 
 
 def _matrix_product(first: int) -> Callable[[_Operators, Any, Any], None]:
@@ -226,44 +223,56 @@ def _matrix_product(first: int) -> Callable[[_Operators, Any, Any], None]:
 
     def react(mode: _Operators, args: Any, out: Tensor) -> None:
         left, right = args[first], args[first + 1]
-        for operand, other, of_right in ((right, left, True), (left, right, False)):
-            if weight := mode.weight_of(operand):
-                product = _product_of(weight, operand, other, of_right=of_right)
-                if product is not None:
-                    product = replace(product, output=out, bias=args[0] if first else None)
-                mode.seen(product, (weight.layer.name, out.numel() * left.shape[-1]))
-                return
+        found = [(mode.memory.find(right), right, left, True), (mode.memory.find(left), left, right, False)]
+        # where both may be weights, one that is no layer for sure was read as an input
+        found.sort(key=lambda operand: (not operand[0], *(weight.layer.kind in EXPERTS for weight in operand[0][:1])))
+        weights, operand, other, of_right = found[0]
+        if not weights:
+            return
+        if operand.dim() == 1:  # a matrix times a vector
+            mode.seen(None, (weights[0].layer.name, left.numel()))
+            return
+        version = _version(other)
+        operand, other = (x if x.dim() == 3 else x[None] for x in (operand, other if other.dim() > 1 else other[None]))
+        vector = left.dim() > right.dim()
+        if of_right:
+            mode.report(weights, operand.transpose(1, 2), other, version)
+        else:
+            mode.report(weights, operand, other if vector else other.transpose(1, 2), version)
 
     return react
 
 
-def _product_of(weight: _Weight, operand: Tensor, other: Tensor, *, of_right: bool) -> Product | None:
-    """The product of a weight's matrix `operand` with `other`, where it is one of whole rows."""
-    if operand.dim() == 1:  # a matrix times a vector
-        return None
-    if operand.dim() == other.dim() == 3 and (operand.stride(0) == 0 or len(operand) == 1):
-        # matmul repeats a matrix over a batch whose memory it cannot view as rows
-        operand, other = operand[0], other.flatten(0, 1) if of_right else other.transpose(0, 1).flatten(1)
-    vector = other.dim() == 1
-    if operand.dim() != 2 or other.dim() > 2:
-        return None
-    rows = weight.rows_of(operand, 1, 0) if of_right else weight.rows_of(operand, 0, 1)
-    if rows is None:
-        return None
-    inputs = other[None] if vector else other if of_right else other.t()
-    return Product(weight.layer, rows, inputs, None, 1, len(inputs))
+def _grouped_product(mode: _Operators, args: Any, out: Tensor) -> None:
+    """(inputs, weights, ends, ...): each matrix of the weights is multiplied with the inputs up to its end."""
+    inputs, operand = args[:2]
+    weights = mode.memory.find(operand)
+    if not weights:
+        return
+    if inputs.dim() != 2 or operand.dim() != 3:
+        mode.seen(None, (weights[0].layer.name, out.numel() * inputs.shape[-1]))
+        return
+    start = 0
+    for number, end in enumerate(args[2].tolist()):
+        if end > start:
+            mode.report(
+                weights, operand[number : number + 1].transpose(1, 2), inputs[None, start:end], _version(inputs)
+            )
+        start = end
 
 
 def _convolution(mode: _Operators, args: Any, out: Tensor) -> None:
     """(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups)."""
-    inputs, operand, bias, stride, padding, dilation, transposed, output_padding, groups = args[:9]
-    if not (weight := mode.weight_of(operand)):
+    inputs, operand, _, stride, padding, dilation, transposed, output_padding, groups = args[:9]
+    if not (weights := mode.memory.find(operand)):
         return
+    weight = weights[0]
     positions = out.numel() // out.shape[1] * (1 if inputs.dim() == operand.dim() else 0)
     outputs = (inputs if transposed else out).numel() // operand.shape[0]
     cost = weight.layer.name, operand.numel() * outputs
     whole = operand.shape == weight.layer.shape and operand.stride() == weight.strides
-    if not whole or not positions or (not transposed and weight.layer.kind == "conv_transposed"):
+    kinds = ("conv_transposed",) if transposed else ("conv",)
+    if not whole or not positions or weight.layer.kind not in kinds:
         mode.seen(None, cost)
         return
     kernel = tuple(operand.shape[2:])
@@ -271,9 +280,9 @@ def _convolution(mode: _Operators, args: Any, out: Tensor) -> None:
         tuple(value) * (len(kernel) if len(value) == 1 else 1) for value in (stride, padding, dilation)
     )
     window = Window(kernel, stride, padding, dilation, bool(transposed), tuple(output_padding) if transposed else ())
-    bias = None if bias is None else bias.view(-1, *(1 for _ in kernel))
-    rows = slice(0, weight.layer.rows)
-    product = Product(weight.layer, rows, inputs, window, int(groups), positions, out, bias)
+    product = Product(
+        weight.layer, slice(0, weight.layer.rows), inputs, window, int(groups), positions, _version(inputs)
+    )
     mode.seen(product, cost)
 
 
@@ -281,25 +290,35 @@ def _lstm(mode: _Operators, args: Any, out: Any) -> None:
     """(input, w_ih, w_hh, b_ih, b_hh, hx, cx, reverse, ...) of one layer and direction; the first output is h."""
     inputs, of_inputs, of_hidden, _, _, before, _, reverse = args[:8]
     hidden = out[0]
-    previous = torch.cat([hidden[1:], before[None]] if reverse else [before[None], hidden[:-1]])
+    first = before.reshape(1, *hidden.shape[1:])
+    previous = torch.cat([hidden[1:], first] if reverse else [first, hidden[:-1]])
     for operand, values in ((of_inputs, inputs), (of_hidden, previous)):
-        if weight := mode.weight_of(operand):
-            flat = values.reshape(-1, values.shape[-1])
-            rows = weight.rows_of(operand, 0, 1)
-            product = None if rows is None else Product(weight.layer, rows, flat, None, 1, len(flat))
-            mode.seen(product, (weight.layer.name, operand.numel() * len(flat)))
+        if weights := mode.memory.find(operand):
+            mode.report(weights, operand[None], values.reshape(1, -1, values.shape[-1]), _version(values))
 
 
 def _copy(mode: _Operators, args: Any, out: Any) -> None:
-    """A whole copy of a weight, as autocast makes, is used in its place."""
-    source = args[0]
-    weight = mode.weight_of(source)
-    if weight and out.numel() == source.numel() == weight.layer.total:
-        dims = dict(zip(zip(source.shape, source.stride(), strict=True), out.stride(), strict=True))
-        of_weight = zip(weight.layer.shape, weight.strides, strict=False)
-        strides = tuple(dims[size] for size in of_weight if size in dims)
-        mode.alive.append(out)
-        mode.register(weight.layer, out, strides if len(strides) == len(weight.layer.shape) else ())
+    """A copy of a weight, as autocast makes, is used in its place."""
+    _follow(mode, args[0], out, None)
+
+
+def _pick(mode: _Operators, args: Any, out: Any) -> None:
+    """(weight, indices): matrices of a stack are copied, one a token say."""
+    first, *others = args[1]
+    if isinstance(first, Tensor) and all(index is None for index in others):
+        _follow(mode, args[0], out, first.nonzero().flatten() if first.dtype == torch.bool else first)
+
+
+def _select(mode: _Operators, args: Any, out: Any) -> None:
+    """(weight, dimension, indices)."""
+    if args[1] == 0:
+        _follow(mode, args[0], out, args[2].reshape(-1))
+
+
+def _follow(mode: _Operators, source: Tensor, out: Tensor, index: Tensor | None) -> None:
+    for weight in mode.memory.find(source):
+        if copy := weight.copied(source, out, index):
+            mode.memory.add(copy, out)
 
 
 _aten = torch.ops.aten
@@ -309,7 +328,11 @@ _OPERATORS: Mapping[Any, Callable[[_Operators, Any, Any], None]] = {
     **dict.fromkeys((_aten.convolution, _aten._convolution), _convolution),
     **dict.fromkeys((_aten.clone, _aten._to_copy), _copy),
     _aten.mkldnn_rnn_layer: _lstm,
+    _aten._grouped_mm: _grouped_product,
+    _aten.index: _pick,
+    _aten.index_select: _select,
 }
+_BY_NAME = {"transformers::grouped_mm_fallback": _grouped_product}  # where torch has no kernel for groups
 
 
 def _unrolled(x: Tensor, window: Window, groups: int, every: int, offset: int) -> Float[Tensor, "groups positions K"]:

@@ -28,6 +28,7 @@ from allot.methods.training.selection import Selection
 from allot.network.call import attempt
 from allot.network.compute import check_divisible
 from allot.network.coupling.find import find_groups
+from allot.network.kinds import INSIDE
 from allot.network.layers import Group, Rules, Scope, matches, plain_state
 from allot.network.macs import measured
 from allot.processes import all_gather_object, on_first_process, world_size
@@ -94,7 +95,8 @@ def make_problem(
     """
     check_plain(model)
     score = score or (CHANNEL_SCORES if isinstance(pattern, Channels) else SCORES)["magnitude"]
-    scope = Scope.of(model, None if isinstance(pattern, Channels) else rules)  # rules on channels choose groups, below
+    # rules on channels choose groups, below
+    scope = _without_channels(Scope.of(model)) if isinstance(pattern, Channels) else Scope.of(model, rules)
     before = tensor_names(model)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not bool(torch.isfinite(parameter.detach()).all()):
@@ -125,6 +127,14 @@ def make_problem(
     )  # fmt: skip
     bound = budget.on(terms, fixed_bytes=layout.header + layout.others, full_bytes=layout.plain)
     return Problem(model, scope, bound, pattern, score, calibration, seed, example)
+
+
+def _without_channels(scope: Scope) -> Scope:
+    """`scope` without the layers that stay whole where channels are removed."""
+    whole = {layer.name: layer.kind.partition("_")[0] for layer in scope if layer.kind in INSIDE}
+    reasons = {name: f"{kind} weights stay whole where channels are removed" for name, kind in whole.items()}
+    layers = tuple(layer for layer in scope if layer.name not in whole)
+    return replace(scope, layers=layers, skipped={**scope.skipped, **reasons}, undecided=())
 
 
 def _channel_budget(

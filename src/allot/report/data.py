@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from allot.budget.allocation import Allocation
 from allot.budget.channels import channel_budget
@@ -31,8 +32,8 @@ def report(result: Any) -> dict[str, Any]:
     is what the allocator does, in a sentence, empty for an allocator of the user. `compute` are the choices about
     memory and speed that differ from the defaults, `settings` the other choices that decide a saved run: other keys of
     the recipe, hyperparameters, digest of the model. `latency` is null where time was not limited. `unreadable` counts
-    calibration samples that were left out. `exports` are the rows that `allot export` adds. `diagnostics` are the
-    values that methods report about their work, by method.
+    calibration samples that were left out; `weights` counts all weights of the model, in scope or not. `exports` are
+    the rows that `allot export` adds. `diagnostics` are the values that methods report about their work, by method.
     """
     problem, candidate, names, directory = result.problem, result.candidate, result.names, result.directory
     budget, kept = problem.budget, candidate.allocation.kept
@@ -66,6 +67,7 @@ def report(result: Any) -> dict[str, Any]:
         "layers": layer_rows(problem, candidate.allocation),
         "groups": group_rows(problem, candidate.allocation),
         "skipped": dict(problem.scope.skipped),
+        "weights": weights_of(problem.model),
         "scores": dict(result.scores) if result.scores else None,
         "unreadable": len(source.unreadable) if isinstance(source, Readable) else 0,
         "latency": dict(result.latency) if result.latency else None,
@@ -75,6 +77,12 @@ def report(result: Any) -> dict[str, Any]:
         "diagnostics": dict(candidate.diagnostics),
         "histograms": _histograms(problem, candidate),
     }
+
+
+def weights_of(model: nn.Module) -> int:
+    """Number of weights of a model, in scope or not: of all parameters of two dimensions or more but biases."""
+    named = ((name.rpartition(".")[2], parameter) for name, parameter in model.named_parameters())
+    return sum(parameter.numel() for name, parameter in named if parameter.dim() > 1 and "bias" not in name)
 
 
 def layer_rows(problem: Problem, allocation: Allocation) -> list[dict[str, Any]]:

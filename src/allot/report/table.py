@@ -256,7 +256,13 @@ def _budget_rows(report: Report) -> list[tuple[str, str, Text]]:
 def _skipped_lines(report: Report) -> list[Text]:
     reasons = Counter(report["skipped"].values()).most_common()
     listed = "; ".join(f"{count} x {reason}" for reason, count in reasons)
-    return [Text(f"left dense: {listed}", style="dim")] if reasons else []
+    lines = [Text(f"left dense: {listed}", style="dim")] if reasons else []
+    total, weights = report["total"], report.get("weights", 0)
+    if total < weights:
+        share = f"in scope: {_percent_of(total, weights)} of the {weights:,} weights of the model"
+        half = "; less than half: the budget holds for these weights alone" if 2 * total < weights else ""
+        lines.append(Text(share + half, style="bold yellow" if half else "dim"))
+    return lines
 
 
 def _percent_of(part: int, whole: int) -> str:

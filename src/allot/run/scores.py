@@ -72,6 +72,8 @@ def wanda(layer: Layer, weight: Tensor, evidence: Evidence) -> Tensor:
 
     The paper compares weights within each output row: the pattern `rows` (`--pattern rows`), the default of the
     recipe `llm` for Linear layers; `unstructured` compares all weights of a layer.
+
+    Of an embedding |w|: no input multiplies it.
     """
     return magnitude(layer, weight, evidence) * evidence.input_norm(layer).to(weight.device)
 

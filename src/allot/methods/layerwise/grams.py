@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -133,17 +133,15 @@ class Statistics:
                 self._add(part, products, dense.get(part, []), k)
         self._add_up()
 
-    def _products(self, tensors: Mapping[str, Tensor], batch: Any) -> dict[Part, list[tuple[Product, Tensor | None]]]:
-        """The products of the site in one pass, with their energy; the pass ends with the last of them."""
+    def _products(self, tensors: Mapping[str, Tensor], batch: Any) -> dict[Part, list[Product]]:
+        """The products of the site in one pass, which ends with the last of them."""
         problem, site = self.problem, self.site
-        products: dict[Part, list[tuple[Product, Tensor | None]]] = {}
+        products: dict[Part, list[Product]] = {}
         remaining = site.visits
 
         def visit(product: Product) -> None:
             nonlocal remaining
-            # of the outputs only the sum of squares is needed: the tensor is freed
-            slim = replace(product, output=None, bias=None)
-            products.setdefault(part_of(product), []).append((slim, product.energy()))
+            products.setdefault(part_of(product), []).append(product)
             remaining -= 1
             if not remaining:
                 raise _LastProduct
@@ -153,22 +151,14 @@ class Statistics:
             call(problem.model, tensors, batch)
         return products
 
-    def _add(
-        self,
-        part: Part,
-        read: list[tuple[Product, Tensor | None]],
-        dense: list[tuple[Product, Tensor | None]],
-        offset: int,
-    ) -> None:
+    def _add(self, part: Part, read: list[Product], dense: list[Product], offset: int) -> None:
         routed = not self.site.visits  # samples may be routed to other experts in the other net
-        if routed or [d.inputs.shape for d, _ in dense] != [x.inputs.shape for x, _ in read]:
+        if routed or [d.inputs.shape for d in dense] != [x.inputs.shape for x in read]:
             dense = read
-        for (product, _), (partner, energy) in zip(read, dense, strict=True):
+        for product, partner in zip(read, dense, strict=True):
             K = product.layer.total // product.layer.rows
             every = max(1, product.positions * self.problem.inputs().batches * len(read) // (POSITIONS * K))
-            if partner is product or energy is None or every > 1:
-                energy = self._energy(partner, every, offset)
-            self.energy[part] = self.energy.get(part, 0) + energy
+            self.energy[part] = self.energy.get(part, 0) + self._energy(partner, every, offset)
             if self.site.source.get(part, part) == part:
                 self._add_columns(part, product, partner, every, offset)
 

@@ -198,12 +198,12 @@ class CollectedEvidence:
             if self.by_batch:
                 raise Unfinished
             self.forward += self.add_batch()
-        if layer.name not in self.squares["inputs"]:
+        if layer.name not in self.squares["inputs"] and layer.kind != "lookup":
             raise UsageError(
                 f"{layer.name} is never reached by the calibration inputs, so it has no input norms. Exclude it, or "
                 "use the score 'magnitude'."
             )
-        return input_norms(layer, self.squares["inputs"][layer.name])
+        return input_norms(layer, self.squares["inputs"].get(layer.name, {}))
 
     @property
     def complete(self) -> bool:
