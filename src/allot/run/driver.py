@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import signal
 import threading
 import time
@@ -116,6 +117,25 @@ def _pack_candidate(candidate: Candidate) -> bytes:
 
 def _unpack_candidate(content: bytes, problem: Problem) -> Candidate:
     return Candidate.from_state(torch.load(io.BytesIO(content), weights_only=True, map_location="cpu"), problem)
+
+
+phases = logging.getLogger("allot.phases")
+
+
+@contextmanager
+def phase(name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
+    """One phase of the finish of a run: logged as a debug message when it begins, with its seconds when it ends.
+
+    Args:
+        seconds: where the seconds of the phase are noted.
+    """
+    phases.debug(name)
+    started = time.monotonic()
+    yield
+    taken = time.monotonic() - started
+    if seconds is not None:
+        seconds[name] = round(taken, 3)
+    phases.info("%s: %.1f s", name, taken)
 
 
 @contextmanager

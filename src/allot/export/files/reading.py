@@ -12,7 +12,7 @@ from torch import Tensor
 
 from allot.errors import UsageError
 
-AT_ONCE = 2**26  # bytes that are read before the file is opened anew
+AT_ONCE = 2**24  # bytes that are read before the file is opened anew
 
 
 class Stored(Mapping[str, Tensor]):
