@@ -37,7 +37,7 @@ from allot.network.layers import Layer, Scope
 from allot.network.macs import measured
 from allot.network.trees import cloned
 from allot.run.calibration import moved
-from allot.run.driver import phase
+from allot.run.driver import give_back, phase
 from allot.run.store import write
 
 FILES = {"safetensors": PLAIN, "bitmask": BITMASK, "slim": SLIM}  # files that a run holds already
@@ -157,7 +157,8 @@ def _export_run(
             masked = partial(copied, half)
         elif place is None or to in FILES:
             file = _copied_file(run, to, place)
-            wanted = _answers(masked, example)  # this model is gone before the file is opened
+            wanted = _answers(masked, example)
+            give_back()  # this model is gone before the file is opened
             exported = _file_of_run(dense, run, to, file)
         elif to == "csr":
             exported = _csr(dense, masked(), run, layers, example, place)

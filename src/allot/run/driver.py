@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import logging
 import signal
@@ -9,7 +10,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -129,6 +130,7 @@ def phase(name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
     Args:
         seconds: where the seconds of the phase are noted.
     """
+    give_back()
     phases.debug(name)
     started = time.monotonic()
     yield
@@ -136,6 +138,12 @@ def phase(name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
     if seconds is not None:
         seconds[name] = round(taken, 3)
     phases.info("%s: %.1f s", name, taken)
+
+
+def give_back() -> None:
+    """Return memory that was freed to the system: the C library keeps that of tensors of a few megabytes for later."""
+    with suppress(OSError, TypeError, AttributeError):  # of glibc; other libraries have no such function
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager
