@@ -56,6 +56,7 @@ from allot.export.files.writing import (
 )
 from allot.network.channels import ChannelPlan
 from allot.network.layers import Group, Scope, plain_state
+from allot.run.store import replacing
 
 PLAIN, BITMASK = "model.safetensors", "model.bitmask.safetensors"
 SLIM, PLAN = "model.slim.safetensors", "channels.json"
@@ -164,7 +165,8 @@ def save_tensors(
     Raises:
         UsageError: the disk is full, or a tensor that such a file cannot hold.
     """
-    write_sealed(path, tensors, partial(_metadata_text, form, metadata), header)
+    with replacing(path) as temporary:
+        write_sealed(temporary, tensors, partial(_metadata_text, form, metadata), header)
 
 
 def csr(weight: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from allot.errors import UsageError
-from allot.run.store import replacing
 
 DTYPES = {  # in the order in which the format sorts tensors
     torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64", torch.complex64: "C64", torch.float32: "F32",
@@ -73,13 +72,14 @@ def header_text(metadata: str, entries: Mapping[str, Any]) -> bytes:
 
 
 def write_sealed(path: Path, tensors: Mapping[str, Value], metadata: Callable[[str], str], header: int | None) -> None:
-    """Write a file whole or not at all, each tensor when it is made, and put the seal into its metadata.
+    """Write a file, each tensor when it is made, and put the seal into its metadata.
 
     Args:
         metadata: the text for these spaces, with `UNSEALED` in place of the seal.
         header: the length that spaces fill the header up to; None: as short as it is.
     Raises:
-        UsageError: the disk is full, or a tensor that such a file cannot hold.
+        UsageError: a tensor that such a file cannot hold.
+        OSError: the disk is full.
     """
     for name, value in tensors.items():
         if value.dtype not in DTYPES:
@@ -96,7 +96,7 @@ def write_sealed(path: Path, tensors: Mapping[str, Value], metadata: Callable[[s
     if header is not None and len(head) != header:
         head = header_text(metadata(" " * (header - len(head))), entries)
     digest = hashlib.sha256(head)
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with path.open("wb") as file:
         file.write(head)
         for name, value in ordered.items():
             content = _content(name, value)
