@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -49,6 +50,16 @@ def test_a_terminal_sees_bars_with_time_left(terminal):
     sent = terminal()
     done(f"evaluate RUN --data {SAMPLES} --json")
     assert "evaluate" in sent.getvalue()
+
+
+def test_every_phase_of_the_finish_is_a_line_with_its_seconds():
+    err = done(f"prune {MLP} --data {SAMPLES} --budget sparsity=0.5 --out RUN").err
+    phases = [line.rpartition(": ")[0] for line in err.splitlines() if re.search(r": \d+\.\d s$", line)]
+    assert phases == [
+        "writing model.safetensors", "writing model.bitmask.safetensors", "re-opening and recounting",
+        "writing the report", "opening model.bitmask.safetensors and comparing outputs",
+        "timing model.bitmask.safetensors beside the dense model", "verifying",
+    ]  # fmt: skip
 
 
 def test_a_log_sees_no_bars_and_no_colours():

@@ -352,17 +352,35 @@ def test_a_disk_that_is_full_at_any_file_is_one_line_and_leaves_whole_files(
         assert contents(run) == whole
 
 
-def test_what_the_writer_of_safetensors_says_of_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    import safetensors
-    import safetensors.torch
+def test_a_disk_that_is_full_while_tensors_are_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    opened = Path.open
 
-    def full(*_: Any) -> None:
-        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    class Full:
+        """A file with room for the header."""
 
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
+        def __init__(self, file: Any) -> None:
+            self.file, self.written = file, 0
+
+        def __enter__(self) -> Full:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            self.file.close()
+
+        def write(self, content: bytes) -> int:
+            self.written += 1
+            if self.written > 1:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return int(self.file.write(content))
+
+    def full(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        file = opened(self, mode, *args, **kwargs)
+        return Full(file) if mode == "wb" and "model.safetensors" in self.name else file
+
+    monkeypatch.setattr(Path, "open", full)
     with pytest.raises(UsageError, match=r"cannot write .*model\.safetensors: .*No space left on device"):
         chain(tmp_path / "run")
-    assert not list((tmp_path / "run").glob("model*"))
+    assert not list((tmp_path / "run").glob("*model*"))
 
 
 def test_a_full_disk_while_a_step_is_noted_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

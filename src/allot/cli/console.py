@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any
 
 from rich.console import Console
@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from allot.processes import first_to_report
 from allot.run.driver import Progress as Step
+from allot.run.driver import phases
 
 # a log has no width: its tables are not squeezed into 80 columns
 people = Console(stderr=True, width=None if sys.stderr.isatty() or "COLUMNS" in os.environ else 120)
@@ -23,15 +24,18 @@ EVERY = 30.0  # seconds between lines about progress where there is no terminal 
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[Step], None]]:
+def progress(*, finish: bool = False) -> Iterator[Callable[[Step], None]]:
     """A bar for each stage with the time left, on standard error; in a log, a line every `EVERY` seconds.
 
     What models and data print meanwhile goes to standard error too.
+
+    Args:
+        finish: whether each phase of the finish of a run is a line with its seconds.
     """
     columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     quiet = not people.is_terminal or people.quiet
     bars = Progress(*columns, console=people, disable=quiet, redirect_stdout=False)
-    with redirect_stdout(sys.stderr), bars:
+    with redirect_stdout(sys.stderr), bars, _phase_lines(bars) if finish else nullcontext():
         tasks: dict[str, TaskID] = {}
         reported = time.monotonic()
 
@@ -45,6 +49,32 @@ def progress() -> Iterator[Callable[[Step], None]]:
                 say(f"{step.stage}: {step.step:,} of {step.steps:,}")
 
         yield on_step
+
+
+@contextmanager
+def _phase_lines(bars: Progress) -> Iterator[None]:
+    """While open, a phase is a bar while it lasts, and a line when it has ended."""
+    handler, level = _Phases(bars), phases.level
+    phases.addHandler(handler)
+    phases.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        phases.setLevel(level)
+        phases.removeHandler(handler)
+
+
+class _Phases(logging.Handler):
+    def __init__(self, bars: Progress) -> None:
+        super().__init__(logging.DEBUG)
+        self.bars, self.tasks = bars, list[TaskID]()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno == logging.DEBUG:
+            self.tasks.append(self.bars.add_task(record.getMessage(), total=None))
+        else:
+            self.bars.remove_task(self.tasks.pop())
+            say(record.getMessage())
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import sys
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,11 +21,10 @@ from allot.export.timing.latency import Runtime, latency_of
 from allot.processes import on_first_process
 from allot.pruning.assemble import assemble
 from allot.pruning.prune import prune
-from allot.pruning.result import Result
 from allot.pruning.setup import make_problem
 from allot.report import table
 from allot.report.data import layer_rows, weights_of
-from allot.run.driver import drive, interruptible
+from allot.run.driver import drive, interruptible, phase
 from allot.run.problem import Candidate
 from allot.run.store import write_json
 from allot.sources.load import REMOTE, example_of, load_model
@@ -44,31 +43,33 @@ def prune_command(
     wanted.required_model()
     budget = wanted.parsed_budget()
     source, calibration = load_inputs(wanted)
-    with interruptible() as should_stop, progress() as on_step:
+    with interruptible() as should_stop, progress(finish=True) as on_step:
         result = prune(
             source.model, calibration, budget, method=wanted.method, seed=wanted.seed, save_to=out,
             recipe=wanted.model_dump(mode="json", exclude_none=True), on_step=on_step, should_stop=should_stop,
             **prune_arguments(wanted, source),
         )  # fmt: skip
         report = on_first_process(result.timed)
+        if not as_json:
+            with phase("verifying"):
+                checks = result.verify()["rows"]
     if as_json:
         print_json({**read_report(out), "run": str(out)})
         return
     people.print(table.run_table(report))
     for stage, (requested, left) in report["diagnostics"].get("fit", {}).get("steps", {}).items():
         say(f"cut to fit {wanted.max_minutes:g} minutes: {stage} takes {left:,} of {requested:,} steps")
-    _say_checks(result, out)
+    _say_checks(checks, out)
     say(f"run directory: {out}")
     say(f"to look at: {out / 'report.html'}")
 
 
-def _say_checks(result: Result, out: Path) -> None:
+def _say_checks(rows: list[dict[str, Any]], out: Path) -> None:
     """Report how many checks passed, and which exports differ: these may have gone since.
 
     Raises:
         VerificationError: the run's own files are not what was written.
     """
-    rows = result.verify()["rows"]
     failed = [row for row in rows if not row["passed"]]
     if any(row["file"] in OWN for row in failed):
         raise VerificationError(f"{out} does not hold what was written there: allot verify {out} shows what differs.")

@@ -8,9 +8,10 @@ program, onnx, openvino, hf  see `allot.export.runtimes.forms`
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 from allot.errors import AllotError, UsageError, VerificationError, first_line, unknown
 from allot.export.certificate.probe import check_inputs, not_tensors, replace_constants, save_probe
 from allot.export.files.destination import staging
-from allot.export.files.formats import BITMASK, CSR, PLAIN, PLAN, SLIM, csr, load, read, save_csr
+from allot.export.files.formats import BITMASK, CSR, PLAIN, PLAN, SLIM, PlainState, csr, read, save_csr
+from allot.export.files.reading import Stored
 from allot.export.files.slim import load_slim
 from allot.export.runtimes.answers import SLIM_TOLERANCE, TOLERANCE, allowed, check_answers
 from allot.export.runtimes.forms import FORMS, write_and_reopen
@@ -35,10 +37,12 @@ from allot.network.layers import Layer, Scope
 from allot.network.macs import measured
 from allot.network.trees import cloned
 from allot.run.calibration import moved
+from allot.run.driver import give_back, phase
 from allot.run.store import write
 
 FILES = {"safetensors": PLAIN, "bitmask": BITMASK, "slim": SLIM}  # files that a run holds already
 EVERY = (*FILES, "csr", "2:4", *FORMS)
+MOST = 5.0  # seconds of timing after which three rounds are enough
 HALF_TOLERANCE = 2e-2  # of the largest output, in half precision
 
 
@@ -142,21 +146,26 @@ def _export_run(
             "hf: a configuration of transformers says one width for all layers and cannot hold what is left of each: "
             "slim and onnx hold the smaller model."
         )
-    dense, example = copied(dense).eval(), replace_constants(example)
-    masked = copied(dense)
-    write_into(masked, load(run))
+    dense, example = copied(dense, sharing_parameters=True).eval(), replace_constants(example)
+    masked, wanted = partial(_masked, dense, run), None
     layers = [row["name"] for row in report["layers"]]
     target = _target(run, to, out)
-    with nullcontext() if target is None else staging(target, directory=_ending(to) == "", run=run) as place:
+    staged = nullcontext() if target is None else staging(target, directory=_ending(to) == "", run=run)
+    with phase(f"opening {FILES.get(to, to)} and comparing outputs"), staged as place:
         if to == "2:4":
-            exported, example, masked = _semi_structured(dense, masked, run, report, layers, example, place)
+            exported, example, half = _semi_structured(dense, masked(), run, report, layers, example, place)
+            masked = partial(copied, half)
         elif place is None or to in FILES:
-            exported = _file_of_run(dense, run, to, place)
+            file = _copied_file(run, to, place)
+            wanted = _answers(masked, example)
+            give_back()  # this model is gone before the file is opened
+            exported = _file_of_run(dense, run, to, file)
         elif to == "csr":
-            exported = _csr(dense, copied(masked), run, layers, example, place)
+            exported = _csr(dense, masked(), run, layers, example, place)
         else:
-            exported = _form(dense, masked, run, example, to, place)
-        wanted, error = _compared(exported, masked, example)
+            exported = _form(dense, masked(), run, example, to, place)
+        wanted = wanted if wanted is not None else _answers(masked, example)
+        error = _compared(exported, masked, example, wanted)
         macs = exported.macs
         if macs is None:
             macs = sum(_layer_macs(exported.model, example, layers).values())
@@ -168,7 +177,8 @@ def _export_run(
             save_probe(exported.file, to, exported.sparse, example, wanted, run)
         file = target / exported.file.relative_to(place) if target and place else exported.file
     for_dense, for_sparse = cloned(example), cloned(example)
-    taken = side_by_side(lambda: exported.dense.run(for_dense), lambda: exported.sparse.run(for_sparse))
+    with phase(f"timing {exported.file.name} beside the dense model"):
+        taken = side_by_side(lambda: exported.dense.run(for_dense), lambda: exported.sparse.run(for_sparse), most=MOST)
     resolved, home = file.resolve(), run.resolve()
     return {
         "form": to,
@@ -191,21 +201,31 @@ def _export_run(
     }
 
 
-def _compared(exported: ExportedModel, masked: nn.Module, example: Any) -> tuple[list[Tensor], float]:
-    """(outputs of the masked model, difference of the exported model's outputs from them).
+def _masked(dense: nn.Module, run: Path) -> nn.Module:
+    """A copy of the dense model with the tensors of the run's model.safetensors, read one at a time."""
+    model = copied(dense)
+    write_into(model, PlainState.of(run / PLAIN))
+    return model
+
+
+def _answers(masked: Callable[[], nn.Module], example: Any, draw: int = 0) -> list[Tensor]:
+    """The outputs of the run's model; of a copy that `masked` makes, because a forward pass may write to its model."""
+    return Opened.module(masked()).ask(example, draw=draw)
+
+
+def _compared(
+    exported: ExportedModel, masked: Callable[[], nn.Module], example: Any, wanted: Sequence[Tensor]
+) -> float:
+    """The difference of the exported model's outputs from those of the run's model.
 
     Raises:
         UsageError: there is nothing to compare.
         VerificationError: the difference is larger than allowed.
     """
-
-    def ask(draw: int) -> list[Tensor]:
-        return Opened.module(copied(masked)).ask(example, draw=draw)
-
-    wanted = ask(0)
     tolerance = allowed(wanted, exported.tolerance) if exported.tolerance else 0.0
     problem = f"{exported.file.name} answers otherwise than the run's model"
-    return wanted, check_answers(problem, exported.sparse.ask(example), wanted, lambda: ask(1), tolerance)
+    again = partial(_answers, masked, example, 1)
+    return check_answers(problem, exported.sparse.ask(example), wanted, again, tolerance)
 
 
 def _ending(to: str) -> str:
@@ -221,11 +241,18 @@ def _target(run: Path, to: str, out: Path | None) -> Path | None:
     return out or run / (CSR if to == "csr" else f"model{_ending(to)}" if _ending(to) else to)
 
 
-def _file_of_run(dense: nn.Module, run: Path, to: str, place: Path | None) -> ExportedModel:
-    file = _copied_file(run, to, place)
+def _file_of_run(dense: nn.Module, run: Path, to: str, file: Path) -> ExportedModel:
     sparse = load_into(dense, file)
     opened_dense = Opened.module(dense, (run / PLAIN).stat().st_size)
-    return ExportedModel(file, opened_with(sparse, file), opened_dense, sparse, SLIM_TOLERANCE if to == "slim" else 0.0)
+    tolerance = SLIM_TOLERANCE if to == "slim" else 0.0
+    return ExportedModel(file, opened_with(sparse, file), opened_dense, sparse, tolerance, note=_plain_note(file))
+
+
+def _plain_note(file: Path) -> str:
+    """How many layers of a bitmask file are stored whole, because a mask and the kept weights would take more bytes."""
+    metadata = Stored(file).metadata
+    plain, layers = metadata.get("plain", 0), len(metadata.get("layers", {}))
+    return f"{plain} of {layers} layers are stored whole: a mask would not make them smaller" if plain else ""
 
 
 def _form(dense: nn.Module, masked: nn.Module, run: Path, example: Any, to: str, place: Path) -> ExportedModel:

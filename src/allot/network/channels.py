@@ -119,14 +119,14 @@ def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in named}
 
 
-def copied(model: nn.Module) -> nn.Module:
-    """A copy of a model that shares no memory with it.
+def copied(model: nn.Module, *, sharing_parameters: bool = False) -> nn.Module:
+    """A copy of a model that shares no memory with it, or its parameters alone: a forward pass writes to buffers only.
 
     Raises:
         UsageError: the model holds an object that Python cannot copy.
     """
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, {id(p): p for p in model.parameters()} if sharing_parameters else {})
     except Exception as error:
         raise UsageError(f"{type(model).__name__} cannot be copied: {error}") from error
 

@@ -7,6 +7,7 @@ import logging
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,15 @@ from allot.export.certificate import certificate
 from allot.export.certificate.rows import sealed
 from allot.export.export import export_run, form_of
 from allot.export.files import formats as files
+from allot.export.files.writing import Later, Value
 from allot.network.call import write_into
 from allot.network.channels import ChannelPlan, slimmed
 from allot.network.coupling.dead import without_dead_channels
 from allot.network.layers import plain_state
-from allot.report.data import report
+from allot.report.data import histograms, report
 from allot.report.exports import add_export, exports_of
 from allot.report.page import write_run
+from allot.run.driver import phase
 from allot.run.problem import Candidate, Problem
 from allot.run.recipes import Recipe
 from allot.run.store import Log, write_json
@@ -71,8 +74,11 @@ class Result:
         return f"Result({self.label}: {self.method}, {self.problem.budget.to_json()}, {self.allocation})"
 
     def __post_init__(self) -> None:
-        state = {**self.problem.dense, **self.candidate.effective(self.problem)}
-        nonzero = {layer.name: int(torch.count_nonzero(state[layer.name])) for layer in self.problem.scope}
+        tensors, dense = self.candidate.one_at_a_time(self.problem), self.problem.dense
+        nonzero = {
+            layer.name: int(torch.count_nonzero(tensors.get(layer.name, dense[layer.name])))
+            for layer in self.problem.scope
+        }
         masks = self.candidate.masks
         masked = {layer.name: int(masks[layer.name].sum()) for layer in self.problem.scope if layer.name in masks}
         kept = self.candidate.allocation.kept
@@ -86,6 +92,11 @@ class Result:
         for name, value in self.candidate.tensors.items():
             if not bool(torch.isfinite(value).all()):
                 raise AllotError(f"{name} holds values that are not finite after repair.")
+
+    @cached_property
+    def histograms(self) -> dict[str, dict[str, list[float]]]:
+        """Layer -> `{edges, dense, sparse}`, counted once: see `allot.report.data.histograms`."""
+        return histograms(self.problem, self.candidate)
 
     @property
     def allocation(self) -> Allocation:
@@ -109,7 +120,7 @@ class Result:
             raise UsageError(
                 f"{self.label} cannot be copied ({error}): load result.state_dict() into a model of your own."
             ) from error
-        write_into(model, self.candidate.effective(self.problem))
+        write_into(model, self.candidate.one_at_a_time(self.problem))
         return model
 
     def plan(self) -> ChannelPlan | None:
@@ -132,7 +143,7 @@ class Result:
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of the sparse model's state dict: the model's own keys, zeros folded in."""
-        tensors = self.candidate.effective(self.problem)
+        tensors = self.candidate.effective(self.problem)  # tied names share one tensor
         aliases = plain_state(self.problem.model)[1]
         state = self.problem.model.state_dict()  # may hold more than tensors
         state = {name: tensors.get(aliases.get(name, name), value) for name, value in state.items()}
@@ -201,28 +212,40 @@ class Result:
         directory.mkdir(parents=True, exist_ok=True)
         budget, kept = self.problem.budget, self.allocation.kept
         metadata = files.metadata_of(self.problem.model, self.problem.scope, budget)
-        tensors = self.candidate.effective(self.problem)
-        state = {name: tensors.get(name, value) for name, value in plain_state(self.problem.model)[0].items()}
-        files.save_tensors(directory / files.PLAIN, state, "plain", metadata)
-        plan = self.plan()
-        if plan:
-            write_json(directory / files.PLAN, plan.to_json())
-            files.save_slim(directory / files.SLIM, state, metadata, plan, self.problem.scope.groups)
-        else:
-            files.save_bitmask(directory / files.BITMASK, state, metadata)
-        write_json(directory / "allocation.json", {**self.allocation.to_json(), "budget": budget.to_json()})
-        certified = certificate.certify(directory, budget.sizes(kept), kept)
-        write_json(directory / "certificate.json", certified)
+        state = self._state_to_write()
+        with phase(f"writing {files.PLAIN}", self.log.finish):
+            files.save_tensors(directory / files.PLAIN, state, "plain", metadata)
+        plan, smaller = self.plan(), files.SLIM if self.problem.scope.groups else files.BITMASK
+        with phase(f"writing {smaller}", self.log.finish):
+            if plan:
+                write_json(directory / files.PLAN, plan.to_json())
+                files.save_slim(directory / files.SLIM, state, metadata, plan, self.problem.scope.groups)
+            else:
+                files.save_bitmask(directory / files.BITMASK, state, metadata)
+        with phase("re-opening and recounting", self.log.finish):
+            write_json(directory / "allocation.json", {**self.allocation.to_json(), "budget": budget.to_json()})
+            certified = certificate.certify(directory, budget.sizes(kept), kept)
+            write_json(directory / "certificate.json", certified)
         object.__setattr__(self, "directory", directory)
-        content = report(self)
-        write_json(directory / "report.json", sealed(content))
-        if not certified["passed"]:
-            failed = next(row for row in certified["rows"] if not row["passed"])
-            raise VerificationError(
-                f"{failed['file']}: {failed['check']}: promised {failed['promised']}, found {failed['found']}."
-            )
-        write_run(directory, content)
+        with phase("writing the report", self.log.finish):
+            content = report(self)
+            write_json(directory / "report.json", sealed(content))
+            if not certified["passed"]:
+                failed = next(row for row in certified["rows"] if not row["passed"])
+                raise VerificationError(
+                    f"{failed['file']}: {failed['check']}: promised {failed['promised']}, found {failed['found']}."
+                )
+            write_run(directory, content)
         return certified
+
+    def _state_to_write(self) -> dict[str, Value]:
+        """The plain state dict; a tensor that differs from the model's is made when it is written."""
+        tensors = self.candidate.one_at_a_time(self.problem)
+        state: dict[str, Value] = dict(plain_state(self.problem.model)[0])
+        for name in tensors.keys() & state.keys():
+            like = self.candidate.tensor(self.problem, name)
+            state[name] = Later(like.dtype, tuple(like.shape), partial(tensors.__getitem__, name))
+        return state
 
     def verify(self) -> dict[str, Any]:
         """Re-open and recount the saved files: `{passed, rows}`.

@@ -78,6 +78,7 @@ def run_stages(run: Run) -> Result:
     if problem.scope.groups:
         with single_process():
             _check_slim(problem, candidate)
+    candidate = replace(candidate)  # without the masked copy of the model that scoring made
     result = _result(run, problem, candidate, log, scores)
     if "latency" in problem.budget.asked:
         result = replace(result, latency=on_first_process(partial(latency_report, problem, candidate)))

@@ -75,7 +75,7 @@ def report(result: Any) -> dict[str, Any]:
         "seconds": {stage: round(seconds, 3) for stage, seconds in result.log.seconds.items()},
         "images": {"forward": result.log.forward, "backward": result.log.backward},
         "diagnostics": dict(candidate.diagnostics),
-        "histograms": _histograms(problem, candidate),
+        "histograms": result.histograms,
     }
 
 
@@ -140,16 +140,16 @@ def _settings(problem: Problem, directory: Path | None) -> dict[str, Any]:
 BINS = 40
 
 
-def _histograms(problem: Problem, candidate: Candidate) -> dict[str, dict[str, list[float]]]:
+def histograms(problem: Problem, candidate: Candidate) -> dict[str, dict[str, list[float]]]:
     """Layer -> `{edges, dense, sparse}`: weights of the dense and of the sparse model by value, zeros not counted."""
-    tensors, histograms = candidate.effective(problem), {}
+    tensors, counted = candidate.one_at_a_time(problem), {}
     for layer in problem.scope:
         weights = [t.detach().float().cpu().numpy().ravel() for t in (problem.dense[layer.name], tensors[layer.name])]
-        edge = max(float(np.abs(values).max()) for values in weights) or 1.0
+        edge = max(max(float(values.max()), -float(values.min())) for values in weights) or 1.0
         edges = np.linspace(-edge, edge, BINS + 1)
         dense, sparse = (np.histogram(values[values != 0], edges)[0].tolist() for values in weights)
-        histograms[layer.name] = {"edges": edges.round(7).tolist(), "dense": dense, "sparse": sparse}
-    return histograms
+        counted[layer.name] = {"edges": edges.round(7).tolist(), "dense": dense, "sparse": sparse}
+    return counted
 
 
 def _information_limit(problem: Problem, kept: Mapping[str, int]) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
+import logging
 import signal
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -116,6 +118,32 @@ def _pack_candidate(candidate: Candidate) -> bytes:
 
 def _unpack_candidate(content: bytes, problem: Problem) -> Candidate:
     return Candidate.from_state(torch.load(io.BytesIO(content), weights_only=True, map_location="cpu"), problem)
+
+
+phases = logging.getLogger("allot.phases")
+
+
+@contextmanager
+def phase(name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
+    """One phase of the finish of a run: logged as a debug message when it begins, with its seconds when it ends.
+
+    Args:
+        seconds: where the seconds of the phase are noted.
+    """
+    give_back()
+    phases.debug(name)
+    started = time.monotonic()
+    yield
+    taken = time.monotonic() - started
+    if seconds is not None:
+        seconds[name] = round(taken, 3)
+    phases.info("%s: %.1f s", name, taken)
+
+
+def give_back() -> None:
+    """Return memory that was freed to the system: the C library keeps that of tensors of a few megabytes for later."""
+    with suppress(OSError, TypeError, AttributeError):  # of glibc; other libraries have no such function
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager

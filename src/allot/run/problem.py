@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -97,6 +97,10 @@ class Candidate:
             self._effective.update(problem=problem, tensors=tensors)
         return dict(self._effective["tensors"])
 
+    def one_at_a_time(self, problem: Problem) -> Mapping[str, Tensor]:
+        """What `effective` returns, each tensor made when it is asked for: for work that needs one tensor at a time."""
+        return _OneAtATime(self, problem)
+
     def to_state(self) -> State:
         """As dicts of tensors and numbers, for a file."""
         allocation = {"density": dict(self.allocation), "total": self.allocation.total}
@@ -114,6 +118,27 @@ class Candidate:
         allocation = Allocation(state["density"], state["total"])
         channels = {name: tuple(kept) for name, kept in state["channels"].items()}
         return cls(allocation, placed(state["masks"]), placed(state["tensors"]), channels, state["diagnostics"])
+
+
+class _OneAtATime(Mapping[str, Tensor]):
+    def __init__(self, candidate: Candidate, problem: Problem) -> None:
+        self.candidate, self.problem = candidate, problem
+        self.names = dict.fromkeys((*candidate.tensors, *candidate.masks))
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        tensor, mask = self.candidate.tensor(self.problem, name), self.candidate.masks.get(name)
+        return tensor if mask is None else masked(tensor, mask)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def finished(state: State) -> bool:

@@ -28,11 +28,12 @@ FORMAT = 3  # of saved states: counts up where the state of any method gets othe
 
 @dataclass
 class Log:
-    """The cost of a run so far: seconds per stage, and samples pushed through any network."""
+    """The cost of a run so far: seconds per stage and per phase of the finish, samples pushed through any network."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     forward: int = 0
     backward: int = 0
+    finish: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ class Store:
 
     def describe(self, state: str, log: Log) -> None:
         """Write run.json; `state` is "running", "stopped" or "done"."""
-        content = {**self.asked, **self.notes, "seconds": log.seconds, "state": state}
+        finish = {"finish": log.finish} if log.finish else {}
+        content = {**self.asked, **self.notes, "seconds": log.seconds, **finish, "state": state}
         write_json(self.directory / "run.json", content)
 
     def finish(self, log: Log) -> None:

@@ -51,3 +51,28 @@ def test_a_verdict_is_given_where_three_rounds_of_four_agree(
 )
 def test_small_differences_have_no_name(times: float, word: str):
     assert verdict(times) == word
+
+
+def test_slow_nets_are_called_once_a_round_for_three_rounds(seconds: list[float]):
+    calls = {"dense": 0, "sparse": 0}
+
+    def run(name: str) -> None:
+        calls[name] += 1
+        seconds[0] += 2.0 if name == "dense" else 1.0
+
+    found = side_by_side(lambda: run("dense"), lambda: run("sparse"), most=5.0)
+    assert calls == {"dense": 3, "sparse": 3} and found.faster == 2.0
+
+
+def test_fast_nets_are_timed_as_long_as_ever_whatever_the_most(seconds: list[float]):
+    calls: list[str] = []
+
+    def run(name: str) -> None:
+        calls.append(name)
+        seconds[0] += 0.0625
+
+    side_by_side(lambda: run("dense"), lambda: run("sparse"), most=5.0)
+    limited = list(calls)
+    calls.clear()
+    side_by_side(lambda: run("dense"), lambda: run("sparse"))
+    assert limited == calls and len(calls) >= 4 * 7

@@ -46,7 +46,7 @@ def certify(directory: Path, kept: Mapping[str, int], allocated: Mapping[str, in
     """
     files = {name: digest(directory / name) for name in PROMISED if (directory / name).exists()}
     promised = {"kept": dict(kept), "allocated": dict(allocated), "files": files}
-    rows = _promised_rows(directory, promised)
+    rows = _promised_rows(directory, promised, files)
     return sealed({"promised": promised, "rows": rows, "passed": all(row["passed"] for row in rows)})
 
 
@@ -152,8 +152,14 @@ def certificate_rows(path: Path) -> tuple[list[Row], Mapping[str, Any] | None]:
     return rows, None
 
 
-def _promised_rows(directory: Path, promised: Mapping[str, Any]) -> list[Row]:
-    """Rows of every promised file, and of the comparison of the two model files."""
+def _promised_rows(
+    directory: Path, promised: Mapping[str, Any], digests: Mapping[str, Mapping[str, Any]] | None = None
+) -> list[Row]:
+    """Rows of every promised file, and of the comparison of the two model files.
+
+    Args:
+        digests: those of the files on the disk, if they were computed a moment ago; None: they are computed.
+    """
     files = promised["files"]
     needed = {PLAIN, ALLOCATION} | ({SLIM, PLAN} if SLIM in files else {BITMASK})
     wrong = [*(needed - files.keys()), *(name for name in files if name not in PROMISED)]
@@ -166,7 +172,7 @@ def _promised_rows(directory: Path, promised: Mapping[str, Any]) -> list[Row]:
         if not path.is_file():
             rows.append(checked(name, "exists", "yes", "no", passed=False))
             continue
-        rows += digest_rows(name, expected, path)
+        rows += digest_rows(name, expected, path, digests[name] if digests else None)
         if name not in (PLAN, TABLES, ALLOCATION):
             recounts[name] = recount(path, promised["kept"])
             rows += recounts[name].rows
@@ -178,11 +184,13 @@ def _promised_rows(directory: Path, promised: Mapping[str, Any]) -> list[Row]:
 
 def _same_tensors_row(directory: Path, recounts: Mapping[str, Recounted]) -> Row:
     plain, other = recounts[PLAIN].state, SLIM if SLIM in recounts else BITMASK
-    stored = recounts[other].state
+    stored, aliases = recounts[other].state, recounts[other].aliases
+    plan = ChannelPlan({}, {}, {})
     if other == SLIM:
-        plan, aliases = ChannelPlan.from_json(json.loads((directory / PLAN).read_text())), recounts[SLIM].aliases
-        plain = {name: plan.cut(aliases.get(name, name), value) for name, value in plain.items()}
-    same = plain.keys() == stored.keys() and all(torch.equal(plain[name], stored[name]) for name in plain)
+        plan = ChannelPlan.from_json(json.loads((directory / PLAN).read_text()))
+    same = plain.keys() == stored.keys() and all(
+        torch.equal(plan.cut(aliases.get(name, name), plain[name]), stored[name]) for name in plain
+    )
     return checked(other, f"same tensors as {PLAIN}", "yes", "yes" if same else "no")
 
 

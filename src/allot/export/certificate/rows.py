@@ -27,9 +27,11 @@ def digest(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def digest_rows(name: str, promised: Mapping[str, Any], path: Path) -> list[Row]:
-    """Size and SHA-256 of a file, compared with the promised ones."""
-    found = digest(path)
+def digest_rows(
+    name: str, promised: Mapping[str, Any], path: Path, found: Mapping[str, Any] | None = None
+) -> list[Row]:
+    """Size and SHA-256 of a file, compared with the promised ones; `found`: those of the file, if they are known."""
+    found = digest(path) if found is None else found
     return [
         checked(name, "bytes on disk", promised["bytes"], found["bytes"]),
         checked(name, "sha256", promised["sha256"], found["sha256"]),

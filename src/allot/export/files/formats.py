@@ -23,24 +23,37 @@ header to a fixed length, so that the size is known before the file is written:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from allot.budget.costs import low_bits, mask_bits
 from allot.budget.model_budget import ModelBudget
 from allot.errors import UsageError
+from allot.export.files.masks import filled, mask_bytes, packed
+from allot.export.files.reading import Stored
+from allot.export.files.writing import (
+    DTYPES,
+    MARK,
+    UNSEALED,
+    Later,
+    Value,
+    header_entry,
+    header_text,
+    made,
+    nbytes,
+    numel,
+    seal_of,
+    write_sealed,
+)
 from allot.network.channels import ChannelPlan
 from allot.network.layers import Group, Scope, plain_state
 from allot.run.store import replacing
@@ -53,14 +66,6 @@ TABLES = "latency.json"  # if the budget limits latency
 ALLOCATION, CERTIFICATE, REPORT = "allocation.json", "certificate.json", "report.json"
 PROMISED = (PLAIN, BITMASK, SLIM, PLAN, TABLES, ALLOCATION)  # files that a certificate may name
 OWN = (*PROMISED, CERTIFICATE, REPORT, "report.html", "run.json", "recipe.yaml", "steps.jsonl")  # the files of a run
-_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
-
-_Bytes = np.ndarray[Any, np.dtype[np.uint8]]
-_UNSEALED = "0" * 64
-_MARK = b'\\"seal\\":\\"'  # JSON in a text of JSON
 _ASKED = 32  # most characters of a limit, as the user wrote it, in the metadata
 
 
@@ -92,39 +97,54 @@ def metadata_of(model: nn.Module, scope: Scope, budget: ModelBudget) -> dict[str
     }
 
 
-def layout(state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Layout:
+def layout(state: Mapping[str, Value], metadata: Mapping[str, Any]) -> Layout:
     """Header and other bytes of the bitmask file; every header is padded to the length of the longest one."""
     plain = _plain_size(state, metadata)
     metadata = _longest(metadata)
     entries: dict[str, Any] = {}
-    end = 10 ** len(str(2 * sum(_nbytes(value) for value in state.values()) + 8 * len(state))) - 1
+    end = 10 ** len(str(2 * sum(nbytes(value) for value in state.values()) + 8 * len(state))) - 1
     for name, value in state.items():
         if name in metadata["layers"]:
-            mask = {"dtype": "U8", "shape": [(value.numel() + 7) // 8], "data_offsets": [end, end]}
+            mask = {"dtype": "U8", "shape": [(numel(value) + 7) // 8], "data_offsets": [end, end]}
             entries[name + ".mask"] = mask
-            entries[name + ".values"] = {**mask, "dtype": _DTYPES[value.dtype], "shape": [value.numel()]}
+            entries[name + ".values"] = {**mask, "dtype": DTYPES[value.dtype], "shape": [numel(value)]}
         else:
-            entries[name] = _entry(value, end, end)
-    others = sum(_nbytes(value) for name, value in state.items() if name not in metadata["layers"])
-    return Layout(_header_bytes("bitmask", metadata, entries), others, plain)
+            entries[name] = header_entry(value, end, end)
+    others = sum(nbytes(value) for name, value in state.items() if name not in metadata["layers"])
+    return Layout(len(header_text(_metadata_text("bitmask", metadata), entries)), others, plain)
 
 
-def save_bitmask(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write model.bitmask.safetensors; its size is that of `layout`."""
-    tensors: dict[str, Tensor] = {}
+def save_bitmask(path: Path, state: Mapping[str, Value], metadata: Mapping[str, Any]) -> None:
+    """Write model.bitmask.safetensors; its size is that of `layout`.
+
+    Every layer is made three times, to be counted and for its two parts, because a file holds all values before all
+    masks: that is cheaper than to hold them.
+    """
+    tensors: dict[str, Value] = {}
+    plain = 0
     for name, value in state.items():
         if name not in metadata["layers"]:
             tensors[name] = value
             continue
-        flat = value.detach().cpu().flatten()
-        mask = flat != 0
-        bits = _packed(mask.numpy())
-        if bits.size + int(mask.sum()) * value.element_size() < _nbytes(value):
-            tensors[name + ".mask"] = torch.from_numpy(bits)
-            tensors[name + ".values"] = flat[mask]
+        total, kept = numel(value), int(torch.count_nonzero(made(value)))
+        size = mask_bytes(total, kept)
+        if size + kept * value.dtype.itemsize < nbytes(value):
+            tensors[name + ".mask"] = Later(torch.uint8, (size,), partial(_mask_of, value))
+            tensors[name + ".values"] = Later(value.dtype, (kept,), partial(_values_of, value))
         else:
             tensors[name] = value
-    save_tensors(path, tensors, "bitmask", metadata, header=layout(state, metadata).header)
+            plain += 1
+    header = layout(state, metadata).header
+    save_tensors(path, tensors, "bitmask", {**metadata, **({"plain": plain} if plain else {})}, header=header)
+
+
+def _mask_of(value: Value) -> Tensor:
+    return packed(made(value).detach().cpu() != 0)
+
+
+def _values_of(value: Value) -> Tensor:
+    flat = made(value).detach().cpu().flatten()
+    return flat[flat != 0]
 
 
 def save_csr(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any], names: Iterable[str]) -> None:
@@ -138,13 +158,15 @@ def save_csr(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any
 
 
 def save_tensors(
-    path: Path, tensors: Mapping[str, Tensor], form: str, metadata: Mapping[str, Any], *, header: int | None = None
+    path: Path, tensors: Mapping[str, Value], form: str, metadata: Mapping[str, Any], *, header: int | None = None
 ) -> None:
-    """Write tensors unchanged, with metadata, sealed; the header is padded to the length `header`."""
-    _save(path, tensors, _metadata_text(form, metadata))
-    size = path.stat().st_size if header is None else header + sum(_nbytes(value) for value in tensors.values())
-    if missing := size - path.stat().st_size:
-        _save(path, tensors, _metadata_text(form, metadata, " " * missing))
+    """Write tensors unchanged, each when its turn comes, with metadata, sealed; `header`: length to pad the header to.
+
+    Raises:
+        UsageError: the disk is full, or a tensor that such a file cannot hold.
+    """
+    with replacing(path) as temporary:
+        write_sealed(temporary, tensors, partial(_metadata_text, form, metadata), header)
 
 
 def csr(weight: Tensor) -> Tensor:
@@ -156,22 +178,28 @@ def csr(weight: Tensor) -> Tensor:
         return torch.sparse_csr_tensor(rows, columns, matrix.values(), matrix.shape, check_invariants=True)
 
 
-def slim_header(state: Mapping[str, Tensor], metadata: Mapping[str, Any], groups: Iterable[Group]) -> int:
+def slim_header(state: Mapping[str, Value], metadata: Mapping[str, Any], groups: Iterable[Group]) -> int:
     """Length of a slim file's header; every header is padded to the length of the longest one, of the dense model."""
     widest = {name: dict.fromkeys(names, 10**9) for group in groups for name, names in group.attributes.items()}
-    end = 10 ** len(str(sum(_nbytes(value) for value in state.values()))) - 1
-    entries = {name: _entry(value, end, end) for name, value in state.items()}
-    return _header_bytes("slim", {**_longest(metadata), "attributes": widest}, entries)
+    end = 10 ** len(str(sum(nbytes(value) for value in state.values()))) - 1
+    entries = {name: header_entry(value, end, end) for name, value in state.items()}
+    return len(header_text(_metadata_text("slim", {**_longest(metadata), "attributes": widest}), entries))
 
 
 def save_slim(
-    path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any], plan: ChannelPlan, groups: Iterable[Group]
+    path: Path, state: Mapping[str, Value], metadata: Mapping[str, Any], plan: ChannelPlan, groups: Iterable[Group]
 ) -> None:
     """Write model.slim.safetensors, the tensors cut by the plan; the length of its header is `slim_header`."""
     header = slim_header(state, metadata, groups)
-    tensors = {name: plan.cut(name, value) for name, value in state.items()}
+    tensors = {name: _cut(plan, name, value) for name, value in state.items()}
     metadata = {**metadata, "attributes": {name: dict(values) for name, values in plan.attributes.items()}}
     save_tensors(path, tensors, "slim", metadata, header=header)
+
+
+def _cut(plan: ChannelPlan, name: str, value: Value) -> Value:
+    kept = plan.tensors.get(name, {})
+    shape = tuple(len(kept[dim]) if dim in kept else size for dim, size in enumerate(value.shape))
+    return Later(value.dtype, shape, lambda: plan.cut(name, made(value)))
 
 
 def load(path: str | Path) -> dict[str, Tensor]:
@@ -208,27 +236,10 @@ def unpacked(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, A
     Raises:
         UsageError: tensors and metadata do not belong together.
     """
-    try:
-        shapes = metadata.get("layers", {})
-        state: dict[str, Tensor] = {}
-        smaller = {name.rpartition(".")[0] for name in tensors if name.endswith((".mask", ".crow"))} & shapes.keys()
-        total = sum(abs(math.prod(shapes[name][0])) for name in smaller)
-        if total > 2**26 + 10**4 * path.stat().st_size:  # a small file must not fill the memory
-            raise UsageError(f"{path} is damaged: so small a file cannot hold {total:,} weights.")
-        for name, value in tensors.items():
-            stem, _, part = name.rpartition(".")
-            if stem not in shapes or part not in ("mask", "values", "crow", "col"):
-                state[name] = value
-            elif part == "mask":
-                state[stem] = _unpack_mask(path, stem, shapes[stem][0], value, tensors.get(stem + ".values"))
-            elif part == "crow":
-                columns, values = tensors[stem + ".col"], tensors[stem + ".values"]
-                size = torch.Size(shapes[stem][0])
-                state[stem] = torch.sparse_csr_tensor(value, columns, values, size, check_invariants=True).to_dense()
-        for alias, name in metadata.get("aliases", {}).items():
-            state[alias] = state[name]
-    except (LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
-        raise UsageError(f"{path} is damaged: its tensors and what it says of them differ ({error}).") from error
+    lazy, state = PlainState(path, tensors, metadata), dict[str, Tensor]()
+    for name in lazy:
+        first = lazy.aliases.get(name, name)
+        state[name] = state[first] if first in state else lazy[name]
     return state
 
 
@@ -238,73 +249,94 @@ def stored(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         UsageError: no such file, or a damaged file.
     """
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        metadata = json.loads(header.get("allot", "{}"))
-        if not isinstance(metadata, dict):
-            raise ValueError(f"its metadata hold {type(metadata).__name__}, no object")
-    except FileNotFoundError as error:
-        raise UsageError(f"{path}: no such file.") from error
-    except (OSError, safetensors.SafetensorError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not a whole safetensors file: {error}") from error
-    return tensors, metadata
+    tensors = Stored(path)
+    return dict(tensors), tensors.metadata
 
 
-def _unpack_mask(path: Path, name: str, shape: list[int], mask: Tensor, values: Tensor | None) -> Tensor:
-    total = math.prod(shape)
-    if values is None or (positions := _positions(mask.numpy(), total, len(values))) is None:
-        raise UsageError(f"{path} is damaged: mask and values of {name} do not belong together.")
-    flat = torch.zeros(total, dtype=values.dtype)
-    flat[torch.from_numpy(positions)] = values
-    return flat.view(shape)
+class PlainState(Mapping[str, Tensor]):
+    """The plain state dict of a file, tied names included; each tensor is read and unpacked when it is asked for.
+
+    Attributes:
+        metadata: the metadata that allot wrote; {} if it did not write the file.
+        aliases: tied name -> stored name.
+    Raises:
+        UsageError: no such file, a damaged file, or, when a tensor is asked for, a tensor that is damaged.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, Any] | Mapping[str, Any]) -> None:
+        self.path, self.metadata, self._tensors = path, dict(metadata), tensors
+        self._parts: dict[str, str] = {}  # name -> how it is stored: whole, mask or crow
+        with self._as_damaged():
+            self._shapes = shapes = metadata.get("layers", {})
+            smaller = {name.rpartition(".")[0] for name in tensors if name.endswith((".mask", ".crow"))} & shapes.keys()
+            total = sum(abs(math.prod(shapes[name][0])) for name in smaller)
+            if total > 2**26 + 10**4 * path.stat().st_size:  # a small file must not fill the memory
+                raise UsageError(f"{path} is damaged: so small a file cannot hold {total:,} weights.")
+            for name in tensors:
+                stem, _, part = name.rpartition(".")
+                if stem not in shapes or part not in ("mask", "values", "crow", "col"):
+                    self._parts[name] = "whole"
+                elif part in ("mask", "crow"):
+                    self._parts[stem] = part
+            self.aliases = dict(metadata.get("aliases", {}))
+            if missing := [name for name in self.aliases.values() if name not in self._parts]:
+                raise KeyError(missing[0])
+
+    @classmethod
+    def of(cls, path: Path) -> PlainState:
+        """The plain state dict of the file at `path`."""
+        tensors = Stored(path)
+        return cls(path, tensors, tensors.metadata)
+
+    def __getitem__(self, name: str) -> Tensor:
+        name = self.aliases.get(name, name)
+        part = self._parts[name]
+        if part == "whole":
+            return self._tensors[name]
+        with self._as_damaged():
+            shape, first, values = (
+                self._shapes[name][0],
+                self._tensors[f"{name}.{part}"],
+                self._tensors.get(f"{name}.values"),
+            )
+            if part == "crow":
+                columns, size = self._tensors[f"{name}.col"], torch.Size(shape)
+                return torch.sparse_csr_tensor(
+                    first, columns, self._tensors[f"{name}.values"], size, check_invariants=True
+                ).to_dense()
+            weights = None if values is None else filled(shape, first, values)
+            if weights is None:
+                raise UsageError(f"{self.path} is damaged: mask and values of {name} do not belong together.")
+            return weights
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._parts or name in self.aliases
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._parts
+        yield from (name for name in self.aliases if name not in self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts.keys() | self.aliases.keys())
+
+    @contextmanager
+    def _as_damaged(self) -> Iterator[None]:
+        try:
+            yield
+        except (LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, ValueError) as error:
+            if isinstance(error, UsageError):
+                raise
+            raise UsageError(
+                f"{self.path} is damaged: its tensors and what it says of them differ ({error})."
+            ) from error
 
 
-def _packed(mask: np.ndarray[Any, np.dtype[np.bool_]]) -> _Bytes:
-    """A mask in as few bytes as its counts allow: a bit a weight, or positions, see the top of this file."""
-    total, positions = mask.size, np.flatnonzero(mask)
-    kept, low = positions.size, low_bits(mask.size, positions.size)
-    if _mask_bytes(total, kept) == -(-total // 8):
-        return np.packbits(mask)
-    lowest = (positions[:, None] >> np.arange(low - 1, -1, -1)) & 1  # [kept, low]
-    unary = np.zeros(kept + ((total - 1) >> low) + 1, dtype=bool)
-    unary[(positions >> low) + np.arange(kept)] = True
-    return np.packbits(np.concatenate([lowest.astype(bool).ravel(), unary]))
-
-
-def _positions(mask: _Bytes, total: int, kept: int) -> np.ndarray[Any, np.dtype[np.int64]] | None:
-    """Positions of the weights of a mask; None if it is no mask of `kept` of `total`."""
-    bits = np.unpackbits(mask)
-    if mask.size == -(-total // 8):
-        positions = np.flatnonzero(bits)
-    elif mask.size != _mask_bytes(total, kept):
-        return None
-    else:
-        low = low_bits(total, kept)
-        ones = np.flatnonzero(bits[kept * low :])
-        if ones.size != kept:
-            return None
-        lowest = bits[: kept * low].reshape(kept, low) @ (1 << np.arange(low - 1, -1, -1))
-        positions = ((ones - np.arange(kept)) << low) + lowest
-    ascending = bool((np.diff(positions) > 0).all()) and (not positions.size or positions[-1] < total)
-    return positions if positions.size == kept and ascending else None
-
-
-def _mask_bytes(total: int, kept: int) -> int:
-    return -(-int(mask_bits(total, kept)) // 8)
-
-
-def _plain_size(state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> int:
+def _plain_size(state: Mapping[str, Value], metadata: Mapping[str, Any]) -> int:
     entries, end = {}, 0
     for name, value in state.items():
-        start, end = end, end + _nbytes(value)
-        entries[name] = _entry(value, start, end)
-    return _header_bytes("plain", metadata, entries) + end
-
-
-def _entry(value: Tensor, start: int, end: int) -> dict[str, Any]:
-    return {"dtype": _DTYPES.get(value.dtype, "F8_E4M3"), "shape": list(value.shape), "data_offsets": [start, end]}
+        start, end = end, end + nbytes(value)
+        entries[name] = header_entry(value, start, end)
+    return len(header_text(_metadata_text("plain", metadata), entries)) + end
 
 
 def _longest(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -314,31 +346,7 @@ def _longest(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _metadata_text(form: str, metadata: Mapping[str, Any], pad: str = "") -> str:
-    return json.dumps({"format": form, **metadata, "seal": _UNSEALED, "pad": pad}, separators=(",", ":"))
-
-
-def _header_bytes(form: str, metadata: Mapping[str, Any], entries: Mapping[str, Any]) -> int:
-    """Length of a safetensors header with these entries: 8 bytes, then JSON filled up to a multiple of 8."""
-    content = {"__metadata__": {"allot": _metadata_text(form, metadata)}, **entries}
-    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
-    return 8 + -(-len(text) // 8) * 8
-
-
-def _nbytes(value: Tensor) -> int:
-    return value.numel() * value.element_size()
-
-
-def _save(path: Path, tensors: Mapping[str, Tensor], metadata: str) -> None:
-    with replacing(path) as temporary:
-        try:
-            # one key only: safetensors writes several in an order that changes from run to run
-            safetensors.torch.save_file(_separated(tensors), temporary, {"allot": metadata})
-        except safetensors.SafetensorError as error:  # wraps the error of the disk
-            raise OSError(str(error)) from error
-        seal, start = _seal(temporary)
-        with temporary.open("rb+") as file:
-            file.seek(start)
-            file.write(seal.encode())
+    return json.dumps({"format": form, **metadata, "seal": UNSEALED, "pad": pad}, separators=(",", ":"))
 
 
 def has_marks(path: Path) -> bool:
@@ -346,37 +354,12 @@ def has_marks(path: Path) -> bool:
     with path.open("rb") as file:
         head = file.read(8)
         head += file.read(min(int.from_bytes(head, "little"), 10**8))
-    return any(mark in head for mark in (b'"allot":"{', _MARK, b'\\"pad\\":\\"'))
+    return any(mark in head for mark in (b'"allot":"{', MARK, b'\\"pad\\":\\"'))
 
 
 def untouched(path: Path) -> bool:
     """Whether a file that allot wrote is unchanged to the last bit; a file without a seal is not."""
-    seal, start = _seal(path)
+    seal, start = seal_of(path)
     with path.open("rb") as file:
         file.seek(start)
         return file.read(len(seal)) == seal.encode()
-
-
-def _seal(path: Path) -> tuple[str, int]:
-    """SHA-256 of the file with zeros in place of the seal, and the position of the seal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        head = file.read(8)
-        head += file.read(min(int.from_bytes(head, "little"), 10**8))
-        before, mark, rest = head.partition(_MARK)
-        digest.update(before + mark + _UNSEALED.encode() + rest[len(_UNSEALED) :])
-        while piece := file.read(2**20):
-            digest.update(piece)
-    return digest.hexdigest(), len(before) + len(mark)
-
-
-def _separated(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, contiguous and no two in one memory: safetensors writes no others."""
-    separated: dict[str, Tensor] = {}
-    used: set[int] = set()
-    for name, value in tensors.items():
-        value = value.contiguous()
-        memory = value.untyped_storage().data_ptr()
-        separated[name] = value.clone() if memory in used else value
-        used.add(memory)
-    return separated

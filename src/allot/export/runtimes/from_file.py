@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from allot.export.files.formats import read
+from allot.export.files.formats import PlainState
 from allot.export.files.slim import load_slim
 from allot.export.runtimes.opened import Opened
 from allot.export.runtimes.sparse import load_csr, with_tensors
@@ -20,10 +20,11 @@ def load_into(model: nn.Module, path: Path) -> nn.Module:
     Raises:
         UsageError: no such file, or a file of another model.
     """
-    state, metadata = read(path)
-    if metadata.get("format") == "slim":
+    state = PlainState.of(path)
+    form = state.metadata.get("format")
+    if form == "slim":
         return load_slim(model, path)
-    return load_csr(model, path) if metadata.get("format") == "csr" else with_tensors(model, path, state)
+    return load_csr(model, path) if form == "csr" else with_tensors(model, path, state)
 
 
 def opened_with(model: nn.Module, path: Path) -> Opened:
@@ -32,11 +33,11 @@ def opened_with(model: nn.Module, path: Path) -> Opened:
 
 
 def weights_of(path: Path) -> Iterator[Tensor]:
-    """Every floating-point tensor of two dimensions or more in a file, tied tensors once.
+    """Every floating-point tensor of two dimensions or more in a file, tied tensors once, read one at a time.
 
     Raises:
         UsageError: no such file, or a damaged file.
     """
-    state, metadata = read(path)
-    untied = (tensor for name, tensor in state.items() if name not in metadata.get("aliases", {}))
+    state = PlainState.of(path)
+    untied = (state[name] for name in state if name not in state.aliases)
     return (tensor for tensor in untied if tensor.is_floating_point() and tensor.dim() > 1)

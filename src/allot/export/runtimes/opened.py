@@ -67,10 +67,14 @@ class Opened:
             return counter.get_total_flops() // 2
 
         def macs(example: Any) -> int:
-            try:  # fused operations are not counted: there are fewer with gradients, and in plain attention
-                return counted(example, torch.enable_grad())
-            except Exception:  # noqa: BLE001 - a model that runs without gradients only
-                return counted(example, torch.no_grad())
+            # fused operations are not counted: there are fewer with gradients, and in plain attention
+            try:  # nothing goes backward: what would be saved for that is let go at once
+                with torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing):
+                    return counted(example, torch.enable_grad())
+            except Exception:  # noqa: BLE001 - a model that goes backward in its forward pass
+                with contextlib.suppress(Exception):
+                    return counted(example, torch.enable_grad())
+            return counted(example, torch.no_grad())  # a model that runs without gradients only
 
         return cls(run, size, weights, macs)
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from allot.errors import UsageError
 from allot.export.files.formats import csr, stored, unpacked
-from allot.network.call import write_into
 from allot.network.channels import copied
 
 Convert = Callable[[Tensor], Tensor]
@@ -74,15 +73,22 @@ def load_csr(model: nn.Module, path: str | Path) -> nn.Module:
 
 
 def with_tensors(model: nn.Module, path: Path, state: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of the model in eval mode with the tensors of the file at `path`.
+    """A copy of the model in eval mode with the tensors of the file at `path`, each asked for once, when it is copied.
 
     Raises:
         UsageError: the tensors belong to another model.
     """
     tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    reshaped = [name for name in tensors.keys() & state.keys() if tensors[name].shape != state[name].shape]
-    if wrong := [*(tensors.keys() ^ state.keys()), *reshaped]:
+    wrong = sorted(tensors.keys() ^ state.keys())
+    if not wrong:
+        copy = copied(model).eval()
+        places = dict(copy.named_parameters()) | dict(copy.named_buffers())  # a tied tensor under one name
+        for name in state:
+            value = state[name]
+            if value.shape != tensors[name].shape:
+                wrong.append(name)
+            elif name in places:
+                places[name].data.copy_(value)
+    if wrong:
         raise UsageError(f"{path} belongs to another model: {', '.join(sorted(wrong)[:5])} differ.")
-    model = copied(model).eval()
-    write_into(model, state)
-    return model
+    return copy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 PAYS = 1.05  # a smaller speed-up is not called faster: two measurements of one net differ that much
+FEWEST = 3  # rounds, where a call takes seconds
 Run = Callable[[], Any]
 
 
@@ -54,13 +56,13 @@ def verdict(times: float) -> str:
     return "faster" if times >= PAYS else "no faster" if times > 1 / PAYS else "slower"
 
 
-def side_by_side(dense: Run, sparse: Run, *, seconds: float = 2.0, least: int = 7) -> Speedup:
+def side_by_side(dense: Run, sparse: Run, *, seconds: float = 2.0, least: int = 7, most: float = math.inf) -> Speedup:
     """The speed-up of sparse over dense, both timed in turn.
 
     Args:
-        seconds: total time of measurement; at least `least` rounds.
+        seconds, least, most: see `rounds`.
     """
-    taken = rounds({"dense": dense, "sparse": sparse}, seconds=seconds, least=least)
+    taken = rounds({"dense": dense, "sparse": sparse}, seconds=seconds, least=least, most=most)
     ratios = [a / b for a, b in zip(taken["dense"], taken["sparse"], strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else [ratios[0]] * 3
     return Speedup(statistics.median(taken["dense"]), statistics.median(taken["sparse"]), (low, high))
@@ -76,23 +78,34 @@ def timed(runs: Mapping[str, Run], *, seconds: float = 2.0, least: int = 5) -> d
     return {name: statistics.median(times) for name, times in rounds(runs, seconds=seconds, least=least).items()}
 
 
-def rounds(runs: Mapping[str, Run], *, seconds: float, least: int) -> dict[str, list[float]]:
+def rounds(runs: Mapping[str, Run], *, seconds: float, least: int, most: float = math.inf) -> dict[str, list[float]]:
     """Seconds of each run in every round, until the accelerators have finished.
 
     Each run is called twice, and the second call counts: a net in service finds its weights in the cache, where another
-    net has not replaced them.
+    net has not replaced them. A run that takes more than a fiftieth of `most` is called once, because fetching its
+    weights takes a small part of that time.
+
+    Args:
+        seconds: total time of measurement; at least `least` rounds.
+        most: seconds after which `FEWEST` rounds are enough, as for a language model on a CPU.
     """
     taken: dict[str, list[float]] = {name: [] for name in runs}
     started = time.perf_counter()
-    while len(next(iter(taken.values()))) < least or time.perf_counter() - started < seconds:
+    while (done := len(next(iter(taken.values())))) < least or time.perf_counter() - started < seconds:
+        if done >= FEWEST and time.perf_counter() - started > most:
+            break
         for name, run in runs.items():
-            run()
-            _settle()
-            before = time.perf_counter()
-            run()
-            _settle()
-            taken[name].append(time.perf_counter() - before)
+            seconds_of_call = _timed_call(run)
+            taken[name].append(seconds_of_call if seconds_of_call > most / 50 else _timed_call(run))
     return taken
+
+
+def _timed_call(run: Run) -> float:
+    _settle()
+    before = time.perf_counter()
+    run()
+    _settle()
+    return time.perf_counter() - before
 
 
 def _settle() -> None:
