@@ -1,0 +1,162 @@
+"""Directories and GGUF files of the transformers library: what fails is named, what loads is an ordinary model."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import allot
+from allot import UsageError
+from allot.errors import with_cause
+from allot.sources.load import load_model
+from allot.sources.origins import build
+from cli.command import done, refused
+from sources.language import llama, text
+
+transformers = pytest.importorskip("transformers")
+
+
+# Failures
+
+
+def chained(message: str, root: Exception) -> Exception:
+    """An error as libraries raise it: `root` is two errors below."""
+    try:
+        try:
+            try:
+                raise root
+            except Exception as inner:
+                raise RuntimeError("something in between") from inner
+        except RuntimeError:
+            raise ModuleNotFoundError(message)  # without `from`: the context says where it came from
+    except ModuleNotFoundError as error:
+        return error
+
+
+def test_a_model_that_cannot_be_imported_is_explained_by_the_innermost_error(monkeypatch: pytest.MonkeyPatch):
+    llama()
+    broken = chained("Could not import module 'LlamaConfig'.", RuntimeError("operator torchvision::nms does not exist"))
+
+    def fail(*args: object, **options: object) -> None:
+        raise broken
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", fail)
+    said = refused("plan hf:net --budget sparsity=0.5")
+    assert said == (
+        "error: cannot load hf:net: Could not import module 'LlamaConfig'. "
+        "(RuntimeError: operator torchvision::nms does not exist)\n"
+    )
+
+
+def test_a_cause_that_says_the_same_is_not_repeated_and_a_hidden_one_not_named():
+    assert with_cause(ValueError("no file x")) == "no file x"
+    assert with_cause(chained("it says: disk full", OSError("disk full"))) == "it says: disk full"
+    hidden = ValueError("clear")
+    hidden.__context__, hidden.__suppress_context__ = KeyError("detail"), True  # what `from None` does
+    assert with_cause(hidden) == "clear"
+    one, other = ValueError("one"), ValueError("other")
+    one.__cause__, other.__cause__ = other, one  # a ring ends
+    assert with_cause(one) == "one (ValueError: other)"
+
+
+def test_downloads_are_mentioned_only_where_there_is_one():
+    Path("net").mkdir()
+    Path("net/config.json").write_text("{")
+    said = refused("prune hf:net --budget sparsity=0.5 --out RUN")
+    assert said.startswith("error: cannot load hf:net: ") and "download" not in said and "--weights" not in said
+
+    def fail() -> torch.nn.Module:
+        raise OSError("no network")
+
+    with pytest.raises(UsageError, match=r"cannot load timm:x: no network \(--weights FILE or --weights random need"):
+        build("timm:x", fail)
+
+
+# GGUF
+
+
+def test_a_gguf_file_that_is_not_there_or_cannot_be_read_here_is_named(monkeypatch: pytest.MonkeyPatch):
+    assert refused("plan hf:net/none.gguf --budget sparsity=0.5") == "error: hf:net/none.gguf: no such file.\n"
+    Path("some.gguf").write_bytes(b"GGUF")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    said = refused("plan hf:some.gguf --budget sparsity=0.5")
+    assert said == "error: gguf is not installed: pip install 'allot[gguf]'.\n"
+
+
+def write_gguf(path: Path) -> dict[str, np.ndarray]:
+    """A language model of one block in one file; some of its weights, by their names in the model."""
+    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    tokens = ["<|endoftext|>", *(chr(97 + i) for i in range(20)), "ab", "cd", "Ġ"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(32)
+    writer.add_embedding_length(16)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(24)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(8)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] + [1] * (len(tokens) - 1))
+    writer.add_token_merges(["a b", "c d"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    draw = np.random.default_rng(0)
+    block = {"attn_v": (16, 16), "attn_output": (16, 16), "attn_q": (16, 16), "attn_k": (16, 16)}
+    block |= {"ffn_gate": (24, 16), "ffn_up": (24, 16), "ffn_down": (16, 24)}
+    shapes = {"token_embd": (len(tokens), 16), "output": (len(tokens), 16)}
+    shapes |= {f"blk.0.{name}": shape for name, shape in block.items()}
+    weights = {name: draw.normal(size=shape).astype(np.float32) / 4 for name, shape in shapes.items()}
+    weights |= {name: np.ones(16, np.float32) for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm")}
+    for name, value in weights.items():
+        writer.add_tensor(f"{name}.weight", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    named = {"blk.0.attn_v": "self_attn.v_proj", "blk.0.ffn_down": "mlp.down_proj", "blk.0.ffn_up": "mlp.up_proj"}
+    return {f"model.layers.0.{long}.weight": weights[short] for short, long in named.items()}
+
+
+def test_a_gguf_file_is_an_ordinary_model_from_end_to_end():
+    Path("files").mkdir()
+    weights = write_gguf(Path("files/tiny.gguf"))
+    source = load_model("hf:files/tiny.gguf")
+    state = source.model.state_dict()
+    assert all(torch.equal(state[name], torch.from_numpy(value)) for name, value in weights.items())
+    assert {type(module) for module in source.model.modules() if "Linear" in type(module).__name__} == {torch.nn.Linear}
+    Path("some.txt").write_text("abcdefgh" * 60)
+    done(
+        "prune hf:files/tiny.gguf --data text:some.txt --input 8 --samples 8 --budget sparsity=0.5 --repair none --out RUN"
+    )
+    assert done("export RUN --to hf --json").json["error"] == 0
+    again = transformers.AutoModelForCausalLM.from_pretrained("RUN/hf").state_dict()
+    assert all(torch.equal(again[name], value) for name, value in allot.load("RUN").items())
+    tokenizer = transformers.AutoTokenizer.from_pretrained("RUN/hf")
+    assert tokenizer("abcdab")["input_ids"] == source.tokenizer()("abcdab")["input_ids"] == [21, 22, 21]
+
+
+# From a directory to a directory
+
+
+def test_a_language_model_is_pruned_by_a_text_into_a_directory_that_from_pretrained_opens():
+    llama()
+    line = f"prune hf:net --data text:{text(400)} --test text:{text(90, 'other.txt')} --input 8 --samples 24"
+    done(f"{line} --score wanda --budget sparsity=0.5 --out RUN")
+    done("export RUN --to hf --out sparse")
+    again = transformers.AutoModelForCausalLM.from_pretrained("sparse")
+    kept = allot.load("RUN")
+    assert all(torch.equal(value, kept[name]) for name, value in again.state_dict().items())
+    words = "the cat sat on a mat"
+    ids = [transformers.AutoTokenizer.from_pretrained(place)(words)["input_ids"] for place in ("net", "sparse")]
+    assert ids[0] == ids[1] and len(ids[0]) == 6
+    assert done("verify RUN --json").json["passed"]
+    score = done(f"evaluate hf:sparse --data text:{text(90, 'other.txt')} --input 8 --json").json
+    assert score["perplexity"] == pytest.approx(done("evaluate RUN --json").json["perplexity"])
