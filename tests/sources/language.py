@@ -34,10 +34,10 @@ def gpt2(places: int = 16, vocabulary: int = 12) -> None:
     tokenizer()
 
 
-def llama() -> None:
+def llama(blocks: int = 1) -> None:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=12, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=12, hidden_size=16, intermediate_size=24, num_hidden_layers=blocks, num_attention_heads=2,
         max_position_embeddings=16, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained("net")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +14,12 @@ import torch
 
 import allot
 from allot import UsageError
+from allot.cli import prune as planning
 from allot.errors import with_cause
 from allot.sources.load import load_model
 from allot.sources.origins import build
 from cli.command import done, refused
-from sources.language import llama, text
+from sources.language import bert, gpt2, llama, text
 
 transformers = pytest.importorskip("transformers")
 
@@ -133,14 +137,76 @@ def test_a_gguf_file_is_an_ordinary_model_from_end_to_end():
     assert all(torch.equal(state[name], torch.from_numpy(value)) for name, value in weights.items())
     assert {type(module) for module in source.model.modules() if "Linear" in type(module).__name__} == {torch.nn.Linear}
     Path("some.txt").write_text("abcdefgh" * 60)
-    done(
-        "prune hf:files/tiny.gguf --data text:some.txt --input 8 --samples 8 --budget sparsity=0.5 --repair none --out RUN"
-    )
+    line = "prune hf:files/tiny.gguf --data text:some.txt --input 8 --samples 8"
+    done(f"{line} --budget sparsity=0.5 --repair none --out RUN")
     assert done("export RUN --to hf --json").json["error"] == 0
     again = transformers.AutoModelForCausalLM.from_pretrained("RUN/hf").state_dict()
     assert all(torch.equal(again[name], value) for name, value in allot.load("RUN").items())
     tokenizer = transformers.AutoTokenizer.from_pretrained("RUN/hf")
     assert tokenizer("abcdab")["input_ids"] == source.tokenizer()("abcdab")["input_ids"] == [21, 22, 21]
+
+
+# Plans
+
+
+def planned(line: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The plan, made from shapes alone; of the loaded model it is the same."""
+    with monkeypatch.context() as patched:
+        patched.setattr(planning, "_planned", None)
+        from_shapes = done(f"plan {line} --json").json
+    with monkeypatch.context() as patched:
+        patched.setattr(planning, "_planned_from_shapes", lambda *_: None)
+        assert done(f"plan {line} --json").json == from_shapes
+    return from_shapes
+
+
+@pytest.mark.parametrize("build", [partial(llama, blocks=3), gpt2, bert])
+@pytest.mark.parametrize("budget", ["sparsity=0.7", "macs=50%", "bytes=70%"])
+@pytest.mark.parametrize("method", ["uniform", "erk"])
+def test_a_plan_by_shapes_reads_no_weights_and_is_the_plan_of_the_model(build, budget, method, monkeypatch):
+    build()
+    planned(f"hf:net --budget {budget} --method {method}", monkeypatch)
+    Path("net/model.safetensors").unlink()
+    done(f"plan hf:net --budget {budget} --method {method}")
+    assert "cannot load hf:net" in refused(f"plan hf:net --budget {budget} --method lamp")
+
+
+def test_bytes_are_those_of_the_precision_of_the_weights(monkeypatch: pytest.MonkeyPatch):
+    llama()
+    whole = planned("hf:net --budget bytes=60%", monkeypatch)["budget"][0]["limit"]
+    transformers.LlamaForCausalLM.from_pretrained("net").bfloat16().save_pretrained("net")
+    assert planned("hf:net --budget bytes=60%", monkeypatch)["budget"][0]["limit"] < 0.7 * whole
+
+
+@pytest.mark.parametrize("spec", ["torchvision:swin_t", "timm:vit_tiny_patch16_224", "timm:mobilenetv3_small_050"])
+def test_plans_of_pictures_are_made_from_shapes(spec: str, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip(spec.partition(":")[0])
+    planned(f"{spec} --budget macs=50%", monkeypatch)
+
+
+def test_an_allocation_is_replayed_from_shapes_and_channels_are_not(monkeypatch: pytest.MonkeyPatch):
+    llama()
+    done("plan hf:net --budget sparsity=0.5 --method lamp --save given.json")
+    given = planned("hf:net --budget sparsity=0.5 --allocate given.json", monkeypatch)
+    kept = {layer["name"]: layer["kept"] for layer in given["layers"]}
+    assert kept == {name: row["kept"] for name, row in json.loads(Path("given.json").read_text())["layers"].items()}
+    monkeypatch.setattr(planning, "load_shapes", None)
+    done("plan hf:net --budget sparsity=0.2 --allocate uniform --pattern channels")
+
+
+def test_a_model_without_values_is_not_pruned():
+    with torch.device("meta"):
+        model = torch.nn.Linear(4, 4)
+    with pytest.raises(UsageError, match="weight holds no values yet"):
+        allot.prune(model, None, "sparsity=0.5")
+
+
+def test_blocks_alike_share_a_row_of_the_table_and_json_has_every_layer():
+    llama(blocks=3)
+    outcome = done("plan hf:net --budget sparsity=0.5 --exclude lm_head")
+    assert "model.layers.*.mlp.up_proj.weight x3" in outcome.err and "layers.0" not in outcome.err
+    names = [layer["name"] for layer in done("plan hf:net --budget sparsity=0.5 --json").json["layers"]]
+    assert [name for name in names if "up_proj" in name] == [f"model.layers.{i}.mlp.up_proj.weight" for i in range(3)]
 
 
 # From a directory to a directory

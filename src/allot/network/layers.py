@@ -210,9 +210,11 @@ class Scope:
         raise unknown("layer", name, [layer.name for layer in self.layers])
 
     @classmethod
-    def of(cls, model: nn.Module, rules: Rules | None = None) -> Scope:
+    def of(cls, model: nn.Module, rules: Rules | None = None, *, shapes_only: bool = False) -> Scope:
         """Every parameter of `model`, as a `Layer` or with the reason why it stays dense.
 
+        Args:
+            shapes_only: whether parameters may have shapes and no values, as those on the meta device.
         Raises:
             UsageError: a pattern that no layer matches, or parameters that hold no values yet.
         """
@@ -224,7 +226,8 @@ class Scope:
         prunable: list[str] = []
         for name, holders in places.items():
             parameter = holders[0].parameter
-            if isinstance(parameter, nn.parameter.UninitializedParameter) or parameter.is_meta:
+            lazy = isinstance(parameter, nn.parameter.UninitializedParameter)
+            if lazy or (parameter.is_meta and not shapes_only):
                 raise UsageError(f"{name} holds no values yet: load weights or run one batch through the model first.")
             place = next((place for place in holders if place.kind), None)
             if place is None:

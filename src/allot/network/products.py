@@ -164,14 +164,14 @@ class _Operators(TorchDispatchMode):
         start = int(tensor.storage_offset())
         stop = start + 1 + sum((size - 1) * int(step) for size, step in zip(tensor.shape, tensor.stride(), strict=True))
         weight = _Weight(layer, start, stop, strides)
-        self.weights.setdefault(tensor.untyped_storage().data_ptr(), []).append(weight)
+        self.weights.setdefault(_memory_of(tensor), []).append(weight)
 
     def weight_of(self, tensor: Any) -> _Weight | None:
         """The registered weight whose memory `tensor` starts in."""
         if not isinstance(tensor, Tensor) or not tensor.numel():
             return None
         offset = tensor.storage_offset()
-        near = self.weights.get(tensor.untyped_storage().data_ptr(), ())
+        near = self.weights.get(_memory_of(tensor), ())
         return next((weight for weight in near if weight.start <= offset < weight.stop), None)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -307,3 +307,9 @@ def _stuffed(x: Tensor, window: Window) -> Tensor:
     for k, d, p, e in zip(window.kernel, window.dilation, window.padding, extra, strict=True):
         sides.append((d * (k - 1) - p, d * (k - 1) - p + e))
     return nn.functional.pad(stuffed, [side for pair in reversed(sides) for side in pair])
+
+
+def _memory_of(tensor: Tensor) -> int:
+    """The same number for tensors that share memory; on the meta device, for those that would share it."""
+    storage = tensor.untyped_storage()
+    return storage.data_ptr() or storage._cdata

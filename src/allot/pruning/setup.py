@@ -80,6 +80,7 @@ def make_problem(
     score: WeightScore | ChannelScore | None = None,
     seed: int = 0,
     latency: Timing | None = None,
+    shapes_only: bool = False,
 ) -> Problem:
     """The problem: scope measured on one example, budget tied to it.
 
@@ -88,16 +89,19 @@ def make_problem(
             where None.
         score: of weights, or of channels; by magnitude where None.
         latency: makes the tables of a budget of time; None: they are measured in the runtime that is installed.
+        shapes_only: whether the model's parameters may have shapes and no values, for an allocator that reads none.
     Raises:
         UsageError: weights that are not finite, a compiled or wrapped model, or inputs that the model does not take.
         BudgetError, PatternError: nothing meets the budget in this pattern.
     """
     check_plain(model)
     score = score or (CHANNEL_SCORES if isinstance(pattern, Channels) else SCORES)["magnitude"]
-    scope = Scope.of(model, None if isinstance(pattern, Channels) else rules)  # rules on channels choose groups, below
+    # rules on channels choose groups, below
+    scope = Scope.of(model, None if isinstance(pattern, Channels) else rules, shapes_only=shapes_only)
     before = tensor_names(model)
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter.detach()).all()):
+        has_numbers = parameter.is_floating_point() and not parameter.is_meta
+        if has_numbers and not bool(torch.isfinite(parameter.detach()).all()):
             raise UsageError(f"{name} holds nan or infinite values: the model cannot be pruned as it is.")
     for name, buffer in model.named_buffers():
         # infinite is what attention masks hold

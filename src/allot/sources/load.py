@@ -76,6 +76,21 @@ def load_model(
     return replace(source, model=source.model.to(place), example=moved(source.example, place))
 
 
+def load_shapes(spec: str, *, shape: tuple[int, ...] | None = None) -> ModelSource | None:
+    """The model that `spec` names without its weights, and its example, on the meta device.
+
+    None where its origin makes the weights itself (zoo, factories), or cannot build a model without them.
+    """
+    if spec.partition(":")[0] not in REMOTE:
+        return None
+    try:
+        with torch.device("meta"):
+            source = load_model(spec, weights="random", shape=shape)
+            return replace(source, example=moved(source.example, torch.device("meta")))
+    except Exception:  # noqa: BLE001 - code of models that reads numbers while it builds; errors come with the weights
+        return None
+
+
 def device_of(name: str | None) -> torch.device:
     """The device with a name: cpu (None as well), cuda, cuda:1, mps.
 
