@@ -38,8 +38,8 @@ class Request:
     rules: Rules | None
     seed: int
     calibration: Any
-    samples: int
-    batch_size: int
+    samples: int | None
+    batch_size: int | None
     workers: int
     example: Any
     test: Any

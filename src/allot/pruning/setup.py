@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from allot.budget.budget import Budget
 from allot.budget.channels import ChannelBudget, Dimension, Extent, channel_terms
@@ -32,7 +32,7 @@ from allot.network.layers import Group, Rules, Scope, matches, plain_state
 from allot.network.macs import measured
 from allot.processes import all_gather_object, on_first_process, world_size
 from allot.pruning.request import Request, check_plain
-from allot.run.calibration import Calibration
+from allot.run.calibration import BATCH, SAMPLES, TEXTS, Calibration, texts_at_a_time
 from allot.run.driver import Progress, repeatable
 from allot.run.patterns import Channels, Pattern
 from allot.run.problem import Candidate, Problem
@@ -245,17 +245,20 @@ def _calibration(request: Request) -> Calibration | None:
         return None
     reference = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     before = tensor_names(model)
+    samples = SAMPLES if request.samples is None else request.samples
     if isinstance(data, Iterable) and not hasattr(data, "__len__") and not hasattr(data, "dataset"):
-        data = list(itertools.islice(data, request.samples))  # an iterator is read once only, and may have no end
+        data = list(itertools.islice(data, samples))  # an iterator is read once only, and may have no end
 
     def read(*, batched: bool) -> Calibration:
         calibration = Calibration.of(
-            data, samples=request.samples, batch_size=request.batch_size, seed=request.seed, workers=request.workers,
-            batched=batched, device=reference.device, dtype=reference.dtype, channels_last=channels_last,
+            data, samples=samples, batch_size=BATCH if request.batch_size is None else request.batch_size,
+            seed=request.seed, workers=request.workers, batched=batched, device=reference.device,
+            dtype=reference.dtype, channels_last=channels_last,
         )  # fmt: skip
-        attempt(model, calibration.example(), {})
+        example = calibration.example()
+        attempt(model, example, {})
         check_no_new_tensors(model, before)
-        return calibration
+        return _of_text(calibration, request, example)
 
     try:
         return read(batched=False)
@@ -266,6 +269,17 @@ def _calibration(request: Request) -> Calibration | None:
             return read(batched=True)
         except (AllotError, TypeError, IndexError, AttributeError):
             raise error from None  # the error of the data as samples
+
+
+def _of_text(calibration: Calibration, request: Request, example: Any) -> Calibration:
+    """The calibration with fewer samples, and fewer at a time, where they are texts and the user gave no numbers."""
+    ids = example.get("input_ids") if isinstance(example, Mapping) else example
+    takes_tokens = getattr(request.model, "main_input_name", None) == "input_ids"
+    if not takes_tokens or not isinstance(ids, Tensor) or ids.dim() != 2:
+        return calibration
+    indices = calibration.indices[: TEXTS if request.samples is None else None]
+    batch_size = texts_at_a_time(ids.shape[1], BATCH) if request.batch_size is None else request.batch_size
+    return replace(calibration, indices=indices, batch_size=batch_size)
 
 
 def _timing(request: Request, log: Log) -> Callable[..., Latency]:
