@@ -22,6 +22,7 @@ from allot.methods.rules import Given
 from allot.processes import on_first_process
 from allot.pruning.assemble import assemble
 from allot.pruning.prune import prune
+from allot.pruning.request import left_dense
 from allot.pruning.result import Result
 from allot.pruning.setup import make_problem
 from allot.report import table
@@ -133,6 +134,7 @@ def _planned(wanted: RecipeFile, chain: Chain) -> Problem:
     return make_problem(
         source.model, wanted.parsed_budget(), chain.pattern, example=example, rules=wanted.rules(), seed=wanted.seed,
         latency=partial(latency_of, runtime=Runtime.parse(wanted.runtime), seed=wanted.seed),
+        left_dense=left_dense(source.model, names, wanted.rules()),
     )  # fmt: skip
 
 
@@ -148,7 +150,7 @@ def _planned_from_shapes(wanted: RecipeFile, chain: Chain) -> Problem | None:
     try:
         return make_problem(
             source.model, wanted.parsed_budget(), chain.pattern, example=source.example, rules=wanted.rules(),
-            seed=wanted.seed, shapes_only=True,
+            seed=wanted.seed, left_dense=left_dense(source.model, chain.names, wanted.rules()), shapes_only=True,
         )  # fmt: skip
     except UsageError:  # a model that decides by numbers while it runs
         return None

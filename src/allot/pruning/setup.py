@@ -58,6 +58,7 @@ def set_up(request: Request, log: Log) -> Problem:
         problem = make_problem(
             request.model, request.budget, chain.pattern, calibration=inputs, rules=request.rules, score=chain.score,
             example=None if inputs else request.example, seed=request.seed, latency=_timing(request, log),
+            left_dense=request.left_dense,
         )  # fmt: skip
     if any(part.needs_data for part in (chain.allocate, *chain.repair)):
         problem.inputs()
@@ -80,6 +81,7 @@ def make_problem(
     score: WeightScore | ChannelScore | None = None,
     seed: int = 0,
     latency: Timing | None = None,
+    left_dense: Mapping[str, str] | None = None,
     shapes_only: bool = False,
 ) -> Problem:
     """The problem: scope measured on one example, budget tied to it.
@@ -89,6 +91,7 @@ def make_problem(
             where None.
         score: of weights, or of channels; by magnitude where None.
         latency: makes the tables of a budget of time; None: they are measured in the runtime that is installed.
+        left_dense: parameters that are not in scope, with the reason.
         shapes_only: whether the model's parameters may have shapes and no values, for an allocator that reads none.
     Raises:
         UsageError: weights that are not finite, a compiled or wrapped model, or inputs that the model does not take.
@@ -98,6 +101,9 @@ def make_problem(
     score = score or (CHANNEL_SCORES if isinstance(pattern, Channels) else SCORES)["magnitude"]
     # rules on channels choose groups, below
     scope = Scope.of(model, None if isinstance(pattern, Channels) else rules, shapes_only=shapes_only)
+    if left := {layer.name: left_dense[layer.name] for layer in scope if left_dense and layer.name in left_dense}:
+        layers = tuple(layer for layer in scope if layer.name not in left)
+        scope = replace(scope, layers=layers, skipped={**scope.skipped, **left})
     before = tensor_names(model)
     for name, parameter in model.named_parameters():
         has_numbers = parameter.is_floating_point() and not parameter.is_meta
