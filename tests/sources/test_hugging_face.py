@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from functools import partial
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -226,3 +228,59 @@ def test_a_language_model_is_pruned_by_a_text_into_a_directory_that_from_pretrai
     assert done("verify RUN --json").json["passed"]
     score = done(f"evaluate hf:sparse --data text:{text(90, 'other.txt')} --input 8 --json").json
     assert score["perplexity"] == pytest.approx(done("evaluate RUN --json").json["perplexity"])
+
+
+# The adapter of the guide
+
+
+@pytest.fixture
+def adapter(monkeypatch: pytest.MonkeyPatch) -> type:
+    """The class of docs/howto/llm.md, on a stand-in for the package that it is written for."""
+    for name in ("lm_eval", "lm_eval.api", "lm_eval.api.model"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["lm_eval.api.model"].LM = type("LM", (), {"__init__": lambda self: None})
+    guide = (Path(__file__).parents[2] / "docs" / "howto" / "llm.md").read_text(encoding="utf-8")
+    (code,) = [
+        block for block in re.findall(r"```python no-run\n(.*?)```", guide, re.DOTALL) if "class Adapter" in block
+    ]
+    names: dict[str, Any] = {}
+    exec(compile(code, "llm.md", "exec"), names)
+    return names["Adapter"]
+
+
+def test_the_adapter_gives_the_log_likelihood_of_each_token_once_with_all_the_context_that_fits(adapter: type):
+    gpt2(places=8)
+    model = transformers.GPT2LMHeadModel.from_pretrained("net").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained("net")
+    tokenizer.bos_token = "the"
+    asked = adapter(model, tokenizer, length=8)
+
+    def log_p(given: list[int], token: int) -> torch.Tensor:
+        return model(torch.tensor([given])).logits[0, -1].log_softmax(-1)[token]
+
+    ids = tokenizer(Path(text(21)).read_text())["input_ids"]
+    start = tokenizer.bos_token_id
+    whole = [start, *ids]
+    with torch.no_grad():
+        # blocks of 8 predictions; the last one, of 5, sees 3 tokens of the block before
+        first = sum(log_p(whole[8 * (i // 8) : i + 1], ids[i]) for i in range(16))
+        rolling = first + sum(log_p(whole[13 : i + 1], ids[i]) for i in range(16, 21))
+        pair = sum(log_p([start, *ids[:i]], ids[i]) for i in (3, 4))
+    words = tokenizer.convert_ids_to_tokens(ids)
+    (found,) = asked.loglikelihood_rolling([SimpleNamespace(args=(" ".join(words),))])
+    assert found == pytest.approx(float(rolling), abs=1e-4)
+    ((found, _),) = asked.loglikelihood([SimpleNamespace(args=(" ".join(words[:3]), " " + " ".join(words[3:5])))])
+    assert found == pytest.approx(float(pair), abs=1e-4)
+
+
+def test_the_adapter_continues_greedily_up_to_a_stop_and_knows_its_own_choice(adapter: type):
+    gpt2()
+    model = transformers.GPT2LMHeadModel.from_pretrained("net").eval()
+    asked = adapter(model, transformers.AutoTokenizer.from_pretrained("net"), length=16)
+    asked.start = [1]
+    options = {"until": ["nothing"], "max_gen_toks": 3}
+    (made,) = asked.generate_until([SimpleNamespace(args=("the cat", options))])
+    ((_, greedy),) = asked.loglikelihood([SimpleNamespace(args=("the cat", " " + made))])
+    assert len(made.split()) == 3 and greedy
+    (cut,) = asked.generate_until([SimpleNamespace(args=("the cat", options | {"until": [made.split()[0]]}))])
+    assert cut == ""
