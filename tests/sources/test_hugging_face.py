@@ -196,6 +196,24 @@ def test_an_allocation_is_replayed_from_shapes_and_channels_are_not(monkeypatch:
     done("plan hf:net --budget sparsity=0.2 --allocate uniform --pattern channels")
 
 
+def test_a_rule_that_matches_no_layer_is_told_before_weights_are_read(monkeypatch: pytest.MonkeyPatch):
+    llama()
+    monkeypatch.setattr(planning, "_planned", None)
+    assert "rule 'nothing' matches no prunable layer" in refused("plan hf:net --budget sparsity=0.5 --exclude nothing")
+
+
+def test_a_model_that_decides_by_numbers_is_loaded_for_its_plan(monkeypatch: pytest.MonkeyPatch):
+    llama()
+    real = transformers.LlamaModel.forward
+
+    def forward(self: Any, *args: Any, **options: Any) -> Any:
+        assert float(self.norm.weight.sum()) == 16  # no meta tensor has a sum
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(transformers.LlamaModel, "forward", forward)
+    assert done("plan hf:net --budget macs=50% --json").json["budget"][0]["met"]
+
+
 def test_a_model_without_values_is_not_pruned():
     with torch.device("meta"):
         model = torch.nn.Linear(4, 4)

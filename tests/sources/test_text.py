@@ -149,7 +149,9 @@ def test_language_models_are_pruned_exactly_and_scored_before_and_after(build):
     }  # fmt: skip
     assert done("evaluate RUN --json").json["perplexity"] == pytest.approx(scores["perplexity"]["sparse"])
     assert "perplexity, lower is better" in done("report RUN").err
-    assert "perplexity, lower is better" in Path("RUN/report.html").read_text()
+    page = Path("RUN/report.html").read_text()
+    dense, sparse = (f"{scores['perplexity'][net]:,.2f}" for net in ("dense", "sparse"))
+    assert "perplexity, lower is better" in page and f"perplexity went from {dense} to {sparse}" in page
     assert done("verify RUN --json").json["passed"]
 
 

@@ -19,6 +19,7 @@ from allot.errors import UsageError, VerificationError
 from allot.export.files.formats import OWN
 from allot.export.timing.latency import Runtime, latency_of
 from allot.methods.rules import Given
+from allot.network.layers import Scope
 from allot.processes import on_first_process
 from allot.pruning.assemble import assemble
 from allot.pruning.prune import prune
@@ -147,6 +148,7 @@ def _planned_from_shapes(wanted: RecipeFile, chain: Chain) -> Problem | None:
     source = load_shapes(wanted.required_model(), shape=wanted.input) if by_shape and not numbers else None
     if source is None or (source.example is None and wanted.data):  # of data, an example has numbers
         return None
+    Scope.of(source.model, wanted.rules(), shapes_only=True)  # a rule that matches no layer is an error of its own
     try:
         return make_problem(
             source.model, wanted.parsed_budget(), chain.pattern, example=source.example, rules=wanted.rules(),
