@@ -87,6 +87,25 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def with_cause(error: BaseException) -> str:
+    """What an error says, and the innermost error that it came from, where that says something else.
+
+    >>> try:
+    ...     raise RuntimeError("no model") from OSError("disk full")
+    ... except RuntimeError as error:
+    ...     with_cause(error)
+    'no model (OSError: disk full)'
+    """
+    root, seen = error, {id(error)}
+    while (deeper := root.__cause__ or (None if root.__suppress_context__ else root.__context__)) is not None:
+        if id(deeper) in seen:
+            break
+        seen.add(id(deeper))
+        root = deeper
+    said, cause = first_line(error), first_line(root)
+    return said if cause in said else f"{said} ({type(root).__name__}: {cause})"
+
+
 def check_flag(name: str, value: object) -> None:
     """Raises:
     UsageError: `value` is neither True nor False.

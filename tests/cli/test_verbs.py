@@ -186,6 +186,7 @@ def test_methods_lists_every_method_and_tells_about_one():
 def test_a_recipe_tells_its_parts():
     assert "--allocate global-normalised --repair weight-moments,layerwise,bn,bias" in done("methods pot").err
     assert done("methods pot --json").json["allocate"] == "global-normalised"
+    assert "--allocate uniform --repair none --score wanda" in done("methods llm").err
 
 
 def test_a_method_lists_options_flat_as_a_recipe_says_them():

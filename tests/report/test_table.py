@@ -32,6 +32,43 @@ def test_every_layer_stands_on_a_line_of_its_own_with_what_it_keeps(report, widt
         assert f"{layer['kept']:,}" in line and f"{layer['density']:.3f}" in line
 
 
+def row(name: str, kept: int = 5, total: int = 9, macs: int | None = 18) -> dict[str, object]:
+    return {"name": name, "kept": kept, "total": total, "density": kept / total, "macs": macs}
+
+
+def names(layers):
+    return [(name, len(alike)) for name, alike in table.folded(layers)]
+
+
+def test_layers_alike_but_for_a_number_share_a_row_from_three_on():
+    two = [row("h.0.up"), row("h.1.up")]
+    assert names(two) == [("h.0.up", 1), ("h.1.up", 1)]
+    assert names([*two, row("h.2.up", kept=6)]) == [("h.*.up", 3)]  # whole numbers part by one
+    assert names([*two, row("h.2.up", kept=7)]) == [("h.0.up", 1), ("h.1.up", 1), ("h.2.up", 1)]
+    assert names([*two, row("h.2.up", total=12)]) == [("h.0.up", 1), ("h.1.up", 1), ("h.2.up", 1)]
+    assert names([*two, row("h.2.up", macs=36)]) == [("h.0.up", 1), ("h.1.up", 1), ("h.2.up", 1)]
+
+
+def test_a_row_names_the_blocks_that_it_holds_and_stands_where_the_first_did():
+    layers = [row(f"h.{i}.{part}", kept=9 if i == 3 else 5) for i in range(6) for part in ("up", "down")]
+    assert names(layers) == [("h.0-2,4-5.up", 5), ("h.0-2,4-5.down", 5), ("h.3.up", 1), ("h.3.down", 1)]
+
+
+def test_experts_fold_within_their_blocks():
+    layers = [row(f"h.{i}.experts.{j}.up") for i in range(4) for j in range(8)]
+    assert names(layers) == [("h.*.experts.*.up", 32)]
+    odd = [row(f"h.{i}.experts.{j}.up", kept=9 if (i, j) == (1, 3) else 5) for i in range(3) for j in range(4)]
+    assert names(odd) == [("h.0-2.experts.0-2.up", 9), *((f"h.{i}.experts.3.up", 1) for i in range(3))]
+
+
+def test_the_figures_of_a_row_are_sums():
+    layers = [row(f"h.{i}.up", kept=5000 + (i == 1), total=9000, macs=18000) for i in range(3)]
+    line = next(line for line in printed(table.layer_table(layers), 100).splitlines() if "h.*.up x3" in line)
+    assert "15,001" in line and "27,000" in line and "0.556" in line and "30,002" in line
+    unknown = [row(f"h.{i}.up", macs=None) for i in range(3)]
+    assert "not counted" in printed(table.layer_table(unknown), 100)
+
+
 def test_the_budget_row_says_met_or_missed(report):
     assert "met" in printed(table.run_table(report))
     missed = copy.deepcopy(report)

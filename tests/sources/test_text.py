@@ -7,58 +7,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
 import allot
 from allot import UsageError, evaluate
+from allot.export.certificate import probe
+from allot.export.runtimes import answers
+from allot.run import evaluate as evaluation
 from allot.sources.files import Texts
 from allot.sources.load import load_data, load_model
 from cli.command import MLP, done, refused
+from sources.language import WORDS, bert, gpt2, llama, text
 
 transformers = pytest.importorskip("transformers")
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "far"]
-
-
-def text(count: int, name: str = "some.txt") -> str:
-    draw = np.random.default_rng(len(name))
-    Path(name).write_text(" ".join(draw.choice(WORDS, size=count)) + "\n", encoding="utf-8")
-    return name
-
-
-def tokenizer() -> None:
-    tokenizers = pytest.importorskip("tokenizers")
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(["?", *WORDS])}, unk_token="?"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="?").save_pretrained("net")
-
-
-def gpt2(places: int = 16, vocabulary: int = 12) -> None:
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        vocab_size=vocabulary, n_embd=16, n_layer=1, n_head=2, n_positions=places, bos_token_id=0, eos_token_id=0
-    )
-    transformers.GPT2LMHeadModel(config).save_pretrained("net")
-    tokenizer()
-
-
-def llama() -> None:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=12, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=16, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained("net")
-    tokenizer()
-
-
-def bert() -> None:
-    config = transformers.BertConfig(
-        vocab_size=12, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
-        max_position_embeddings=16,
-    )  # fmt: skip
-    transformers.BertForMaskedLM(config).save_pretrained("net")
-    tokenizer()
 
 
 # Blocks
@@ -130,6 +93,17 @@ def test_language_models_are_scored_by_their_next_tokens(build):
     assert f"perplexity {score.perplexity:.4g}" in done(f"evaluate hf:net --data {spec} --input 8").err
 
 
+def test_logits_are_summed_up_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    gpt2()
+    model = load_model("hf:net").model
+    blocks = Texts(torch.randint(0, 11, (5, 8), generator=torch.Generator().manual_seed(0)))
+    whole = evaluate(model, blocks)
+    for logits in (1, 40, 12 * 7):  # of fewer than a row, of three rows, of a block
+        monkeypatch.setattr(evaluation, "LOGITS", logits)
+        piecewise = evaluate(model, blocks)
+        assert piecewise.nll == pytest.approx(whole.nll, rel=1e-14) and piecewise.score == whole.score
+
+
 def test_arrays_of_tokens_are_a_text_and_padding_is_not_scored():
     gpt2()
     model = load_model("hf:net").model
@@ -175,8 +149,44 @@ def test_language_models_are_pruned_exactly_and_scored_before_and_after(build):
     }  # fmt: skip
     assert done("evaluate RUN --json").json["perplexity"] == pytest.approx(scores["perplexity"]["sparse"])
     assert "perplexity, lower is better" in done("report RUN").err
-    assert "perplexity, lower is better" in Path("RUN/report.html").read_text()
+    page = Path("RUN/report.html").read_text()
+    dense, sparse = (f"{scores['perplexity'][net]:,.2f}" for net in ("dense", "sparse"))
+    assert "perplexity, lower is better" in page and f"perplexity went from {dense} to {sparse}" in page
     assert done("verify RUN --json").json["passed"]
+
+
+@pytest.mark.parametrize(("length", "batch_size"), [(8, 64), (100, 10), (512, 2), (600, 1)])
+def test_texts_are_read_in_small_batches_where_nothing_else_is_asked(length: int, batch_size: int):
+    gpt2(places=600)
+    model = load_model("hf:net").model
+    blocks = Texts(torch.randint(0, 11, (130, length), generator=torch.Generator().manual_seed(0)))
+    used = allot.prune(model, blocks, "sparsity=0.5", repair="none").problem.calibration
+    assert (len(used), used.batch_size) == (128, batch_size)
+    asked = allot.prune(model, blocks, "sparsity=0.5", repair="none", samples=130, batch_size=64).problem.calibration
+    assert (len(asked), asked.batch_size) == (130, 64) and asked.indices[:128] == used.indices
+    net = nn.Sequential(nn.Embedding(11, 4), nn.Linear(4, 4))  # not of that library
+    plain = allot.prune(net, blocks.blocks, "sparsity=0.5", repair="none")
+    assert plain.problem.calibration.batch_size == 64
+
+
+def test_numbers_that_are_no_sizes_are_refused_for_texts_as_well():
+    gpt2()
+    line = f"prune hf:net --data text:{text(400)} --budget sparsity=0.5 --out RUN"
+    assert "samples=0" in refused(f"{line} --samples 0") and "batch_size=0" in refused(f"{line} --batch-size 0")
+
+
+def test_an_export_keeps_the_last_logits_of_a_long_text(monkeypatch: pytest.MonkeyPatch):
+    gpt2()
+    for module in (answers, probe):
+        monkeypatch.setattr(module, "PIECE", 30)  # of 8 x 12
+    done("prune hf:net --budget sparsity=0.5 --input 8 --repair none --out RUN")
+    done("export RUN --to hf")
+    kept = safetensors.torch.load_file("RUN/hf/allot.probe.safetensors")
+    with torch.no_grad():
+        logits = transformers.GPT2LMHeadModel.from_pretrained("RUN/hf")(kept["input.0"]).logits
+    assert torch.equal(kept["output.0"], logits.flatten()[-30:])
+    checks = {row["check"]: row["found"] for row in done("verify RUN/hf --json").json["rows"]}
+    assert checks["outputs on the probe"] == "off by 0"
 
 
 def test_tokens_in_scope_are_what_is_multiplied():

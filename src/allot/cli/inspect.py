@@ -20,9 +20,11 @@ from allot.methods import METHODS, RECIPES
 from allot.report import table
 from allot.report.exports import add_export
 from allot.report.page import comparison_page, write_run
+from allot.run.recipes import Recipe
 from allot.run.store import write
 from allot.sources.load import example_of, load_model
 
+_USUAL = {"score": Recipe.score, "pattern": Recipe.pattern}
 LONGEST = 200  # characters of one entry of a check, in the one line of an error
 
 
@@ -137,7 +139,7 @@ def methods_command(
             return print_json({"methods": methods, "recipes": {k: dataclasses.asdict(r) for k, r in RECIPES.items()}})
         people.print(table.methods_table([(key, m["role"], m["needs"], m["summary"]) for key, m in methods.items()]))
         for key, recipe in RECIPES.items():
-            say(f"--method {key}: allocate {recipe.allocate}, repair {', '.join(recipe.repair)}")
+            say(f"--method {key}: allocate {recipe.allocate}, repair {', '.join(recipe.repair) or 'none'}")
     elif name in METHODS:
         method = describe_method(name)
         if as_json:
@@ -148,7 +150,9 @@ def methods_command(
             say(f"  --set options.{name}.{option}={default if isinstance(default, str) else json.dumps(default)}")
     elif name in RECIPES:
         recipe = RECIPES[name]
-        parts = f"--allocate {recipe.allocate} --repair {','.join(recipe.repair)}"
+        parts = f"--allocate {recipe.allocate} --repair {','.join(recipe.repair) or 'none'}"
+        others = {key: getattr(recipe, key) for key in ("score", "pattern") if getattr(recipe, key) != _USUAL[key]}
+        parts += "".join(f" --{key} {value}" for key, value in others.items())
         if as_json:
             return print_json(dataclasses.asdict(recipe))
         say(f"--method {name}: {parts}; see `allot methods PART`")

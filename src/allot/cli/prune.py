@@ -18,16 +18,20 @@ from allot.cli.recipe import RecipeFile
 from allot.errors import UsageError, VerificationError
 from allot.export.files.formats import OWN
 from allot.export.timing.latency import Runtime, latency_of
+from allot.methods.rules import Given
+from allot.network.layers import Scope
 from allot.processes import on_first_process
 from allot.pruning.assemble import assemble
 from allot.pruning.prune import prune
+from allot.pruning.request import left_dense
 from allot.pruning.setup import make_problem
 from allot.report import table
 from allot.report.data import layer_rows, weights_of
 from allot.run.driver import drive, interruptible, phase
-from allot.run.problem import Candidate
+from allot.run.patterns import Channels
+from allot.run.problem import Candidate, Chain, Problem, Rule
 from allot.run.store import write_json
-from allot.sources.load import REMOTE, example_of, load_model
+from allot.sources.load import REMOTE, example_of, load_model, load_shapes
 
 
 @takes("model", "data", "budget", *CHAIN, "weights", "test", *RULES, *LIMITS, "seed", *READING, "input", file=True)
@@ -99,23 +103,8 @@ def plan_command(
         raise UsageError(
             f"{chain.names.allocate} learns from data and cannot be planned: use `allot prune`, or --allocate uniform."
         )
-    origin, _, name = model.partition(":")
-    weights = wanted.weights or ("random" if origin in REMOTE and not Path(name).exists() else None)
-    source = load_model(model, weights=weights, shape=wanted.input)
-    if weights == "random" and chain.names.allocate not in ("uniform", "erk"):
-        say(f"note: random weights; {chain.names.allocate} depends on the weights: give --weights for a real plan.")
     with redirect_stdout(sys.stderr):
-        example = example_of(source, wanted.data, skip_corrupt=wanted.skip_corrupt)
-        latency = partial(latency_of, runtime=Runtime.parse(wanted.runtime), seed=wanted.seed)
-        problem = make_problem(
-            source.model,
-            budget,
-            chain.pattern,
-            example=example,
-            rules=wanted.rules(),
-            seed=wanted.seed,
-            latency=latency,
-        )
+        problem = _planned_from_shapes(wanted, chain) or _planned(wanted, chain)
     allocation = drive(chain.allocate, problem, Candidate.dense(problem)).allocation
     if save:
         write_json(save, {**allocation.to_json(), "budget": budget.to_json()})
@@ -128,9 +117,44 @@ def plan_command(
         "total": problem.budget.total,
         "layers": layer_rows(problem, allocation),
         "skipped": dict(problem.scope.skipped),
-        "weights": weights_of(source.model),
+        "weights": weights_of(problem.model),
     }
     if as_json:
         print_json(plan)
         return
     people.print(table.plan_table(plan))
+
+
+def _planned(wanted: RecipeFile, chain: Chain) -> Problem:
+    """The problem of a plan, of the model with its weights: a plan fetches none, and reads those of this machine."""
+    model, names = wanted.required_model(), chain.names
+    origin, _, name = model.partition(":")
+    weights = wanted.weights or ("random" if origin in REMOTE and not Path(name).exists() else None)
+    source = load_model(model, weights=weights, shape=wanted.input)
+    if weights == "random" and names.allocate not in ("uniform", "erk"):
+        say(f"note: random weights; {names.allocate} depends on the weights: give --weights for a real plan.")
+    example = example_of(source, wanted.data, skip_corrupt=wanted.skip_corrupt)
+    return make_problem(
+        source.model, wanted.parsed_budget(), chain.pattern, example=example, rules=wanted.rules(), seed=wanted.seed,
+        latency=partial(latency_of, runtime=Runtime.parse(wanted.runtime), seed=wanted.seed),
+        left_dense=left_dense(source.model, names, wanted.rules()),
+    )  # fmt: skip
+
+
+def _planned_from_shapes(wanted: RecipeFile, chain: Chain) -> Problem | None:
+    """The problem of a plan, of the model without weights; None where the plan depends on more than shapes."""
+    by_shape = isinstance(chain.allocate, Rule) and (
+        chain.names.allocate in ("uniform", "erk") or isinstance(chain.allocate.densities, Given)
+    )
+    numbers = isinstance(chain.pattern, Channels) or wanted.weights not in (None, "default", "random")
+    source = load_shapes(wanted.required_model(), shape=wanted.input) if by_shape and not numbers else None
+    if source is None or (source.example is None and wanted.data):  # of data, an example has numbers
+        return None
+    Scope.of(source.model, wanted.rules(), shapes_only=True)  # a rule that matches no layer is an error of its own
+    try:
+        return make_problem(
+            source.model, wanted.parsed_budget(), chain.pattern, example=source.example, rules=wanted.rules(),
+            seed=wanted.seed, left_dense=left_dense(source.model, chain.names, wanted.rules()), shapes_only=True,
+        )  # fmt: skip
+    except UsageError:  # a model that decides by numbers while it runs
+        return None

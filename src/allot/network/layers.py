@@ -220,9 +220,11 @@ class Scope:
         raise unknown("layer", name, [layer.name for layer in self.layers])
 
     @classmethod
-    def of(cls, model: nn.Module, rules: Rules | None = None) -> Scope:
+    def of(cls, model: nn.Module, rules: Rules | None = None, *, shapes_only: bool = False) -> Scope:
         """Every parameter of `model`, as a `Layer` or with the reason why it stays dense.
 
+        Args:
+            shapes_only: whether parameters may have shapes and no values, as those on the meta device.
         Raises:
             UsageError: a pattern that no layer matches, or parameters that hold no values yet.
         """
@@ -235,7 +237,8 @@ class Scope:
         prunable: list[str] = []
         for name, holders in places.items():
             parameter = holders[0].parameter
-            if isinstance(parameter, nn.parameter.UninitializedParameter) or parameter.is_meta:
+            lazy = isinstance(parameter, nn.parameter.UninitializedParameter)
+            if lazy or (parameter.is_meta and not shapes_only):
                 raise UsageError(f"{name} holds no values yet: load weights or run one batch through the model first.")
             names = [n for p in holders for n in (p.name, p.module_name)]
             included = any(matches(pattern, names) for pattern in rules.include)

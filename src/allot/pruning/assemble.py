@@ -71,6 +71,7 @@ def assemble(
         score if isinstance(score, str) else getattr(score, "__name__", "custom"),
         str(structure),
         tuple(map(_name, repair)),
+        recipe.dense_head,
     )
     return Chain(
         allocator,

@@ -6,7 +6,7 @@ import hashlib
 import platform
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from importlib import metadata
 from types import FunctionType
 from typing import Any
@@ -33,6 +33,9 @@ def identity(prepared: Prepared) -> dict[str, Any]:
     for source, digest in digests.items():
         check_equal(f"the {source}", digest)
     inputs = problem.calibration
+    rules = request.rules or Rules()
+    if left := [name for name in request.left_dense if name not in rules.exclude]:
+        rules = replace(rules, exclude=(*rules.exclude, *left))
     configuration = {
         "budget": request.budget.to_json(),
         "method": chain.method,
@@ -43,7 +46,7 @@ def identity(prepared: Prepared) -> dict[str, Any]:
         "hyperparameters": {
             part: settings(getattr(chain, part)) for part in ("allocate", "score", "pattern", "repair")
         },
-        **asdict(request.rules or Rules()),
+        **asdict(rules),
         "seed": request.seed,
         "samples": len(inputs) if inputs else 0,
         "batch_size": inputs.batch_size if inputs else 0,

@@ -45,8 +45,8 @@ def prune(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     rules: Rules | None = None,
     seed: int = 0,
-    samples: int = 512,
-    batch_size: int = 64,
+    samples: int | None = None,
+    batch_size: int | None = None,
     workers: int = 0,
     example: Any = None,
     runtime: str | None = None,
@@ -77,7 +77,8 @@ def prune(
         options: method name -> hyperparameters that differ from the defaults.
         rules: which layers, with which bounds.
         seed: decides every draw.
-        samples, batch_size: how many calibration inputs are used, and how many at a time.
+        samples, batch_size: how many calibration inputs are used, and how many at a time. None: 512 and 64; of texts
+            for a model of transformers 128, and as many as make 1,024 tokens.
         workers: threads that read samples; the result is the same whatever their number.
         example: a batch of one input, to count MACs with; None: the first calibration sample.
         runtime: measures latency: "onnx" or "torch", with a batch size like "onnx:64"; None: see `Runtime`.

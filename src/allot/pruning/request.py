@@ -20,6 +20,7 @@ from allot.run.driver import Progress
 from allot.run.evaluate import Score, evaluate
 from allot.run.patterns import Channels
 from allot.run.problem import Chain, Problem
+from allot.run.recipes import Recipe
 from allot.run.store import read_run
 
 
@@ -38,8 +39,8 @@ class Request:
     rules: Rules | None
     seed: int
     calibration: Any
-    samples: int
-    batch_size: int
+    samples: int | None
+    batch_size: int | None
     workers: int
     example: Any
     test: Any
@@ -76,6 +77,11 @@ class Request:
 
         return score
 
+    @property
+    def left_dense(self) -> dict[str, str]:
+        """Parameters that the recipe leaves dense, with the reason."""
+        return left_dense(self.model, self.chain.names, self.rules)
+
     def earlier(self) -> dict[str, Any]:
         """run.json of the run that began in the directory before; empty without one."""
         if self.directory is None or not (self.directory / "run.json").exists():
@@ -102,6 +108,21 @@ class Prepared:
     cut: Mapping[str, Any] | None
     memory: Mapping[str, Any] | None
     done: bool
+
+
+def left_dense(model: nn.Module, recipe: Recipe, rules: Rules | None) -> dict[str, str]:
+    """Parameters that a recipe leaves dense, with the reason; none where `rules` include layers by name."""
+    if not recipe.dense_head or (rules and rules.include):
+        return {}
+    heads, embeddings = (
+        getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("output", "input")
+    )  # of transformers
+    weight = getattr(heads, "weight", None)
+    if not isinstance(weight, nn.Parameter):
+        return {}
+    tied = ", which is the embedding as well" if weight is getattr(embeddings, "weight", None) else ""
+    reason = f"output head of a language model{tied}: the recipe leaves it dense unless --include names it"
+    return {name: reason for name, parameter in model.named_parameters() if parameter is weight}
 
 
 def check_plain(model: nn.Module) -> None:

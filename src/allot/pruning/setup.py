@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from allot.budget.budget import Budget
 from allot.budget.channels import ChannelBudget, Dimension, Extent, channel_terms
@@ -33,7 +33,7 @@ from allot.network.layers import Group, Rules, Scope, matches, plain_state
 from allot.network.macs import measured
 from allot.processes import all_gather_object, on_first_process, world_size
 from allot.pruning.request import Request, check_plain
-from allot.run.calibration import Calibration
+from allot.run.calibration import BATCH, SAMPLES, TEXTS, Calibration, texts_at_a_time
 from allot.run.driver import Progress, repeatable
 from allot.run.patterns import Channels, Pattern
 from allot.run.problem import Candidate, Problem
@@ -59,6 +59,7 @@ def set_up(request: Request, log: Log) -> Problem:
         problem = make_problem(
             request.model, request.budget, chain.pattern, calibration=inputs, rules=request.rules, score=chain.score,
             example=None if inputs else request.example, seed=request.seed, latency=_timing(request, log),
+            left_dense=request.left_dense,
         )  # fmt: skip
     if any(part.needs_data for part in (chain.allocate, *chain.repair)):
         problem.inputs()
@@ -81,6 +82,8 @@ def make_problem(
     score: WeightScore | ChannelScore | None = None,
     seed: int = 0,
     latency: Timing | None = None,
+    left_dense: Mapping[str, str] | None = None,
+    shapes_only: bool = False,
 ) -> Problem:
     """The problem: scope measured on one example, budget tied to it.
 
@@ -89,6 +92,8 @@ def make_problem(
             where None.
         score: of weights, or of channels; by magnitude where None.
         latency: makes the tables of a budget of time; None: they are measured in the runtime that is installed.
+        left_dense: parameters that are not in scope, with the reason.
+        shapes_only: whether the model's parameters may have shapes and no values, for an allocator that reads none.
     Raises:
         UsageError: weights that are not finite, a compiled or wrapped model, or inputs that the model does not take.
         BudgetError, PatternError: nothing meets the budget in this pattern.
@@ -96,10 +101,15 @@ def make_problem(
     check_plain(model)
     score = score or (CHANNEL_SCORES if isinstance(pattern, Channels) else SCORES)["magnitude"]
     # rules on channels choose groups, below
-    scope = _without_channels(Scope.of(model)) if isinstance(pattern, Channels) else Scope.of(model, rules)
+    scope = Scope.of(model, None if isinstance(pattern, Channels) else rules, shapes_only=shapes_only)
+    scope = _without_channels(scope) if isinstance(pattern, Channels) else scope
+    if left := {layer.name: left_dense[layer.name] for layer in scope if left_dense and layer.name in left_dense}:
+        layers = tuple(layer for layer in scope if layer.name not in left)
+        scope = replace(scope, layers=layers, skipped={**scope.skipped, **left})
     before = tensor_names(model)
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter.detach()).all()):
+        has_numbers = parameter.is_floating_point() and not parameter.is_meta
+        if has_numbers and not bool(torch.isfinite(parameter.detach()).all()):
             raise UsageError(f"{name} holds nan or infinite values: the model cannot be pruned as it is.")
     for name, buffer in model.named_buffers():
         # infinite is what attention masks hold
@@ -251,17 +261,20 @@ def _calibration(request: Request) -> Calibration | None:
         return None
     reference = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     before = tensor_names(model)
+    samples = SAMPLES if request.samples is None else request.samples
     if isinstance(data, Iterable) and not hasattr(data, "__len__") and not hasattr(data, "dataset"):
-        data = list(itertools.islice(data, request.samples))  # an iterator is read once only, and may have no end
+        data = list(itertools.islice(data, samples))  # an iterator is read once only, and may have no end
 
     def read(*, batched: bool) -> Calibration:
         calibration = Calibration.of(
-            data, samples=request.samples, batch_size=request.batch_size, seed=request.seed, workers=request.workers,
-            batched=batched, device=reference.device, dtype=reference.dtype, channels_last=channels_last,
+            data, samples=samples, batch_size=BATCH if request.batch_size is None else request.batch_size,
+            seed=request.seed, workers=request.workers, batched=batched, device=reference.device,
+            dtype=reference.dtype, channels_last=channels_last,
         )  # fmt: skip
-        attempt(model, calibration.example(), {})
+        example = calibration.example()
+        attempt(model, example, {})
         check_no_new_tensors(model, before)
-        return calibration
+        return _of_text(calibration, request, example)
 
     try:
         return read(batched=False)
@@ -272,6 +285,17 @@ def _calibration(request: Request) -> Calibration | None:
             return read(batched=True)
         except (AllotError, TypeError, IndexError, AttributeError):
             raise error from None  # the error of the data as samples
+
+
+def _of_text(calibration: Calibration, request: Request, example: Any) -> Calibration:
+    """The calibration with fewer samples, and fewer at a time, where they are texts and the user gave no numbers."""
+    ids = example.get("input_ids") if isinstance(example, Mapping) else example
+    takes_tokens = getattr(request.model, "main_input_name", None) == "input_ids"
+    if not takes_tokens or not isinstance(ids, Tensor) or ids.dim() != 2:
+        return calibration
+    indices = calibration.indices[: TEXTS if request.samples is None else None]
+    batch_size = texts_at_a_time(ids.shape[1], BATCH) if request.batch_size is None else request.batch_size
+    return replace(calibration, indices=indices, batch_size=batch_size)
 
 
 def _timing(request: Request, log: Log) -> Callable[..., Latency]:

@@ -26,6 +26,7 @@ from allot.pruning.assemble import assemble
 from allot.pruning.prune import prune
 from allot.report.page import comparison_page
 from allot.report.table import speed
+from allot.run.calibration import SAMPLES
 from allot.run.evaluate import evaluate
 from allot.run.store import write, write_json
 
@@ -111,7 +112,8 @@ def sweep(
     if unused := sorted(options.keys() - {name for names in taken.values() for name in names}):
         raise UsageError(f"options: {unused[0]} is no method of any cell.")
     if isinstance(calibration, Iterator):  # every cell reads it
-        calibration = list(itertools.islice(calibration, settings.get("samples", 512)))
+        samples = settings.get("samples")
+        calibration = list(itertools.islice(calibration, SAMPLES if samples is None else samples))
     test = settings.pop("test", None)
     test = list(test) if isinstance(test, Iterator) else test
     dense = evaluate(model, test, workers=settings.get("workers") or 0) if test is not None else None

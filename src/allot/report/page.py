@@ -226,6 +226,8 @@ def _lead_sentence(report: Report) -> Markup:
     if scores:
         dense, sparse = (_percent(scores[key]) for key in ("dense", "sparse"))
         change = f"{scores['metric']} went from {dense} to {sparse} on the test data"
+        if perplexity := scores.get("perplexity"):
+            change = f"perplexity went from {perplexity['dense']:,.2f} to {perplexity['sparse']:,.2f} on the test data"
         bad = Markup('<span class="bad">{}, far below the dense model: look before you use it</span>')
         clauses.append(bad.format(change) if _is_far_below(scores) else change)
     else:

@@ -17,6 +17,8 @@ from allot.network.trees import floats_in, leaves_of, map_leaves, map_tensors
 from allot.processes import rank, world_size
 from allot.run.reading import Readable, read, read_readable
 
+SAMPLES, TEXTS = 512, 128  # calibration samples, and blocks of text, where the user gives no number
+BATCH, TOKENS = 64, 1024  # samples in a batch, and most tokens: each token has a logit for every word
 LABEL_KEYS = frozenset({"label", "labels", "target", "targets"})
 
 
@@ -180,6 +182,15 @@ class Calibration:
             raise UsageError("the calibration inputs hold nan or infinite values: leave these samples out.")
         batch = moved(batch, self.device, self.dtype)
         return map_tensors(_channels_last, batch) if self.channels_last else batch
+
+
+def texts_at_a_time(length: int, most: int) -> int:
+    """How many blocks of `length` tokens make a batch of at most `TOKENS`; one at least, at most `most`.
+
+    >>> texts_at_a_time(512, 64), texts_at_a_time(8, 64), texts_at_a_time(4096, 64)
+    (2, 64, 1)
+    """
+    return max(1, min(most, TOKENS // max(length, 1)))
 
 
 def inputs_of(sample: Any) -> Any:

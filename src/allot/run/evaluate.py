@@ -25,10 +25,10 @@ from allot.errors import UsageError, check_number
 from allot.network.call import attempt
 from allot.network.compute import check_divisible
 from allot.processes import all_gather_object, rank, world_size
-from allot.run.calibration import LABEL_KEYS, inputs_of, moved
+from allot.run.calibration import LABEL_KEYS, inputs_of, moved, texts_at_a_time
 from allot.run.reading import Readable, read_readable
 
-TOKENS = 1024  # of text in a batch: each token has a logit for every word
+LOGITS = 2**22  # in float64 at a time
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def evaluate(
                 )
             right += int((rows.argmax(1) == labels).sum())
             are_classes = bool(((labels >= 0) & (labels < rows.shape[1])).all())
-            nll += float(F.cross_entropy(rows.double(), labels, reduction="sum")) if are_classes else math.nan
+            nll += _nll(rows, labels) if are_classes else math.nan
             scored += len(labels)
             if on_batch:
                 on_batch(samples * world_size(), total)
@@ -131,6 +131,12 @@ def evaluate(
         raise UsageError("the data to score on is empty.")
     unreadable = len({index for some in sums[4] for index in some})
     return Score(max(metrics), right / scored, samples, None if math.isnan(nll) else nll / scored, unreadable)
+
+
+def _nll(logits: Float[Tensor, "N V"], labels: Int[Tensor, " N"]) -> float:
+    """The sum of -log p(label), in float64 a few rows at a time: a copy of all would double what a vocabulary takes."""
+    pieces = zip(*(tensor.split(max(1, LOGITS // logits.shape[1])) for tensor in (logits, labels)), strict=True)
+    return sum(float(F.cross_entropy(rows.double(), right, reduction="sum")) for rows, right in pieces)
 
 
 def _token_ids(inputs: Any) -> Tensor | None:
@@ -194,7 +200,7 @@ def _grouped(samples: Iterator[Any], size: int) -> Iterator[Any]:
     for sample in samples:
         ids = _token_ids(inputs_of(sample))
         if not group and ids is not None and ids.dim() == 1 and _label_in(sample) is None:
-            size = max(1, min(size, TOKENS // max(len(ids), 1)))
+            size = texts_at_a_time(len(ids), size)
         group.append(sample)
         if len(group) == size:
             yield default_collate(group)

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from allot.errors import UsageError, first_line, unknown
+from allot.errors import UsageError, unknown, with_cause
 
 
 def called(spec: str, kind: Any, wanted: str) -> Any:
@@ -77,7 +77,7 @@ def optional(module: str, package: str, extra: str) -> ModuleType:
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name == package:
             raise UsageError(f"{package} is not installed: pip install 'allot[{extra}]'.") from error
-        raise UsageError(f"{package} is installed but cannot be imported here: {first_line(error)}") from error
+        raise UsageError(f"{package} is installed but cannot be imported here: {with_cause(error)}") from error
 
 
 def import_from(folder: Path) -> None:

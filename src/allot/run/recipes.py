@@ -7,12 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Recipe:
-    """A choice of parts by name."""
+    """A choice of parts by name.
+
+    `dense_head` leaves the output head of a language model dense, and an embedding tied to it, where the user includes
+    no layers by name.
+    """
 
     allocate: str
     score: str = "magnitude"
     pattern: str = "unstructured"
     repair: tuple[str, ...] = ()
+    dense_head: bool = False
 
 
 RECIPES: dict[str, Recipe] = {
@@ -24,6 +29,7 @@ RECIPES: dict[str, Recipe] = {
     "pot": Recipe("global-normalised", repair=("weight-moments", "layerwise", "bn", "bias")),
     "uniform": Recipe("uniform", repair=("bn", "variance")),
     "erk": Recipe("erk", repair=("bn", "variance")),
+    "llm": Recipe("uniform", score="wanda", dense_head=True),
     "lamp": Recipe("lamp", repair=("bn", "variance")),
     "global": Recipe("global", repair=("bn", "variance")),
     "global-normalised": Recipe("global-normalised", repair=("bn", "variance")),

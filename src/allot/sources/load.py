@@ -1,6 +1,7 @@
 """MODEL and DATA of the command line: where a model and its data come from, by a prefix.
 
-MODEL: `zoo:NAME`, `torchvision:NAME`, `timm:NAME`, `hf:NAME_OR_DIR`, `package.module:factory`, `file.py:factory`.
+MODEL: `zoo:NAME`, `torchvision:NAME`, `timm:NAME`, `hf:NAME_OR_DIR`, `hf:DIR/FILE.gguf`, `package.module:factory`,
+       `file.py:factory`.
 DATA:  `zoo:NAME`, `folder:DIR` (one sub-folder a class), `npz:FILE`, `text:FILE`, `synthetic`, `synthetic:C,H,W`,
        `package.module:factory`, `file.py:factory`.
 """
@@ -27,12 +28,15 @@ from allot.run.named import called, import_from
 from allot.run.reading import Readable
 from allot.sources import zoo
 from allot.sources.files import Arrays, Texts
-from allot.sources.origins import ModelSource, hf_model, of_tokens, timm_model, torchvision_model
+from allot.sources.hugging_face import hf_model, of_tokens
+from allot.sources.origins import ModelSource, timm_model, torchvision_model
 from allot.sources.pictures import folder
 from allot.sources.synthetic import Fractals
 from allot.sources.weights import fill
 
-MODEL_FORMS = "zoo:NAME, torchvision:NAME, timm:NAME, hf:NAME_OR_DIR, package.module:factory or file.py:factory"
+MODEL_FORMS = (
+    "zoo:NAME, torchvision:NAME, timm:NAME, hf:NAME_OR_DIR, hf:DIR/FILE.gguf, package.module:factory or file.py:factory"
+)
 DATA_FORMS = "zoo:NAME, folder:DIR, npz:FILE, text:FILE, synthetic[:C,H,W], package.module:factory or file.py:factory"
 REMOTE = ("torchvision", "timm", "hf")  # origins that fetch trained weights
 
@@ -70,6 +74,21 @@ def load_model(
     if place.type == "cpu":
         return source
     return replace(source, model=source.model.to(place), example=moved(source.example, place))
+
+
+def load_shapes(spec: str, *, shape: tuple[int, ...] | None = None) -> ModelSource | None:
+    """The model that `spec` names without its weights, and its example, on the meta device.
+
+    None where its origin makes the weights itself (zoo, factories), or cannot build a model without them.
+    """
+    if spec.partition(":")[0] not in REMOTE:
+        return None
+    try:
+        with torch.device("meta"):
+            source = load_model(spec, weights="random", shape=shape)
+            return replace(source, example=moved(source.example, torch.device("meta")))
+    except Exception:  # noqa: BLE001 - code of models that reads numbers while it builds; errors come with the weights
+        return None
 
 
 def device_of(name: str | None) -> torch.device:

@@ -1,24 +1,21 @@
-"""Models of torchvision, timm and transformers, with the shape and preprocessing of their inputs."""
+"""Models of torchvision and timm, with the shape and preprocessing of their inputs; transformers: `hugging_face`."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from allot.errors import UsageError, first_line
+from allot.errors import UsageError, with_cause
 from allot.run.named import optional
 from allot.sources.pictures import IMAGENET, Normalise, Preprocess
 
-TOKENS = 512  # in a block of text, where no length is given and the model takes as many
-log = logging.getLogger("allot")
+_NO_DOWNLOAD = "--weights FILE or --weights random need no download"
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ def torchvision_model(name: str, *, trained: bool) -> ModelSource:
     options: dict[str, Any] = {"weights": "DEFAULT" if trained else None}
     if not trained and "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
         options["weights_backbone"] = None  # else that of a segmentation model is fetched all the same
-    model = _build(f"torchvision:{name}", lambda: models.get_model(name, **options))
+    model = build(f"torchvision:{name}", lambda: models.get_model(name, **options))
     best = getattr(models.get_model_weights(name), "DEFAULT", None)
     if best is None:
         return ModelSource(model, torch.zeros(1, 3, 224, 224), IMAGENET)
@@ -95,7 +92,7 @@ def timm_model(name: str, *, trained: bool) -> ModelSource:
     timm = optional("timm", "timm", "vision")
     if not timm.is_model(name.split(".")[0]):
         raise _no_such_model("timm", name, timm.list_models())
-    model = _build(f"timm:{name}", lambda: timm.create_model(name, pretrained=trained))
+    model = build(f"timm:{name}", lambda: timm.create_model(name, pretrained=trained))
     config = timm.data.resolve_model_data_config(model)
 
     def preprocess(shape: tuple[int, ...]) -> Preprocess | None:
@@ -107,97 +104,6 @@ def timm_model(name: str, *, trained: bool) -> ModelSource:
     return ModelSource(model, torch.zeros(1, *config["input_size"]), normalise, preprocess)
 
 
-def hf_model(name: str, *, trained: bool) -> ModelSource:
-    """A model of transformers in the class that its configuration names, a causal language model among them.
-
-    Raises:
-        UsageError: missing package, no such directory or name, or no download.
-    """
-    transformers = optional("transformers", "transformers", "hf")
-    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
-        raise UsageError(f"hf:{name}: no such directory.")  # no name of a hub looks like that: nothing is asked for it
-
-    def build() -> nn.Module:
-        config = transformers.AutoConfig.from_pretrained(name)
-        listed = (config.architectures or ["AutoModel"])[0]
-        kind = getattr(transformers, listed, transformers.AutoModel)
-        return kind.from_pretrained(name) if trained else kind._from_config(config)
-
-    transformers.utils.logging.disable_progress_bar()
-    model: Any = _build(f"hf:{name}", build)
-    model.config.use_cache = False  # the keys and values of earlier tokens are not outputs to compare
-    if model.main_input_name == "input_ids":
-        return ModelSource(model, _example_of_tokens(model), tokenizer=lambda: _tokenizer(transformers, name))
-    if model.main_input_name != "pixel_values":
-        return ModelSource(model)
-    size = getattr(model.config, "image_size", 224)
-    height, width = (size, size) if isinstance(size, int) else size
-    example = torch.zeros(1, getattr(model.config, "num_channels", 3), height, width, dtype=model.dtype)
-    try:
-        config, _ = transformers.BaseImageProcessor.get_image_processor_dict(name)
-    except OSError:  # no preprocessor beside the model
-        return ModelSource(model, example)
-    mean, std = config.get("image_mean"), config.get("image_std")
-    return ModelSource(
-        model,
-        example,
-        (tuple(mean), tuple(std)) if mean and std else None,
-        lambda shape: _image_processor(transformers, name, shape),
-    )
-
-
-def of_tokens(example: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
-    """The example with each row of tokens repeated, or cut, to this length."""
-    return {key: value.repeat(1, -(-length // value.shape[1]))[:, :length] for key, value in example.items()}
-
-
-def _example_of_tokens(model: Any) -> dict[str, Tensor] | None:
-    """The inputs with which the library tests its models; where those are tokens alone, a block of text."""
-    dummy = getattr(model, "dummy_inputs", None)
-    if not dummy:
-        return None
-    example = {key: value[:1] for key, value in dummy.items()}
-    longest = getattr(model.config, "max_position_embeddings", None) or TOKENS
-    return of_tokens(example, min(TOKENS, longest)) if example.keys() == {"input_ids"} else example
-
-
-def _tokenizer(transformers: Any, name: str) -> Any:
-    try:
-        return transformers.AutoTokenizer.from_pretrained(name)
-    except Exception as error:
-        message = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(
-            f"no tokenizer for hf:{name}: {message[:200]} (npz:FILE with an array input_ids needs none)"
-        ) from error
-
-
-def _image_processor(transformers: Any, name: str, shape: tuple[int, ...]) -> Preprocess | None:
-    """The preprocessor beside the model, set to this size."""
-    try:
-        processor = transformers.AutoImageProcessor.from_pretrained(name)
-    except Exception as error:  # noqa: BLE001 - the mean and standard deviation in its file can be used all the same
-        log.warning("the preprocessor of hf:%s cannot be used here: %s", name, first_line(error))
-        return None
-    sizes = _processor_sizes(processor, *shape[1:])
-    return lambda image: processor(images=image, return_tensors="pt", **sizes)["pixel_values"][0]
-
-
-def _processor_sizes(processor: Any, height: int, width: int) -> dict[str, dict[str, int]]:
-    """Arguments with which a preprocessor makes pictures of this size; empty where it does so without."""
-    size = dict(getattr(processor, "size", None) or {})
-    cropped = dict(getattr(processor, "crop_size", None) or {}) if getattr(processor, "do_center_crop", None) else {}
-    wanted = {"height": height, "width": width}
-    if (cropped or size) == wanted:
-        return {}
-    if not cropped:
-        return {"size": {"shortest_edge": height} if "shortest_edge" in size and height == width else wanted}
-    by = height / cropped["height"], width / cropped["width"]
-    if "shortest_edge" in size:
-        return {"size": {"shortest_edge": round(size["shortest_edge"] * max(by))}, "crop_size": wanted}
-    scaled = {"height": round(size["height"] * by[0]), "width": round(size["width"] * by[1])}
-    return {"size": scaled, "crop_size": wanted}
-
-
 def _no_such_model(origin: str, name: str, names: list[str]) -> UsageError:
     """The error for a name out of a list too long to print."""
     near = ", ".join(repr(other) for other in difflib.get_close_matches(name, names, n=5, cutoff=0.5))
@@ -206,11 +112,15 @@ def _no_such_model(origin: str, name: str, names: list[str]) -> UsageError:
     return UsageError(f"unknown {origin} model {name!r}: {hint}{listing} lists all {len(names)}.")
 
 
-def _build(spec: str, build: Any) -> nn.Module:
+def build(spec: str, make: Callable[[], nn.Module], *, hint: str = _NO_DOWNLOAD) -> nn.Module:
+    """The model that `make` makes.
+
+    Raises:
+        UsageError: it fails; the message has the innermost cause, and `hint`.
+    """
     try:
-        return build()
+        return make()
+    except UsageError:
+        raise
     except Exception as error:
-        message = first_line(error)
-        raise UsageError(
-            f"cannot load {spec}: {message} (--weights FILE or --weights random need no download)"
-        ) from error
+        raise UsageError(f"cannot load {spec}: {with_cause(error)}" + (f" ({hint})" if hint else "")) from error

@@ -15,6 +15,7 @@ import allot
 from allot.errors import UsageError, VerificationError
 from allot.export.certificate.certificate import verify
 from allot.export.export import export, export_run
+from allot.export.runtimes import answers
 from allot.export.runtimes.answers import off
 from allot.network.trees import cloned, floats_in, tensors_in
 
@@ -40,8 +41,19 @@ NAN, INF = math.nan, math.inf
         ([[0.0]], [[0.0]], 0.0),
     ],
 )
-def test_how_far_off_answers_are(found: Any, wanted: Any, error: float):
+@pytest.mark.parametrize("piece", [1, 2**22])
+def test_how_far_off_answers_are(found: Any, wanted: Any, error: float, piece: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(answers, "PIECE", piece)
     assert off([torch.tensor(a) for a in found], [torch.tensor(b) for b in wanted]) == pytest.approx(error, nan_ok=True)
+
+
+def test_answers_compared_in_pieces_are_as_far_off_as_whole(monkeypatch: pytest.MonkeyPatch):
+    draw = torch.Generator().manual_seed(0)
+    wanted = [torch.randn(3, 5, 7, generator=draw), torch.randn(4, dtype=torch.complex64, generator=draw)]
+    found = [tensor + 0.01 * torch.randn(tensor.shape, generator=draw) for tensor in wanted]
+    whole = off(found, wanted)
+    monkeypatch.setattr(answers, "PIECE", 4)
+    assert off(found, wanted) == whole > 0
 
 
 @dataclass

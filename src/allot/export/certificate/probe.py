@@ -6,7 +6,8 @@ FILE.probe.safetensors, or allot.probe.safetensors in a directory. Its metadata 
      "counts": {"weights", "zeros", "macs"}, "inputs": names of arguments, null for those by position,
      "run": SHA-256 of the model.safetensors that the export was made from, null without a run}
 
-Tensors `input.N` and `output.N` are in the order of the arguments and of the outputs. In files that hold only tensors,
+Tensors `input.N` and `output.N` are in the order of the arguments and of the outputs; of an output with more than
+4,194,304 numbers the last ones are kept, flat. In files that hold only tensors,
 weights and zeros are counted from the file; MACs and outputs need the model's code, which the user passes to `verify`.
 """
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from allot.errors import UsageError, first_line
 from allot.export.certificate.rows import Row, checked, digest, digest_rows
 from allot.export.files.formats import PLAIN, PROBE, save_tensors, stored, untouched
-from allot.export.runtimes.answers import allowed, off
+from allot.export.runtimes.answers import PIECE, allowed, off
 from allot.export.runtimes.forms import FORMS
 from allot.export.runtimes.from_file import load_into, opened_with, weights_of
 from allot.export.runtimes.opened import Opened, files_of
@@ -102,8 +103,13 @@ def save_probe(
         "run": digest(run / PLAIN)["sha256"] if run else None,
     }
     tensors = {f"input.{i}": value.detach().cpu() for i, value in enumerate(inputs)}
-    tensors |= {f"output.{i}": value.detach().cpu() for i, value in enumerate(answers)}
+    tensors |= {f"output.{i}": _last(value.detach()).cpu().clone() for i, value in enumerate(answers)}
     save_tensors(probe_of(path), tensors, "probe", promise)
+
+
+def _last(output: Tensor) -> Tensor:
+    """An output, or the last of its numbers where there are more than are kept: those of a text see all of it."""
+    return output if output.numel() <= PIECE else output.flatten()[-PIECE:]
 
 
 def probe_rows(
@@ -192,7 +198,8 @@ def _answer_rows(called: Path, promise: dict[str, Any], tensors: dict[str, Tenso
     inputs, answers = ([tensors[f"{kind}.{i}"] for i in range(count)] for kind, count in counts.items())
     names = promise["inputs"]
     example = dict(zip(names, inputs, strict=True)) if any(names) else tuple(inputs)
-    error = off(opened.ask(example), answers)  # first: a model may count its calls
+    # first: a model may count its calls
+    error = off([_last(answer) for answer in opened.ask(example)], [_last(answer) for answer in answers])
     recounted = counts_of(opened, example)
     rows = [checked(str(called), kind, promised, recounted[kind]) for kind, promised in promise["counts"].items()]
     tolerance = allowed(answers)

@@ -1,0 +1,82 @@
+"""The recipe `llm`: the head of a language model stays dense, the rest is ranked by what it does to inputs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+import allot
+from allot.pruning.assemble import assemble
+from allot.sources.files import Texts
+from allot.sources.load import load_model
+from cli.command import done
+from sources.language import gpt2, llama, text
+
+HEAD = "output head of a language model: the recipe leaves it dense unless --include names it"
+TIED = HEAD.replace("model:", "model, which is the embedding as well:")
+
+
+@pytest.fixture(autouse=True)
+def own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def blocks() -> Texts:
+    return Texts(torch.randint(0, 11, (16, 8), generator=torch.Generator().manual_seed(0)))
+
+
+def test_the_head_stays_dense_and_says_why():
+    llama()
+    result = allot.prune(load_model("hf:net").model, blocks(), "sparsity=0.5", method="llm")
+    report = result.report()
+    assert report["skipped"]["lm_head.weight"] == HEAD and report["skipped"]["model.embed_tokens.weight"]
+    assert len(report["layers"]) == 7 and report["kept"] * 2 == report["total"]
+    assert torch.equal(result.model().lm_head.weight, load_model("hf:net").model.lm_head.weight)
+    assert done("plan hf:net --method llm --budget sparsity=0.5 --json").json["skipped"] == report["skipped"]
+
+
+def test_a_head_that_is_the_embedding_stays_dense_as_well():
+    gpt2()
+    report = allot.prune(load_model("hf:net").model, blocks(), "sparsity=0.5", method="llm").report()
+    assert report["skipped"]["transformer.wte.weight"] == TIED
+    assert {layer["name"].rpartition(".")[0].rpartition(".")[2] for layer in report["layers"]} == {
+        "c_attn", "c_proj", "c_fc",
+    }  # fmt: skip
+
+
+def test_a_head_that_is_included_by_name_is_pruned():
+    llama()
+    model = load_model("hf:net").model
+    rules = allot.Rules(include=("lm_head", "*.mlp.*"))
+    report = allot.prune(model, blocks(), "sparsity=0.5", method="llm", rules=rules).report()
+    assert [layer["name"] for layer in report["layers"]][-1] == "lm_head.weight" and len(report["layers"]) == 4
+
+
+def test_other_recipes_and_models_without_a_head_are_as_before():
+    llama()
+    assert "lm_head.weight" in allot.prune(load_model("hf:net").model, blocks(), "sparsity=0.5").allocation
+    plain = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
+    assert len(allot.prune(plain, torch.randn(8, 6), "sparsity=0.5", method="llm").allocation) == 2
+    assert assemble("llm").names.dense_head and not assemble("erk").names.dense_head
+
+
+def test_a_run_says_what_it_left_dense_and_its_recipe_repeats_it():
+    llama()
+    data = f"text:{text(400)}"
+    done(f"prune hf:net --data {data} --input 8 --recipe llm --out RUN")
+    run = json.loads(Path("RUN/run.json").read_text())
+    assert run["configuration"]["exclude"] == ["lm_head.weight"] and run["configuration"]["samples"] == 50
+    done(f"prune hf:net --data {data} --input 8 --recipe llm --out RUN")  # finished: opened again
+    done("prune --recipe RUN/recipe.yaml --out AGAIN")
+    model = load_model("hf:net", shape=(8,)).model
+    saved = Path("PYTHON")
+    allot.prune(model, blocks(), "sparsity=0.5", method="llm", save_to=saved)
+    assert yaml.safe_load((saved / "recipe.yaml").read_text())["exclude"] == ["lm_head.weight"]
+    done(f"prune hf:net --data {data} --input 8 --samples 50 --recipe PYTHON/recipe.yaml --out THIRD")
+    kept = [allot.load(name) for name in ("RUN", "AGAIN", "THIRD")]
+    assert all(torch.equal(one[name], two[name]) for one in kept for two in kept for name in one)
