@@ -85,6 +85,7 @@ class _There(Tensor):
     """A tensor on the device; `value` is what it holds."""
 
     value: Tensor
+    storage_held: Any
     home: Simulated
 
     @staticmethod
@@ -100,6 +101,13 @@ class _There(Tensor):
         )
         made.value, made.storage_held, made.home = value, storage, home
         return made
+
+    def untyped_storage(self) -> Any:
+        """The memory of what it holds, which tells views of one tensor from other tensors."""
+        return self.storage_held
+
+    def data_ptr(self) -> int:
+        return self.value.data_ptr()
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 

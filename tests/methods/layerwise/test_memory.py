@@ -54,6 +54,18 @@ def test_a_transformer_larger_than_the_device_is_pruned_within_it(repair: str, s
         torch.testing.assert_close(value, here[name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("pattern", ["unstructured", "rows"])
+def test_a_score_by_inputs_needs_one_block_on_the_device(pattern: str):
+    model, ids = transformer()
+    limit = int(0.4 * size_of(model))
+    asked: dict[str, Any] = {"score": "wanda", "pattern": pattern, "repair": "none", "batch_size": 2}
+    with Simulated(limit) as device:
+        result = prune(model, ids, "sparsity=0.5", stream=NAME, **asked)
+    assert device.live == 0 < device.peak <= limit
+    here = prune(model, ids, "sparsity=0.5", **asked)
+    assert all(type(mask) is torch.Tensor and torch.equal(mask, here.masks[n]) for n, mask in result.masks.items())
+
+
 def test_the_whole_net_does_not_fit_by_the_same_count():
     model, ids = transformer()
     inputs = Calibration.of(ids, batch_size=2)
