@@ -51,7 +51,8 @@ class Streamed:
         part: number of the part that is repaired now.
         inner: the method's state on this part; empty before the part begins.
         tensors: parameter -> repaired tensor, in the model's shapes, on the host.
-        pushed: samples pushed through a part, times the part's bytes.
+        pushed, returned: samples pushed forward and backward through a part, times the part's bytes.
+        diagnostics: method -> what it reports of each part.
     """
 
     method: Method
@@ -72,23 +73,26 @@ class Streamed:
         run = _StreamedRun(self, problem, candidate)
         lengths = run.lengths()
         state: State = {"step": 0, "steps": sum(lengths), "lengths": lengths, "part": 0, "inner": {}, "tensors": {}}
-        state["pushed"] = 0
+        state |= {"pushed": 0, "returned": 0, "diagnostics": {}}
         self._live.update(state=state, problem=problem, candidate=candidate, run=run)
         return state
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         """One step of the repair on the current block; after its last one the next block's inputs are made."""
         run = self._run_of(problem, candidate, state)
-        before = state["pushed"] // run.size
+        before, returned = state["pushed"] // run.size, state["returned"] // run.size
         if run.number < state["part"]:
             again = run.number
             run.repeat_part(state)
             return {"forward": state["pushed"] // run.size - before, "backward": 0, "again": again}
-        return {**run.step(state), "forward": state["pushed"] // run.size - before, "backward": 0}
+        metrics = run.step(state)
+        pushed = {"forward": state["pushed"] // run.size - before, "backward": state["returned"] // run.size - returned}
+        return {**metrics, **pushed}
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         self._live.clear()
-        return replace(candidate, tensors={**candidate.tensors, **state["tensors"]})
+        diagnostics = {**candidate.diagnostics, **state["diagnostics"]}
+        return replace(candidate, tensors={**candidate.tensors, **state["tensors"]}, diagnostics=diagnostics)
 
     def _run_of(self, problem: Problem, candidate: Candidate, state: State) -> _StreamedRun:
         """The run that this state belongs to; a new one at the first part where the state was loaded."""
@@ -174,6 +178,10 @@ class _StreamedRun:
             for name, value in better.tensors.items():
                 if name != FLAG and value is not candidate.tensors.get(name):
                     state["tensors"][part.outer_name(name)] = value.to(self.host)
+            if any(mask is not candidate.masks.get(name) for name, mask in better.masks.items()):
+                raise UsageError(f"{type(self.method).__name__} moves masks, which cannot leave a streamed block.")
+            for name, report in better.diagnostics.items():
+                state["diagnostics"].setdefault(name, {}).update(report)
             state["inner"] = {}
             self._leave_part(state, (part, problem, better))
             state["part"] = self.number
@@ -195,6 +203,7 @@ class _StreamedRun:
         with part.recording(self.passes):
             metrics = self.method.step(problem, candidate, inner)
         state["pushed"] += int(metrics["forward"]) * self._part_size(self.number)
+        state["returned"] += int(metrics["backward"]) * self._part_size(self.number)
         return metrics
 
     def _leave_part(self, state: State, task: PartTask) -> None:
