@@ -18,7 +18,7 @@ from allot.pruning.result import Result
 from allot.pruning.sweep import sweep
 from allot.run.calibration import Calibration
 from allot.run.evaluate import evaluate
-from allot.run.patterns import NM, Channels, Unstructured
+from allot.run.patterns import NM, Channels, Rows, Unstructured
 from allot.run.reading import Readable
 from allot.run.scores import SCORES
 from allot.sources import zoo
@@ -40,6 +40,7 @@ __all__ = [
     "PatternError",
     "Readable",
     "Result",
+    "Rows",
     "Rules",
     "Scope",
     "Stopped",

@@ -383,7 +383,7 @@ def reloaded(state: dict[str, Any]) -> dict[str, Any]:
     return torch.load(buffer, weights_only=True)
 
 
-@pytest.mark.parametrize("moving", [False])
+@pytest.mark.parametrize("moving", [False, True])
 def test_a_state_that_is_loaded_goes_on_to_the_same_bits(moving: bool):
     problem, candidate = of_case(ENCODER)
     make: Callable[[], Method] = lambda: Streamed(Blocks(passes=3, moving=moving, every=2), CPU)  # noqa: E731

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import hypothesis.strategies as st
 import pytest
@@ -13,7 +15,8 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 from allot.errors import UsageError
-from allot.network.hooks import Moments, biases_of, watched_inputs, watched_outputs
+from allot.network.hooks import Moments, biases_of, watched_outputs
+from allot.network.input_squares import Squares, input_norms, watched_squares
 from allot.network.layers import Rules, Scope
 
 
@@ -22,14 +25,13 @@ def rand(*shape: int, seed: int = 0) -> Tensor:
 
 
 def squares_of(model: nn.Module, *args, rules: Rules | None = None, **kwargs) -> dict[str, Tensor]:
-    seen: dict[str, Tensor] = {}
-
-    def visit(layer, squares):
-        assert squares.shape == layer.shape and not squares.requires_grad
-        seen[layer.name] = seen.get(layer.name, 0) + squares
-
-    with watched_inputs(model, Scope.of(model, rules), visit), torch.no_grad():
+    sums: Squares = {}
+    scope = Scope.of(model, rules)
+    with watched_squares(model, scope, sums), torch.no_grad():
         model(*args, **kwargs)
+    seen = {name: input_norms(scope[name], squares).square().float() for name, squares in sums.items()}
+    for layer in scope:
+        assert layer.name not in seen or (seen[layer.name].shape == layer.shape and not seen[layer.name].requires_grad)
     return seen
 
 
@@ -138,11 +140,13 @@ def test_inputs_are_summed_in_single_precision_at_least(dtype):
 
 def test_two_passes_add_up_and_inference_mode_is_no_obstacle():
     model, x = nn.Conv2d(2, 3, 3), rand(2, 2, 5, 5)
-    seen = []
-    with watched_inputs(model, Scope.of(model), lambda layer, squares: seen.append(squares)), torch.inference_mode():
+    (layer,) = scope = Scope.of(model)
+    sums: Squares = {}
+    with watched_squares(model, scope, sums), torch.inference_mode():
         model(x[:1])
         model(x[1:])
-    assert torch.allclose(sum(seen), squares_of(model, x)["weight"], rtol=1e-5)
+    found = input_norms(layer, sums["weight"]).square().float()
+    assert torch.allclose(found, squares_of(model, x)["weight"], rtol=1e-5)
 
 
 def by_hand(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -395,7 +399,18 @@ def test_pooled_moments_are_those_of_everything_at_once(sizes, offset):
     assert torch.equal(again.mean, pooled.mean)
 
 
-@pytest.mark.parametrize("watch", [watched_inputs, watched_outputs])
+def watched_sums(model: nn.Module, scope: Scope, visit: Callable[..., object]) -> AbstractContextManager[None]:
+    """`watched_squares` with sums that call `visit`."""
+
+    class Sums(dict):
+        def setdefault(self, name, default=None):
+            visit(name, default)
+            return super().setdefault(name, default)
+
+    return watched_squares(model, scope, Sums())
+
+
+@pytest.mark.parametrize("watch", [watched_sums, watched_outputs])
 def test_watching_leaves_nothing_behind_even_when_the_forward_raises(watch):
     model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 4)).eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

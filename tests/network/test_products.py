@@ -98,6 +98,24 @@ def test_attention_with_one_input_is_one_product_and_with_three_inputs_three() -
     assert cross == [slice(0, 8), slice(8, 16), slice(16, 24), slice(0, 8)]
 
 
+def test_a_weight_that_matmul_repeats_over_a_batch_is_seen() -> None:
+    model = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    x = torch.randn(2, 5, 8)
+    placed = {"in_proj_weight": torch.randn(24, 8)}  # without a gradient, products of transposed inputs stay apart
+    (product, output), _ = products_of(model, (x, x, x), placed)
+    assert (product.layer.name, product.positions) == ("in_proj_weight", 10)
+    wanted = torch.nn.functional.linear(x.transpose(0, 1), placed["in_proj_weight"]).flatten(0, 1)
+    torch.testing.assert_close(output, wanted)
+
+    class Left(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.weight.expand(len(x), -1, -1) @ x
+
+    columns, weight = torch.randn(2, 4, 5), torch.randn(3, 4)
+    ((_, output),) = products_of(Left(4, 3, bias=False), columns, {"weight": weight})
+    torch.testing.assert_close(output, (weight @ columns).movedim(1, -1).flatten(0, 1))
+
+
 class TwoReaders(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -60,6 +60,7 @@ SHORT: dict[str, dict[str, Any]] = {
         "options": {"dsa": {"steps": 6}, "lstsq": {"iterations": 3}, "distill": {"steps": 6}},
     },
     "pot": {"method": "pot", "options": {"layerwise": {"steps": 6}}},
+    "pot, streamed": {"method": "pot", "stream": "cpu", "options": {"layerwise": {"steps": 6}}},
     "knapsack": {"allocate": "knapsack", "score": "wanda", "repair": "variance", "method": "erk"},
     "auto": {"allocate": "auto", "repair": "none", "method": "erk", "options": {"auto": {"steps": 2}}},
     "sensitivity": {

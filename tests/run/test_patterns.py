@@ -11,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
 
+from allot import prune
 from allot.errors import PatternError, UsageError
 from allot.network.layers import Layer, Rules, Scope
 from allot.run import patterns
-from allot.run.patterns import NM, Unstructured, parse, select
+from allot.run.patterns import NM, Rows, Unstructured, parse, select
 
 VALUES = st.sampled_from([-math.inf, -1.0, -0.0, 0.0, 0.5, 0.5, 1.0, math.inf]) | st.floats(-2, 2, width=32)
 
@@ -86,9 +87,11 @@ def test_more_or_less_than_there_is_cannot_be_kept(kept):
         select(rand(4), kept)
     with pytest.raises(PatternError, match=rf"^weight: cannot keep {kept} of 4|^weight: {kept} weights cannot give"):
         Unstructured().mask(linear(2, 2), rand(2, 2), kept)
+    with pytest.raises(PatternError, match=rf"^weight: cannot keep {kept} of 4|^weight: {kept} weights cannot give"):
+        Rows().mask(linear(2, 2), rand(2, 2), kept)
 
 
-@pytest.mark.parametrize("pattern", [Unstructured(), NM(1, 2)])
+@pytest.mark.parametrize("pattern", [Unstructured(), Rows(), NM(1, 2)])
 @pytest.mark.parametrize("floor", [1, "1/row"])
 def test_a_score_with_nan_is_refused_with_the_name_of_the_layer(pattern, floor):
     with pytest.raises(PatternError, match=r"^weight: the score holds nan"):
@@ -121,9 +124,67 @@ def test_every_output_channel_keeps_its_floor(make):
     assert int(layer.matrix(mask).sum(1).min()) >= 2
 
 
-def test_rows_that_cannot_have_their_floor_are_an_error_with_the_layer():
+@pytest.mark.parametrize("pattern", [Unstructured(), Rows()])
+def test_rows_that_cannot_have_their_floor_are_an_error_with_the_layer(pattern):
     with pytest.raises(PatternError, match="weight: 3 weights cannot give 2 to each of 2 rows"):
-        Unstructured().mask(linear(2, 4, floor="2/row"), rand(2, 4), 3)
+        pattern.mask(linear(2, 4, floor="2/row"), rand(2, 4), 3)
+
+
+# within each output row
+
+
+def best_rows(score: list[list[float]], kept: int) -> set[int]:
+    """Of all subsets with k or k + 1 a row, the best in each row, then the rows with one more by what it adds."""
+    rows, columns = len(score), len(score[0])
+    k, more = divmod(kept, rows)
+    ranked = [sorted(range(columns), key=lambda i, row=row: (-row[i], i)) for row in score]
+    extra = max(
+        itertools.combinations(range(rows), more),
+        key=lambda some: (sorted((score[r][ranked[r][k]] for r in some), reverse=True), [-r for r in some]),
+    )
+    return {r * columns + i for r in range(rows) for i in best_subset(score[r], k + (r in extra))}
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 4), st.data())
+def test_each_row_keeps_its_best_and_one_more_goes_to_the_rows_that_gain_most(rows, columns, data):
+    values = data.draw(st.lists(VALUES, min_size=rows * columns, max_size=rows * columns))
+    score = torch.tensor(values).view(rows, columns)
+    for kept in range(rows * columns + 1):
+        mask = Rows().mask(linear(rows, columns), score, kept)
+        assert int(mask.sum()) == kept and mask.shape == score.shape and mask.dtype == torch.bool
+        assert chosen(mask) == best_rows(score.tolist(), kept), kept
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: nn.Conv2d(4, 6, 3, groups=2), lambda: nn.ConvTranspose2d(4, 6, 3, groups=2), lambda: nn.Linear(5, 7)],
+)
+def test_rows_are_output_channels_of_any_layer(make):
+    layer = Scope.of(make(), Rules(floor="1/row"))["weight"]
+    score = (rand(*layer.shape) * 5).floor()  # many ties
+    assert Rows().feasible(layer) == (1, layer.rows, layer.total)
+    for kept in (layer.rows, 3 * layer.rows + 2, layer.total - 1):
+        mask = Rows().mask(layer, score, kept)
+        assert mask.shape == layer.shape
+        assert chosen(layer.matrix(mask)) == best_rows(layer.matrix(score).tolist(), kept)
+
+
+def test_a_run_with_rows_meets_its_budget_with_rows_that_differ_by_one():
+    model = nn.Sequential(nn.Linear(9, 7), nn.ReLU(), nn.Linear(7, 5))
+    result = prune(model, rand(6, 9), "sparsity=0.63", pattern="rows", score="wanda")
+    assert result.report()["kept"] == round(0.37 * (63 + 35)) and result.report()["pattern"] == "rows"
+    for mask in result.masks.values():
+        counts = mask.sum(1)
+        assert int(counts.max() - counts.min()) <= 1
+
+
+def test_rows_of_a_large_tensor_are_ranked_in_parts(monkeypatch: pytest.MonkeyPatch):
+    layer, score = linear(9, 50), (rand(9, 50) * 20).round()
+    wanted = {kept: Rows().mask(layer, score, kept) for kept in (4, 100, 203, 450)}
+    monkeypatch.setattr(patterns, "LARGE", 100)
+    for kept, mask in wanted.items():
+        assert torch.equal(Rows().mask(layer, score, kept), mask) and int(mask.sum()) == kept
 
 
 # n of every m
@@ -208,23 +269,24 @@ def test_a_pattern_needs_fewer_than_m_and_more_than_none(n, m):
 
 
 def test_patterns_are_read_and_written():
-    for pattern in (Unstructured(), NM(2, 4), NM(10, 16)):
+    for pattern in (Unstructured(), Rows(), NM(2, 4), NM(10, 16)):
         assert parse(str(pattern)) == pattern
-    for text in ("", "2:4:8", "2-4", "Unstructured", "nm", "a:b"):
+    for text in ("", "2:4:8", "2-4", "Unstructured", "nm", "a:b", "row", "rows:2"):
         with pytest.raises(UsageError, match="unknown pattern"):
             parse(text)
     with pytest.raises(PatternError, match="pattern 4:2"):
         parse("4:2")
 
 
-def test_an_unstructured_layer_keeps_any_count_within_its_bounds():
-    assert Unstructured().feasible(linear(2, 8, min_density={"*": 0.25}, max_density={"*": 0.5})) == (1, 4, 8)
+@pytest.mark.parametrize("pattern", [Unstructured(), Rows()])
+def test_an_unstructured_layer_keeps_any_count_within_its_bounds(pattern):
+    assert pattern.feasible(linear(2, 8, min_density={"*": 0.25}, max_density={"*": 0.5})) == (1, 4, 8)
 
 
 # one order for every count
 
 
-@pytest.mark.parametrize("pattern", [Unstructured(), NM(None, 4), NM(2, 4)])
+@pytest.mark.parametrize("pattern", [Unstructured(), Rows(), NM(None, 4), NM(2, 4)])
 @pytest.mark.parametrize("floor", [1, "2/row"])
 def test_the_first_of_an_order_are_the_weights_of_a_mask(pattern, floor):
     model = nn.Sequential(nn.Conv2d(8, 6, 3, groups=2), nn.Flatten(), nn.Linear(8, 5))

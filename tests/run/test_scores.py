@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import Tensor, nn
 
-from allot.network.hooks import watched_inputs
+from allot.network.input_squares import Squares, input_norms, watched_squares
 from allot.network.layers import Layer, Scope
 from allot.run.patterns import select
 from allot.run.scores import SCORES, lamp, lamp_score, magnitude, random, wanda
@@ -22,16 +22,16 @@ class Seen:
     """Evidence gathered by one pass over the inputs."""
 
     seed: int = 0
-    squares: dict[str, Tensor] = field(default_factory=dict)
+    squares: Squares = field(default_factory=dict)
 
     def input_norm(self, layer: Layer) -> Tensor:
-        return self.squares[layer.name].sqrt()
+        return input_norms(layer, self.squares[layer.name]).float()
 
 
 def seen(model: nn.Module, x: Tensor) -> tuple[Layer, Seen]:
     (layer,) = scope = Scope.of(model)
     evidence = Seen()
-    with watched_inputs(model, scope, lambda layer, squares: evidence.squares.update({layer.name: squares})):
+    with watched_squares(model, scope, evidence.squares):
         model(x)
     return layer, evidence
 

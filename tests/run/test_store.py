@@ -319,7 +319,7 @@ def test_a_state_of_another_format_is_refused_with_both_formats(tmp_path: Path):
     content = torch.load(state, weights_only=True)
     del content["format"]  # as versions before 2 wrote it
     torch.save(content, state)
-    with pytest.raises(UsageError, match=r"states of format 1, this one reads 2.*delete"):
+    with pytest.raises(UsageError, match=r"states of format 1, this one reads 3.*delete"):
         chain(tmp_path / "run")
 
 

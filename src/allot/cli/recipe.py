@@ -76,7 +76,7 @@ class RecipeFile(BaseModel):
         Option("magnitude, lamp, wanda or random; of channels magnitude, scale, taylor or random  [magnitude]", "NAME"),
     ] = None
     pattern: Annotated[
-        str | None, Option("unstructured, N:M like 2:4, n:4, channels, or channels:8  [unstructured]", "PATTERN")
+        str | None, Option("unstructured, rows, N:M like 2:4, n:4, channels, or channels:8  [unstructured]", "PATTERN")
     ] = None
     repair: Annotated[
         str | None, Option("repairs in order, joined with commas; none for none  [those of --method]", "NAMES")

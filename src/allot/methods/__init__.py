@@ -1,5 +1,6 @@
 """One paper or baseline a file; `METHODS` and `RECIPES` are dicts to read."""
 
+from allot.methods.admm import Admm
 from allot.methods.auto import Auto
 from allot.methods.batchnorm import BatchNorm
 from allot.methods.blocks import Blocks
@@ -60,6 +61,7 @@ METHODS: dict[str, Method] = {
     "global-channels": GlobalChannels(),
     "sensitivity": Sensitivity(),
     # repair: adjust the remaining weights
+    "admm": Admm(),
     "bn": BatchNorm(),
     "bias": OutputMoments(scale=False),
     "variance": OutputMoments(scale=True),

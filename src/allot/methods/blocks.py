@@ -95,8 +95,8 @@ class Blocks:
         part = problem.model
         if not isinstance(part, ModelPart):
             raise UsageError(
-                f"blocks: {type(part).__name__} has no blocks as it is given here: a model is cut into its blocks "
-                "with stream (--stream cpu, or the device that computes)."
+                f"blocks: {type(part).__name__} has no blocks as it is given here: allot.prune cuts a model into its "
+                "blocks, and Streamed(method, device) does for a method that is driven by itself."
             )
         trains = isinstance(part, BlockPart) and len(problem.scope)
         steps = self.passes * _train_and_held_out(problem)[0].batches if trains else 0

@@ -1,4 +1,4 @@
-"""Observers of layers while a model runs: second moments of inputs, moments of outputs.
+"""Observers of layers while a model runs: moments of outputs, and layers as functions of their weights.
 
 Forward hooks observe ordinary forward passes of the user's modules; no module is traced or replaced.
 """
@@ -14,10 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from allot.errors import UsageError
-from allot.network.draws import generator
 from allot.network.layers import ATTENTION_INPUTS, Layer, Place, Scope, places_by_parameter
-from allot.network.trees import map_tensors
 from allot.processes import all_gather
 
 Attention = nn.MultiheadAttention
@@ -58,29 +55,6 @@ class Moments:
     def variance(self) -> Tensor:
         """Biased variance `[C]`; 0 where nothing was counted."""
         return self.deviation / self.count.clamp_min(1)
-
-
-@contextmanager
-def watched_inputs(model: nn.Module, scope: Scope, visit: Callable[[Layer, Tensor], None]) -> Iterator[None]:
-    """While open, each forward pass calls `visit(layer, squares)`: for every weight the sum of its squared inputs.
-
-    `squares` has the weight's shape. For a layer that is linear in its weight it is d/dw sum(forward(x^2; w)), which
-    holds for every kernel, stride, padding and group; the module's own forward is used.
-    """
-
-    def plain(layer: Layer, place: Place, args: Any, kwargs: Any, output: Any) -> None:
-        visit(layer, _squared_inputs(place, args, kwargs))
-
-    def attention(module: Attention, layers: Mapping[str, Layer], args: Any, kwargs: Any, output: Any) -> None:
-        for attribute, layer in layers.items():
-            if attribute == "out_proj.weight":
-                visit(layer, _column_squares(_out_proj_input(module, args, kwargs)).expand(layer.shape))
-            else:
-                parts = _projections(module, attribute, args, kwargs)
-                visit(layer, torch.cat([_column_squares(x).expand(stop - start, -1) for start, stop, x in parts]))
-
-    with _hooked_layers(model, scope, plain, attention):
-        yield
 
 
 Affine = tuple[Tensor, Tensor]
@@ -297,29 +271,3 @@ def _corrected_projections(
                 new[rows] = new[rows] * scale + shift
                 changed["in_proj_bias"] = new
     return changed
-
-
-def _column_squares(x: Tensor) -> Tensor:
-    return x.detach().reshape(-1, x.shape[-1]).float().square().sum(0)
-
-
-@torch.inference_mode(mode=False)
-@torch.enable_grad()
-def _squared_inputs(place: Place, args: Any, kwargs: Any) -> Tensor:
-    weight = getattr(place.module, place.attribute)
-    probe = (torch.rand(weight.shape, generator=generator(0)) + 0.5).to(weight.device).requires_grad_()
-    tensors = {place.attribute: probe}
-    bias = getattr(place.module, "bias", None)
-    if isinstance(bias, Tensor):
-        tensors["bias"] = torch.zeros_like(bias, dtype=probe.dtype)
-    args, kwargs = map_tensors(lambda x: x.detach().float().square() if x.is_floating_point() else x, (args, kwargs))
-    output_sum = torch.func.functional_call(place.module, tensors, args, kwargs).sum()
-    (squares,) = torch.autograd.grad(output_sum, probe)
-    output_sum, probe = output_sum.detach(), probe.detach()
-    # Euler: <d out/dw, w> = out exactly where the layer is linear in w; a standardised weight is not
-    if not torch.isclose((squares * probe).sum(), output_sum, rtol=1e-2, atol=1e-6 * float(output_sum.abs() + 1)):
-        raise UsageError(
-            f"{place.name}: {type(place.module).__name__} is not linear in its weight, so its inputs' norms mean "
-            "nothing for single weights. Exclude the layer or use the score 'magnitude'."
-        )
-    return squares

@@ -8,9 +8,10 @@ attention and shared weights all count. A weight that is recomputed before use (
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ class Product:
         window: how the kernel moves; None for a matrix product.
         groups: into how many problems of equal size `rows` falls, each with its own part of the inputs.
         positions: number of outputs that each row computes.
+        output: outputs of all rows, plus `bias`, in any layout; None where the operator does not return them.
     """
 
     layer: Layer
@@ -55,26 +57,56 @@ class Product:
     window: Window | None
     groups: int
     positions: int
+    output: Tensor | None = None
+    bias: Tensor | None = None
+
+    def energy(self) -> Tensor | None:
+        """Sum of the squared outputs, without the bias: 0-dim, float64; None without outputs."""
+        if self.output is None:
+            return None
+        output = self.output if self.bias is None else self.output - self.bias
+        return output.float().square().sum(dtype=torch.float64)
 
     @property
     def key(self) -> Hashable:
         """Equal for products that read the same columns, as long as both inputs are alive."""
         x = self.inputs
-        return x.data_ptr(), x._version, x.shape, x.stride(), self.window, self.groups
+        version = object() if x.is_inference() else x._version  # changes in place are not counted there: equal to none
+        return x.data_ptr(), version, x.shape, x.stride(), self.window, self.groups
 
-    def columns(self) -> Iterator[Float[Tensor, "groups positions K"]]:
+    def columns(self, every: int = 1, offset: int = 0) -> Iterator[Float[Tensor, "groups positions K"]]:
         """The inputs as the matrix that the rows are multiplied with, a part of the positions at a time.
 
         `K` runs as the columns of `layer.matrix` do.
+
+        Args:
+            every: about one of so many positions is taken, on a grid; of each sample at least one where a kernel moves.
+            offset: the first position that is taken.
         """
         if self.window is None:
-            for part in self.inputs.split(max(1, COLUMNS // self.inputs.shape[-1])):
+            inputs = self.inputs[offset % every :: every]
+            for part in inputs.split(max(1, COLUMNS // self.inputs.shape[-1])):
                 yield part[None]
             return
         width = self.layer.total // self.layer.rows * self.groups
-        per_sample = max(1, self.positions // len(self.inputs)) * width
+        per_sample = max(1, self.positions // len(self.inputs) // every) * width
         for part in self.inputs.split(max(1, COLUMNS // per_sample)):
-            yield _unrolled(part, self.window, self.groups)
+            yield _unrolled(part, self.window, self.groups, every, offset)
+
+    def squares(self) -> Float[Tensor, "groups K"]:
+        """The sum over positions of the squares of `columns()`, in float32 or wider; nothing is unrolled."""
+        dtype = torch.promote_types(self.inputs.dtype, torch.float32)
+        if self.window is None:
+            return torch.stack([part.to(dtype).square().sum(1) for part in self.columns()]).sum(0)
+        per_sample = max(1, self.inputs[0].numel())
+        parts = self.inputs.split(max(1, COLUMNS // per_sample))
+        x = torch.stack([part.to(dtype).square().sum(0) for part in parts]).sum(0)  # [channels, *size]
+        places = math.prod(self.window.kernel)
+        at_once = max(1, COLUMNS // max(1, self.positions // len(self.inputs) * places))
+        seen = [  # channels as samples of one channel: [1, channels * positions, places]
+            _unrolled(part[:, None], self.window, 1).view(len(part), -1, places).sum(1) for part in x.split(at_once)
+        ]
+        return torch.cat(seen).unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(1)
 
 
 @contextmanager
@@ -196,8 +228,10 @@ def _matrix_product(first: int) -> Callable[[_Operators, Any, Any], None]:
         left, right = args[first], args[first + 1]
         for operand, other, of_right in ((right, left, True), (left, right, False)):
             if weight := mode.weight_of(operand):
-                macs = out.numel() * left.shape[-1]
-                mode.seen(_product_of(weight, operand, other, of_right=of_right), (weight.layer.name, macs))
+                product = _product_of(weight, operand, other, of_right=of_right)
+                if product is not None:
+                    product = replace(product, output=out, bias=args[0] if first else None)
+                mode.seen(product, (weight.layer.name, out.numel() * left.shape[-1]))
                 return
 
     return react
@@ -207,6 +241,9 @@ def _product_of(weight: _Weight, operand: Tensor, other: Tensor, *, of_right: bo
     """The product of a weight's matrix `operand` with `other`, where it is one of whole rows."""
     if operand.dim() == 1:  # a matrix times a vector
         return None
+    if operand.dim() == other.dim() == 3 and (operand.stride(0) == 0 or len(operand) == 1):
+        # matmul repeats a matrix over a batch whose memory it cannot view as rows
+        operand, other = operand[0], other.flatten(0, 1) if of_right else other.transpose(0, 1).flatten(1)
     vector = other.dim() == 1
     if operand.dim() != 2 or other.dim() > 2:
         return None
@@ -219,7 +256,7 @@ def _product_of(weight: _Weight, operand: Tensor, other: Tensor, *, of_right: bo
 
 def _convolution(mode: _Operators, args: Any, out: Tensor) -> None:
     """(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups)."""
-    inputs, operand, _, stride, padding, dilation, transposed, output_padding, groups = args[:9]
+    inputs, operand, bias, stride, padding, dilation, transposed, output_padding, groups = args[:9]
     if not (weight := mode.weight_of(operand)):
         return
     positions = out.numel() // out.shape[1] * (1 if inputs.dim() == operand.dim() else 0)
@@ -234,7 +271,9 @@ def _convolution(mode: _Operators, args: Any, out: Tensor) -> None:
         tuple(value) * (len(kernel) if len(value) == 1 else 1) for value in (stride, padding, dilation)
     )
     window = Window(kernel, stride, padding, dilation, bool(transposed), tuple(output_padding) if transposed else ())
-    product = Product(weight.layer, slice(0, weight.layer.rows), inputs, window, int(groups), positions)
+    bias = None if bias is None else bias.view(-1, *(1 for _ in kernel))
+    rows = slice(0, weight.layer.rows)
+    product = Product(weight.layer, rows, inputs, window, int(groups), positions, out, bias)
     mode.seen(product, cost)
 
 
@@ -273,7 +312,7 @@ _OPERATORS: Mapping[Any, Callable[[_Operators, Any, Any], None]] = {
 }
 
 
-def _unrolled(x: Tensor, window: Window, groups: int) -> Float[Tensor, "groups positions K"]:
+def _unrolled(x: Tensor, window: Window, groups: int, every: int, offset: int) -> Float[Tensor, "groups positions K"]:
     """What the kernel sees at each position: kernel positions run slowest along K, channels fastest."""
     kernel, dims = window.kernel, len(window.kernel)
     stride = window.stride
@@ -281,17 +320,21 @@ def _unrolled(x: Tensor, window: Window, groups: int) -> Float[Tensor, "groups p
         x, stride = _stuffed(x, window), (1,) * dims
     else:
         x = nn.functional.pad(x, [side for p in reversed(window.padding) for side in (p, p)])
-    reach = [d * (k - 1) for d, k in zip(window.dilation, kernel, strict=True)]
-    counts = [(size - r - 1) // s + 1 for size, r, s in zip(x.shape[2:], reach, stride, strict=True)]
+    grids = []  # of each dimension: first position, step, number of positions
+    for dim, (k, d, s) in enumerate(zip(kernel, window.dilation, stride, strict=True)):
+        count = (x.shape[2 + dim] - d * (k - 1) - 1) // s + 1
+        step = min(count, round(every ** (1 / (dims - dim))))
+        every = max(1, every // step)
+        grids.append((offset % step * s, step * s, len(range(offset % step, count, step))))
     x = x.unflatten(1, (groups, -1))  # [batch, groups, channels, *size]
     seen = []
     for place in itertools.product(*map(range, kernel)):
         if window.transposed:  # a kernel that spreads inputs out reads them backwards
             place = tuple(k - 1 - i for k, i in zip(kernel, place, strict=True))
         part = x
-        for dim, (i, d, s, count) in enumerate(zip(place, window.dilation, stride, counts, strict=True), 3):
-            part = part.narrow(dim, i * d, (count - 1) * s + 1)
-            part = part.unfold(dim, 1, s).squeeze(-1)  # every s-th
+        for dim, (i, d, (first, step, count)) in enumerate(zip(place, window.dilation, grids, strict=True), 3):
+            part = part.narrow(dim, i * d + first, (count - 1) * step + 1)
+            part = part.unfold(dim, 1, step).squeeze(-1)  # one of every `step`
         seen.append(part.movedim(2, -1).transpose(0, 1).flatten(1, -2))  # [groups, positions, channels]
     return torch.cat(seen, -1)
 

@@ -13,10 +13,11 @@ import torch
 from allot.budget.allocation import Allocation
 from allot.errors import UsageError, unknown
 from allot.methods import METHODS, RECIPES
-from allot.methods.layerwise.streamed import WAYS, Streamed, usable
+from allot.methods.layerwise.streamed import WAYS, Streamed, by_blocks, usable
 from allot.methods.rules import Given
 from allot.methods.training.selection import Selection
 from allot.run import patterns
+from allot.run.driver import repeatable
 from allot.run.patterns import Pattern
 from allot.run.problem import Candidate, Chain, Method, Problem, Rule
 from allot.run.recipes import Recipe
@@ -83,7 +84,7 @@ def assemble(
 
 
 def stream_repairs(chain: Chain, problem: Problem, device: str | torch.device) -> Chain:
-    """The chain whose repairs have one block of the model at a time on the device.
+    """The chain whose selection and repairs have one block of the model at a time on the device.
 
     Raises:
         UsageError: a part that needs the whole net, or a device that does not exist.
@@ -96,7 +97,12 @@ def stream_repairs(chain: Chain, problem: Problem, device: str | torch.device) -
         dense, without_data = Candidate.dense(problem), replace(problem, calibration=None)
         Selection().step(without_data, dense, Selection().init(without_data, dense))
     except UsageError as error:
-        raise UsageError(f"stream: the score {chain.names.score} needs the whole net; magnitude does not.") from error
+        if problem.scope.groups:
+            raise UsageError(
+                f"stream: the score {chain.names.score} needs the whole net; magnitude does not."
+            ) from error
+        problem.inputs()
+        chain = replace(chain, select=Streamed(Selection(by_inputs=True), device))
     repairs = []
     for name, method in zip(chain.names.repair, chain.repair, strict=True):
         if method.needs_data and not _streams(method):
@@ -105,6 +111,16 @@ def stream_repairs(chain: Chain, problem: Problem, device: str | torch.device) -
             raise UsageError(f"stream: {name} needs the whole net on the device; {can} do not.")
         repairs.append(Streamed(method, device) if method.needs_data else method)
     return replace(chain, repair=tuple(repairs))
+
+
+def repair_by_blocks(chain: Chain, problem: Problem) -> Chain:
+    """The chain whose repairs go block by block where they say so: a pass of the whole net for each layer is slow.
+
+    Raises:
+        UsageError: a repair that needs blocks, for a model that has none.
+    """
+    with repeatable(problem.model, problem.seed, "blocks"):
+        return replace(chain, repair=tuple(by_blocks(method, problem) for method in chain.repair))
 
 
 def options_of(method: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from allot.export.timing.latency import Runtime
 from allot.network.compute import Compute
 from allot.network.layers import Rules
 from allot.processes import on_first_process
-from allot.pruning.assemble import assemble, stream_repairs
+from allot.pruning.assemble import assemble, repair_by_blocks, stream_repairs
 from allot.pruning.identity import identity, notes
 from allot.pruning.memory_limit import choose_compute
 from allot.pruning.request import Prepared, Request
@@ -72,7 +72,7 @@ def prune(
         method: recipe to start from, a key of `RECIPES`; the next four replace single parts of it.
         allocate: name in `METHODS`, a method, densities by layer name, or the path of an allocation.json.
         score: name in `SCORES` or a function `(layer, weight, evidence) -> tensor`.
-        pattern: "unstructured", "2:4" or a `Pattern`.
+        pattern: "unstructured", "rows", "2:4" or a `Pattern`.
         repair: names joined with commas ("none" for none), or a sequence of names and methods, in this order.
         options: method name -> hyperparameters that differ from the defaults.
         rules: which layers, with which bounds.
@@ -112,7 +112,10 @@ def prune(
 
 def _prepare(request: Request, problem: Problem) -> Prepared:
     """The request with the limits of time and memory applied; a resumed run keeps the choices it began with."""
-    chain = stream_repairs(request.chain, problem, request.stream) if request.stream else request.chain
+    if request.stream:
+        chain = stream_repairs(request.chain, problem, request.stream)
+    else:
+        chain = repair_by_blocks(request.chain, problem)
     earlier = on_first_process(request.earlier)
     problem = replace(problem, compute=request.compute)
     memory = choose_compute(problem, chain, request.max_memory, earlier.get("memory"))

@@ -91,7 +91,7 @@ def _stages(run: Run) -> list[tuple[str, Method]]:
     stages: list[tuple[str, Method]] = [("allocate", chain.allocate)]
     if "latency" in run.prepared.problem.budget.asked:
         stages.append(("latency", CorrectCounts()))
-    stages.append(("select", Selection()))
+    stages.append(("select", chain.select or Selection()))
     repairs = zip(chain.names.repair, chain.repair, strict=True)
     return stages + [(f"repair-{i}-{name}", method) for i, (name, method) in enumerate(repairs, 1)]
 

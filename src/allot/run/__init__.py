@@ -2,7 +2,7 @@
 
 from allot.run.calibration import Calibration
 from allot.run.driver import Progress, drive
-from allot.run.patterns import NM, Channels, Pattern, Unstructured
+from allot.run.patterns import NM, Channels, Pattern, Rows, Unstructured
 from allot.run.problem import Candidate, Method, Metrics, Problem, Rule
 from allot.run.recipes import Recipe
 from allot.run.store import State
@@ -18,6 +18,7 @@ __all__ = [
     "Problem",
     "Progress",
     "Recipe",
+    "Rows",
     "Rule",
     "State",
     "Unstructured",

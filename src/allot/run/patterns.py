@@ -50,10 +50,7 @@ class Unstructured:
         Raises:
             PatternError: `kept` is more than the layer has or less than its rows need, or `score` holds nan.
         """
-        if kept < layer.min_per_row * layer.rows:
-            raise PatternError(
-                f"{layer.name}: {kept:,} weights cannot give {layer.min_per_row} to each of {layer.rows:,} rows."
-            )
+        _check_rows(layer, kept)
         try:
             mask = select(score, kept)  # checks the score; final where rows have no minimum
             if layer.min_per_row:
@@ -75,6 +72,54 @@ class Unstructured:
 
     def __str__(self) -> str:
         return "unstructured"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Any weight within each output row, k or k + 1 of them a row, so that rows add up to the layer's count.
+
+    The rows that keep k + 1 are those with the highest (k+1)-th best scores; of equal ones the lower rows. Wanda (Sun
+    et al., ICLR 2024) compares weights within rows; for Linear layers this is the default of the recipe `llm`.
+
+    >>> layer = Layer("fc.weight", (2, 3), "linear")
+    >>> Rows().mask(layer, torch.tensor([[3.0, 1.0, 5.0], [0.2, 0.4, 0.3]]), 3).int().tolist()
+    [[1, 0, 1], [0, 1, 0]]
+    """
+
+    def feasible(self, layer: Layer) -> tuple[int, int, int]:
+        """Every count within the layer's own bounds."""
+        return 1, layer.min_kept, layer.max_kept
+
+    def mask(self, layer: Layer, score: Tensor, kept: int) -> Tensor:
+        """The k or k + 1 highest scores of each row; equal scores go to the lower input column.
+
+        Raises:
+            PatternError: `kept` is more than the layer has or less than its rows need, or `score` holds nan.
+        """
+        _check_rows(layer, kept)
+        if not 0 <= kept <= layer.total:
+            raise PatternError(f"{layer.name}: cannot keep {kept:,} of {layer.total:,} weights.")
+        if bool(score.isnan().any()):
+            raise PatternError(f"{layer.name}: {_NAN}")
+        matrix = layer.matrix(score)
+        k, more = divmod(kept, layer.rows)
+        counts = torch.full((layer.rows,), k, device=score.device)
+        if more:
+            counts += select(_highest_of_rows(matrix, k + 1), more)
+        parts = zip(*(value.split(_rows_at_once(matrix)) for value in (matrix, counts)), strict=True)
+        return layer.unmatrix(torch.cat([_best_of_rows(part, count, k) for part, count in parts]))
+
+    def order(self, layer: Layer, score: Tensor) -> Tensor:
+        """The best of every row, then the second best of every row, and so on; each time rows by that score."""
+        matrix = layer.matrix(score)
+        ranked, columns = matrix.sort(dim=1, descending=True, stable=True)
+        rows = ranked.argsort(dim=0, descending=True, stable=True).t()  # [cols, rows], of each rank, best first
+        place = rows * matrix.shape[1] + columns.t().gather(1, rows)
+        index = torch.arange(layer.total, device=score.device).view(score.shape)
+        return layer.matrix(index).flatten()[place.flatten()]
+
+    def __str__(self) -> str:
+        return "rows"
 
 
 @dataclass(frozen=True)
@@ -241,6 +286,43 @@ def _highest(flat: Shaped[Tensor, " N"], k: int) -> Tensor:
 _NAN = "the score holds nan: weights cannot be ranked."
 
 
+def _check_rows(layer: Layer, kept: int) -> None:
+    """Raises:
+    PatternError: too few weights for the rows of the layer.
+    """
+    if kept < layer.min_per_row * layer.rows:
+        raise PatternError(
+            f"{layer.name}: {kept:,} weights cannot give {layer.min_per_row} to each of {layer.rows:,} rows."
+        )
+
+
+def _rows_at_once(matrix: Tensor) -> int:
+    return max(1, LARGE // matrix.shape[1])
+
+
+def _highest_of_rows(matrix: Shaped[Tensor, "rows cols"], k: int) -> Shaped[Tensor, " rows"]:
+    """The k-th highest entry of each row, 1 <= k <= cols."""
+    parts = matrix.split(_rows_at_once(matrix))
+    return torch.cat([part.kthvalue(matrix.shape[1] - k + 1, dim=1).values for part in parts])
+
+
+def _best_of_rows(
+    matrix: Shaped[Tensor, "rows cols"], counts: Shaped[Tensor, " rows"], k: int
+) -> Bool[Tensor, "rows cols"]:
+    """Mask of the highest `counts` scores of each row, each k or k + 1; equal scores go to the lower column."""
+    mask = torch.zeros_like(matrix, dtype=torch.bool)
+    for count in (k, k + 1):
+        rows = (counts == count).nonzero().flatten()
+        if not count or not len(rows):
+            continue
+        part = matrix[rows]
+        cut = _highest_of_rows(part, count)[:, None]
+        above, equal = part > cut, part == cut
+        free = count - above.sum(1, keepdim=True)
+        mask[rows] = above | (equal & (equal.cumsum(1) <= free))
+    return mask
+
+
 def _best_per_group(score: Shaped[Tensor, "*groups m"], kept: int) -> Bool[Tensor, "*groups m"]:
     """Mask of the `kept` highest scores along the last dimension; equal scores go to the lower index."""
     best = score.argsort(dim=-1, descending=True, stable=True)[..., :kept]
@@ -249,13 +331,14 @@ def _best_per_group(score: Shaped[Tensor, "*groups m"], kept: int) -> Bool[Tenso
 
 PATTERNS: dict[str, Callable[[re.Match[str]], Pattern]] = {  # text, as a regular expression -> the value
     r"unstructured": lambda match: Unstructured(),
+    r"rows": lambda match: Rows(),
     r"(\d+|n):(\d+)": lambda match: NM(None if match[1] == "n" else int(match[1]), int(match[2])),
     r"channels(?::(\d+))?": lambda match: Channels(int(match[1] or 1)),
 }
 
 
 def parse(text: str) -> Pattern:
-    """`unstructured`, `N:M`, `n:M` where n may differ between layers, `channels`, or `channels:STEP`.
+    """`unstructured`, `rows`, `N:M`, `n:M` where n may differ between layers, `channels`, or `channels:STEP`.
 
     Raises:
         UsageError: anything else.
@@ -264,5 +347,5 @@ def parse(text: str) -> Pattern:
         if match := re.fullmatch(form, text):
             return make(match)
     raise UsageError(
-        f"unknown pattern {text!r}: 'unstructured', N:M like 2:4, n:4, channels, or channels:8 is accepted."
+        f"unknown pattern {text!r}: 'unstructured', rows, N:M like 2:4, n:4, channels, or channels:8 is accepted."
     )

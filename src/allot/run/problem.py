@@ -142,6 +142,8 @@ class Method(Protocol):
             `CollectedEvidence`, which do so). Otherwise one process runs it, on whole batches.
         streams: of a repair that treats each layer by itself, its form that goes block by block: see
             `allot.methods.layerwise.streamed`; other methods have none.
+        by_blocks: optional, of a method that streams. True: it goes block by block without a request too, where the
+            model has blocks. "needed": it is refused where the model has none.
     """
 
     @property
@@ -164,7 +166,8 @@ class Method(Protocol):
 class Chain:
     """The parts of a run as values: what allocates, scores, structures and repairs; their names; the method's name.
 
-    `summary` says in a sentence what the allocator does; empty of a user's own.
+    `summary` says in a sentence what the allocator does; empty of a user's own. `select` decides which weights stay;
+    None: `Selection`, on the whole net.
     """
 
     allocate: Method
@@ -174,6 +177,7 @@ class Chain:
     names: Recipe
     method: str
     summary: str = ""
+    select: Method | None = None
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,11 @@ def lamp_score(weight: Float[Tensor, "*shape"]) -> Float64[Tensor, "*shape"]:
 
 
 def wanda(layer: Layer, weight: Tensor, evidence: Evidence) -> Tensor:
-    """|w| times the norm of the input that it multiplies (Sun et al., ICLR 2024), for any kernel and groups."""
+    """|w| times the norm of the input that it multiplies (Sun et al., ICLR 2024), for any kernel and groups.
+
+    The paper compares weights within each output row: the pattern `rows` (`--pattern rows`), the default of the
+    recipe `llm` for Linear layers; `unstructured` compares all weights of a layer.
+    """
     return magnitude(layer, weight, evidence) * evidence.input_norm(layer).to(weight.device)
 
 

@@ -23,7 +23,7 @@ from allot.errors import UsageError
 from allot.processes import on_first_process
 
 State = dict[str, Any]
-FORMAT = 2  # of saved states: counts up where the state of any method gets other keys
+FORMAT = 3  # of saved states: counts up where the state of any method gets other keys
 
 
 @dataclass

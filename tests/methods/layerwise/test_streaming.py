@@ -263,7 +263,10 @@ def whole_net() -> Iterator[tuple[dict[str, Any], str]]:
     yield {"method": "fcpts"}, "fcpts needs the whole net.*uniform, erk, lamp"
     yield {"method": "unipts"}, "unipts-search needs the whole net"
     yield {"allocate": "knapsack"}, "knapsack needs the whole net"
-    yield {"score": "wanda"}, "score wanda needs the whole net; magnitude does not"
+    yield (
+        {"method": "uniform", "score": "taylor", "pattern": "channels"},
+        "score taylor needs the whole net; magnitude does not",
+    )
     yield (
         {"repair": "bn,distill"},
         "distill needs the whole net.*bn, bias, variance, layerwise, lstsq, blocks, weight-moments",
@@ -300,5 +303,5 @@ def test_minutes_and_the_command_line_take_it(tmp_path: Path):
     said = run(f"{line} --stream cpu --max-minutes 5 --out {tmp_path / 'run'}")
     assert said.code == 0, said.err
     assert "stream: cpu" in (tmp_path / "run" / "recipe.yaml").read_text()
-    said = run(f"{line} --score wanda --set stream=cpu --out {tmp_path / 'other'}")
-    assert said.code == 2 and "wanda needs the whole net" in said.err
+    said = run(f"{line} --allocate knapsack --set stream=cpu --out {tmp_path / 'other'}")
+    assert said.code == 2 and "knapsack needs the whole net" in said.err

@@ -146,7 +146,7 @@ def find_blocks(model: nn.Module, single: Any, pair: Any) -> BlockSequence:
         raise UsageError(
             f"{type(model).__name__} has no blocks that run one after another and hold a quarter of it{longest}. "
             "Elements of a ModuleList or Sequential are looked at, run once each, the first argument of each being "
-            "the output of the one before. Leave stream out."
+            "the output of the one before."
         )
     calls, slots = _calls_of(best)
     blocks: list[list[ModuleCall]] = []

@@ -11,6 +11,11 @@ the last one. A method says how it may be streamed by an attribute `streams`:
 
     "passes"   once through the samples (for each net); x_s of the next block is the block's output while the repair ran
     "result"   the inputs of the next block are the outputs of the repaired block
+    "given"    the method looks at the sparse net alone, which has no masks yet; x_s of the next block is the block's
+               output as the method got it, made while the method ran
+
+New tensors, new masks and diagnostics leave a block under the model's names. A method with an attribute `by_blocks` is
+streamed to the device where the model is, without a request: True: where the model has blocks, "needed": or not at all.
 
 x_d and x_s are not in the state: a resumed run makes them again, a block a step. docs/streaming.md says what the host
 has to hold, and where results differ from those on the whole net.
@@ -18,23 +23,28 @@ has to hold, and where results differ from those on the whole net.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from allot.errors import UsageError, first_line
+from allot.errors import BudgetError, PatternError, UsageError, first_line
 from allot.methods.layerwise.blocks import find_blocks, size_of
-from allot.methods.layerwise.streamed_block import FLAG, BlockPart, ModelPart, OutsidePart, PartInputs
+from allot.methods.layerwise.part_names import merged, outer_score, part_allocation, renamed, renamed_text
+from allot.methods.layerwise.streamed_block import FLAG, BlockPart, ModelPart, OutsidePart, PartInputs, is_close
 from allot.network.call import call
 from allot.network.layers import Scope, is_batch_norm, places_by_parameter
-from allot.network.trees import tensors_in
+from allot.network.trees import map_tensors, tensors_in
 from allot.run.problem import Candidate, Method, Metrics, Problem, finished
+from allot.run.scores import WeightScore
 from allot.run.store import State
 
-WAYS = ("passes", "result")
+log = logging.getLogger("allot")
+
+WAYS = ("passes", "result", "given")
 
 
 @dataclass(frozen=True)
@@ -46,13 +56,16 @@ class Streamed:
         device: where blocks go; the model stays where it is.
     Raises:
         UsageError: a method that does not stream, or a device that is not there. From `init`: a model without blocks.
+        BudgetError: from `step`: a repair keeps another number of weights than the layer's allocation.
     State:
         lengths: steps of each part of the model, front to back.
         part: number of the part that is repaired now.
         inner: the method's state on this part; empty before the part begins.
         tensors: parameter -> repaired tensor, in the model's shapes, on the host.
-        pushed, returned: samples pushed forward and backward through a part, times the part's bytes.
-        diagnostics: method -> what it reports of each part.
+        masks: parameter -> new mask, likewise; only masks that the repair moved.
+        diagnostics: of the parts so far: entries by layer stand under the model's names, lists follow one another, and
+            of other values the last part's counts.
+        pushed: samples pushed through a part, times the part's bytes: "forward", and "backward" likewise.
     """
 
     method: Method
@@ -68,31 +81,39 @@ class Streamed:
         object.__setattr__(self, "device", usable(self.device))
         object.__setattr__(self, "_live", {})  # the run whose state is worked on
 
+    @property
+    def parallel(self) -> bool:
+        """Whether processes share the method's passes; each of them makes all inputs of every block."""
+        return bool(self.method.streams == "result" and getattr(self.method, "parallel", False))  # type: ignore[attr-defined]
+
     def init(self, problem: Problem, candidate: Candidate) -> State:
         """No block begun; how many steps each of them takes is known."""
-        run = _StreamedRun(self, problem, candidate)
+        try:
+            run = _StreamedRun(self, problem, candidate)
+        except UsageError as error:
+            raise UsageError(f"{error} Leave stream out.") from error
         lengths = run.lengths()
-        state: State = {"step": 0, "steps": sum(lengths), "lengths": lengths, "part": 0, "inner": {}, "tensors": {}}
-        state |= {"pushed": 0, "returned": 0, "diagnostics": {}}
+        state: State = {"step": 0, "steps": sum(lengths), "lengths": lengths, "part": 0, "inner": {}}
+        state |= {"tensors": {}, "masks": {}, "diagnostics": {}, "pushed": {"forward": 0, "backward": 0}}
         self._live.update(state=state, problem=problem, candidate=candidate, run=run)
         return state
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         """One step of the repair on the current block; after its last one the next block's inputs are made."""
         run = self._run_of(problem, candidate, state)
-        before, returned = state["pushed"] // run.size, state["returned"] // run.size
+        before = dict(state["pushed"])
+        metrics: Metrics
         if run.number < state["part"]:
-            again = run.number
+            metrics = {"again": run.number}
             run.repeat_part(state)
-            return {"forward": state["pushed"] // run.size - before, "backward": 0, "again": again}
-        metrics = run.step(state)
-        pushed = {"forward": state["pushed"] // run.size - before, "backward": state["returned"] // run.size - returned}
-        return {**metrics, **pushed}
+        else:
+            metrics = run.step(state)
+        return metrics | {way: count // run.size - before[way] // run.size for way, count in state["pushed"].items()}
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         self._live.clear()
         diagnostics = {**candidate.diagnostics, **state["diagnostics"]}
-        return replace(candidate, tensors={**candidate.tensors, **state["tensors"]}, diagnostics=diagnostics)
+        return replace(_repaired(candidate, state), diagnostics=diagnostics)
 
     def _run_of(self, problem: Problem, candidate: Candidate, state: State) -> _StreamedRun:
         """The run that this state belongs to; a new one at the first part where the state was loaded."""
@@ -102,6 +123,26 @@ class Streamed:
             live.clear()
             live.update(arguments, run=_StreamedRun(self, problem, candidate))
         return live["run"]
+
+
+def by_blocks(method: Method, problem: Problem) -> Method:
+    """The method, `Streamed` to the device where the model is if the method says `by_blocks` and the model has blocks.
+
+    Raises:
+        UsageError: a method that needs blocks, for a model that has none.
+    """
+    if not (wanted := getattr(method, "by_blocks", False)):
+        return method
+    streamed = Streamed(method, next(iter(problem.dense.values())).device)
+    try:
+        _StreamedRun(streamed, problem, Candidate.dense(problem)).check_every_sample()
+    except Exception as error:  # what a model raises that cannot run two samples at once, say
+        if wanted != "needed":
+            log.debug("%s runs the whole net: %s", type(method).__name__, error)
+            return method
+        reason = str(error) if isinstance(error, UsageError) else first_line(error)
+        raise UsageError(f"{type(method).__name__} repairs a model block by block: {reason}") from error
+    return streamed
 
 
 def usable(device: str | torch.device) -> torch.device:
@@ -129,7 +170,8 @@ class _StreamedRun:
 
     def __init__(self, streamed: Streamed, problem: Problem, candidate: Candidate) -> None:
         self.method, self.device = streamed.method, streamed.device
-        self.passes = streamed.method.streams == "passes"  # type: ignore[attr-defined]
+        way = streamed.method.streams  # type: ignore[attr-defined]
+        self.passes, self.given = way != "result", way == "given"
         self.problem, self.candidate = problem, candidate
         self.host = next(iter(problem.dense.values())).device
         calibration = problem.inputs()
@@ -143,11 +185,20 @@ class _StreamedRun:
         self.task: PartTask | None = None
         self._check_parts_match_model(pair)
 
+    def check_every_sample(self) -> None:
+        """Raises:
+        UsageError: samples enter the blocks with other arguments than the first two do, or in other shapes.
+        """
+        part, problem, _ = self._task_on(0, self.host, self.candidate)
+        with part.recording(True), torch.no_grad():
+            for numbers in torch.arange(part.count).split(problem.inputs().batch_size):
+                call(part, {}, numbers)
+
     def lengths(self) -> list[int]:
         """How many steps the method takes in each part; 0 where there is nothing for it."""
         lengths = []
         for number in range(self.last + 1):
-            _, problem, candidate = self._task_on(number, self.host, {})
+            _, problem, candidate = self._task_on(number, self.host, self.candidate)
             modules = self.problem.model.named_modules()
             repaired = len(problem.scope) or any(is_batch_norm(m) and self._part_of(n) == number for n, m in modules)
             lengths.append(int(self.method.init(problem, candidate)["steps"]) if repaired else 0)
@@ -156,14 +207,16 @@ class _StreamedRun:
     def step(self, state: State) -> Metrics:
         """One step of the method, after parts that need none were passed."""
         while not state["lengths"][self.number]:
-            self._leave_part(state, self._task_on(self.number, self._device_of(self.number), state["tensors"]))
+            self._leave_part(state, self._finished_task(state))
             state["part"] = self.number
         if self.task is None:
-            self.task = self._task_on(self.number, self.device, state["tensors"])
+            self.task = self._task_on(self.number, self.device, self._current(state))
             inner = state["inner"]
             done = inner.get("step", 0)
             state["inner"] = (
-                _moved_to(self.device, inner) if inner and not self.passes else self.method.init(*self.task[1:])
+                map_tensors(lambda tensor: tensor.to(self.device), inner)
+                if inner and not self.passes
+                else self.method.init(*self.task[1:])
             )
             while state["inner"]["step"] < done:  # its first steps recorded inputs that the state does not keep
                 self._method_step(state, self.task, state["inner"])
@@ -175,35 +228,66 @@ class _StreamedRun:
             part, problem, candidate = self.task
             candidate, self.task = replace(candidate), None  # frees its masked weights
             better = self.method.finish(problem, candidate, state["inner"])
-            for name, value in better.tensors.items():
-                if name != FLAG and value is not candidate.tensors.get(name):
-                    state["tensors"][part.outer_name(name)] = value.to(self.host)
-            if any(mask is not candidate.masks.get(name) for name, mask in better.masks.items()):
-                raise UsageError(f"{type(self.method).__name__} moves masks, which cannot leave a streamed block.")
-            for name, report in better.diagnostics.items():
-                state["diagnostics"].setdefault(name, {}).update(report)
+            self._keep_changes(state, part, candidate, better)
             state["inner"] = {}
-            self._leave_part(state, (part, problem, better))
+            self._leave_part(state, (part, problem, candidate if self.given else better))
             state["part"] = self.number
         return metrics
 
     def repeat_part(self, state: State) -> None:
         """Run a part that is repaired already, for the inputs of the next one."""
         if not (state["lengths"][self.number] and self.passes):
-            self._leave_part(state, self._task_on(self.number, self._device_of(self.number), state["tensors"]))
+            self._leave_part(state, self._finished_task(state))
             return
-        task = part, problem, candidate = self._task_on(self.number, self.device, {})  # as the method first got it
+        # as the method first got it
+        task = part, problem, candidate = self._task_on(self.number, self.device, self.candidate)
         inner = self.method.init(problem, candidate)
         while not finished(inner):
             self._method_step(state, task, inner)
-        self._leave_part(state, (part, problem, self.method.finish(problem, candidate, inner)))
+        better = candidate if self.given else self.method.finish(problem, candidate, inner)
+        self._leave_part(state, (part, problem, better))
+
+    def _finished_task(self, state: State) -> PartTask:
+        """The current part for a pass with what is repaired so far; before the blocks it runs where the model is."""
+        return self._task_on(self.number, self.device if self.number else self.host, self._current(state))
+
+    def _current(self, state: State) -> Candidate:
+        """The candidate that the method goes by in the next part."""
+        return self.candidate if self.given else _repaired(self.candidate, state)
+
+    def _keep_changes(self, state: State, part: ModelPart, before: Candidate, after: Candidate) -> None:
+        """Raises:
+        BudgetError: a mask of a layer with another number of weights than before.
+        """
+        for name, value in after.tensors.items():
+            if name != FLAG and value is not before.tensors.get(name):
+                state["tensors"][part.outer_name(name)] = value.to(self.host)
+        for name, mask in after.masks.items():
+            if mask is before.masks.get(name):
+                continue
+            outer, kept = part.outer_name(name), int(mask.sum())
+            if (wanted := self.candidate.allocation.kept.get(outer, kept)) != kept:
+                raise BudgetError(
+                    f"{outer}: {type(self.method).__name__} keeps {kept:,} weights of {wanted:,} that are allocated: a "
+                    "repair may move weights, not change their number."
+                )
+            state["masks"][outer] = mask.to(self.host)
+        names = self._outer_names(part)
+        state["diagnostics"] = merged(state["diagnostics"], renamed(dict(after.diagnostics), names))
+
+    def _outer_names(self, part: ModelPart) -> dict[str, str]:
+        """Tensor in the part -> its name in the model."""
+        return {inner: outer for outer in self.problem.dense if (inner := part.inner_name(outer)) is not None}
 
     def _method_step(self, state: State, task: PartTask, inner: State) -> Metrics:
         part, problem, candidate = task
-        with part.recording(self.passes):
-            metrics = self.method.step(problem, candidate, inner)
-        state["pushed"] += int(metrics["forward"]) * self._part_size(self.number)
-        state["returned"] += int(metrics["backward"]) * self._part_size(self.number)
+        try:
+            with part.recording(self.passes):
+                metrics = self.method.step(problem, candidate, inner)
+        except (UsageError, BudgetError, PatternError) as error:
+            raise type(error)(renamed_text(str(error), self._outer_names(part))) from error
+        for way in state["pushed"]:
+            state["pushed"][way] += int(metrics[way]) * self._part_size(self.number)
         return metrics
 
     def _leave_part(self, state: State, task: PartTask) -> None:
@@ -221,18 +305,19 @@ class _StreamedRun:
         changed = part.changes_with({*candidate.tensors, *candidate.masks})
         alike = part.inputs.get(False) is part.inputs.get(True) and not part.next_inputs and not changed
         size = problem.inputs().batch_size
-        for sparse in (False,) if alike else (False, True):
+        nets = (True,) if self.given else (False,) if alike else (False, True)
+        for sparse in nets:
             if sparse in part.next_inputs and bool(part.next_inputs[sparse].hidden.filled.all()):
                 continue
             with part.recording(True), torch.no_grad():
                 for numbers in torch.arange(len(problem.inputs())).split(size):
                     call(part, candidate.effective(problem) if sparse else {}, numbers)
-                    state["pushed"] += len(numbers) * self._part_size(self.number)
-        return dict.fromkeys((False, True), part.next_inputs[False]) if alike else part.next_inputs
+                    state["pushed"]["forward"] += len(numbers) * self._part_size(self.number)
+        return part.next_inputs if len(nets) == 2 else dict.fromkeys((False, True), part.next_inputs[nets[0]])
 
-    def _task_on(self, number: int, device: torch.device, tensors: Mapping[str, Tensor]) -> PartTask:
+    def _task_on(self, number: int, device: torch.device, candidate: Candidate) -> PartTask:
         """A part on a device, and problem and candidate in the names of the part."""
-        problem, candidate = self.problem, self.candidate
+        problem = self.problem
         calibration = problem.inputs()
         part = self._part(number, device, len(calibration), calibration.pick)
         part.inputs = self.inputs
@@ -253,10 +338,14 @@ class _StreamedRun:
         )
         every = tuple(range(part.count))
         numbers = replace(calibration, source=every, indices=every, device=torch.device("cpu"), dtype=None, workers=0)
-        inner = replace(problem, model=part, scope=Scope(layers, {}), calibration=numbers, example=None)
-        current = {**within({**candidate.tensors, **tensors}), FLAG: torch.ones((), device=device)}
+        score = outer_score(cast(WeightScore, problem.score), self._outer_names(part))
+        scope = Scope(layers, {})
+        inner = replace(problem, model=part, scope=scope, calibration=numbers, example=None, score=score)
+        current = {**within(candidate.tensors), FLAG: torch.ones((), device=device)}
         masks = within(candidate.masks)
-        return part, inner, replace(candidate, masks=masks, tensors=current, channels={}, diagnostics={})
+        outer_names = {layer.name: part.outer_name(layer.name) for layer in layers}
+        allocation = part_allocation(candidate.allocation, outer_names)
+        return part, inner, Candidate(allocation, masks, current)
 
     def _part(self, number: int, device: torch.device, count: int, pick: Callable[[Sequence[int]], Any]) -> ModelPart:
         model, sequence = self.problem.model, self.sequence
@@ -272,10 +361,6 @@ class _StreamedRun:
         parent = name.rpartition(".")[0]
         in_attention = isinstance(self.problem.model.get_submodule(parent), nn.MultiheadAttention)
         return 0 if (parent if in_attention else name) in self.sequence.before else self.last
-
-    def _device_of(self, number: int) -> torch.device:
-        """Where a part runs that is not repaired: the modules before the blocks run where the model is."""
-        return self.device if number else self.host
 
     def _part_size(self, number: int) -> int:
         """Bytes of a part: the weight of a pass through the part, where one through the model weighs all bytes."""
@@ -299,7 +384,7 @@ class _StreamedRun:
                     output = call(part, {}, numbers)
                 inputs = part.next_inputs
         outputs = list(tensors_in(output))
-        if len(outputs) != len(wanted) or not all(map(_is_close, outputs, wanted)):
+        if len(outputs) != len(wanted) or not all(map(is_close, outputs, wanted)):
             calls = self.sequence.calls
             raise UsageError(
                 f"streaming: {calls[0].name} to {calls[-1].name} run one after another, but by themselves they do not "
@@ -307,20 +392,7 @@ class _StreamedRun:
             )
 
 
-def _is_close(output: Tensor, wanted: Tensor) -> bool:
-    if output.shape != wanted.shape:
-        return False
-    if not wanted.is_floating_point():
-        return torch.equal(output, wanted)
-    scale = float(wanted.float().abs().nan_to_num(posinf=0.0).max()) if wanted.numel() else 0.0
-    tolerance = 1e-4 if torch.finfo(wanted.dtype).eps < 1e-5 else 0.05
-    return torch.allclose(output.float(), wanted.float(), rtol=tolerance, atol=tolerance * scale, equal_nan=True)
-
-
-def _moved_to(device: torch.device, value: Any) -> Any:
-    """Nested dicts and lists with their tensors on the device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _moved_to(device, part) for key, part in value.items()}
-    return [_moved_to(device, part) for part in value] if isinstance(value, list) else value
+def _repaired(candidate: Candidate, state: State) -> Candidate:
+    """The candidate with the tensors and masks of the parts that are repaired."""
+    tensors, masks = ({**getattr(candidate, key), **state[key]} for key in ("tensors", "masks"))
+    return replace(candidate, tensors=tensors, masks=masks)

@@ -304,3 +304,14 @@ class OutsidePart(ModelPart):
                 raise UsageError(
                     f"streaming: an argument of {module_call.name} differs between batches, not by sample."
                 )
+
+
+def is_close(output: Tensor, wanted: Tensor) -> bool:
+    """Whether an output of parts is that of the model, to the rounding of its dtype."""
+    if output.shape != wanted.shape:
+        return False
+    if not wanted.is_floating_point():
+        return torch.equal(output, wanted)
+    scale = float(wanted.float().abs().nan_to_num(posinf=0.0).max()) if wanted.numel() else 0.0
+    tolerance = 1e-4 if torch.finfo(wanted.dtype).eps < 1e-5 else 0.05
+    return torch.allclose(output.float(), wanted.float(), rtol=tolerance, atol=tolerance * scale, equal_nan=True)

@@ -16,9 +16,8 @@ from allot.errors import UsageError
 from allot.methods.training.channel_gates import fisher
 from allot.network.call import call
 from allot.network.channels import ChannelPlan
-from allot.network.hooks import watched_inputs
+from allot.network.input_squares import Squares, input_norms, reduced, watched_squares
 from allot.network.layers import Group, Layer
-from allot.processes import all_reduce
 from allot.run.patterns import select
 from allot.run.problem import Candidate, Metrics, Problem
 from allot.run.scores import ChannelEvidence, ChannelScore, Evidence, WeightScore
@@ -29,38 +28,62 @@ from allot.run.store import State
 class Selection:
     """The method between allocating and repairing: layer by layer, or group by group, where no masks are there yet.
 
+    Where the score asks for input norms, each batch of calibration inputs is a step before the first layer.
+
+    Args:
+        by_inputs: whether the score is known to ask for input norms: then all steps are counted from the start.
+
     State:
         masks: layer -> mask, bool, shape of the weight.
         channels: group -> channels kept, ascending.
         squares: sums that the score asks for, as in `CollectedEvidence`.
     """
 
+    by_inputs: bool = False
+
     role = "select"
     needs_data = False
     parallel = True
+    streams = "given"
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
         """No layer done; an allocator that trains weights brings its masks."""
         steps = 0 if candidate.masks else len(problem.scope.groups or problem.scope.layers)
-        return {"step": 0, "steps": steps, "masks": dict(candidate.masks), "channels": {}, "squares": {}}
+        squares = {}
+        if steps and self.by_inputs:
+            squares["batches"] = 0
+            steps += problem.inputs().batches
+        return {"step": 0, "steps": steps, "masks": dict(candidate.masks), "channels": {}, "squares": squares}
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
-        """Select in one layer, or in one group of channels."""
+        """Select in one layer, or in one group of channels; before the first layer, a batch a step for its inputs."""
         if problem.scope.groups:
             return self._select_channels(problem, candidate, state)
-        layer = problem.scope.layers[state["step"]]
-        evidence = CollectedEvidence(problem, candidate, state["squares"])
+        evidence = CollectedEvidence(problem, candidate, state["squares"], by_batch=True)
+        begun = "batches" in state["squares"]
+        if begun and not evidence.complete:
+            return self._add_batch(evidence, state)
+        layer = problem.scope.layers[len(state["masks"])]
         kept = candidate.allocation.kept[layer.name]
-        score = scored(problem, layer, candidate.tensor(problem, layer.name), evidence)
+        try:
+            score = scored(problem, layer, candidate.tensor(problem, layer.name), evidence)
+        except Unfinished:
+            state["steps"] += problem.inputs().batches
+            return self._add_batch(evidence, state)
         state["masks"][layer.name] = problem.pattern.mask(layer, score, kept)
         state["step"] += 1
-        return {"forward": evidence.forward, "backward": 0, "kept": kept}
+        return {"forward": 0, "backward": 0, "kept": kept}
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         if not state["channels"]:
             return replace(candidate, masks=dict(state["masks"]))
         channels = {name: tuple(kept) for name, kept in state["channels"].items()}
         return replace(candidate, masks=channel_masks(problem, channels), channels=channels)
+
+    def _add_batch(self, evidence: CollectedEvidence, state: State) -> Metrics:
+        samples = evidence.add_batch()
+        state["step"] += 1
+        return {"forward": samples, "backward": 0, "kept": 0}
 
     def _select_channels(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         group = problem.scope.groups[state["step"]]
@@ -128,18 +151,26 @@ def channel_masks(problem: Problem, channels: Mapping[str, tuple[int, ...]]) -> 
     return {name: plan.mask(name, parameters[name].shape).to(parameters[name].device) for name in sorted(names)}
 
 
+class Unfinished(Exception):
+    """A score asks for sums to which batches are still to be added."""
+
+
 class CollectedEvidence:
     """The evidence of a candidate's net: runs the calibration inputs through it once, when a score first asks.
 
     Args:
-        squares: "inputs": layer -> sum of squared inputs, shape of the weight; "gates": group -> expected squared
-            gradient, `[C]`. Filled here: part of a method's state.
+        squares: "inputs": layer -> rows, like "0:24" -> sum of squared inputs, float64 `[groups, K]`; "batches": of
+            them, how many are in the sums; "gates": group -> expected squared gradient, `[C]`. Filled here: part of a
+            method's state.
+        by_batch: whether `input_norm` raises `Unfinished` until `add_batch` was called for every batch.
     Attributes:
         forward, backward: samples pushed so far.
     """
 
-    def __init__(self, problem: Problem, candidate: Candidate, squares: dict[str, dict[str, Tensor]]) -> None:
-        self.problem, self.candidate, self.squares = problem, candidate, squares
+    def __init__(
+        self, problem: Problem, candidate: Candidate, squares: dict[str, Any], *, by_batch: bool = False
+    ) -> None:
+        self.problem, self.candidate, self.squares, self.by_batch = problem, candidate, squares, by_batch
         self.seed = problem.seed
         self.forward = self.backward = 0
 
@@ -160,30 +191,37 @@ class CollectedEvidence:
         """Root of the summed squares of the inputs of each weight; shape of the weight.
 
         Raises:
-            UsageError: the layer is never reached.
+            UsageError: the layer is never reached, or a layer is not linear in its weight.
+            Unfinished: batches are missing, and are to be added one by one.
         """
-        if "inputs" not in self.squares:
-            self.squares["inputs"], forward = self._input_squares()
-            self.forward += forward
+        while not self.complete:
+            if self.by_batch:
+                raise Unfinished
+            self.forward += self.add_batch()
         if layer.name not in self.squares["inputs"]:
             raise UsageError(
                 f"{layer.name} is never reached by the calibration inputs, so it has no input norms. Exclude it, or "
                 "use the score 'magnitude'."
             )
-        return self.squares["inputs"][layer.name].sqrt()
+        return input_norms(layer, self.squares["inputs"][layer.name])
 
-    def _input_squares(self) -> tuple[dict[str, Tensor], int]:
-        """(layer -> sum of squared inputs, samples pushed)."""
-        problem, calibration = self.problem, self.problem.inputs()
-        sums: dict[str, Tensor] = {}
-        forward = 0
+    @property
+    def complete(self) -> bool:
+        """Whether every batch of the calibration inputs was pushed for input norms."""
+        return "inputs" in self.squares and self.squares["batches"] >= self.problem.inputs().batches
 
-        def visit(layer: Layer, squares: Tensor) -> None:
-            sums[layer.name] = sums.get(layer.name, 0) + squares.double()
-
-        with watched_inputs(problem.model, problem.scope, visit), torch.no_grad():
-            for k in range(calibration.batches):
-                inputs, samples = calibration.batch(k)
-                call(problem.model, self.candidate.effective(problem), inputs)
-                forward += samples
-        return dict(zip(sorted(sums), all_reduce([sums[name] for name in sorted(sums)]), strict=True)), forward
+    def add_batch(self) -> int:
+        """Add the inputs that the layers have in the next batch; returns how many samples that were."""
+        problem = self.problem
+        k = self.squares.setdefault("batches", 0)
+        inputs, samples = problem.inputs().batch(k)
+        new: Squares = {}
+        with watched_squares(problem.model, problem.scope, new), torch.no_grad():
+            call(problem.model, self.candidate.effective(problem), inputs)
+        sums = self.squares.setdefault("inputs", {})
+        for name, of_layer in reduced(new).items():
+            mine = sums.setdefault(name, {})
+            for rows, part in of_layer.items():
+                mine[rows] = mine[rows] + part if rows in mine else part
+        self.squares["batches"] = k + 1
+        return samples
