@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from allot import methods
 from allot.budget.budget import Budget
+from allot.methods.layerwise.blocks import size_of
+from allot.methods.layerwise.streamed import Streamed
+from allot.methods.layerwise.streamed_block import ModelPart
 from allot.methods.training.selection import Selection
 from allot.pruning.setup import make_problem
 from allot.run.calibration import Calibration
@@ -57,6 +60,23 @@ def single() -> nn.Module:
     return _filled(nn.Sequential(nn.Linear(6, 1), nn.Linear(1, 1), nn.Linear(1, 7)))
 
 
+def convolutions_in_blocks(*, norm: bool = True, reverse: bool = False) -> nn.Module:
+    """As `convolutions`; three of its layers are blocks that run one after another."""
+    return _filled(ConvolutionsInBlocks(norm=norm, reverse=reverse))
+
+
+def attention_in_blocks() -> nn.Module:
+    """As `attention`, with two blocks."""
+    return _filled(AttentionInBlocks())
+
+
+def tied_in_blocks() -> nn.Module:
+    """As `tied`; the two layers with one weight are a block."""
+    first = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    first[2].weight = first[0].weight
+    return _filled(nn.Sequential(first, nn.Sequential(nn.Linear(6, 3))))
+
+
 class Convolutions(nn.Module):
     def __init__(self, *, norm: bool, reverse: bool) -> None:
         super().__init__()
@@ -82,6 +102,64 @@ class Convolutions(nn.Module):
         x = torch.relu(self.norm2(self.depthwise(x)))
         x = torch.relu(self.norm3(self.pointwise(torch.relu(self.grouped(x)))))
         return self.out(x.mean((2, 3)))
+
+
+class ConvolutionsInBlocks(nn.Module):
+    def __init__(self, *, norm: bool, reverse: bool) -> None:
+        super().__init__()
+
+        def block(conv: nn.Module, channels: int) -> nn.Module:
+            return Normed(conv, nn.BatchNorm2d(channels) if norm else nn.Identity(), reverse=reverse)
+
+        depthwise = block(nn.Conv2d(8, 8, 3, groups=8, bias=False), 8)
+        grouped, pointwise = block(nn.Conv2d(8, 6, 3, groups=2), 6), block(nn.Conv2d(6, 9, 1), 9)
+        parts = {
+            "first": block(nn.Conv2d(3, 8, 3, padding=1, bias=not norm), 8),
+            "blocks": nn.ModuleList([depthwise, grouped, pointwise]),
+            "out": nn.Linear(9, 5),
+        }
+        for name in reversed(parts) if reverse else parts:
+            self.add_module(name, parts[name])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.out(x.mean((2, 3)))
+
+
+class Normed(nn.Module):
+    def __init__(self, conv: nn.Module, norm: nn.Module, *, reverse: bool) -> None:
+        super().__init__()
+        parts = {"conv": conv, "norm": norm}
+        for name in reversed(parts) if reverse else parts:
+            self.add_module(name, parts[name])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.norm(self.conv(x)))
+
+
+class AttentionInBlocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(AttentionBlock() for _ in range(2))
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.out(x.mean(1))
+
+
+class AttentionBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return x + self.attention(y, y, y, need_weights=False)[0]
 
 
 class Attention(nn.Module):
@@ -144,7 +222,16 @@ def _dead_rows(weight: Tensor) -> None:
     weight[: len(weight) // 2] = 0
 
 
-FEW = {"steps": 6, "rounds": 6, "generations": 2, "population": 4, "parents": 2, "crossovers": 2, "mutants": 2}
+FEW = {
+    "steps": 6,
+    "passes": 2,
+    "rounds": 6,
+    "generations": 2,
+    "population": 4,
+    "parents": 2,
+    "crossovers": 2,
+    "mutants": 2,
+}
 
 
 def short(method: Method) -> Method:
@@ -161,41 +248,64 @@ def short(method: Method) -> Method:
     return replace(method, **changed)
 
 
+def by_blocks(method: Method) -> Method:
+    """The method as a run has it: one that needs blocks is streamed."""
+    return Streamed(method, torch.device("cpu")) if getattr(method, "by_blocks", None) == "needed" else method
+
+
 ON_CHANNELS = " on channels"
-# every allocator for what it can allocate, every repair for both
+# every allocator for what it can allocate, every repair for both; what needs blocks as it is run on them
 METHODS = {
-    name + suffix: short(method)
+    name + suffix: by_blocks(short(method))
     for suffix, shared in (("", "weights"), (ON_CHANNELS, "channels"))
     for name, method in methods.METHODS.items()
     if method.role == "repair" or shared in getattr(method, "allocates", ("weights",))
 }
 
 
+def needs_blocks(name: str) -> bool:
+    return isinstance(METHODS.get(name), Streamed)
+
+
 @dataclass(frozen=True)
 class Case:
+    """A net and the shape of its inputs; `in_blocks`: a net like it for methods that need blocks, None: the same."""
+
     make: Callable[[], nn.Module]
     shape: tuple[int, ...]
+    in_blocks: Callable[[], nn.Module] | None = None
+
+    def model(self, name: str) -> nn.Module:
+        """The net that a method of this name is run on."""
+        return self.in_blocks() if self.in_blocks and needs_blocks(name) else self.make()
 
     def inputs(self, samples: int = 20) -> Tensor:
         return torch.randn(samples, *self.shape, generator=torch.Generator().manual_seed(7))
 
 
 PICTURE = (3, 7, 7)
+
+
+def _of_pictures(change: Callable[[Tensor], Any] = lambda weight: None, *, norm: bool = True) -> Case:
+    make, in_blocks = (_changed(change, partial(net, norm=norm)) for net in (convolutions, convolutions_in_blocks))
+    return Case(make, PICTURE, in_blocks)
+
+
 CASES = {
-    "with batch norm": Case(convolutions, PICTURE),
-    "without batch norm": Case(lambda: convolutions(norm=False), PICTURE),
+    "with batch norm": _of_pictures(),
+    "without batch norm": _of_pictures(norm=False),
     "linear chain": Case(chain, (6,)),
-    "attention": Case(attention, (5, 8)),
-    "tied weights": Case(tied, (6,)),
+    "attention": Case(attention, (5, 8), attention_in_blocks),
+    "tied weights": Case(tied, (6,), tied_in_blocks),
     "a layer with one weight": Case(single, (6,)),
     "recurrent, and experts": Case(recurrent, (5, 4)),
-    "zero weights": Case(_changed(torch.zero_), PICTURE),
-    "zero weights without batch norm": Case(_changed(torch.zero_, lambda: convolutions(norm=False)), PICTURE),
-    "equal weights": Case(_changed(lambda weight: weight.fill_(0.5)), PICTURE),
-    "weights above 1": Case(_changed(lambda weight: weight.mul_(30)), PICTURE),
+    "zero weights": _of_pictures(torch.zero_),
+    "zero weights without batch norm": _of_pictures(torch.zero_, norm=False),
+    "equal weights": _of_pictures(lambda weight: weight.fill_(0.5)),
+    "weights above 1": _of_pictures(lambda weight: weight.mul_(30)),
     "tiny weights": Case(_changed(lambda weight: weight.mul_(1e-12), chain), (6,)),
-    "one huge outlier": Case(_changed(_outlier), PICTURE),
-    "dead channels": Case(_changed(_dead_rows, lambda: convolutions(norm=False)), PICTURE),
+    "one huge outlier": _of_pictures(_outlier),
+    "dead channels": _of_pictures(_dead_rows, norm=False),
 }
 
 
@@ -214,18 +324,23 @@ def problem_of(
     inputs = CASES[case].inputs()
     calibration = Calibration.of(inputs, batch_size=batch_size)
     budget = budget_of(name, case, budget)
-    made = CASES[case].make() if model is None else model
+    made = CASES[case].model(name) if model is None else model
     return make_problem(made, Budget.parse(budget), pattern_of(name), calibration=calibration)
 
 
 def shared_problem(case: str = "with batch norm", budget: str = "sparsity=0.7", *, name: str) -> Problem:
-    """`problem_of`, made once for all methods on weights and once for all on channels."""
-    return _shared_problem(case, budget_of(name, case, budget), ON_CHANNELS if name.endswith(ON_CHANNELS) else "")
+    """`problem_of`, made once for all methods on weights and once for all on channels, and so for those on blocks."""
+    kind = next(other for other in METHODS if kind_of(other) == kind_of(name))
+    return _shared_problem(case, budget_of(name, case, budget), kind)
+
+
+def kind_of(name: str) -> tuple[bool, bool]:
+    return name.endswith(ON_CHANNELS), needs_blocks(name)
 
 
 @cache
-def _shared_problem(case: str, budget: str, suffix: str) -> Problem:
-    return problem_of(case, budget, name=suffix)
+def _shared_problem(case: str, budget: str, kind: str) -> Problem:
+    return problem_of(case, budget, name=kind)
 
 
 def budget_of(name: str, case: str, budget: str = "sparsity=0.7") -> str:
@@ -279,7 +394,7 @@ class Run:
         effective_before: its effective tensors from before the run, as bytes.
         result: what the method returned.
         candidate: the same with weights selected.
-        pushed: samples that went forward and backward through the model.
+        pushed: samples that went forward and backward through the model, see `counted`.
     """
 
     problem: Problem
@@ -302,29 +417,48 @@ def finished_run(name: str, case: str = "with batch norm") -> Run:
     given = before(name, problem)
     copied = copy.deepcopy(Candidate(given.allocation, given.masks, given.tensors, given.channels))
     effective = {key: bits(value) for key, value in given.effective(problem).items()}
-    pushed = {"forward": 0, "backward": 0}
-
-    def went(module: nn.Module, args: Any) -> None:
-        pushed["forward"] += len(args[0])
-
-    def came_back(gradient: Tensor) -> None:
-        pushed["backward"] += len(gradient)
-
-    def gives(module: nn.Module, args: Any, output: Tensor) -> None:
-        if output.requires_grad:
-            output.register_hook(came_back)
-
-    hooks = [problem.model.register_forward_pre_hook(went), problem.model.register_forward_hook(gives)]
     metrics: list[dict[str, Any]] = []
     watched, log = Watched(METHODS[name]), Log()
+    with untouched(problem), counted(problem, by_parts=needs_blocks(name)) as pushed:
+        result = drive(watched, problem, given, log=log, on_step=lambda progress: metrics.append(progress.metrics))
+    candidate = _selected(problem, result)
+    return Run(problem, given, copied, effective, result, candidate, log, metrics, watched.states, pushed)
+
+
+@contextmanager
+def counted(problem: Problem, *, by_parts: bool) -> Iterator[dict[str, int]]:
+    """Counts samples that go forward and backward through the model; filled on leaving.
+
+    Args:
+        by_parts: counts passes through its parts instead, each as the fraction of the model that the part is.
+    """
+    pushed, sums = {"forward": 0, "backward": 0}, {"forward": 0, "backward": 0}
+
+    def size(module: nn.Module) -> int:
+        return size_of(module) - module.sparse.nbytes if isinstance(module, ModelPart) else 1
+
+    def went(module: nn.Module, args: Any) -> None:
+        if isinstance(module, ModelPart) is by_parts and getattr(module, "count", 0) != 2:  # 2: blocks are looked for
+            sums["forward"] += len(args[0]) * size(module)
+
+    def gives(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(module, ModelPart) is by_parts and isinstance(output, Tensor) and output.requires_grad:
+            output.register_hook(partial(came_back, size(module)))
+
+    def came_back(bytes_of_part: int, gradient: Tensor) -> None:
+        sums["backward"] += len(gradient) * bytes_of_part
+
+    if by_parts:
+        register = nn.modules.module
+        hooks = [register.register_module_forward_pre_hook(went), register.register_module_forward_hook(gives)]
+    else:
+        hooks = [problem.model.register_forward_pre_hook(went), problem.model.register_forward_hook(gives)]
     try:
-        with untouched(problem):
-            result = drive(watched, problem, given, log=log, on_step=lambda progress: metrics.append(progress.metrics))
+        yield pushed
     finally:
         for hook in hooks:
             hook.remove()
-    candidate = _selected(problem, result)
-    return Run(problem, given, copied, effective, result, candidate, log, metrics, watched.states, pushed)
+        pushed |= {key: total // (size_of(problem.model) if by_parts else 1) for key, total in sums.items()}
 
 
 @dataclass

@@ -79,13 +79,14 @@ def test_a_run_that_goes_on_keeps_its_cut(tmp_path: Path, clock: list[float]):
     assert of(0.5, tmp_path / "part").report()["seconds"] == again.report()["seconds"]
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if "steps" in options_of(method)])
+@pytest.mark.parametrize("name", [name for name, m in METHODS.items() if {"steps", "passes"} & options_of(m).keys()])
 def test_every_method_that_trains_can_be_cut(name: str):
     trainings: list[int] = []
 
     def look(value: Any) -> None:
-        if isinstance(steps := getattr(value, "steps", None), int):
-            trainings.append(steps)
+        for count in (getattr(value, "steps", None), getattr(value, "passes", None)):
+            if isinstance(count, int):
+                trainings.append(count)
         if hasattr(value, "__dataclass_fields__"):
             for part in vars(value).values():
                 look(part)

@@ -3,6 +3,7 @@
 from allot.methods.admm import Admm
 from allot.methods.auto import Auto
 from allot.methods.batchnorm import BatchNorm
+from allot.methods.blocks import Blocks
 from allot.methods.channel_baselines import GlobalChannels, Sensitivity
 from allot.methods.distill import Distill
 from allot.methods.dsa import Dsa
@@ -67,6 +68,7 @@ METHODS: dict[str, Method] = {
     "weight-moments": WeightMoments(),
     "layerwise": Layerwise(),
     "lstsq": LeastSquares(),
+    "blocks": Blocks(),
     "distill": Distill(),
     "unipts": Unipts(),
 }

@@ -90,14 +90,15 @@ def shorten(chain: Chain, cut: Mapping[str, Any] | None) -> Chain:
 
 
 def scale_steps(value: Any, factor: float) -> Any:
-    """A method in which every part that trains takes `factor` times its `steps`, at least 1."""
+    """A method in which every part that trains takes `factor` times its `steps`, or `passes`, at least 1."""
     if isinstance(value, tuple):
         return tuple(scale_steps(part, factor) for part in value)
     if not is_dataclass(value) or isinstance(value, type) or factor == 1:
         return value
     changed = {f.name: scale_steps(getattr(value, f.name), factor) for f in fields(value) if f.init}
-    if isinstance(steps := changed.get("steps"), int):
-        changed["steps"] = max(1, round(factor * steps))
+    for name in ("steps", "passes"):
+        if isinstance(count := changed.get(name), int):
+            changed[name] = max(1, round(factor * count))
     return replace(value, **changed)
 
 

@@ -267,7 +267,10 @@ def whole_net() -> Iterator[tuple[dict[str, Any], str]]:
         {"method": "uniform", "score": "taylor", "pattern": "channels"},
         "score taylor needs the whole net; magnitude does not",
     )
-    yield {"repair": "bn,distill"}, "distill needs the whole net.*bn, bias, variance, layerwise, lstsq, weight-moments"
+    yield (
+        {"repair": "bn,distill"},
+        "distill needs the whole net.*bn, bias, variance, layerwise, lstsq, blocks, weight-moments",
+    )
     yield {"stream": "nonsense"}, "no such device"
     if not torch.cuda.is_available():
         yield {"stream": "cuda"}, "no such device"

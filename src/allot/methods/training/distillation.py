@@ -77,7 +77,7 @@ class Training(Distance):
             "tensors": weights | buffers,
             "mean": {name: torch.zeros_like(value) for name, value in weights.items()},
             "square": {name: torch.zeros_like(value) for name, value in weights.items()},
-            "scale": {name: _step_scale(value) for name, value in weights.items()},
+            "scale": {name: step_scale(value) for name, value in weights.items()},
         }
 
     def select(self, problem: Problem, state: State, evidence: Evidence, kept: Mapping[str, int]) -> dict[str, Tensor]:
@@ -122,8 +122,11 @@ class Training(Distance):
         Args:
             scale: factor on the loss. Adam does not see it in a gradient, so it is a factor on the step.
         """
+        self.descend(state, gradients, scale * self.learning_rate * warm_cosine(state["step"], self.steps))
+
+    def descend(self, state: State, gradients: Mapping[str, Tensor], lr: float) -> None:
+        """One step of this learning rate on the state's tensors, in place."""
         t = state["step"]
-        lr = scale * self.learning_rate * warm_cosine(t, self.steps)
         for name, gradient in gradients.items():
             value, mean = state["tensors"][name], state["mean"][name]
             if self.optimizer == "sgd":
@@ -192,7 +195,7 @@ def trained(problem: Problem) -> list[str]:
     return [name for name, parameter in problem.model.named_parameters() if parameter.is_floating_point()]
 
 
-def _step_scale(tensor: Tensor) -> float:
+def step_scale(tensor: Tensor) -> float:
     """Root mean square, which steps are a fraction of; biases and the like may start at zero and have to move."""
     scale = float(tensor.square().mean().sqrt())
     return max(scale, 1e-3) if tensor.dim() < 2 or not scale else scale
