@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ from allot.run.driver import drive
 from allot.run.problem import Candidate
 from allot.sources import zoo
 from allot.sources.load import load_model
+from benchmarks.apart import peak_from_here, resident
 
 BLOCK = 10
 
@@ -121,16 +121,11 @@ def peak(name: str, options: argparse.Namespace) -> int:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak counts from here
-        before = _resident("VmRSS")
+        peak_from_here()
+        before = resident("VmRSS")
     for _ in range(2 * BLOCK):
         step()
-    return (torch.cuda.max_memory_allocated() if options.device == "cuda" else _resident("VmHWM")) - before
-
-
-def _resident(what: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
-    return int(line.split()[1]) * 1024
+    return (torch.cuda.max_memory_allocated() if options.device == "cuda" else resident("VmHWM")) - before
 
 
 def main() -> None:

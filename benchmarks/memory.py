@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
 import json
 import logging
 import subprocess
@@ -37,6 +36,7 @@ from allot.run.driver import drive
 from allot.run.problem import Candidate
 from allot.run.store import write
 from allot.sources import zoo
+from benchmarks.apart import peak_from_here, resident
 from benchmarks.runs import SEEDS, Found, cell, fill, measured
 
 PAGE, CACHE = Path("docs/memory.md"), Path("benchmarks/measured/memory.json")
@@ -137,9 +137,8 @@ def cost(who: str, choices: dict[str, Any], side: int, steps: int, *, count: boo
     compute = Compute.of(choices)
     first = nn.Linear(3, 3)  # what is imported when a net is first looked at is there before anything counts
     make_problem(first, Budget(sparsity=0.5), Unstructured(), calibration=Calibration.of(torch.randn(2, 3)))
-    ctypes.CDLL(None).malloc_trim(0)  # Linux: what was freed before is no room for what comes
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before, times = _resident("VmRSS"), []
+    peak_from_here()
+    before, times = resident("VmRSS"), []
     with peak(torch.device("cpu"), model.parameters()) if count else nullcontext() as found:
         step = plain(model, calibration, compute.micro_batch) if who == "plain" else ours(model, calibration, compute)
         for _ in range(steps):
@@ -147,7 +146,7 @@ def cost(who: str, choices: dict[str, Any], side: int, steps: int, *, count: boo
             step()
             times.append(time.perf_counter() - started)
     if found is None:
-        return {"resident": _resident("VmHWM") - before, "seconds": min(times)}
+        return {"resident": resident("VmHWM") - before, "seconds": min(times)}
     return {"tensors": found.bytes - sum(p.numel() * p.element_size() for p in model.parameters())}
 
 
@@ -246,11 +245,6 @@ def accuracy_table(found: Found) -> list[str]:
             f"| {name} | {scores} | {cell([run['nll'] for run in own], digits=3)} | {seconds} | {cosine:.3f} |"
         )
     return lines
-
-
-def _resident(what: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
-    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":

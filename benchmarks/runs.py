@@ -11,12 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import allot
+from allot.errors import UsageError
 from allot.run.driver import Progress
 from allot.run.store import write
 from allot.sources import zoo
 
 Found = dict[str, dict[str, Any]]
 SEEDS = (0, 1, 2)
+POT = "weight-moments,layerwise,bn,bias"
+CHAINS: dict[str, dict[str, Any]] = {  # what a row of a table is called -> arguments of `allot.prune`
+    **{name: {"method": name} for name in ("erk", "pot", "fcpts", "unipts")},
+    "uniform+pot": {"allocate": "uniform", "repair": POT},
+    "uniform+fcpts": {"allocate": "uniform", "repair": "distill,bn"},  # what fcpts trains and repairs by
+}
 
 
 def measured(
@@ -73,6 +80,32 @@ def table(found: Found, rows: Mapping[str, str], nets: Sequence[str]) -> list[st
             lines.append(f"| {shown}{seeds} | {' | '.join(cells)} | {mean:.1f} |")
     heading = [f"| top-1 · nll | {' | '.join(nets)} | mean top-1 |", "|---|" + "--:|" * (len(nets) + 1)]
     return heading + lines if lines else []
+
+
+def chains_of(
+    names: Iterable[str], known: Mapping[str, Mapping[str, Any]], default: Mapping[str, Any], more: Iterable[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """Name -> arguments of `allot.prune`; a name is known, or ALLOCATOR+REPAIRS, or REPAIRS with the default's rest.
+
+    Args:
+        more: further ones as NAME=JSON.
+    Raises:
+        UsageError: text that is no NAME=JSON.
+
+    >>> chains_of(["uniform+admm"], {}, {"allocate": "erk"}, ['x={"method": "pot"}'])
+    {'uniform+admm': {'allocate': 'uniform', 'repair': 'admm'}, 'x': {'method': 'pot'}}
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name in names:
+        allocate, plus, repair = name.rpartition("+")
+        found[name] = dict(known.get(name) or {**default, **({"allocate": allocate} if plus else {}), "repair": repair})
+    for text in more:
+        name, _, given = text.partition("=")
+        try:
+            found[name] = dict(json.loads(given))
+        except ValueError as error:
+            raise UsageError(f'--chain {text!r}: NAME={{"repair": "admm"}} is accepted ({error}).') from error
+    return found
 
 
 def counting() -> tuple[dict[str, list[int]], Callable[[Progress], None]]:

@@ -15,7 +15,6 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from allot.methods.training.selection import Selection
 from allot.pruning.setup import make_problem
 from allot.run.driver import drive
 from allot.run.problem import Candidate, Method
+from benchmarks.apart import resident
 from benchmarks.simulated import NAME, OutOfDeviceMemory, Simulated
 
 MIB = 2**20
@@ -85,9 +85,8 @@ def measured(name: str, options: argparse.Namespace, *, whole: bool, limit: int)
             repair()
     seconds = time.monotonic() - started
     peak = torch.cuda.max_memory_allocated() if real else counted.peak
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     held = {"weights": size_of(model), "block": size_of(model.model.layers[0]), "fits": not refused and peak <= limit}
-    return {"peak": peak, "resident": 1024 * int(line.split()[1]), "seconds": seconds, **held}
+    return {"peak": peak, "resident": resident("VmHWM"), "seconds": seconds, **held}
 
 
 def row(name: str, *, whole: bool, limit: int) -> dict[str, Any]:

@@ -32,10 +32,9 @@ from allot.methods.unipts_search import Search
 from allot.run.problem import Rule
 from allot.sources import zoo
 from benchmarks import unipts_pictures
-from benchmarks.runs import SEEDS, Found, cell, counting, dense, fill, measured, table, values
+from benchmarks.runs import POT, SEEDS, Found, cell, counting, dense, fill, measured, table, values
 
 NETS = ("digits-resnet20", "glyph-resnet20", "glyph-mobilenetv2", "glyph-vit")
-POT = "weight-moments,layerwise,bn,bias"
 # rows of the main table, grouped by repair; the first of each group is its control
 CHAINS: dict[str, dict[str, Any]] = {
     "uniform + unipts": {"allocate": "uniform", "repair": "unipts,bn"},
