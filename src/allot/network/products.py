@@ -215,7 +215,11 @@ def _products_of(weight: Held, operand: Tensor, inputs: Tensor, version: int) ->
 
 
 def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else int(tensor._version)  # tensors of inference mode do not count changes
+    """Counts changes; tensors of inference mode do not, so that each use of one has another number."""
+    return -next(_uses) if tensor.is_inference() else int(tensor._version)
+
+
+_uses = itertools.count(1)
 
 
 def _matrix_product(first: int) -> Callable[[_Operators, Any, Any], None]:
