@@ -61,7 +61,8 @@ class Admm:
     Raises:
         UsageError: a value out of its range.
     State:
-        sites: names of the layers that are repaired together, in order of execution; empty before the first step.
+        sites: of `Site.to_state`: layers that are repaired together, in order of execution; empty before the first
+            step.
         tensors: layer -> refitted weight, shape of the weight.
         masks: layer -> mask, bool.
         errors: layer -> relative squared error of its outputs on the calibration inputs.
@@ -95,20 +96,21 @@ class Admm:
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         """First the order in which layers run; then one site: the layers that read the same inputs."""
         if not state["step"]:
-            state["sites"] = [list(site.layers) for site in sites_of(problem)]
+            state["sites"] = [site.to_state() for site in sites_of(problem)]
             state |= {"step": 1, "steps": 1 + len(state["sites"])}
             return {"forward": 1, "backward": 0}
-        site = sites_of(problem)[state["step"] - 1]
+        site = Site.from_state(state["sites"][state["step"] - 1])
         flags = {name: tensor for name, tensor in candidate.tensors.items() if name == FLAG}
         statistics = Statistics(problem, site, inputs=self.inputs, targets=self.targets)
         statistics.collect(flags | state["tensors"])
-        for name in site.layers:
-            layer = problem.scope[name]
-            solved = self._solved(problem, candidate, layer, site, statistics)
-            state["tensors"][name], state["masks"][name], state["errors"][name] = solved
         state["step"] += 1
-        error = max(state["errors"][name] for name in site.layers)
-        return {"forward": statistics.forward, "backward": 0, "error": error}
+        metrics: Metrics = {"forward": statistics.forward, "backward": 0}
+        if statistics.finite:  # else inputs are too large to be squared: the layers stay as they were selected
+            for name in site.layers:
+                solved = self._solved(problem, candidate, problem.scope[name], site, statistics)
+                state["tensors"][name], state["masks"][name], state["errors"][name] = solved
+            metrics["error"] = max(state["errors"][name] for name in site.layers)
+        return metrics
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         scope = {layer.name for layer in problem.scope}
@@ -129,11 +131,10 @@ class Admm:
             part: statistics.grams[site.source.get(part, part)] for part in statistics.energy if part[0] == layer.name
         }
         quadratic = Quadratic(W_d, parts, self.damping)
-        kept = candidate.allocation.kept[layer.name]
         if isinstance(problem.pattern, Channels):
-            mask = layer.matrix(candidate.masks[layer.name])
-            X = W_d * quadratic.n
+            X, mask = W_d * quadratic.n, layer.matrix(candidate.masks[layer.name])
         else:
+            kept = candidate.allocation.kept[layer.name]
             step = problem.pattern.feasible(layer)[0]
 
             def select(score: Tensor, k: int) -> Tensor:

@@ -28,6 +28,7 @@ from allot.network.call import call
 from allot.network.products import Product, watched_products
 from allot.processes import all_reduce
 from allot.run.problem import Problem
+from allot.run.store import State
 
 POSITIONS = 128  # for each column: fitting K weights to 128 K positions costs under 1 % of the error more than to all
 Part = tuple[str, int, int]  # layer, first row, last row + 1: rows that read the same inputs
@@ -46,6 +47,20 @@ class Site:
     layers: tuple[str, ...]
     source: Mapping[Part, Part]
     visits: int
+
+    def to_state(self) -> State:
+        """As lists, for a file: `from_state` is the inverse."""
+        return {
+            "layers": list(self.layers),
+            "source": [[*p, *q] for p, q in self.source.items()],
+            "visits": self.visits,
+        }
+
+    @classmethod
+    def from_state(cls, state: State) -> Site:
+        """The inverse of `to_state`."""
+        source = {tuple(names[:3]): tuple(names[3:]) for names in state["source"]}
+        return cls(tuple(state["layers"]), source, state["visits"])
 
 
 def sites_of(problem: Problem) -> list[Site]:
@@ -181,6 +196,12 @@ class Statistics:
             gram.cross += sums[0] + sums[1] if other is None else _wide(other).mT @ x
             gram.positions += x.shape[1]
             position += x.shape[1]
+
+    @property
+    def finite(self) -> bool:
+        """Whether no sum overflowed."""
+        sums = [tensor for gram in self.grams.values() for tensor in (*gram.halves, gram.cross)]
+        return all(bool(torch.isfinite(tensor).all()) for tensor in (*sums, *self.energy.values()))
 
     def _add_up(self) -> None:
         """Sums over all processes, which push a part of each batch each."""
