@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy
 import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor
@@ -279,8 +280,8 @@ def _highest(flat: Shaped[Tensor, " N"], k: int) -> Tensor:
             near.append(part[(part <= high) & (part >= low)])
         between = torch.cat(near)
         if 1 <= rank <= len(between):  # sorted or periodic entries may mislead the sample
-            return between.kthvalue(len(between) - rank + 1).values
-    return flat.kthvalue(flat.numel() - k + 1).values
+            return _kth_highest(between[None], rank)[0]
+    return _kth_highest(flat[None], k)[0]
 
 
 _NAN = "the score holds nan: weights cannot be ranked."
@@ -302,8 +303,15 @@ def _rows_at_once(matrix: Tensor) -> int:
 
 def _highest_of_rows(matrix: Shaped[Tensor, "rows cols"], k: int) -> Shaped[Tensor, " rows"]:
     """The k-th highest entry of each row, 1 <= k <= cols."""
-    parts = matrix.split(_rows_at_once(matrix))
-    return torch.cat([part.kthvalue(matrix.shape[1] - k + 1, dim=1).values for part in parts])
+    return torch.cat([_kth_highest(part, k) for part in matrix.split(_rows_at_once(matrix))])
+
+
+def _kth_highest(matrix: Shaped[Tensor, "rows cols"], k: int) -> Shaped[Tensor, " rows"]:
+    """The k-th highest entry of each row; on the CPU numpy selects several times faster than torch."""
+    place = matrix.shape[1] - k
+    if matrix.device.type == "cpu" and matrix.dtype in (torch.float32, torch.float64):
+        return torch.from_numpy(numpy.partition(matrix.detach().numpy(), place, axis=1)[:, place].copy())
+    return matrix.kthvalue(place + 1, dim=1).values
 
 
 def _best_of_rows(
@@ -317,9 +325,11 @@ def _best_of_rows(
             continue
         part = matrix[rows]
         cut = _highest_of_rows(part, count)[:, None]
-        above, equal = part > cut, part == cut
-        free = count - above.sum(1, keepdim=True)
-        mask[rows] = above | (equal & (equal.cumsum(1) <= free))
+        best = part >= cut
+        if int(best.sum()) > count * len(rows):  # several scores equal the last one that is kept
+            above, equal = part > cut, part == cut
+            best = above | (equal & (equal.cumsum(1) <= count - above.sum(1, keepdim=True)))
+        mask[rows] = best
     return mask
 
 
