@@ -14,8 +14,11 @@ dense net:
                     Z = (X + U) M;   U = U + X - Z;   X = (Y + rho (Z - U)) R
     W = (X + U) M, then conjugate gradients on the mask M, then divided by n
 
-Every row is a problem of its own but for M. No gradient, no step size. Outputs before each batch norm match the dense
-net's again, so that its statistics stay right.
+Where a batch norm follows, it takes the mean of every output away: X_s and X_d are taken minus their means, and the
+norm's running mean becomes that of the sparse net's outputs.
+
+Every row is a problem of its own but for M. No gradient, no step size. The variances of batch norms stay right, because
+outputs before them match the dense net's again.
 
 Differences from the paper's code:
     targets     outputs of the dense net for the dense net's inputs; there: of the dense weights for the inputs at hand
@@ -37,6 +40,7 @@ from torch import Tensor
 from allot.errors import UsageError, check_number
 from allot.methods.layerwise.grams import Gram, Part, Site, Statistics, sites_of
 from allot.methods.layerwise.streamed_block import FLAG
+from allot.network.hooks import watched_norms
 from allot.network.layers import Layer
 from allot.run.patterns import Channels
 from allot.run.problem import Candidate, Metrics, Problem
@@ -63,7 +67,8 @@ class Admm:
     State:
         sites: of `Site.to_state`: layers that are repaired together, in order of execution; empty before the first
             step.
-        tensors: layer -> refitted weight, shape of the weight.
+        norm_means: layer -> running mean of the batch norm that its output goes into.
+        tensors: parameter or buffer -> refitted value.
         masks: layer -> mask, bool.
         errors: layer -> relative squared error of its outputs on the calibration inputs.
     """
@@ -91,12 +96,16 @@ class Admm:
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
         """Nothing refitted; the first step finds the order of layers."""
-        return {"step": 0, "steps": 1 + len(problem.scope), "sites": [], "tensors": {}, "masks": {}, "errors": {}}
+        state: State = {"step": 0, "steps": 1 + len(problem.scope)}
+        return state | {"sites": [], "norm_means": {}, "tensors": {}, "masks": {}, "errors": {}}
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         """First the order in which layers run; then one site: the layers that read the same inputs."""
         if not state["step"]:
-            state["sites"] = [site.to_state() for site in sites_of(problem)]
+            after: dict[str, set[str]] = {}
+            with watched_norms(problem.model, problem.scope, after):
+                state["sites"] = [site.to_state() for site in sites_of(problem)]
+            state["norm_means"] = _norm_means(problem, after)
             state |= {"step": 1, "steps": 1 + len(state["sites"])}
             return {"forward": 1, "backward": 0}
         site = Site.from_state(state["sites"][state["step"] - 1])
@@ -107,8 +116,7 @@ class Admm:
         metrics: Metrics = {"forward": statistics.forward, "backward": 0}
         if statistics.finite:  # else inputs are too large to be squared: the layers stay as they were selected
             for name in site.layers:
-                solved = self._solved(problem, candidate, problem.scope[name], site, statistics)
-                state["tensors"][name], state["masks"][name], state["errors"][name] = solved
+                self._solve(problem, candidate, state, problem.scope[name], statistics)
             metrics["error"] = max(state["errors"][name] for name in site.layers)
         return metrics
 
@@ -120,17 +128,21 @@ class Admm:
         masks = {**candidate.masks, **state["masks"]}
         return replace(candidate, masks=masks, tensors=tensors | state["tensors"], diagnostics=diagnostics)
 
-    def _solved(
-        self, problem: Problem, candidate: Candidate, layer: Layer, site: Site, statistics: Statistics
-    ) -> tuple[Tensor, Tensor, float]:
-        """(weight, mask, relative error) of one layer."""
+    def _solve(
+        self, problem: Problem, candidate: Candidate, state: State, layer: Layer, statistics: Statistics
+    ) -> None:
+        """Put one layer's weight, mask and relative error into the state, and the mean of the norm after it."""
         dense = problem.dense[layer.name]
         W_d = layer.matrix(dense)
         W_d = W_d if W_d.dtype == torch.float64 else W_d.float()
-        parts = {
-            part: statistics.grams[site.source.get(part, part)] for part in statistics.energy if part[0] == layer.name
-        }
-        quadratic = Quadratic(W_d, parts, self.damping)
+        source = statistics.site.source
+        parts = {part: statistics.grams[source.get(part, part)] for part in statistics.energy if part[0] == layer.name}
+        energy = float(sum(statistics.energy[part] for part in parts))
+        norm_mean = state["norm_means"].get(layer.name)
+        if norm_mean:
+            energy -= sum(_energy_of_mean(W_d, part, gram) for part, gram in parts.items())
+        grams = {part: gram.centred() if norm_mean else gram for part, gram in parts.items()}
+        quadratic = Quadratic(W_d, grams, self.damping)
         if isinstance(problem.pattern, Channels):
             X, mask = W_d * quadratic.n, layer.matrix(candidate.masks[layer.name])
         else:
@@ -143,10 +155,37 @@ class Admm:
 
             X, mask = alternated(quadratic, select, kept, self.iterations)
         W = refined(quadratic, X, mask, self.refinement) / quadratic.n
-        energy = float(sum(statistics.energy[part] for part in parts))
-        error = quadratic.error(W, energy)
-        weight = layer.unmatrix(W).to(dense.dtype)
-        return weight.contiguous(), layer.unmatrix(mask).contiguous(), error
+        state["errors"][layer.name] = quadratic.error(W, energy)
+        state["tensors"][layer.name] = layer.unmatrix(W).to(dense.dtype).contiguous()
+        state["masks"][layer.name] = layer.unmatrix(mask).contiguous()
+        if norm_mean:
+            moved = problem.dense[norm_mean].clone()
+            for (_, first, last), gram in parts.items():
+                mean, dense_mean = gram.means
+                change = _outputs(W[first:last], mean) - _outputs(W_d[first:last], dense_mean)
+                moved[first:last] += change.to(moved.dtype)
+            state["tensors"][norm_mean] = moved
+
+
+def _norm_means(problem: Problem, after: Mapping[str, set[str]]) -> dict[str, str]:
+    """Layer -> running mean of the one batch norm that its output goes into."""
+    buffers = dict(problem.model.named_buffers())
+    means = {name: [f"{norm}.running_mean".lstrip(".") for norm in norms] for name, norms in after.items()}
+    return {
+        name: buffer[0]
+        for name, buffer in means.items()
+        if len(buffer) == 1 and buffer[0] in buffers and not problem.scope[name].aliases
+    }
+
+
+def _energy_of_mean(W_d: Tensor, part: Part, gram: Gram) -> float:
+    outputs = _outputs(W_d[part[1] : part[2]], gram.means[1])
+    return sum(gram.positions) * float(outputs.square().sum(dtype=torch.float64))
+
+
+def _outputs(rows: Tensor, mean: Float[Tensor, "groups K"]) -> Float[Tensor, " rows"]:
+    """The outputs of these rows for one column of inputs a group."""
+    return (rows.unflatten(0, (len(mean), -1)) * mean[:, None]).sum(2).flatten()
 
 
 def alternated(problem: Quadratic, select: Select, kept: int, T: int) -> tuple[Tensor, Tensor]:

@@ -102,17 +102,37 @@ class Gram:
     Attributes:
         halves: X_s X_s^T of the first and the second half of each batch; `[groups, K, K]`.
         cross: X_d X_s^T of all; the sum of `halves` where both nets have the same inputs.
-        positions: number of columns of X_s.
+        totals: sums of the columns of X_s, of each half; `[groups, K]`.
+        dense_total: sum of the columns of X_d.
+        positions: number of columns of X_s, of each half.
     """
 
     halves: list[Tensor]
     cross: Tensor
-    positions: int = 0
+    totals: list[Tensor]
+    dense_total: Tensor
+    positions: list[int]
 
     @classmethod
     def zeros(cls, groups: int, K: int, like: Tensor) -> Gram:
         """Nothing summed yet; device and dtype are those of `like`."""
-        return cls([like.new_zeros(groups, K, K) for _ in range(2)], like.new_zeros(groups, K, K))
+        squares, columns = ([like.new_zeros(*size) for _ in range(3)] for size in ((groups, K, K), (groups, K)))
+        return cls(squares[:2], squares[2], columns[:2], columns[2], [0, 0])
+
+    @property
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Mean columns of X_s and X_d; `[groups, K]`."""
+        count = max(1, sum(self.positions))
+        return (self.totals[0] + self.totals[1]) / count, self.dense_total / count
+
+    def centred(self) -> Gram:
+        """The sums for columns minus their mean."""
+        mean, dense_mean = self.means
+        halves = [
+            half - _outer(total, mean) - _outer(mean, total) + count * _outer(mean, mean)
+            for half, total, count in zip(self.halves, self.totals, self.positions, strict=True)
+        ]
+        return replace(self, halves=halves, cross=self.cross - sum(self.positions) * _outer(dense_mean, mean))
 
     @property
     def gram(self) -> Float[Tensor, "groups K K"]:
@@ -205,8 +225,11 @@ class Statistics:
             gram = self.grams.get(part) or self.grams.setdefault(part, Gram.zeros(len(x), x.shape[2], x))
             addend = x.mT @ x
             gram.halves[half] += addend
-            gram.cross += addend if other is None else _wide(other).mT @ x
-            gram.positions += x.shape[1]
+            gram.totals[half] += x.sum(1)
+            gram.positions[half] += x.shape[1]
+            dense = x if other is None else _wide(other)
+            gram.cross += addend if other is None else dense.mT @ x
+            gram.dense_total += dense.sum(1)
 
     @property
     def finite(self) -> bool:
@@ -224,8 +247,9 @@ class Statistics:
         like = _wide(self.problem.dense[self.site.layers[0]])
         for part in sorted(sizes):
             gram = self.grams.get(part) or self.grams.setdefault(part, Gram.zeros(*sizes[part], like))
-            *gram.halves, gram.cross, positions = all_reduce([*gram.halves, gram.cross, torch.tensor(gram.positions)])
-            gram.positions = int(positions)
+            sums = [*gram.halves, gram.cross, *gram.totals, gram.dense_total, torch.tensor(gram.positions)]
+            *gram.halves, gram.cross, one, two, gram.dense_total, positions = all_reduce(sums)
+            gram.totals, gram.positions = [one, two], positions.tolist()
         names = sorted(set().union(*all_gather_object(list(self.energy))))
         energy = [self.energy.get(name, like.new_zeros(()).double()) for name in names]
         self.energy = dict(zip(names, all_reduce(energy), strict=True))
@@ -252,6 +276,10 @@ def _cut(product: Product, start: int, stop: int) -> Product:
     """The product of these samples or positions."""
     inputs = product.inputs[start:stop] if product.window else product.inputs[..., start:stop, :]
     return replace(product, inputs=inputs, positions=product.positions * (stop - start) // _length(product))
+
+
+def _outer(one: Tensor, other: Tensor) -> Tensor:
+    return one[:, :, None] * other[:, None, :]
 
 
 class _LastProduct(Exception):
