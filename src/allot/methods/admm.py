@@ -12,6 +12,7 @@ dense net:
     X = W_d n;   U = 0
     t = 0 .. T-1:   while t < 3/4 T:  M = the k_t best of |X + U|,  k_t = k + (all - k) (1 - (t+1) / (3/4 T))^3
                     Z = (X + U) M;   U = U + X - Z;   X = (Y + rho (Z - U)) R
+    small layers: M after exchanges of two weights, until none lowers the error (layerwise/swaps.py)
     W = (X + U) M, then conjugate gradients on the mask M, then divided by n
 
 Where a batch norm follows, it takes the mean of every output away: X_s and X_d are taken minus their means, and the
@@ -24,7 +25,7 @@ Differences from the paper's code:
     targets     outputs of the dense net for the dense net's inputs; there: of the dense weights for the inputs at hand
     delta       measured: the share by which halves of the data disagree about G (`damping`); there: .01 of the mean
     pattern     any; k_t rises and falls in the steps of the pattern
-    finish      conjugate gradients; there: more iterations with the mask fixed
+    finish      exchanges in small layers, conjugate gradients; there: more iterations with the mask fixed
     layers      convolutions, attention, recurrent layers, experts; there: linear layers
 """
 
@@ -40,6 +41,7 @@ from torch import Tensor
 from allot.errors import UsageError, check_number
 from allot.methods.layerwise.grams import Gram, Part, Site, Statistics, sites_of
 from allot.methods.layerwise.streamed_block import FLAG
+from allot.methods.layerwise.swaps import exchanged, is_small
 from allot.network.hooks import watched_norms
 from allot.network.layers import Layer
 from allot.run.patterns import Channels
@@ -154,6 +156,10 @@ class Admm:
                 return layer.matrix(problem.pattern.mask(layer, layer.unmatrix(score), k))
 
             X, mask = alternated(quadratic, select, kept, self.iterations)
+            if is_small(layer, problem.pattern):
+                magnitude = (W_d * quadratic.n).abs()
+                starts = [mask, select(magnitude, kept), select(-magnitude, kept)]
+                mask = exchanged(quadratic.A_of_rows(), quadratic.Y, starts, layer, problem.pattern)
         W = refined(quadratic, X, mask, self.refinement) / quadratic.n
         state["errors"][layer.name] = quadratic.error(W, energy)
         state["tensors"][layer.name] = layer.unmatrix(W).to(dense.dtype).contiguous()
@@ -209,15 +215,18 @@ def refined(problem: Quadratic, X: Tensor, M: Tensor, steps: int) -> Tensor:
     r = (problem.Y - problem.times_A(X)) * M
     d, size = r, r.square().sum(1, keepdim=True)
     first = size
+    live = first > 0  # rows that are not solved yet
     for _ in range(steps):
-        if bool((size <= 1e-12 * first).all()):
-            break
         q = problem.times_A(d) * M
-        step = size / (d * q).sum(1, keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
+        curvature = (d * q).sum(1, keepdim=True)
+        live = live & (size > 1e-12 * first) & (curvature > torch.finfo(X.dtype).eps * d.square().sum(1, keepdim=True))
+        if not bool(live.any()):
+            break
+        step = (size / curvature).where(live, 0)
         X = X + step * d
         r = r - step * q
         size, before = r.square().sum(1, keepdim=True), size
-        d = r + size / before.clamp_min(torch.finfo(X.dtype).tiny) * d
+        d = r + (size / before).where(live, 0) * d
     return X
 
 
@@ -262,6 +271,13 @@ class Quadratic:
     def times_R(self, X: Float[Tensor, "rows K"]) -> Float[Tensor, "rows K"]:  # noqa: N802
         return _product(X, self._R)
 
+    def A_of_rows(self) -> Float[Tensor, "rows K K"]:  # noqa: N802
+        """The A of each row; for layers that are small."""
+        A = torch.eye(self.Y.shape[1], dtype=self.Y.dtype, device=self.Y.device).repeat(len(self.Y), 1, 1)
+        for rows, matrix in self._A:
+            A[rows] = matrix.repeat_interleave((rows.stop - rows.start) // len(matrix), 0)
+        return A
+
     def error(self, W: Tensor, energy: float) -> float:
         """|W X_s - W_d X_d|^2 over |W_d X_d|^2."""
         total = energy
@@ -283,12 +299,15 @@ def _product(X: Tensor, matrices: list[tuple[slice, Tensor]]) -> Tensor:
 def disagreement(gram: Gram, n: Float[Tensor, "groups K"]) -> Float[Tensor, " groups"]:
     """delta: how much of the distance of G from the identity, columns scaled by n, is noise of the sample.
 
-        s = |D|^2 / |S - I|^2,   delta = s / (1 - s)        S = G / (n n^T),  D the half difference of both halves
+        s = |D|^2 / |S - I|^2,   delta = s / (1 - s)        S = G / (n n^T),  D what both halves differ by
 
     After Ledoit and Wolf (2004): s is the weight of the identity in the best mix of it with S.
     """
     scale = n[:, :, None] * n[:, None, :]
-    S, D = gram.gram / scale, (gram.halves[0] - gram.halves[1]) / scale
+    one, other = gram.positions
+    # of halves of one size, half their difference
+    D = (gram.halves[0] / one - gram.halves[1] / other) * (one * other) ** 0.5 if one and other else gram.gram
+    S, D = gram.gram / scale, D / scale
     eye = torch.eye(S.shape[1], dtype=S.dtype, device=S.device)
     noise, distance = D.square().sum((1, 2)), (S - eye).square().sum((1, 2))
     share = (noise / distance.clamp_min(torch.finfo(S.dtype).tiny)).clamp(max=0.9)

@@ -8,8 +8,8 @@ Both are sums over positions, so that batches and processes add up, and no other
 read the same inputs share G and C. A convolution is unrolled: K = C_in/groups * kernel, one G a group; parts of a
 weight that read other inputs (the three projections of an attention, experts) have a G each.
 
-G is summed in two halves, over the first and the second half of each batch: how far the halves differ says how far G is
-from the one that other samples would give. Of an odd number, one half has more in every other batch.
+G is summed in two halves, over every other batch, or over the two halves of one batch: how far they differ says how far
+G is from the one that other samples would give.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Gram:
     """Sums over the positions of one input.
 
     Attributes:
-        halves: X_s X_s^T of the first and the second half of each batch; `[groups, K, K]`.
+        halves: X_s X_s^T of the two halves; `[groups, K, K]`.
         cross: X_d X_s^T of all; the sum of `halves` where both nets have the same inputs.
         totals: sums of the columns of X_s, of each half; `[groups, K]`.
         dense_total: sum of the columns of X_d.
@@ -198,7 +198,9 @@ class Statistics:
             every = max(1, positions // (POSITIONS * K))
             count = _length(product)
             first, total = (count * number // (high - low) for number in (low, samples))
-            middle = min(max((total + k % 2) // 2 - first, 0), count)
+            middle = min(max(total // 2 - first, 0), count)
+            if self.problem.inputs().batches > 1:
+                middle = 0 if k % 2 else count
             for half, (start, stop) in enumerate(((0, middle), (middle, count))):
                 offset = k if product.window else (k - first - start) % every  # the grid is that of one process
                 x, d = (_cut(whole, start, stop) for whole in (product, partner))
