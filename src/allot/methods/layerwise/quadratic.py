@@ -82,9 +82,7 @@ class Quadratic:
         deltas = []
         for rows, gram in self._grams:
             G = gram.gram
-            energy = G.diagonal(dim1=1, dim2=2)  # [groups, K]
-            floor = 1e-3 * energy.mean()  # a column that these samples do not use
-            n = (energy + floor if floor > 0 else torch.ones_like(energy)).sqrt()
+            n = column_norms(G)
             S = G / (n[:, :, None] * n[:, None, :])
             delta = disagreement(gram, n) if damping is None else S.new_full((len(S),), damping)
             eye = torch.eye(S.shape[1], dtype=S.dtype, device=S.device)
@@ -120,6 +118,13 @@ def _product(X: Tensor, matrices: list[tuple[slice, Tensor]]) -> Tensor:
     for rows, matrix in matrices:
         product[rows] = (X[rows].unflatten(0, (len(matrix), -1)) @ matrix).flatten(0, 1)
     return product
+
+
+def column_norms(G: Float[Tensor, "groups K K"]) -> Float[Tensor, "groups K"]:
+    """n: root of the diagonal of G, with a floor for a column that these samples do not use."""
+    energy = G.diagonal(dim1=1, dim2=2)  # [groups, K]
+    floor = 1e-3 * energy.mean()
+    return (energy + floor if floor > 0 else torch.ones_like(energy)).sqrt()
 
 
 def disagreement(gram: Gram, n: Float[Tensor, "groups K"]) -> Float[Tensor, " groups"]:
