@@ -83,7 +83,6 @@ class LayerErrors:
 
     role = "allocate"
     needs_data = True
-    parallel = True
 
     def __post_init__(self) -> None:
         densities: Any = self.densities
@@ -270,7 +269,7 @@ def together(sites: Sequence[Site]) -> Site:
 
 
 class DenseStatistics(Statistics):
-    """Statistics of the dense net; products are added while the pass runs, so that no inputs are kept."""
+    """Statistics of the dense net, of one process; products are added while the pass runs: no inputs are kept."""
 
     def __init__(self, problem: Problem, site: Site) -> None:
         super().__init__(problem, site, inputs="dense", targets="dense")
@@ -292,7 +291,6 @@ class DenseStatistics(Statistics):
             with suppress(_LastProduct), watched_products(self.problem.model, layers, visit):
                 call(self.problem.model, {}, batch)
             self.forward += samples
-        self._add_up()
         return self.forward
 
     def parts(self, name: str) -> dict[Part, Gram]:
