@@ -88,16 +88,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--nets", nargs="+", choices=NETS, default=NETS)
     parser.add_argument("--sparsity", nargs="+", type=float, default=SPARSITIES)
-    parser.add_argument("--methods", nargs="+", default=METHODS, help="repairs, ALLOCATOR+REPAIRS or recipes")
+    parser.add_argument("--methods", nargs="*", default=METHODS, help="repairs, ALLOCATOR+REPAIRS or recipes")
+    parser.add_argument("--chain", action="append", default=[], metavar="NAME=JSON", help="a further method")
     parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=SEEDS)
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--cache", type=Path, default=Path("benchmarks/measured/layerwise.json"))
     options = parser.parse_args(arguments)
     log_to_stderr()
-    chains = chains_of(options.methods, CHAINS, {"allocate": "erk"})
+    chains = chains_of(options.methods, CHAINS, {"allocate": "erk"}, options.chain)
     runs = cells(options.nets, options.sparsity, chains, options.seeds)
     found = measured(runs, measure, options.cache, options.workers)
-    sys.stdout.write("\n".join(page(found, options.nets, options.sparsity, options.methods)) + "\n")
+    sys.stdout.write("\n".join(page(found, options.nets, options.sparsity, list(chains))) + "\n")
 
 
 if __name__ == "__main__":

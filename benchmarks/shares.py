@@ -9,6 +9,7 @@ their cells, so that a stopped command resumes.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 from allot.methods.layer_errors import WEIGHTINGS
 from benchmarks import layerwise, real_nets
-from benchmarks.runs import CHAINS, SEEDS
+from benchmarks.runs import SEEDS
 
 REAL = (*real_nets.LOADERS, "face")
 ALLOCATIONS: dict[str, dict[str, Any]] = {  # row -> arguments of `allot.prune`
@@ -35,20 +36,22 @@ ALLOCATIONS: dict[str, dict[str, Any]] = {  # row -> arguments of `allot.prune`
 
 def commands(options: argparse.Namespace) -> list[tuple[Any, list[str]]]:
     """(the benchmark that measures them, its arguments), for nets of the zoo and for others."""
-    rows = [f"{name} + admm" for name in options.allocations]
+    rows = ["--methods"]  # none of the usual ones
+    for name in options.allocations:
+        rows += ["--chain", f"{name} + admm={json.dumps(ALLOCATIONS[name])}"]
+    rows += ["--seeds", *map(str, options.seeds)]
+    budgets = [str(sparsity) for sparsity in options.sparsity or ()]
     zoo, real = ([net for net in options.nets if (net in REAL) is is_real] for is_real in (False, True))
     found: list[tuple[Any, list[str]]] = []
-    seeds = [str(seed) for seed in options.seeds]
-    budgets = [str(sparsity) for sparsity in options.sparsity or ()]
     if zoo:
-        given = ["--sparsity", *budgets] if budgets else []
-        cache = ["--workers", str(options.workers), "--cache", str(options.cache)]
-        found.append((layerwise, ["--nets", *zoo, "--methods", *rows, "--seeds", *seeds, *given, *cache]))
+        more = ["--workers", str(options.workers), "--cache", str(options.cache)]
+        more += ["--sparsity", *budgets] if budgets else []
+        found.append((layerwise, ["--nets", *zoo, *rows, *more]))
     if real:
-        given = ["--budget", *budgets] if budgets else []
-        given += ["--photos", str(options.photos)] if options.photos else []
-        given += ["--side", str(options.side), "--out", str(options.out)]
-        found.append((real_nets, ["--nets", *real, "--methods", *rows, "--seeds", *seeds, *given]))
+        more = ["--side", str(options.side), "--out", str(options.out)]
+        more += ["--photos", str(options.photos)] if options.photos else []
+        more += ["--budget", *budgets] if budgets else []
+        found.append((real_nets, ["--nets", *real, *rows, *more]))
     return found
 
 
@@ -70,7 +73,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--side", type=int, default=128, help="pixels of a crop, for lite0")
     parser.add_argument("--out", type=Path, default=Path("runs/shares"), help="cells of the other nets")
     options = parser.parse_args(arguments)
-    CHAINS.update({f"{name} + admm": chain for name, chain in ALLOCATIONS.items()})
     return max((benchmark.main(given) or 0 for benchmark, given in commands(options)), default=0)
 
 
