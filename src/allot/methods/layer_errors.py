@@ -78,7 +78,7 @@ class LayerErrors:
     densities: tuple[float, ...] = (0.0, 0.01, 0.02, 0.04, 0.07, 0.12, 0.2, 0.35, 0.6)
     iterations: int = 4
     refinement: int = 10
-    weighting: str = "log"
+    weighting: str = "relative"
     memory: int = 2**29
 
     role = "allocate"
