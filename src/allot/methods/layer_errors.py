@@ -29,14 +29,14 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from allot.errors import UsageError, check_number
-from allot.methods.layerwise.grams import Gram, Part, Site, Statistics, part_of, sites_of
+from allot.methods.layerwise.grams import Gram, LastProduct, Part, Site, Statistics, by_expert, part_of, sites_of
 from allot.methods.layerwise.quadratic import RHO, Quadratic, column_norms, disagreement, refined, selects
 from allot.methods.training.distillation import Training
 from allot.methods.training.selection import allocated
@@ -206,11 +206,11 @@ def halved(parts: Mapping[Part, Gram]) -> tuple[dict[Part, Gram], dict[Part, Ten
     largest = max((float(half.abs().max()) for gram in parts.values() for half in gram.halves), default=0.0) or 1.0
     for part, gram in parts.items():
         first, second = (half / largest for half in gram.halves)
-        whole = Gram([first, second], first + second, gram.positions)
+        whole = replace(gram, halves=[first, second], cross=first + second)
         deltas.append(2 * float(disagreement(whole, column_norms(whole.gram)).mean()))
         if not first.any() or not second.any():
             first = second = whole.gram
-        fitted[part] = Gram([first, torch.zeros_like(first)], first, gram.positions)
+        fitted[part] = replace(gram, halves=[first, torch.zeros_like(first)], cross=first)
         judged[part] = second
     return fitted, judged, max(deltas)
 
@@ -281,14 +281,15 @@ class DenseStatistics(Statistics):
             batch, samples = self.problem.inputs().batch(k)
             remaining = self.site.visits
 
-            def visit(product: Product, k: int = k) -> None:
+            def visit(product: Product, k: int = k, samples: int = samples) -> None:
                 nonlocal remaining
-                self._add(part_of(product), [product], [product], k)
+                for one in by_expert(product):
+                    self._add(part_of(one), [one], [one], k, samples)
                 remaining -= 1
                 if not remaining:
-                    raise _LastProduct
+                    raise LastProduct
 
-            with suppress(_LastProduct), watched_products(self.problem.model, layers, visit):
+            with suppress(LastProduct), watched_products(self.problem.model, layers, visit):
                 call(self.problem.model, {}, batch)
             self.forward += samples
         return self.forward
@@ -298,7 +299,3 @@ class DenseStatistics(Statistics):
         parts = {part: self.grams[self.site.source.get(part, part)] for part in self.energy if part[0] == name}
         sums = [tensor for gram in parts.values() for tensor in gram.halves]
         return parts if all(bool(torch.isfinite(tensor).all()) for tensor in sums) else {}
-
-
-class _LastProduct(Exception):
-    """No product of the site is left in this pass."""

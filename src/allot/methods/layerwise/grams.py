@@ -70,7 +70,7 @@ def sites_of(problem: Problem) -> list[Site]:
 
     def visit(product: Product) -> None:
         alive.append(product.inputs)
-        for one in _by_expert(product):
+        for one in by_expert(product):
             keys.setdefault(part_of(one), []).append(one.key)
 
     with watched_products(problem.model, problem.scope, visit):
@@ -176,14 +176,14 @@ class Statistics:
 
         def visit(product: Product) -> None:
             nonlocal remaining
-            for one in _by_expert(product):
+            for one in by_expert(product):
                 products.setdefault(part_of(one), []).append(one)
             remaining -= 1
             if not remaining:
-                raise _LastProduct
+                raise LastProduct
 
         layers = [problem.scope[name] for name in site.layers]
-        with suppress(_LastProduct), watched_products(problem.model, layers, visit):
+        with suppress(LastProduct), watched_products(problem.model, layers, visit):
             call(problem.model, tensors, batch)
         return products
 
@@ -257,7 +257,7 @@ class Statistics:
         self.energy = dict(zip(names, all_reduce(energy), strict=True))
 
 
-def _by_expert(product: Product) -> list[Product]:
+def by_expert(product: Product) -> list[Product]:
     """The products of single experts: which of them are computed at once depends on the samples."""
     if product.groups == 1 or not product.layer.kind.startswith("experts"):
         return [product]
@@ -284,7 +284,7 @@ def _outer(one: Tensor, other: Tensor) -> Tensor:
     return one[:, :, None] * other[:, None, :]
 
 
-class _LastProduct(Exception):
+class LastProduct(Exception):
     """No product of the site is left in this pass."""
 
 
