@@ -75,7 +75,7 @@ def test_an_error_is_that_of_outputs_on_samples_that_the_weight_was_not_fitted_t
     mixing = torch.randn(6, 6)
     fit, judge = torch.randn(50, 6) @ mixing, torch.randn(50, 6) @ mixing
     W_d = torch.randn(3, 6)
-    parts = {("w", 0, 3): Gram([(fit.T @ fit)[None], (judge.T @ judge)[None]], torch.zeros(1, 6, 6))}
+    parts = {("w", 0, 3): Gram.of(fit, judge)}
     seen = []
     for kept, W, error in refits(W_d, parts, largest, [4, 9, 15], 6, 30):
         seen.append(kept)
@@ -99,7 +99,7 @@ def largest(score: Tensor, kept: int) -> Tensor:
 
 
 def test_no_layer_needs_its_second_half_where_there_is_one_position():
-    gram = Gram([torch.zeros(1, 3, 3), torch.eye(3)[None]], torch.eye(3)[None])
+    gram = Gram.of(torch.zeros(0, 3), torch.eye(3))
     [(_, W, error)] = refits(torch.tensor([[3.0, 2.0, 1.0]]), {("w", 0, 1): gram}, largest, [2], 8, 8)
     assert (W != 0).tolist() == [[True, True, False]] and error == pytest.approx(1 / 14, abs=0.01)
 

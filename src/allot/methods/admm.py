@@ -8,7 +8,7 @@ dense net:
     min over W with k nonzeros    |W X_s - W_d X_d|^2 + damping             W_d dense weight, [rows, K]
     G = X_s X_s^T,  C = X_d X_s^T                                           sums over all positions
     n = sqrt(diag G);   A = G / (n n^T) + delta I;   Y = (W_d C) / n + delta W_d n
-    R = (A + rho I)^-1,   rho = 1
+    R = (A + rho I)^-1,   rho = 1 + delta, the diagonal of A
     X = W_d n;   U = 0
     t = 0 .. T-1:   while t < 3/4 T:  M = the k_t best of |X + U|,  k_t = k + (all - k) (1 - (t+1) / (3/4 T))^3
                     Z = (X + U) M;   U = U + X - Z;   X = (Y + rho (Z - U)) R

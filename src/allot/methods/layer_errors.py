@@ -37,7 +37,7 @@ from torch import Tensor
 
 from allot.errors import UsageError, check_number
 from allot.methods.layerwise.grams import Gram, LastProduct, Part, Site, Statistics, by_expert, part_of, sites_of
-from allot.methods.layerwise.quadratic import RHO, Quadratic, column_norms, disagreement, refined, selects
+from allot.methods.layerwise.quadratic import Quadratic, column_norms, disagreement, refined, selects
 from allot.methods.training.distillation import Training
 from allot.methods.training.selection import allocated
 from allot.methods.training.separable import Curve, best_densities
@@ -191,7 +191,7 @@ def refits(
             M = select((X + U).abs(), kept)
             Z = (X + U) * M
             U = U + X - Z
-            X = quadratic.times_R(quadratic.Y + RHO * (Z - U))
+            X = quadratic.times_R(quadratic.Y + quadratic.rho * (Z - U))
         W = refined(quadratic, X + U, M, refinement) / quadratic.n
         yield kept, W * size, relative_error(W, W_d, judged)
 

@@ -74,7 +74,7 @@ def test_the_gram_of_a_convolution_is_that_of_its_patches(name: str):
     (gram,) = statistics.grams.values()
     torch.testing.assert_close(gram.gram[0], columns.t() @ columns, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(gram.cross, gram.gram)
-    assert gram.positions == len(columns)
+    assert sum(gram.positions) == len(columns)
     (energy,) = statistics.energy.values()
     outputs = columns @ model.weight.detach().movedim(1, -1).flatten(1).t()
     assert float(energy) == pytest.approx(float(outputs.square().sum()), rel=1e-5)
@@ -88,15 +88,23 @@ def test_a_grouped_convolution_has_a_gram_for_each_group():
         torch.testing.assert_close(gram.gram[g], columns.t() @ columns, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("size", [3, 8])
 @pytest.mark.parametrize("shape", [(5,), (3, 5)])
-def test_the_gram_of_a_linear_layer_is_that_of_all_positions_in_two_halves(shape: tuple[int, ...]):
+def test_the_gram_of_a_linear_layer_is_that_of_all_positions_in_two_halves(shape: tuple[int, ...], size: int):
     x = drawn(8, *shape)
-    problem = posed(nn.Linear(5, 3), x)
+    problem = posed(nn.Linear(5, 3), x, batch_size=size)
     (gram,) = collected(problem, "weight")[0].grams.values()
     batches = [problem.inputs().batch(k)[0].reshape(-1, 5) for k in range(problem.inputs().batches)]
-    for half, part in zip(gram.halves, (slice(None, 1), slice(1, None)), strict=True):
-        halves = [batch.chunk(2)[part][0] for batch in batches]
-        torch.testing.assert_close(half[0], sum(columns.t() @ columns for columns in halves))
+    if len(batches) == 1:
+        batches = list(batches[0].chunk(2))
+    for number in range(2):
+        columns = torch.cat(batches[number::2])
+        torch.testing.assert_close(gram.halves[number][0], columns.t() @ columns, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(gram.totals[number][0], columns.sum(0), rtol=1e-4, atol=1e-4)
+        assert gram.positions[number] == len(columns)
+    centred = x.reshape(-1, 5) - x.reshape(-1, 5).mean(0)
+    torch.testing.assert_close(gram.centred().gram[0], centred.t() @ centred, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gram.centred().cross[0], centred.t() @ centred, rtol=1e-4, atol=1e-4)
     flat = x.reshape(-1, 5)
     torch.testing.assert_close(gram.gram[0], flat.t() @ flat, rtol=1e-4, atol=1e-4)
 
@@ -202,7 +210,7 @@ def test_the_gram_of_a_weight_that_is_used_twice_adds_both_uses():
     with torch.no_grad():
         h = torch.relu(model.fc(x))
     torch.testing.assert_close(gram.gram[0], x.t() @ x + h.t() @ h, rtol=1e-4, atol=1e-4)
-    assert gram.positions == 16
+    assert sum(gram.positions) == 16
 
 
 def test_halves_are_equal_for_batches_of_one_sample():
@@ -310,11 +318,13 @@ def test_a_part_of_the_positions_gives_nearly_the_same(layer: str, monkeypatch: 
     part, _ = collected(problem, layer)
     (one,), (other,) = whole.grams.values(), part.grams.values()
     K = one.gram.shape[1]
-    assert 3 * K <= other.positions < one.positions
-    scaled = other.gram / other.positions - one.gram / one.positions
-    assert float(scaled.norm() / (one.gram / one.positions).norm()) < 1.5 * (K / other.positions) ** 0.5  # of draws
+    assert 3 * K <= sum(other.positions) < sum(one.positions)
+    scaled = other.gram / sum(other.positions) - one.gram / sum(one.positions)
+    assert (
+        float(scaled.norm() / (one.gram / sum(one.positions)).norm()) < 1.5 * (K / sum(other.positions)) ** 0.5
+    )  # of draws
     few, all_of_them = (
-        float(next(iter(s.energy.values()))) / next(iter(s.grams.values())).positions for s in (part, whole)
+        float(next(iter(s.energy.values()))) / sum(next(iter(s.grams.values())).positions) for s in (part, whole)
     )
     assert few == pytest.approx(all_of_them, rel=0.2)
 

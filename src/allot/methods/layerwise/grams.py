@@ -119,6 +119,13 @@ class Gram:
         squares, columns = ([like.new_zeros(*size) for _ in range(3)] for size in ((groups, K, K), (groups, K)))
         return cls(squares[:2], squares[2], columns[:2], columns[2], [0, 0])
 
+    @classmethod
+    def of(cls, first: Float[Tensor, "positions K"], second: Float[Tensor, "positions2 K"]) -> Gram:
+        """Of the columns of two halves, which both nets share."""
+        halves = [(x.mT @ x)[None] for x in (first, second)]
+        totals = [x.sum(0)[None] for x in (first, second)]
+        return cls(halves, halves[0] + halves[1], totals, totals[0] + totals[1], [len(first), len(second)])
+
     @property
     def means(self) -> tuple[Tensor, Tensor]:
         """Mean columns of X_s and X_d; `[groups, K]`."""

@@ -15,7 +15,6 @@ from allot.methods.layerwise.grams import Gram, Part
 from allot.network.layers import Layer
 from allot.run.patterns import Pattern
 
-RHO = 1.0
 Select = Callable[[Tensor, int], Tensor]  # (scores [rows, K], kept) -> mask [rows, K]
 
 
@@ -41,7 +40,7 @@ def alternated(problem: Quadratic, select: Select, kept: int, T: int) -> tuple[T
             M = select((X + U).abs(), round(k_t))
         Z = (X + U) * M
         U += X - Z
-        X = problem.times_R(problem.Y + RHO * (Z - U))
+        X = problem.times_R(problem.Y + problem.rho * (Z - U))
     return X + U, M
 
 
@@ -72,6 +71,7 @@ class Quadratic:
     Attributes:
         n: norm of each column, `[rows, K]`.
         Y: `[rows, K]`.
+        rho: `[rows, 1]`.
         damping: delta, the mean over the parts.
     """
 
@@ -79,6 +79,7 @@ class Quadratic:
         self.W_d = W_d
         self.n = torch.ones_like(W_d)  # rows that no product computes stay as they are: A = I
         self.Y = W_d.clone()
+        self.rho = torch.ones_like(W_d[:, :1])
         self._grams = [(slice(start, stop), gram) for (_, start, stop), gram in parts.items()]
         self._A: list[tuple[slice, Tensor]] = []
         self._R: list[tuple[slice, Tensor]] = []
@@ -91,11 +92,13 @@ class Quadratic:
             eye = torch.eye(S.shape[1], dtype=S.dtype, device=S.device)
             A = S + delta[:, None, None] * eye
             self._A.append((rows, A))
-            self._R.append((rows, torch.cholesky_inverse(torch.linalg.cholesky(A + RHO * eye))))
+            rho = (1 + delta)[:, None, None]  # the diagonal of A: with less, weights that are removed come back in turn
+            self._R.append((rows, torch.cholesky_inverse(torch.linalg.cholesky(A + rho * eye))))
             dense = W_d[rows].unflatten(0, (len(S), -1))  # [groups, rows, K]
             Y = dense @ gram.cross / n[:, None] + delta[:, None, None] * dense * n[:, None]
             self.n[rows] = n[:, None].expand_as(dense).flatten(0, 1)
             self.Y[rows] = Y.flatten(0, 1)
+            self.rho[rows] = rho.expand(-1, dense.shape[1], 1).flatten(0, 1)
             deltas.append(float(delta.mean()))
         self.damping = sum(deltas) / max(1, len(deltas))
 
