@@ -79,7 +79,7 @@ class Rows:
     """Any weight within each output row, k or k + 1 of them a row, so that rows add up to the layer's count.
 
     The rows that keep k + 1 are those with the highest (k+1)-th best scores; of equal ones the lower rows. Wanda (Sun
-    et al., ICLR 2024) compares weights within rows; for Linear layers this is the default of the recipe `llm`.
+    et al., ICLR 2024) compares weights within rows; the recipe `llm` does.
 
     >>> layer = Layer("fc.weight", (2, 3), "linear")
     >>> Rows().mask(layer, torch.tensor([[3.0, 1.0, 5.0], [0.2, 0.4, 0.3]]), 3).int().tolist()
