@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor
@@ -279,8 +281,16 @@ def _highest(flat: Shaped[Tensor, " N"], k: int) -> Tensor:
             near.append(part[(part <= high) & (part >= low)])
         between = torch.cat(near)
         if 1 <= rank <= len(between):  # sorted or periodic entries may mislead the sample
-            return between.kthvalue(len(between) - rank + 1).values
-    return flat.kthvalue(flat.numel() - k + 1).values
+            return _kth_highest(between, rank)
+    return _kth_highest(flat, k)
+
+
+def _kth_highest(values: Shaped[Tensor, "*rows n"], k: int) -> Shaped[Tensor, "*rows"]:
+    """The k-th highest entry along the last dimension, 1 <= k <= n; no entry is nan."""
+    place = values.shape[-1] - k
+    if values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64):  # ten times as fast there
+        return torch.as_tensor(np.partition(values.detach().numpy(), place, axis=-1)[..., place].copy())
+    return values.kthvalue(place + 1).values
 
 
 _NAN = "the score holds nan: weights cannot be ranked."
@@ -303,7 +313,7 @@ def _rows_at_once(matrix: Tensor) -> int:
 def _highest_of_rows(matrix: Shaped[Tensor, "rows cols"], k: int) -> Shaped[Tensor, " rows"]:
     """The k-th highest entry of each row, 1 <= k <= cols."""
     parts = matrix.split(_rows_at_once(matrix))
-    return torch.cat([part.kthvalue(matrix.shape[1] - k + 1, dim=1).values for part in parts])
+    return torch.cat([_kth_highest(part, k) for part in parts])
 
 
 def _best_of_rows(
@@ -315,16 +325,26 @@ def _best_of_rows(
         rows = (counts == count).nonzero().flatten()
         if not count or not len(rows):
             continue
-        part = matrix[rows]
+        part = matrix if len(rows) == len(matrix) else matrix[rows]
         cut = _highest_of_rows(part, count)[:, None]
-        above, equal = part > cut, part == cut
-        free = count - above.sum(1, keepdim=True)
-        mask[rows] = above | (equal & (equal.cumsum(1) <= free))
+        best = part >= cut
+        if int(best.count_nonzero()) > count * len(part):  # entries equal to the cut are too many in a row
+            above, equal = part > cut, part == cut
+            best = above | (equal & (equal.cumsum(1) <= count - above.sum(1, keepdim=True)))
+        mask[rows] = best
     return mask
 
 
 def _best_per_group(score: Shaped[Tensor, "*groups m"], kept: int) -> Bool[Tensor, "*groups m"]:
     """Mask of the `kept` highest scores along the last dimension; equal scores go to the lower index."""
+    if score.shape[-1] <= 8:  # a few comparisons cost less than sorting
+        entries = score.movedim(-1, 0).contiguous()
+        better = torch.zeros_like(entries, dtype=torch.int8)  # how many entries of its group are better
+        for i, j in itertools.combinations(range(len(entries)), 2):
+            first = entries[i] >= entries[j]
+            better[i] += ~first
+            better[j] += first
+        return (better < kept).movedim(0, -1).contiguous()
     best = score.argsort(dim=-1, descending=True, stable=True)[..., :kept]
     return torch.zeros_like(score, dtype=torch.bool).scatter(-1, best, True)
 
