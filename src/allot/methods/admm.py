@@ -201,17 +201,16 @@ class Quadratic:
         self._R: list[tuple[slice, Tensor]] = []
         deltas = []
         for rows, gram in self._grams:
-            G = gram.gram
-            energy = G.diagonal(dim1=1, dim2=2)  # [groups, K]
+            S = gram.gram  # G so far; changed in place from here, as K x K may be most of the memory
+            energy = S.diagonal(dim1=1, dim2=2)  # [groups, K]
             floor = 1e-3 * energy.mean()  # a column that these samples do not use
             n = (energy + floor if floor > 0 else torch.ones_like(energy)).sqrt()
-            S = G / (n[:, :, None] * n[:, None, :])
-            delta = disagreement(gram, n) if damping is None else S.new_full((len(S),), damping)
-            eye = torch.eye(S.shape[1], dtype=S.dtype, device=S.device)
-            A = S + delta[:, None, None] * eye
+            S /= n[:, :, None] * n[:, None, :]
+            delta = disagreement(gram, S, n) if damping is None else S.new_full((len(S),), damping)
+            A = plus_diagonal(S, delta[:, None])
             self._A.append((rows, A))
-            self._R.append((rows, torch.cholesky_inverse(torch.linalg.cholesky(A + RHO * eye))))
-            dense = W_d[rows].unflatten(0, (len(S), -1))  # [groups, rows, K]
+            self._R.append((rows, torch.cholesky_inverse(torch.linalg.cholesky(plus_diagonal(A.clone(), RHO)))))
+            dense = W_d[rows].unflatten(0, (len(A), -1))  # [groups, rows, K]
             Y = dense @ gram.cross / n[:, None] + delta[:, None, None] * dense * n[:, None]
             self.n[rows] = n[:, None].expand_as(dense).flatten(0, 1)
             self.Y[rows] = Y.flatten(0, 1)
@@ -242,16 +241,23 @@ def _product(X: Tensor, matrices: list[tuple[slice, Tensor]]) -> Tensor:
     return product
 
 
-def disagreement(gram: Gram, n: Float[Tensor, "groups K"]) -> Float[Tensor, " groups"]:
+def plus_diagonal(matrices: Float[Tensor, "groups K K"], value: Tensor | float) -> Float[Tensor, "groups K K"]:
+    """The matrices, with the value added to their diagonals in place."""
+    matrices.diagonal(dim1=1, dim2=2).add_(value)
+    return matrices
+
+
+def disagreement(gram: Gram, S: Float[Tensor, "groups K K"], n: Float[Tensor, "groups K"]) -> Float[Tensor, " groups"]:
     """delta: how much of the distance of G from the identity, columns scaled by n, is noise of the sample.
 
         s = |D|^2 / |S - I|^2,   delta = s / (1 - s)        S = G / (n n^T),  D the half difference of both halves
 
     After Ledoit and Wolf (2004): s is the weight of the identity in the best mix of it with S.
     """
-    scale = n[:, :, None] * n[:, None, :]
-    S, D = gram.gram / scale, (gram.halves[0] - gram.halves[1]) / scale
-    eye = torch.eye(S.shape[1], dtype=S.dtype, device=S.device)
-    noise, distance = D.square().sum((1, 2)), (S - eye).square().sum((1, 2))
+    D = gram.halves[0] - gram.halves[1]
+    D /= n[:, :, None] * n[:, None, :]
+    noise = D.square_().sum((1, 2))
+    del D
+    distance = plus_diagonal(S.clone(), -1.0).square_().sum((1, 2))
     share = (noise / distance.clamp_min(torch.finfo(S.dtype).tiny)).clamp(max=0.9)
     return (share / (1 - share)).clamp_min(1e-3)
