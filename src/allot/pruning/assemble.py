@@ -13,7 +13,8 @@ import torch
 from allot.budget.allocation import Allocation
 from allot.errors import UsageError, unknown
 from allot.methods import METHODS, RECIPES
-from allot.methods.layerwise.streamed import WAYS, Streamed, by_blocks, usable
+from allot.methods.layerwise.streamed import WAYS, Streamed, by_blocks
+from allot.methods.layerwise.streamed_block import usable
 from allot.methods.rules import Given
 from allot.methods.training.selection import Selection
 from allot.run import patterns
