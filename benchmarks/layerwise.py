@@ -30,9 +30,14 @@ METHODS = ("admm", "uniform+admm", "lstsq", "pot", "uniform+pot", "fcpts", "unif
 Cell = tuple[str, tuple[str, float, dict[str, Any], int]]  # key, (net, sparsity, arguments of `prune`, seed)
 
 
-def cells(nets: Sequence[str], sparsities: Sequence[float], chains: Mapping[str, dict[str, Any]]) -> Iterator[Cell]:
+def cells(
+    nets: Sequence[str],
+    sparsities: Sequence[float],
+    chains: Mapping[str, dict[str, Any]],
+    seeds: Sequence[int] = SEEDS,
+) -> Iterator[Cell]:
     """Every run, seed by seed, so that a stopped command has whole rows of the first seeds."""
-    for seed in SEEDS:
+    for seed in seeds:
         for sparsity in sparsities:
             for name, chain in chains.items():
                 for net in nets:
@@ -83,14 +88,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--nets", nargs="+", choices=NETS, default=NETS)
     parser.add_argument("--sparsity", nargs="+", type=float, default=SPARSITIES)
-    parser.add_argument("--methods", nargs="+", default=METHODS, help="repairs, ALLOCATOR+REPAIRS or recipes")
+    parser.add_argument("--methods", nargs="*", default=METHODS, help="repairs, ALLOCATOR+REPAIRS or recipes")
+    parser.add_argument("--chain", action="append", default=[], metavar="NAME=JSON", help="a further method")
+    parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=SEEDS)
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--cache", type=Path, default=Path("benchmarks/measured/layerwise.json"))
     options = parser.parse_args(arguments)
     log_to_stderr()
-    chains = chains_of(options.methods, CHAINS, {"allocate": "erk"})
-    found = measured(cells(options.nets, options.sparsity, chains), measure, options.cache, options.workers)
-    sys.stdout.write("\n".join(page(found, options.nets, options.sparsity, options.methods)) + "\n")
+    chains = chains_of(options.methods, CHAINS, {"allocate": "erk"}, options.chain)
+    runs = cells(options.nets, options.sparsity, chains, options.seeds)
+    found = measured(runs, measure, options.cache, options.workers)
+    sys.stdout.write("\n".join(page(found, options.nets, options.sparsity, list(chains))) + "\n")
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--photos", type=Path, help="folder of photographs, for lite0; see below")
     parser.add_argument("--nets", nargs="+", choices=[*LOADERS, "face"], default=["crepe", "lite0", "face"])
-    parser.add_argument("--methods", nargs="+", default=METHODS, help="repairs, ALLOCATOR+REPAIRS or recipes")
+    parser.add_argument("--methods", nargs="*", default=METHODS, help="repairs, ALLOCATOR+REPAIRS or recipes")
     parser.add_argument("--chain", action="append", default=[], metavar="NAME=JSON", help="a further method")
     parser.add_argument("--budget", nargs="+", type=float, help="sparsities like 0.9; each net has its own by default")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])

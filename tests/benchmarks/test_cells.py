@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import itertools
 import json
 import math
 import subprocess
@@ -15,13 +16,15 @@ import torch
 from benchmarks.nets.net import Net, agreement, outputs_of
 from benchmarks.nets.smollm2 import RULES
 from benchmarks.nets.smollm2 import measure as perplexity
+from benchmarks.runs import chains_of
 from torch import nn
 
 from allot.errors import UsageError
-from benchmarks import apart, language_model, layerwise, real_nets
+from allot.pruning.assemble import assemble
+from benchmarks import apart, language_model, layerwise, real_nets, shares
 
 
-@pytest.mark.parametrize("name", ["runs", "apart", "language_model", "real_nets", "layerwise", "controls"])
+@pytest.mark.parametrize("name", ["runs", "apart", "language_model", "real_nets", "layerwise", "controls", "shares"])
 def test_examples_in_docstrings_run(name: str):
     assert doctest.testmod(importlib.import_module(f"benchmarks.{name}")).failed == 0
 
@@ -192,3 +195,25 @@ def test_pages_of_the_zoo_show_what_was_measured_and_no_more(monkeypatch):
     lines = layerwise.page({key: run for key in keys if "admm" in key}, ["a", "b"], [0.9], ["admm", "pot"])
     assert "| admm | 90.0 ± 0.0 · 0.50 ± 0.00 | 90.0 ± 0.0 · 0.50 ± 0.00 | 90.0 |" in lines
     assert "| admm | 20.0 % | 5.0 / 0.1 | 3 |" in lines and not any("pot" in line for line in lines)
+
+
+def test_allocations_are_measured_by_the_benchmark_of_each_net(monkeypatch):
+    given = {}
+    monkeypatch.setattr(layerwise, "main", lambda arguments: given.update(zoo=arguments))
+    monkeypatch.setattr(real_nets, "main", lambda arguments: given.update(real=arguments) or 1)
+    nets = ["--nets", "glyph-vit", "crepe", "face", "--allocations", "erk", "fcpts, 40 steps"]
+    assert shares.main([*nets, "--seeds", "1", "--sparsity", "0.9", "--out", "cells"]) == 1
+    assert given["zoo"][:3] == ["--nets", "glyph-vit", "--methods"] and given["real"][:3] == ["--nets", "crepe", "face"]
+    for arguments in given.values():
+        chains = [text for flag, text in itertools.pairwise(arguments) if flag == "--chain"]
+        assert chains_of([], {}, {}, chains) == {
+            "erk + admm": {"allocate": "erk", "repair": "admm"},
+            "fcpts, 40 steps + admm": {"allocate": "fcpts", "repair": "admm", "options": {"fcpts": {"steps": 40}}},
+        }
+    assert {"--sparsity", "--workers", "--cache"} <= set(given["zoo"]) and {"--budget", "--out"} <= set(given["real"])
+
+
+@pytest.mark.parametrize("name", shares.ALLOCATIONS)
+def test_every_allocation_is_a_chain_that_exists(name):
+    chain = dict(shares.ALLOCATIONS[name])
+    assert assemble("erk", **chain).names.repair == ("admm",)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from allot.budget.budget import Budget
 from allot.budget.costs import Term
 from allot.errors import UsageError
-from allot.methods.knapsack import Knapsack, best_densities, lower_hull
+from allot.methods.knapsack import Knapsack
+from allot.methods.training.separable import best_densities, lower_hull
 from allot.network.applied_masks import masked
 from allot.network.call import call
 from allot.run.driver import drive

@@ -5,12 +5,15 @@ from allot.methods.auto import Auto
 from allot.methods.batchnorm import BatchNorm
 from allot.methods.blocks import Blocks
 from allot.methods.channel_baselines import GlobalChannels, Sensitivity
+from allot.methods.depth import Depth
 from allot.methods.distill import Distill
 from allot.methods.dsa import Dsa
 from allot.methods.fcpts import Fcpts, FcptsPaper
 from allot.methods.knapsack import Knapsack
+from allot.methods.layer_errors import LayerErrors
 from allot.methods.lstsq import LeastSquares
 from allot.methods.moments import OutputMoments
+from allot.methods.owl import Owl
 from allot.methods.pot import Layerwise, WeightMoments
 from allot.methods.rules import erk, global_magnitude, global_normalised, lamp, uniform
 from allot.methods.training.distillation import Training
@@ -31,7 +34,10 @@ METHODS: dict[str, Method] = {
     "global": Rule(global_magnitude),
     "global-normalised": Rule(global_normalised),
     "equal-counts": Rule(equal_counts),
+    "depth": Depth(),
+    "owl": Owl(),
     "knapsack": Knapsack(),
+    "layer-errors": LayerErrors(),
     "auto": Auto(
         (("erk", Rule(erk)), ("lamp", Rule(lamp)), ("uniform", Rule(uniform))),
         Trial(Training(steps=40), Schedule(ramp=8.0), (BatchNorm(), OutputMoments(scale=True))),

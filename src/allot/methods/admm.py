@@ -12,22 +12,26 @@ dense net:
     X = W_d n;   U = 0
     t = 0 .. T-1:   while t < 3/4 T:  M = the k_t best of |X + U|,  k_t = k + (all - k) (1 - (t+1) / (3/4 T))^3
                     Z = (X + U) M;   U = U + X - Z;   X = (Y + rho (Z - U)) R
+    small layers: M after exchanges of two weights, until none lowers the error (layerwise/swaps.py)
     W = (X + U) M, then conjugate gradients on the mask M, then divided by n
 
-Every row is a problem of its own but for M. No gradient, no step size. Outputs before each batch norm match the dense
-net's again, so that its statistics stay right.
+Where a batch norm follows, it takes the mean of every output away: X_s and X_d are taken minus their means, and the
+norm's running mean becomes that of the sparse net's outputs.
+
+Every row is a problem of its own but for M. No gradient, no step size. The variances of batch norms stay right, because
+outputs before them match the dense net's again.
 
 Differences from the paper's code:
     targets     outputs of the dense net for the dense net's inputs; there: of the dense weights for the inputs at hand
     delta       measured: the share by which halves of the data disagree about G (`damping`); there: .01 of the mean
     pattern     any; k_t rises and falls in the steps of the pattern
-    finish      conjugate gradients; there: more iterations with the mask fixed
+    finish      exchanges in small layers, conjugate gradients; there: more iterations with the mask fixed
     layers      convolutions, attention, recurrent layers, experts; there: linear layers
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,14 +40,14 @@ from torch import Tensor
 
 from allot.errors import UsageError, check_number
 from allot.methods.layerwise.grams import Gram, Part, Site, Statistics, sites_of
+from allot.methods.layerwise.quadratic import Quadratic, alternated, refined, selects
 from allot.methods.layerwise.streamed_block import FLAG
+from allot.methods.layerwise.swaps import exchanged, is_small
+from allot.network.hooks import watched_norms
 from allot.network.layers import Layer
 from allot.run.patterns import Channels
 from allot.run.problem import Candidate, Metrics, Problem
 from allot.run.store import State
-
-RHO = 1.0
-Select = Callable[[Tensor, int], Tensor]  # (scores [rows, K], kept) -> mask [rows, K]
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,8 @@ class Admm:
     State:
         sites: of `Site.to_state`: layers that are repaired together, in order of execution; empty before the first
             step.
-        tensors: layer -> refitted weight, shape of the weight.
+        norm_means: layer -> running mean of the batch norm that its output goes into.
+        tensors: parameter or buffer -> refitted value.
         masks: layer -> mask, bool.
         errors: layer -> relative squared error of its outputs on the calibration inputs.
     """
@@ -92,12 +97,16 @@ class Admm:
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
         """Nothing refitted; the first step finds the order of layers."""
-        return {"step": 0, "steps": 1 + len(problem.scope), "sites": [], "tensors": {}, "masks": {}, "errors": {}}
+        state: State = {"step": 0, "steps": 1 + len(problem.scope)}
+        return state | {"sites": [], "norm_means": {}, "tensors": {}, "masks": {}, "errors": {}}
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         """First the order in which layers run; then one site: the layers that read the same inputs."""
         if not state["step"]:
-            state["sites"] = [site.to_state() for site in sites_of(problem)]
+            after: dict[str, set[str]] = {}
+            with watched_norms(problem.model, problem.scope, after):
+                state["sites"] = [site.to_state() for site in sites_of(problem)]
+            state["norm_means"] = _norm_means(problem, after)
             state |= {"step": 1, "steps": 1 + len(state["sites"])}
             return {"forward": 1, "backward": 0}
         site = Site.from_state(state["sites"][state["step"] - 1])
@@ -108,8 +117,7 @@ class Admm:
         metrics: Metrics = {"forward": statistics.forward, "backward": 0}
         if statistics.finite:  # else inputs are too large to be squared: the layers stay as they were selected
             for name in site.layers:
-                solved = self._solved(problem, candidate, problem.scope[name], site, statistics)
-                state["tensors"][name], state["masks"][name], state["errors"][name] = solved
+                self._solve(problem, candidate, state, problem.scope[name], statistics)
             metrics["error"] = max(state["errors"][name] for name in site.layers)
         return metrics
 
@@ -121,143 +129,59 @@ class Admm:
         masks = {**candidate.masks, **state["masks"]}
         return replace(candidate, masks=masks, tensors=tensors | state["tensors"], diagnostics=diagnostics)
 
-    def _solved(
-        self, problem: Problem, candidate: Candidate, layer: Layer, site: Site, statistics: Statistics
-    ) -> tuple[Tensor, Tensor, float]:
-        """(weight, mask, relative error) of one layer."""
+    def _solve(
+        self, problem: Problem, candidate: Candidate, state: State, layer: Layer, statistics: Statistics
+    ) -> None:
+        """Put one layer's weight, mask and relative error into the state, and the mean of the norm after it."""
         dense = problem.dense[layer.name]
         W_d = layer.matrix(dense)
         W_d = W_d if W_d.dtype == torch.float64 else W_d.float()
-        parts = {
-            part: statistics.grams[site.source.get(part, part)] for part in statistics.energy if part[0] == layer.name
-        }
-        quadratic = Quadratic(W_d, parts, self.damping)
+        source = statistics.site.source
+        parts = {part: statistics.grams[source.get(part, part)] for part in statistics.energy if part[0] == layer.name}
+        energy = float(sum(statistics.energy[part] for part in parts))
+        norm_mean = state["norm_means"].get(layer.name)
+        if norm_mean:
+            energy -= sum(_energy_of_mean(W_d, part, gram) for part, gram in parts.items())
+        grams = {part: gram.centred() if norm_mean else gram for part, gram in parts.items()}
+        quadratic = Quadratic(W_d, grams, self.damping)
         if isinstance(problem.pattern, Channels):
             X, mask = W_d * quadratic.n, layer.matrix(candidate.masks[layer.name])
         else:
-            kept = candidate.allocation.kept[layer.name]
-            step = problem.pattern.feasible(layer)[0]
-
-            def select(score: Tensor, k: int) -> Tensor:
-                k = min(-(-k // step) * step, layer.total)
-                return layer.matrix(problem.pattern.mask(layer, layer.unmatrix(score), k))
-
+            kept, select = candidate.allocation.kept[layer.name], selects(problem.pattern, layer)
             X, mask = alternated(quadratic, select, kept, self.iterations)
+            if is_small(layer, problem.pattern):
+                magnitude = (W_d * quadratic.n).abs()
+                starts = [mask, select(magnitude, kept), select(-magnitude, kept)]
+                mask = exchanged(quadratic.A_of_rows(), quadratic.Y, starts, layer, problem.pattern)
         W = refined(quadratic, X, mask, self.refinement) / quadratic.n
-        energy = float(sum(statistics.energy[part] for part in parts))
-        error = quadratic.error(W, energy)
-        weight = layer.unmatrix(W).to(dense.dtype)
-        return weight.contiguous(), layer.unmatrix(mask).contiguous(), error
+        state["errors"][layer.name] = quadratic.error(W, energy)
+        state["tensors"][layer.name] = layer.unmatrix(W).to(dense.dtype).contiguous()
+        state["masks"][layer.name] = layer.unmatrix(mask).contiguous()
+        if norm_mean:
+            moved = problem.dense[norm_mean].clone()
+            for (_, first, last), gram in parts.items():
+                mean, dense_mean = gram.means
+                change = _outputs(W[first:last], mean) - _outputs(W_d[first:last], dense_mean)
+                moved[first:last] += change.to(moved.dtype)
+            state["tensors"][norm_mean] = moved
 
 
-def alternated(problem: Quadratic, select: Select, kept: int, T: int) -> tuple[Tensor, Tensor]:
-    """(X + U, M) after T iterations; both `[rows, K]`, columns times n."""
-    X = problem.W_d * problem.n
-    U, M = torch.zeros_like(X), torch.ones_like(X, dtype=torch.bool)
-    total, moving = X.numel(), max(1, round(0.75 * T))
-    for t in range(T):
-        if t < moving:
-            k_t = kept + (total - kept) * (1 - (t + 1) / moving) ** 3
-            M = select((X + U).abs(), round(k_t))
-        Z = (X + U) * M
-        U += X - Z
-        X = problem.times_R(problem.Y + RHO * (Z - U))
-    return X + U, M
+def _norm_means(problem: Problem, after: Mapping[str, set[str]]) -> dict[str, str]:
+    """Layer -> running mean of the one batch norm that its output goes into."""
+    buffers = dict(problem.model.named_buffers())
+    means = {name: [f"{norm}.running_mean".lstrip(".") for norm in norms] for name, norms in after.items()}
+    return {
+        name: buffer[0]
+        for name, buffer in means.items()
+        if len(buffer) == 1 and buffer[0] in buffers and not problem.scope[name].aliases
+    }
 
 
-def refined(problem: Quadratic, X: Tensor, M: Tensor, steps: int) -> Tensor:
-    """Conjugate gradients for min <X A, X> - 2 <Y, X> on the mask M, every row by itself."""
-    X = X * M
-    r = (problem.Y - problem.times_A(X)) * M
-    d, size = r, r.square().sum(1, keepdim=True)
-    first = size
-    for _ in range(steps):
-        if bool((size <= 1e-12 * first).all()):
-            break
-        q = problem.times_A(d) * M
-        step = size / (d * q).sum(1, keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
-        X = X + step * d
-        r = r - step * q
-        size, before = r.square().sum(1, keepdim=True), size
-        d = r + size / before.clamp_min(torch.finfo(X.dtype).tiny) * d
-    return X
+def _energy_of_mean(W_d: Tensor, part: Part, gram: Gram) -> float:
+    outputs = _outputs(W_d[part[1] : part[2]], gram.means[1])
+    return sum(gram.positions) * float(outputs.square().sum(dtype=torch.float64))
 
 
-class Quadratic:
-    """The layer error as a function of X = W n; the parts of a weight that read other inputs have a G each.
-
-    Attributes:
-        n: norm of each column, `[rows, K]`.
-        Y: `[rows, K]`.
-        damping: delta, the mean over the parts.
-    """
-
-    def __init__(self, W_d: Float[Tensor, "rows K"], parts: Mapping[Part, Gram], damping: float | None) -> None:
-        self.W_d = W_d
-        self.n = torch.ones_like(W_d)  # rows that no product computes stay as they are: A = I
-        self.Y = W_d.clone()
-        self._grams = [(slice(start, stop), gram) for (_, start, stop), gram in parts.items()]
-        self._A: list[tuple[slice, Tensor]] = []
-        self._R: list[tuple[slice, Tensor]] = []
-        deltas = []
-        for rows, gram in self._grams:
-            S = gram.gram  # G so far; changed in place from here, as K x K may be most of the memory
-            energy = S.diagonal(dim1=1, dim2=2)  # [groups, K]
-            floor = 1e-3 * energy.mean()  # a column that these samples do not use
-            n = (energy + floor if floor > 0 else torch.ones_like(energy)).sqrt()
-            S /= n[:, :, None] * n[:, None, :]
-            delta = disagreement(gram, S, n) if damping is None else S.new_full((len(S),), damping)
-            A = plus_diagonal(S, delta[:, None])
-            self._A.append((rows, A))
-            self._R.append((rows, torch.cholesky_inverse(torch.linalg.cholesky(plus_diagonal(A.clone(), RHO)))))
-            dense = W_d[rows].unflatten(0, (len(A), -1))  # [groups, rows, K]
-            Y = dense @ gram.cross / n[:, None] + delta[:, None, None] * dense * n[:, None]
-            self.n[rows] = n[:, None].expand_as(dense).flatten(0, 1)
-            self.Y[rows] = Y.flatten(0, 1)
-            deltas.append(float(delta.mean()))
-        self.damping = sum(deltas) / max(1, len(deltas))
-
-    def times_A(self, X: Float[Tensor, "rows K"]) -> Float[Tensor, "rows K"]:  # noqa: N802
-        return _product(X, self._A)
-
-    def times_R(self, X: Float[Tensor, "rows K"]) -> Float[Tensor, "rows K"]:  # noqa: N802
-        return _product(X, self._R)
-
-    def error(self, W: Tensor, energy: float) -> float:
-        """|W X_s - W_d X_d|^2 over |W_d X_d|^2."""
-        total = energy
-        for rows, gram in self._grams:
-            G = gram.gram
-            grouped, dense = (w[rows].unflatten(0, (len(G), -1)) for w in (W, self.W_d))
-            total += float(((grouped @ G - 2 * (dense @ gram.cross)) * grouped).sum(dtype=torch.float64))
-        return max(total, 0.0) / energy if energy else 0.0
-
-
-def _product(X: Tensor, matrices: list[tuple[slice, Tensor]]) -> Tensor:
-    """The rows of X, each times the matrix of its part and group."""
-    product = X.clone()
-    for rows, matrix in matrices:
-        product[rows] = (X[rows].unflatten(0, (len(matrix), -1)) @ matrix).flatten(0, 1)
-    return product
-
-
-def plus_diagonal(matrices: Float[Tensor, "groups K K"], value: Tensor | float) -> Float[Tensor, "groups K K"]:
-    """The matrices, with the value added to their diagonals in place."""
-    matrices.diagonal(dim1=1, dim2=2).add_(value)
-    return matrices
-
-
-def disagreement(gram: Gram, S: Float[Tensor, "groups K K"], n: Float[Tensor, "groups K"]) -> Float[Tensor, " groups"]:
-    """delta: how much of the distance of G from the identity, columns scaled by n, is noise of the sample.
-
-        s = |D|^2 / |S - I|^2,   delta = s / (1 - s)        S = G / (n n^T),  D the half difference of both halves
-
-    After Ledoit and Wolf (2004): s is the weight of the identity in the best mix of it with S.
-    """
-    D = gram.halves[0] - gram.halves[1]
-    D /= n[:, :, None] * n[:, None, :]
-    noise = D.square_().sum((1, 2))
-    del D
-    distance = plus_diagonal(S.clone(), -1.0).square_().sum((1, 2))
-    share = (noise / distance.clamp_min(torch.finfo(S.dtype).tiny)).clamp(max=0.9)
-    return (share / (1 - share)).clamp_min(1e-3)
+def _outputs(rows: Tensor, mean: Float[Tensor, "groups K"]) -> Float[Tensor, " rows"]:
+    """The outputs of these rows for one column of inputs a group."""
+    return (rows.unflatten(0, (len(mean), -1)) * mean[:, None]).sum(2).flatten()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from allot.network.kinds import ATTENTION_INPUTS, INSIDE
-from allot.network.layers import Layer, Place, Scope, places_by_parameter
+from allot.network.layers import Layer, Place, Scope, is_batch_norm, places_by_parameter
 from allot.processes import all_gather
 
 Attention = nn.MultiheadAttention
@@ -195,6 +196,29 @@ def biases_of(model: nn.Module, scope: Iterable[Layer]) -> dict[str, tuple[str, 
         if place.module._parameters.get(attribute) is not None:
             biases[layer.name] = f"{place.module_name}.{attribute}".lstrip("."), rows
     return biases
+
+
+@contextmanager
+def watched_norms(model: nn.Module, scope: Iterable[Layer], after: dict[str, set[str]]) -> Iterator[None]:
+    """While open, each pass notes `after[layer]`: names of the batch norms that its output goes straight into."""
+    outputs: dict[int, tuple[str, Any]] = {}
+
+    def note_output(layer: Layer, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        outputs[id(output)] = (layer.name, output)  # keeping it alive keeps its id from being reused
+
+    def note_norm(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        source = args[0] if args else next(iter(kwargs.values()), None)
+        if id(source) in outputs:
+            after.setdefault(outputs[id(source)][0], set()).add(name)
+
+    layers = module_places(scope, places_by_parameter(model))
+    norms = [(name, module) for name, module in model.named_modules() if is_batch_norm(module)]
+    hooks = [
+        *((place.module, partial(note_output, layer)) for layer, place in layers),
+        *((module, partial(note_norm, name)) for name, module in norms),
+    ]
+    with hooked(hooks):
+        yield
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from allot.network.hooks import hooked, module_places
-from allot.network.layers import UNDECIDED, Layer, Place, Scope, is_batch_norm, places_by_parameter
+from allot.network.hooks import hooked, module_places, watched_norms
+from allot.network.layers import UNDECIDED, Layer, Place, Scope, places_by_parameter
 from allot.network.products import Product, observed
 
 
@@ -25,8 +25,7 @@ def measured(scope: Scope, model: nn.Module, forward: Callable[[], Any]) -> Scop
     forms: dict[str, str] = {}  # of weights of 3 dimensions
     by_weight: dict[str, int] = {}
     by_module: dict[str, int] = {}
-    outputs: dict[int, tuple[str, Tensor]] = {}
-    normalised: set[str] = set()
+    normalised: dict[str, set[str]] = {}
 
     def count_product(product: Product | None, cost: tuple[str, int]) -> None:
         name, macs = cost
@@ -40,17 +39,13 @@ def measured(scope: Scope, model: nn.Module, forward: Callable[[], Any]) -> Scop
         if isinstance(tensor, Tensor):
             channels = layer.shape[0] if transposed else layer.rows
             by_module[layer.name] = by_module.get(layer.name, 0) + layer.total * (tensor.numel() // channels)
-            outputs[id(output)] = (layer.name, output)  # keeping it alive keeps its id from being reused
 
-    def note_normalised(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if (source := id(_first_argument(args, kwargs))) in outputs:
-            normalised.add(outputs[source][0])
-
-    hooks: list[tuple[nn.Module, Any]] = [
-        *((place.module, partial(count_output, layer, place)) for layer, place in module_places(scope, places)),
-        *((module, note_normalised) for module in model.modules() if is_batch_norm(module)),
-    ]
-    with hooked(hooks), observed(model, _watched(scope, places), count_product):
+    hooks = [(place.module, partial(count_output, layer, place)) for layer, place in module_places(scope, places)]
+    with (
+        hooked(hooks),
+        watched_norms(model, scope, normalised),
+        observed(model, _watched(scope, places), count_product),
+    ):
         forward()
     decided = [layer for layer in scope.undecided if forms.get(layer.name) == layer.kind]
     order = {name: number for number, name in enumerate(places)}

@@ -8,8 +8,8 @@ Both are sums over positions, so that batches and processes add up, and no other
 read the same inputs share G and C. A convolution is unrolled: K = C_in/groups * kernel, one G a group; parts of a
 weight that read other inputs (the three projections of an attention, experts) have a G each.
 
-G is summed in two halves, over the first and the second half of each batch: how far the halves differ says how far G is
-from the one that other samples would give. Of an odd number, one half has more in every other batch.
+G is summed in two halves, over every other batch, or over the two halves of one batch: how far they differ says how far
+G is from the one that other samples would give.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def sites_of(problem: Problem) -> list[Site]:
 
     def visit(product: Product) -> None:
         alive.append(product.inputs)
-        for one in _by_expert(product):
+        for one in by_expert(product):
             keys.setdefault(part_of(one), []).append(one.key)
 
     with watched_products(problem.model, problem.scope, visit):
@@ -100,19 +100,39 @@ class Gram:
     """Sums over the positions of one input.
 
     Attributes:
-        halves: X_s X_s^T of the first and the second half of each batch; `[groups, K, K]`.
+        halves: X_s X_s^T of the two halves; `[groups, K, K]`.
         cross: X_d X_s^T of all; the sum of `halves` where both nets have the same inputs.
-        positions: number of columns of X_s.
+        totals: sums of the columns of X_s, of each half; `[groups, K]`.
+        dense_total: sum of the columns of X_d.
+        positions: number of columns of X_s, of each half.
     """
 
     halves: list[Tensor]
     cross: Tensor
-    positions: int = 0
+    totals: list[Tensor]
+    dense_total: Tensor
+    positions: list[int]
 
     @classmethod
     def zeros(cls, groups: int, K: int, like: Tensor) -> Gram:
         """Nothing summed yet; device and dtype are those of `like`."""
-        return cls([like.new_zeros(groups, K, K) for _ in range(2)], like.new_zeros(groups, K, K))
+        squares, columns = ([like.new_zeros(*size) for _ in range(3)] for size in ((groups, K, K), (groups, K)))
+        return cls(squares[:2], squares[2], columns[:2], columns[2], [0, 0])
+
+    @property
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Mean columns of X_s and X_d; `[groups, K]`."""
+        count = max(1, sum(self.positions))
+        return (self.totals[0] + self.totals[1]) / count, self.dense_total / count
+
+    def centred(self) -> Gram:
+        """The sums for columns minus their mean."""
+        mean, dense_mean = self.means
+        halves = [
+            half - _outer(total, mean) - _outer(mean, total) + count * _outer(mean, mean)
+            for half, total, count in zip(self.halves, self.totals, self.positions, strict=True)
+        ]
+        return replace(self, halves=halves, cross=self.cross - sum(self.positions) * _outer(dense_mean, mean))
 
     @property
     def gram(self) -> Float[Tensor, "groups K K"]:
@@ -156,14 +176,14 @@ class Statistics:
 
         def visit(product: Product) -> None:
             nonlocal remaining
-            for one in _by_expert(product):
+            for one in by_expert(product):
                 products.setdefault(part_of(one), []).append(one)
             remaining -= 1
             if not remaining:
-                raise _LastProduct
+                raise LastProduct
 
         layers = [problem.scope[name] for name in site.layers]
-        with suppress(_LastProduct), watched_products(problem.model, layers, visit):
+        with suppress(LastProduct), watched_products(problem.model, layers, visit):
             call(problem.model, tensors, batch)
         return products
 
@@ -178,7 +198,9 @@ class Statistics:
             every = max(1, positions // (POSITIONS * K))
             count = _length(product)
             first, total = (count * number // (high - low) for number in (low, samples))
-            middle = min(max((total + k % 2) // 2 - first, 0), count)
+            middle = min(max(total // 2 - first, 0), count)
+            if self.problem.inputs().batches > 1:
+                middle = 0 if k % 2 else count
             for half, (start, stop) in enumerate(((0, middle), (middle, count))):
                 offset = k if product.window else (k - first - start) % every  # the grid is that of one process
                 x, d = (_cut(whole, start, stop) for whole in (product, partner))
@@ -205,8 +227,11 @@ class Statistics:
             gram = self.grams.get(part) or self.grams.setdefault(part, Gram.zeros(len(x), x.shape[2], x))
             addend = x.mT @ x
             gram.halves[half] += addend
-            gram.cross += addend if other is None else _wide(other).mT @ x
-            gram.positions += x.shape[1]
+            gram.totals[half] += x.sum(1)
+            gram.positions[half] += x.shape[1]
+            dense = x if other is None else _wide(other)
+            gram.cross += addend if other is None else dense.mT @ x
+            gram.dense_total += dense.sum(1)
 
     @property
     def finite(self) -> bool:
@@ -224,14 +249,15 @@ class Statistics:
         like = _wide(self.problem.dense[self.site.layers[0]])
         for part in sorted(sizes):
             gram = self.grams.get(part) or self.grams.setdefault(part, Gram.zeros(*sizes[part], like))
-            *gram.halves, gram.cross, positions = all_reduce([*gram.halves, gram.cross, torch.tensor(gram.positions)])
-            gram.positions = int(positions)
+            sums = [*gram.halves, gram.cross, *gram.totals, gram.dense_total, torch.tensor(gram.positions)]
+            *gram.halves, gram.cross, one, two, gram.dense_total, positions = all_reduce(sums)
+            gram.totals, gram.positions = [one, two], positions.tolist()
         names = sorted(set().union(*all_gather_object(list(self.energy))))
         energy = [self.energy.get(name, like.new_zeros(()).double()) for name in names]
         self.energy = dict(zip(names, all_reduce(energy), strict=True))
 
 
-def _by_expert(product: Product) -> list[Product]:
+def by_expert(product: Product) -> list[Product]:
     """The products of single experts: which of them are computed at once depends on the samples."""
     if product.groups == 1 or not product.layer.kind.startswith("experts"):
         return [product]
@@ -254,7 +280,11 @@ def _cut(product: Product, start: int, stop: int) -> Product:
     return replace(product, inputs=inputs, positions=product.positions * (stop - start) // _length(product))
 
 
-class _LastProduct(Exception):
+def _outer(one: Tensor, other: Tensor) -> Tensor:
+    return one[:, :, None] * other[:, None, :]
+
+
+class LastProduct(Exception):
     """No product of the site is left in this pass."""
 
 
