@@ -1,4 +1,4 @@
-"""The recipe `llm`: the head of a language model stays dense, the rest is ranked by what it does to inputs."""
+"""The recipe `llm`: the head of a language model stays dense, masks and weights of the rest are those of admm."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import yaml
 from torch import nn
 
 import allot
+from allot.errors import UsageError
+from allot.methods import METHODS
 from allot.pruning.assemble import assemble
 from allot.sources.files import Texts
 from allot.sources.load import load_model
@@ -80,3 +82,45 @@ def test_a_run_says_what_it_left_dense_and_its_recipe_repeats_it():
     done(f"prune hf:net --data {data} --input 8 --samples 50 --recipe PYTHON/recipe.yaml --out THIRD")
     kept = [allot.load(name) for name in ("RUN", "AGAIN", "THIRD")]
     assert all(torch.equal(one[name], two[name]) for one in kept for two in kept for name in one)
+
+
+def test_masks_are_chosen_by_admm_and_a_score_is_made_only_where_no_repair_does_so():
+    chain = assemble("llm")
+    assert chain.names.repair == ("admm",) and str(chain.pattern) == "rows" and chain.names.score == "magnitude"
+    alone = assemble("llm", repair="none")
+    assert alone.names.score == "wanda" and str(alone.pattern) == "rows"
+    assert assemble("llm", repair="bias").names.score == "wanda"
+    assert assemble("llm", score="wanda").names.score == "wanda"
+    assert assemble("llm", pattern="channels").names.score == "magnitude"
+
+
+def test_options_of_the_recipe_hold_unless_others_are_given():
+    assert METHODS["admm"].iterations != 12
+    for given, iterations, refinement in (({}, 12, 20), ({"refinement": 3}, 12, 3), ({"iterations": 5}, 5, 20)):
+        (admm,) = assemble("llm", options={"admm": given}).repair
+        assert (admm.iterations, admm.refinement) == (iterations, refinement)
+    assert not assemble("llm", repair="none").names.options
+    with pytest.raises(UsageError, match="no method of this run is called"):
+        assemble("llm", repair="none", options={"admm": {"iterations": 5}})
+
+
+def test_a_run_from_other_parts_repeats_the_options_of_the_recipe():
+    llama()
+    settings = {"method": "llm", "allocate": "erk", "options": {"admm": {"refinement": 1}}}
+    allot.prune(load_model("hf:net").model, blocks(), "sparsity=0.5", save_to="RUN", **settings)
+    recipe = yaml.safe_load(Path("RUN/recipe.yaml").read_text())
+    assert recipe["method"] == "erk" and recipe["options"] == {"admm": {"iterations": 12, "refinement": 1}}
+
+
+def test_wanda_keeps_the_highest_products_of_each_row():
+    llama()
+    model = load_model("hf:net").model
+    result = allot.prune(model, blocks(), "sparsity=0.5", method="llm", repair="none")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    inputs = []
+    model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    model(**result.problem.inputs().batch(0)[0])
+    weight = model.get_parameter(name).detach()
+    score = weight.abs() * inputs[-1].flatten(0, 1).square().sum(0).sqrt()
+    best = score.argsort(1, descending=True)[:, : weight.shape[1] // 2]
+    assert torch.equal(result.masks[name], torch.zeros_like(weight, dtype=torch.bool).scatter_(1, best, True))

@@ -298,3 +298,19 @@ def test_the_first_of_an_order_are_the_weights_of_a_mask(pattern, floor):
         for kept in range(fewest, most + 1, step):
             mask = torch.zeros(layer.total, dtype=torch.bool).index_fill(0, order[:kept], True).view(layer.shape)
             assert torch.equal(mask, pattern.mask(layer, score, kept)), kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_masks_are_the_first_of_a_stable_order_in_every_dtype(dtype: torch.dtype):
+    layer = Layer("fc.weight", (6, 8), "linear")
+    for seed in range(20):
+        score = (
+            (torch.randn(6, 8, generator=torch.Generator().manual_seed(seed)) * 2).round().to(dtype)
+        )  # many are equal
+        for pattern in (Unstructured(), Rows(), NM(None, 4), NM(None, 2), NM(None, 8)):
+            step = pattern.feasible(layer)[0]
+            for kept in range(step, 49, step):
+                mask = torch.zeros(48, dtype=torch.bool)
+                mask[pattern.order(layer, score)[:kept]] = True
+                if kept >= layer.rows:
+                    assert torch.equal(pattern.mask(layer, score, kept), mask.view(6, 8)), (pattern, kept)

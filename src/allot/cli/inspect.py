@@ -153,6 +153,9 @@ def methods_command(
         parts = f"--allocate {recipe.allocate} --repair {','.join(recipe.repair) or 'none'}"
         others = {key: getattr(recipe, key) for key in ("score", "pattern") if getattr(recipe, key) != _USUAL[key]}
         parts += "".join(f" --{key} {value}" for key, value in others.items())
+        for part, options in recipe.options.items():
+            parts += "".join(f" --set options.{part}.{option}={json.dumps(options[option])}" for option in options)
+        parts += f" (--score {recipe.score_alone} where no repair chooses masks)" if recipe.score_alone else ""
         if as_json:
             return print_json(dataclasses.asdict(recipe))
         say(f"--method {name}: {parts}; see `allot methods PART`")

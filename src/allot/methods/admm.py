@@ -84,6 +84,7 @@ class Admm:
     parallel = True
     streams = "result"
     by_blocks = True
+    chooses_masks = True
 
     def __post_init__(self) -> None:
         check_number("iterations", self.iterations, 1, whole=True)

@@ -207,7 +207,9 @@ def halved(parts: Mapping[Part, Gram]) -> tuple[dict[Part, Gram], dict[Part, Ten
     for part, gram in parts.items():
         first, second = (half / largest for half in gram.halves)
         whole = replace(gram, halves=[first, second], cross=first + second)
-        deltas.append(2 * float(disagreement(whole, column_norms(whole.gram)).mean()))
+        G = whole.gram
+        n = column_norms(G)
+        deltas.append(2 * float(disagreement(whole, G / (n[:, :, None] * n[:, None, :]), n).mean()))
         if not first.any() or not second.any():
             first = second = whole.gram
         fitted[part] = replace(gram, halves=[first, torch.zeros_like(first)], cross=first)

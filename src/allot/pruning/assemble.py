@@ -13,7 +13,8 @@ import torch
 from allot.budget.allocation import Allocation
 from allot.errors import UsageError, unknown
 from allot.methods import METHODS, RECIPES
-from allot.methods.layerwise.streamed import WAYS, Streamed, by_blocks, usable
+from allot.methods.layerwise.streamed import WAYS, Streamed, by_blocks
+from allot.methods.layerwise.streamed_block import usable
 from allot.methods.rules import Given
 from allot.methods.training.selection import Selection
 from allot.run import patterns
@@ -44,7 +45,8 @@ def assemble(
         raise UsageError(f"{method} is no whole recipe but a part of one: use --{METHODS[method].role} {method}.")
     if method not in RECIPES:
         raise unknown("method", method, RECIPES)
-    recipe, settings = RECIPES[method], _Options(options or {})
+    recipe = RECIPES[method]
+    settings = _Options(options or {}, recipe.options)
     allocate = recipe.allocate if allocate is None else allocate
     repair = recipe.repair if repair is None else repair
     if isinstance(repair, str):
@@ -59,10 +61,12 @@ def assemble(
         others = [name for name, other in METHODS.items() if other.role == "allocate" and unit in _units(other)]
         raise UsageError(f"{_name(allocate)} cannot share out {unit} (pattern {structure}): {', '.join(others)} can.")
     scores: Mapping[str, Any] = CHANNEL_SCORES if unit == "channels" else SCORES
-    score = recipe.score if score is None else score
+    repairs = tuple(_method(part, "repair", settings) for part in repair)
+    if score is None:
+        chosen = any(getattr(part, "chooses_masks", False) for part in repairs)
+        score = recipe.score if chosen or unit == "channels" else recipe.score_alone or recipe.score
     if isinstance(score, str) and score not in scores:
         raise unknown("score", score, scores)
-    repairs = tuple(_method(part, "repair", settings) for part in repair)
     if settings.unused:
         used = [name for name in (allocate, *repair) if isinstance(name, str)]
         raise unknown("options: no method of this run is called", next(iter(settings.unused)), used)
@@ -72,6 +76,7 @@ def assemble(
         str(structure),
         tuple(map(_name, repair)),
         recipe.dense_head,
+        settings.taken,
     )
     return Chain(
         allocator,
@@ -151,10 +156,20 @@ SETTABLE = ("starts", "among")  # fields of several allocators that a recipe can
 
 
 class _Options:
-    """Method name -> hyperparameters, as given; `unused` are the methods that no part of the chain took."""
+    """Method name -> hyperparameters, as given; `unused` are the methods that no part of the chain took, `taken` the
+    hyperparameters that parts took.
 
-    def __init__(self, given: Mapping[str, Mapping[str, Any]]) -> None:
-        self.given, self.unused = given, dict.fromkeys(given)
+    Args:
+        recipe: hyperparameters of the recipe, which hold where none are given; they need no part that takes them.
+    """
+
+    def __init__(
+        self, given: Mapping[str, Mapping[str, Any]], recipe: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> None:
+        recipe = recipe or {}
+        self.given = {name: {**recipe.get(name, {}), **given.get(name, {})} for name in {**recipe, **given}}
+        self.unused = dict.fromkeys(given)
+        self.taken: dict[str, Mapping[str, Any]] = {}
 
     def take(self, name: str, method: Any) -> Any:
         """`method` with the options that are given under its name.
@@ -169,6 +184,8 @@ class _Options:
                 raise unknown(f"option of {name}", key, accepted)
             if given[key] == name:
                 raise UsageError(f"options.{name}.{key}: {name} cannot be that of itself.")
+        if given:
+            self.taken[name] = given
         return self._changed(method, given, name)
 
     def _changed(self, method: Any, given: Mapping[str, Any], name: str) -> Any:

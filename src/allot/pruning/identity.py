@@ -66,7 +66,7 @@ def notes(prepared: Prepared, identity: Mapping[str, Any]) -> dict[str, Any]:
     request, configuration = prepared.request, identity["configuration"]
     recipe = {key: value for key, value in configuration.items() if key not in ("hyperparameters", "fit")}
     recipe["budget"] = [f"{kind}={amount}" for kind, amount in request.budget.to_json().items()]
-    recipe |= {"options": settings(request.options), "compute": request.compute.to_json()}
+    recipe |= {"options": settings(request.chain.names.options), "compute": request.compute.to_json()}
     return {
         "versions": {
             "allot": metadata.version("allot"),

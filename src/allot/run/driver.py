@@ -54,7 +54,8 @@ def drive(
     Args:
         stage: names the state file and the lines in steps.jsonl.
         log: seconds and samples of the stage are added to it.
-        save_seconds: the state is saved after the first step that ends this long after the last save.
+        save_seconds: the state is saved after the first step that ends this long after the last save, and no sooner
+            than 30 times as long as that save took: the weights of a language model are hundreds of megabytes.
     Raises:
         Stopped: `should_stop` returned True; the state is saved.
     """
@@ -67,7 +68,8 @@ def drive(
         else:
             with repeatable(problem.model, problem.seed, stage):
                 start, state = candidate, method.init(problem, candidate)
-        started = last_saved = time.monotonic()
+        started = time.monotonic()
+        pause, last_saved = save_seconds, started
         before = log.seconds.get(stage, 0.0)
 
         def save() -> None:
@@ -89,9 +91,10 @@ def drive(
                 store.write_step(stage, state["step"], metrics)
             if on_step:
                 on_step(Progress(stage, state["step"], state["steps"], metrics))
-            if time.monotonic() - last_saved > save_seconds:
+            if (begun := time.monotonic()) - last_saved > pause:
                 save()
                 last_saved = time.monotonic()
+                pause = max(save_seconds, 30 * (last_saved - begun))
         better = method.finish(problem, start, state)
         log.seconds[stage] = before + time.monotonic() - started
         return better

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -323,10 +324,10 @@ def _best_of_rows(
         rows = (counts == count).nonzero().flatten()
         if not count or not len(rows):
             continue
-        part = matrix[rows]
+        part = matrix if len(rows) == len(matrix) else matrix[rows]
         cut = _highest_of_rows(part, count)[:, None]
         best = part >= cut
-        if int(best.sum()) > count * len(rows):  # several scores equal the last one that is kept
+        if int(best.count_nonzero()) > count * len(rows):  # several scores equal the last one that is kept
             above, equal = part > cut, part == cut
             best = above | (equal & (equal.cumsum(1) <= count - above.sum(1, keepdim=True)))
         mask[rows] = best
@@ -335,6 +336,14 @@ def _best_of_rows(
 
 def _best_per_group(score: Shaped[Tensor, "*groups m"], kept: int) -> Bool[Tensor, "*groups m"]:
     """Mask of the `kept` highest scores along the last dimension; equal scores go to the lower index."""
+    if score.shape[-1] <= 8:  # a few comparisons cost less than sorting
+        entries = score.movedim(-1, 0).contiguous()
+        better = torch.zeros_like(entries, dtype=torch.int8)  # how many entries of its group are better
+        for i, j in itertools.combinations(range(len(entries)), 2):
+            first = entries[i] >= entries[j]
+            better[i] += ~first
+            better[j] += first
+        return (better < kept).movedim(0, -1).contiguous()
     best = score.argsort(dim=-1, descending=True, stable=True)[..., :kept]
     return torch.zeros_like(score, dtype=torch.bool).scatter(-1, best, True)
 

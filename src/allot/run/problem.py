@@ -169,6 +169,8 @@ class Method(Protocol):
             `allot.methods.layerwise.streamed`; other methods have none.
         by_blocks: optional, of a method that streams. True: it goes block by block without a request too, where the
             model has blocks. "needed": it is refused where the model has none.
+        chooses_masks: optional, of a repair. True: it chooses the masks of all layers itself, whatever was selected
+            before.
     """
 
     @property

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Recipe:
     """A choice of parts by name.
 
-    `dense_head` leaves the output head of a language model dense, and an embedding tied to it, where the user includes
-    no layers by name.
+    `score_alone` is the score where no repair chooses masks, if another one: statistics for masks that a repair
+    replaces would be wasted. `options` are hyperparameters by method that differ from the defaults. `dense_head` leaves
+    the output head of a language model dense, and an embedding tied to it, where the user includes no layers by name.
     """
 
     allocate: str
@@ -18,6 +21,8 @@ class Recipe:
     pattern: str = "unstructured"
     repair: tuple[str, ...] = ()
     dense_head: bool = False
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    score_alone: str | None = None
 
 
 RECIPES: dict[str, Recipe] = {
@@ -29,7 +34,15 @@ RECIPES: dict[str, Recipe] = {
     "pot": Recipe("global-normalised", repair=("weight-moments", "layerwise", "bn", "bias")),
     "uniform": Recipe("uniform", repair=("bn", "variance")),
     "erk": Recipe("erk", repair=("bn", "variance")),
-    "llm": Recipe("uniform", score="wanda", dense_head=True),
+    "admm": Recipe("layer-errors", repair=("admm",)),
+    "llm": Recipe(
+        "uniform",
+        pattern="rows",
+        repair=("admm",),
+        dense_head=True,
+        options={"admm": {"iterations": 12}},
+        score_alone="wanda",
+    ),
     "lamp": Recipe("lamp", repair=("bn", "variance")),
     "global": Recipe("global", repair=("bn", "variance")),
     "global-normalised": Recipe("global-normalised", repair=("bn", "variance")),

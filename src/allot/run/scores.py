@@ -70,8 +70,8 @@ def lamp_score(weight: Float[Tensor, "*shape"]) -> Float64[Tensor, "*shape"]:
 def wanda(layer: Layer, weight: Tensor, evidence: Evidence) -> Tensor:
     """|w| times the norm of the input that it multiplies (Sun et al., ICLR 2024), for any kernel and groups.
 
-    The paper compares weights within each output row: the pattern `rows` (`--pattern rows`), the default of the
-    recipe `llm` for Linear layers; `unstructured` compares all weights of a layer.
+    The paper compares weights within each output row: the pattern `rows` (`--pattern rows`), which the recipe `llm`
+    has; `unstructured` compares all weights of a layer. `--method llm --repair none` is the paper's method.
 
     Of an embedding |w|: no input multiplies it.
     """

@@ -66,6 +66,29 @@ def test_a_score_by_inputs_needs_one_block_on_the_device(pattern: str):
     assert all(type(mask) is torch.Tensor and torch.equal(mask, here.masks[n]) for n, mask in result.masks.items())
 
 
+def test_admm_needs_one_block_and_its_grams_on_the_device():
+    model, ids = transformer()
+    weights = size_of(model)
+    asked: dict[str, Any] = {"method": "uniform", "repair": "admm", "pattern": "2:4", "batch_size": 2}
+    with Simulated(weights) as device:
+        result = prune(model, ids, "sparsity=0.5", stream=NAME, **asked)
+    assert device.live == 0 < device.peak <= weights
+    here = prune(model, ids, "sparsity=0.5", **asked)
+    for name, value in result.candidate.tensors.items():
+        assert torch.equal(result.masks[name], here.masks[name])
+        torch.testing.assert_close(value, here.candidate.tensors[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("repair", ["admm", "none"])
+def test_the_head_runs_for_none_of_the_batches_unless_something_is_pruned_there(repair: str):
+    model, _ = transformer()
+    ids = torch.randint(0, 24, (12, 4))
+    passes = []
+    model.lm_head.register_forward_hook(lambda module, args, output: passes.append(len(output)))
+    prune(model, ids, "sparsity=0.5", method="llm", repair=repair, batch_size=4, stream="cpu")
+    assert max(passes) <= 2  # to find the blocks, and to check them
+
+
 def test_the_whole_net_does_not_fit_by_the_same_count():
     model, ids = transformer()
     inputs = Calibration.of(ids, batch_size=2)

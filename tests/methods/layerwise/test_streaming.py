@@ -32,6 +32,7 @@ REPAIRS: dict[str, Method] = {
     "variance": METHODS["variance"],
     "layerwise": replace(METHODS["layerwise"], steps=4),
     "lstsq": replace(METHODS["lstsq"], iterations=2),
+    "admm": replace(METHODS["admm"], iterations=6, refinement=5),
 }
 CPU = torch.device("cpu")
 

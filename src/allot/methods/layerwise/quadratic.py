@@ -85,20 +85,21 @@ class Quadratic:
         self._R: list[tuple[slice, Tensor]] = []
         deltas = []
         for rows, gram in self._grams:
-            G = gram.gram
-            n = column_norms(G)
-            S = G / (n[:, :, None] * n[:, None, :])
-            delta = disagreement(gram, n) if damping is None else S.new_full((len(S),), damping)
-            eye = torch.eye(S.shape[1], dtype=S.dtype, device=S.device)
-            A = S + delta[:, None, None] * eye
+            S = gram.gram  # G so far; changed in place, as matrices of K x K may be most of the memory
+            n = column_norms(S)
+            S /= n[:, :, None] * n[:, None, :]
+            delta = disagreement(gram, S, n) if damping is None else S.new_full((len(S),), damping)
+            A = plus_diagonal(S, delta[:, None])
             self._A.append((rows, A))
-            rho = (1 + delta)[:, None, None]  # the diagonal of A: with less, weights that are removed come back in turn
-            self._R.append((rows, torch.cholesky_inverse(torch.linalg.cholesky(A + rho * eye))))
-            dense = W_d[rows].unflatten(0, (len(S), -1))  # [groups, rows, K]
+            rho = 1 + delta  # the diagonal of A: with less, weights that are removed come back in turn
+            self._R.append(
+                (rows, torch.cholesky_inverse(torch.linalg.cholesky(plus_diagonal(A.clone(), rho[:, None]))))
+            )
+            dense = W_d[rows].unflatten(0, (len(A), -1))  # [groups, rows, K]
             Y = dense @ gram.cross / n[:, None] + delta[:, None, None] * dense * n[:, None]
             self.n[rows] = n[:, None].expand_as(dense).flatten(0, 1)
             self.Y[rows] = Y.flatten(0, 1)
-            self.rho[rows] = rho.expand(-1, dense.shape[1], 1).flatten(0, 1)
+            self.rho[rows] = rho[:, None].expand(-1, dense.shape[1]).reshape(-1, 1)
             deltas.append(float(delta.mean()))
         self.damping = sum(deltas) / max(1, len(deltas))
 
@@ -140,19 +141,30 @@ def column_norms(G: Float[Tensor, "groups K K"]) -> Float[Tensor, "groups K"]:
     return (energy + floor if floor > 0 else torch.ones_like(energy)).sqrt()
 
 
-def disagreement(gram: Gram, n: Float[Tensor, "groups K"]) -> Float[Tensor, " groups"]:
+def plus_diagonal(matrices: Float[Tensor, "groups K K"], value: Tensor | float) -> Float[Tensor, "groups K K"]:
+    """The matrices, with the value added to their diagonals in place."""
+    matrices.diagonal(dim1=1, dim2=2).add_(value)
+    return matrices
+
+
+def disagreement(gram: Gram, S: Float[Tensor, "groups K K"], n: Float[Tensor, "groups K"]) -> Float[Tensor, " groups"]:
     """delta: how much of the distance of G from the identity, columns scaled by n, is noise of the sample.
 
         s = |D|^2 / |S - I|^2,   delta = s / (1 - s)        S = G / (n n^T),  D what both halves differ by
 
     After Ledoit and Wolf (2004): s is the weight of the identity in the best mix of it with S.
     """
-    scale = n[:, :, None] * n[:, None, :]
     one, other = gram.positions
     # of halves of one size, half their difference
-    D = (gram.halves[0] / one - gram.halves[1] / other) * (one * other) ** 0.5 if one and other else gram.gram
-    S, D = gram.gram / scale, D / scale
-    eye = torch.eye(S.shape[1], dtype=S.dtype, device=S.device)
-    noise, distance = D.square().sum((1, 2)), (S - eye).square().sum((1, 2))
+    if one and other:
+        D = gram.halves[0] / one
+        D -= gram.halves[1] / other
+        D *= (one * other) ** 0.5
+    else:
+        D = gram.gram
+    D /= n[:, :, None] * n[:, None, :]
+    noise = D.square_().sum((1, 2))
+    del D
+    distance = plus_diagonal(S.clone(), -1.0).square_().sum((1, 2))
     share = (noise / distance.clamp_min(torch.finfo(S.dtype).tiny)).clamp(max=0.9)
     return (share / (1 - share)).clamp_min(1e-3)

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from allot.errors import BudgetError, PatternError, UsageError, first_line
 from allot.methods.layerwise.blocks import find_blocks, size_of
 from allot.methods.layerwise.part_names import merged, outer_score, part_allocation, renamed, renamed_text
-from allot.methods.layerwise.streamed_block import FLAG, BlockPart, ModelPart, OutsidePart, PartInputs, is_close
+from allot.methods.layerwise.streamed_block import FLAG, BlockPart, ModelPart, OutsidePart, PartInputs, is_close, usable
 from allot.network.call import call
 from allot.network.layers import Scope, is_batch_norm, places_by_parameter
 from allot.network.trees import map_tensors, tensors_in
@@ -72,6 +72,7 @@ class Streamed:
     device: torch.device
 
     _live: ClassVar[Any] = None
+    _found: ClassVar[Any] = None
     role = "repair"
     needs_data = True
 
@@ -80,6 +81,7 @@ class Streamed:
             raise UsageError(f"{type(self.method).__name__} needs the whole net at once: it cannot be streamed.")
         object.__setattr__(self, "device", usable(self.device))
         object.__setattr__(self, "_live", {})  # the run whose state is worked on
+        object.__setattr__(self, "_found", {})  # the blocks of the model that was looked at last
 
     @property
     def parallel(self) -> bool:
@@ -112,6 +114,7 @@ class Streamed:
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         self._live.clear()
+        self._found.clear()
         diagnostics = {**candidate.diagnostics, **state["diagnostics"]}
         return replace(_repaired(candidate, state), diagnostics=diagnostics)
 
@@ -145,20 +148,6 @@ def by_blocks(method: Method, problem: Problem) -> Method:
     return streamed
 
 
-def usable(device: str | torch.device) -> torch.device:
-    """The device, where this machine has it.
-
-    Raises:
-        UsageError: it has not.
-    """
-    try:
-        usable_device = torch.device(device)
-        torch.empty(0, device=usable_device)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise UsageError(f"stream={str(device)!r}: this machine has no such device ({first_line(error)}).") from error
-    return usable_device
-
-
 PartTask = tuple[ModelPart, Problem, Candidate]  # a part, with problem and candidate as the method gets them
 
 
@@ -176,14 +165,22 @@ class _StreamedRun:
         self.host = next(iter(problem.dense.values())).device
         calibration = problem.inputs()
         pair = [0, min(1, len(calibration) - 1)]  # where there is one sample, that sample twice
-        self.sequence = find_blocks(problem.model, calibration.pick(pair[:1]), calibration.pick(pair))
+        found, known = streamed._found, {"model": problem.model, "calibration": problem.calibration}
+        new = any(found.get(key) is not value for key, value in known.items())
+        if new:
+            found.clear()
+            self.sequence = find_blocks(problem.model, calibration.pick(pair[:1]), calibration.pick(pair))
+        else:
+            self.sequence = found["sequence"]
         self.size = size_of(problem.model)
         self.places = places_by_parameter(problem.model)
         self.last = len(self.sequence.blocks) + 1
         self.number = 0  # of the current part
         self.inputs: dict[bool, PartInputs] = {}
         self.task: PartTask | None = None
-        self._check_parts_match_model(pair)
+        if new:
+            self._check_parts_match_model(pair)
+            found.update(known, sequence=self.sequence)
 
     def check_every_sample(self) -> None:
         """Raises:

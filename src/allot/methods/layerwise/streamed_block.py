@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from allot.errors import UsageError
+from allot.errors import UsageError, first_line
 from allot.methods.layerwise.blocks import BlockSequence, ModuleCall, flat, unflat
 from allot.network.trees import as_arguments
 from allot.run.calibration import moved
@@ -315,3 +315,17 @@ def is_close(output: Tensor, wanted: Tensor) -> bool:
     scale = float(wanted.float().abs().nan_to_num(posinf=0.0).max()) if wanted.numel() else 0.0
     tolerance = 1e-4 if torch.finfo(wanted.dtype).eps < 1e-5 else 0.05
     return torch.allclose(output.float(), wanted.float(), rtol=tolerance, atol=tolerance * scale, equal_nan=True)
+
+
+def usable(device: str | torch.device) -> torch.device:
+    """The device, where this machine has it.
+
+    Raises:
+        UsageError: it has not.
+    """
+    try:
+        usable_device = torch.device(device)
+        torch.empty(0, device=usable_device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise UsageError(f"stream={str(device)!r}: this machine has no such device ({first_line(error)}).") from error
+    return usable_device
