@@ -70,6 +70,11 @@ def attention_in_blocks() -> nn.Module:
     return _filled(AttentionInBlocks())
 
 
+def recurrent_in_blocks() -> nn.Module:
+    """An LSTM and experts, one after the other."""
+    return _filled(nn.Sequential(Steps(), Experts(), Steps()))
+
+
 def tied_in_blocks() -> nn.Module:
     """As `tied`; the two layers with one weight are a block."""
     first = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
@@ -189,6 +194,29 @@ class Recurrent(nn.Module):
         return self.out(torch.relu(y.sum(0)))
 
 
+class Steps(nn.Module):
+    """A recurrent layer as a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.lstm(x)[0]
+
+
+class Experts(nn.Module):
+    """Experts, all of which are used, as a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.empty(3, 4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.bmm(x.flatten(0, 1).expand(3, -1, -1), self.experts)
+        return x + torch.relu(y.sum(0)).view(x.shape)
+
+
 def _filled(model: nn.Module) -> nn.Module:
     """`model` in eval mode with values that depend on names and shapes alone."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -298,7 +326,7 @@ CASES = {
     "attention": Case(attention, (5, 8), attention_in_blocks),
     "tied weights": Case(tied, (6,), tied_in_blocks),
     "a layer with one weight": Case(single, (6,)),
-    "recurrent, and experts": Case(recurrent, (5, 4)),
+    "recurrent, and experts": Case(recurrent, (5, 4), recurrent_in_blocks),
     "zero weights": _of_pictures(torch.zero_),
     "zero weights without batch norm": _of_pictures(torch.zero_, norm=False),
     "equal weights": _of_pictures(lambda weight: weight.fill_(0.5)),

@@ -47,7 +47,7 @@ def prune_command(
     wanted.required_model()
     budget = wanted.parsed_budget()
     source, calibration = load_inputs(wanted)
-    with interruptible() as should_stop, progress(finish=True) as on_step:
+    with interruptible() as should_stop, progress(finish=not as_json) as on_step:
         result = prune(
             source.model, calibration, budget, method=wanted.method, seed=wanted.seed, save_to=out,
             recipe=wanted.model_dump(mode="json", exclude_none=True), on_step=on_step, should_stop=should_stop,

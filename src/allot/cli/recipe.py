@@ -106,9 +106,9 @@ class RecipeFile(BaseModel):
         int | str, Option("what every layer keeps: weights (1), per row (1/row) or a share (5%)  [1]", "N")
     ] = 1
     seed: Annotated[int, Option("seed of all random numbers  [0]", "N", int)] = 0
-    samples: Annotated[int | None, Option("calibration samples used  [512, of texts 128]", "N", int)] = None
+    samples: Annotated[int | None, Option("calibration samples used  [512]; of texts [128]", "N", int)] = None
     batch_size: Annotated[
-        int | None, Option("calibration samples at a time  [64, of texts 1,024 tokens]", "N", int)
+        int | None, Option("calibration samples at a time  [64]; of texts as many as hold 1,024 tokens", "N", int)
     ] = None
     workers: Annotated[
         int, Field(ge=0), Option("threads that read samples ahead, the same ones in the same order  [0]", "N", int)

@@ -139,6 +139,8 @@ class Gram:
             half - _outer(total, mean) - _outer(mean, total) + count * _outer(mean, mean)
             for half, total, count in zip(self.halves, self.totals, self.positions, strict=True)
         ]
+        for half, before in zip(halves, self.halves, strict=True):  # of inputs that are constant, rounding is left
+            half.diagonal(dim1=1, dim2=2).add_(before.diagonal(dim1=1, dim2=2), alpha=1e-5)
         return replace(self, halves=halves, cross=self.cross - sum(self.positions) * _outer(dense_mean, mean))
 
     @property

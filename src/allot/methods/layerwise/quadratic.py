@@ -136,9 +136,19 @@ def _product(X: Tensor, matrices: list[tuple[slice, Tensor]]) -> Tensor:
 
 def column_norms(G: Float[Tensor, "groups K K"]) -> Float[Tensor, "groups K"]:
     """n: root of the diagonal of G, with a floor for a column that these samples do not use."""
-    energy = G.diagonal(dim1=1, dim2=2)  # [groups, K]
+    energy = G.diagonal(dim1=1, dim2=2).clamp_min(0)  # [groups, K]
     floor = 1e-3 * energy.mean()
     return (energy + floor if floor > 0 else torch.ones_like(energy)).sqrt()
+
+
+def inverse(matrices: Float[Tensor, "groups K K"]) -> Float[Tensor, "groups K K"]:
+    """The inverses of symmetric matrices; where rounding made one indefinite, with more on its diagonal."""
+    more = 1e-3
+    factors, failures = torch.linalg.cholesky_ex(matrices)
+    while bool(failures.any()) and more < 1e6:
+        factors, failures = torch.linalg.cholesky_ex(plus_diagonal(matrices, more))
+        more *= 10
+    return torch.cholesky_inverse(factors)
 
 
 def plus_diagonal(matrices: Float[Tensor, "groups K K"], value: Tensor | float) -> Float[Tensor, "groups K K"]:

@@ -391,5 +391,5 @@ class _StreamedRun:
 
 def _repaired(candidate: Candidate, state: State) -> Candidate:
     """The candidate with the tensors and masks of the parts that are repaired."""
-    tensors, masks = ({**getattr(candidate, key), **state[key]} for key in ("tensors", "masks"))
-    return replace(candidate, tensors=tensors, masks=masks)
+    masks = {**candidate.masks, **state["masks"]} if state["masks"] else candidate.masks
+    return replace(candidate, tensors={**candidate.tensors, **state["tensors"]}, masks=masks)
