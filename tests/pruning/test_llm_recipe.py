@@ -96,7 +96,7 @@ def test_masks_are_chosen_by_admm_and_a_score_is_made_only_where_no_repair_does_
 
 def test_options_of_the_recipe_hold_unless_others_are_given():
     assert METHODS["admm"].iterations != 12
-    for given, iterations, refinement in (({}, 12, 20), ({"refinement": 3}, 12, 3), ({"iterations": 5}, 5, 20)):
+    for given, iterations, refinement in (({}, 12, 8), ({"refinement": 3}, 12, 3), ({"iterations": 5}, 5, 8)):
         (admm,) = assemble("llm", options={"admm": given}).repair
         assert (admm.iterations, admm.refinement) == (iterations, refinement)
     assert not assemble("llm", repair="none").names.options

@@ -105,7 +105,7 @@ class Product:
 
 @contextmanager
 def watched_products(model: nn.Module, scope: Iterable[Layer], visit: Callable[[Product], None]) -> Iterator[None]:
-    """While open, each pass calls `visit(product)` after each product of a layer in `scope`, without gradients."""
+    """While open, each pass calls `visit(product)` at each product of a layer in `scope`, without gradients."""
     with observed(model, scope, lambda product, cost: None if product is None else visit(product)):
         yield
 
@@ -115,7 +115,7 @@ Seen = Callable[["Product | None", tuple[str, int]], None]
 
 @contextmanager
 def observed(model: nn.Module, scope: Iterable[Layer], seen: Seen) -> Iterator[None]:
-    """While open, `seen(product, (layer name, MACs))` runs after each operator that multiplies by a layer's weight.
+    """While open, `seen(product, (layer name, MACs))` runs at each operator that multiplies by a layer's weight.
 
     `product` is None where the operator uses the weight in a form that is not a product of its rows.
     """
@@ -161,11 +161,14 @@ class _Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         react = _OPERATORS.get(func._overloadpacket) or _BY_NAME.get(func.name())
-        if react is None:
+        if react is None and func._overloadpacket not in _PRODUCTS:
             with self:  # under inference_mode, linear and conv2d arrive whole
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
+        react_before = _PRODUCTS.get(func._overloadpacket)
+        if react_before is not None:  # who needs the inputs alone may end the pass before the product is computed
+            react_before(self, (*args, *kwargs.values()))
         out = func(*args, **kwargs)
         if react is not None:
             react(self, (*args, *kwargs.values()), out)
@@ -222,10 +225,10 @@ def _version(tensor: Tensor) -> int:
 _uses = itertools.count(1)
 
 
-def _matrix_product(first: int) -> Callable[[_Operators, Any, Any], None]:
+def _matrix_product(first: int) -> Callable[[_Operators, Any], None]:
     """Reacts to a product of two matrices, or of two stacks of them, the first of which is argument `first`."""
 
-    def react(mode: _Operators, args: Any, out: Tensor) -> None:
+    def react(mode: _Operators, args: Any) -> None:
         left, right = args[first], args[first + 1]
         found = [(mode.memory.find(right), right, left, True), (mode.memory.find(left), left, right, False)]
         # where both may be weights, one that is no layer for sure was read as an input
@@ -326,9 +329,11 @@ def _follow(mode: _Operators, source: Tensor, out: Tensor, index: Tensor | None)
 
 
 _aten = torch.ops.aten
-_OPERATORS: Mapping[Any, Callable[[_Operators, Any, Any], None]] = {
+_PRODUCTS: Mapping[Any, Callable[[_Operators, Any], None]] = {
     **{operator: _matrix_product(0) for operator in (_aten.mm, _aten.bmm, _aten.mv)},
     **{operator: _matrix_product(1) for operator in (_aten.addmm, _aten.baddbmm, _aten.addmv)},
+}
+_OPERATORS: Mapping[Any, Callable[[_Operators, Any, Any], None]] = {
     **dict.fromkeys((_aten.convolution, _aten._convolution), _convolution),
     **dict.fromkeys((_aten.clone, _aten._to_copy), _copy),
     _aten.mkldnn_rnn_layer: _lstm,
