@@ -187,7 +187,8 @@ def test_a_recipe_tells_its_parts():
     assert "--allocate global-normalised --repair weight-moments,layerwise,bn,bias" in done("methods pot").err
     assert done("methods pot --json").json["allocate"] == "global-normalised"
     llm = done("methods llm").err.replace("\n", " ")
-    assert "--allocate uniform --repair admm --pattern rows --set options.admm.iterations=12 --set options.admm.refinement=8 (--score wanda" in llm
+    options = "--set options.admm.iterations=12 --set options.admm.refinement=8"
+    assert f"--allocate uniform --repair admm --pattern rows {options} (--score wanda" in llm
 
 
 def test_a_method_lists_options_flat_as_a_recipe_says_them():

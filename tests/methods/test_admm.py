@@ -606,3 +606,85 @@ def test_the_report_of_the_command_line_holds_the_error_of_each_layer(run_of_the
     assert report["repair"] == ["admm"]
     assert allot.verify(run_of_the_command_line)["passed"]
     done(f"verify {run_of_the_command_line}")
+
+
+# models whose passes differ
+
+
+class TwoLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c, self.b = nn.Linear(16, 12), nn.Linear(16, 12), nn.Linear(12, 6)
+
+
+class Looping(TwoLayers):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.b(torch.relu(self.a(sample))) for sample in x])
+
+
+class Whole(TwoLayers):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(self.a(x)))
+
+
+class Choosing(TwoLayers):
+    """Both layers read the first sample; a batch is read by one of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = float(x.sum()) > 0
+        return self.b(torch.relu(self.a(x) + self.c(x) if both else self.c(x)))
+
+
+class Wider(TwoLayers):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(nn.functional.linear(x.double(), self.a.weight.double())).float())
+
+
+class Picking(TwoLayers):
+    """Samples that are picked are none in some batches."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        picked = x[:, 0] > 1.5
+        z = y.clone()
+        z[picked] = z[picked] + self.c(x[picked])
+        return self.b(torch.relu(z))
+
+
+def repaired(model: nn.Module, x: Tensor, **options: Any) -> Candidate:
+    problem, candidate = posed(model, x, **options)
+    return drive(Admm(iterations=8), problem, candidate)
+
+
+def test_a_loop_over_samples_gives_what_the_batch_gives():
+    x, whole = correlated(40, 16), Whole()
+    looping = Looping()
+    looping.load_state_dict(whole.state_dict())
+    one, other = repaired(whole, x), repaired(looping, x)
+    for name in ("a.weight", "b.weight"):
+        torch.testing.assert_close(other.tensors[name], one.tensors[name], atol=0.05, rtol=0.05)
+    assert other.diagnostics["admm"]["errors"] == pytest.approx(one.diagnostics["admm"]["errors"], rel=0.1)
+
+
+def test_layers_that_share_an_input_in_some_batches_only_have_a_gram_each():
+    x = -correlated(40, 16).abs()
+    x[:1] *= -1
+    result = repaired(Choosing(), x, batch_size=20)
+    assert "c.weight" in result.diagnostics["admm"]["errors"] and bool(torch.isfinite(result.tensors["c.weight"]).all())
+
+
+def test_a_pass_in_another_precision_than_the_weights_and_batches_without_a_sample_are_accepted():
+    x = correlated(40, 16)
+    assert "c.weight" in repaired(Wider(), x).diagnostics["admm"]["not_repaired"]
+    assert "a.weight" in repaired(Wider(), x).diagnostics["admm"]["errors"]
+    assert repaired(Picking(), x, batch_size=2).diagnostics["admm"]["errors"].keys() >= {"a.weight", "b.weight"}
+
+
+def test_layers_with_inputs_too_large_to_square_stay_as_they_were_selected():
+    result = repaired(Whole(), correlated(40, 16) * 1e18)
+    assert "a.weight" in result.diagnostics["admm"]["not_repaired"]
+
+
+def test_a_norm_after_an_activation_in_place_keeps_its_mean():
+    model = nn.Sequential(nn.Linear(16, 12), nn.ReLU(inplace=True), nn.BatchNorm1d(12), nn.Linear(12, 6)).eval()
+    assert "2.running_mean" not in repaired(model, correlated(40, 16)).tensors

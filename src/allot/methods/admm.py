@@ -101,31 +101,35 @@ class Admm:
         return state | {"sites": [], "norm_means": {}, "tensors": {}, "masks": {}, "errors": {}}
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
-        """First the order in which layers run; then one site: the layers that read the same inputs."""
+        """First the order in which layers run; then one site: the layers that read the same inputs.
+
+        Layers whose inputs are too large to be squared, or that no batch reaches, stay as they were selected.
+        """
         if not state["step"]:
             after: dict[str, set[str]] = {}
             with watched_norms(problem.model, problem.scope, after):
                 state["sites"] = [site.to_state() for site in sites_of(problem)]
             state["norm_means"] = _norm_means(problem, after)
             state |= {"step": 1, "steps": 1 + len(state["sites"])}
-            return {"forward": 1, "backward": 0}
+            return {"forward": 1 + len(problem.inputs().positions(0)), "backward": 0}
         site = Site.from_state(state["sites"][state["step"] - 1])
         flags = {name: tensor for name, tensor in candidate.tensors.items() if name == FLAG}
         statistics = Statistics(problem, site, inputs=self.inputs, targets=self.targets)
         statistics.collect(flags | state["tensors"])
         state["step"] += 1
         metrics: Metrics = {"forward": statistics.forward, "backward": 0}
-        if statistics.finite:  # else inputs are too large to be squared: the layers stay as they were selected
+        if statistics.finite:
             for name in site.layers:
                 self._solve(problem, candidate, state, problem.scope[name], statistics)
-            metrics["error"] = max(state["errors"][name] for name in site.layers)
+            metrics["error"] = max((state["errors"].get(name, 0.0) for name in site.layers), default=0.0)
         return metrics
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         scope = {layer.name for layer in problem.scope}
         tensors = {name: tensor for name, tensor in candidate.tensors.items() if name == FLAG}
         tensors |= {name: t for name, t in candidate.tensors.items() if name in scope and name not in state["tensors"]}
-        diagnostics = {**candidate.diagnostics, "admm": {"errors": dict(state["errors"])}}
+        left = [layer.name for layer in problem.scope if layer.name not in state["errors"]]
+        diagnostics = {**candidate.diagnostics, "admm": {"errors": dict(state["errors"]), "not_repaired": left}}
         masks = {**candidate.masks, **state["masks"]}
         return replace(candidate, masks=masks, tensors=tensors | state["tensors"], diagnostics=diagnostics)
 
@@ -135,9 +139,11 @@ class Admm:
         """Put one layer's weight, mask and relative error into the state, and the mean of the norm after it."""
         dense = problem.dense[layer.name]
         W_d = layer.matrix(dense)
-        W_d = W_d if W_d.dtype == torch.float64 else W_d.float()
         source = statistics.site.source
         parts = {part: statistics.grams[source.get(part, part)] for part in statistics.energy if part[0] == layer.name}
+        if not parts:  # no batch reached it
+            return
+        W_d = W_d.to(next(iter(parts.values())).cross.dtype)
         energy = float(sum(statistics.energy[part] for part in parts))
         norm_mean = state["norm_means"].get(layer.name)
         if norm_mean:

@@ -110,7 +110,7 @@ class LayerErrors:
             passes = in_passes(problem, sites_of(problem), self.memory)
             state["passes"] = [[site.to_state() for site in sites] for sites in passes]
             state["step"] = 1
-            return {"forward": 1, "backward": 0}
+            return {"forward": 1 + len(problem.inputs().positions(0)), "backward": 0}
         metrics: Metrics = {"forward": 0, "backward": 0}
         if state["step"] <= len(state["passes"]):
             sites = [Site.from_state(site) for site in state["passes"][state["step"] - 1]]
@@ -298,6 +298,7 @@ class DenseStatistics(Statistics):
 
     def parts(self, name: str) -> dict[Part, Gram]:
         """The Grams of a layer's parts; none where a sum overflowed."""
-        parts = {part: self.grams[self.site.source.get(part, part)] for part in self.energy if part[0] == name}
+        source = {part: self.site.source.get(part, part) for part in self.energy if part[0] == name}
+        parts = {part: self.grams[first] for part, first in source.items() if first in self.grams}
         sums = [tensor for gram in parts.values() for tensor in gram.halves]
         return parts if all(bool(torch.isfinite(tensor).all()) for tensor in sums) else {}

@@ -198,17 +198,22 @@ def biases_of(model: nn.Module, scope: Iterable[Layer]) -> dict[str, tuple[str, 
     return biases
 
 
+def _version(output: Any) -> int:
+    return int(output._version) if isinstance(output, Tensor) and not output.is_inference() else 0
+
+
 @contextmanager
 def watched_norms(model: nn.Module, scope: Iterable[Layer], after: dict[str, set[str]]) -> Iterator[None]:
     """While open, each pass notes `after[layer]`: names of the batch norms that its output goes straight into."""
-    outputs: dict[int, tuple[str, Any]] = {}
+    outputs: dict[int, tuple[str, Any, int]] = {}
 
     def note_output(layer: Layer, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        outputs[id(output)] = (layer.name, output)  # keeping it alive keeps its id from being reused
+        # keeping it alive keeps its id from being reused; an activation in place changes its version
+        outputs[id(output)] = (layer.name, output, _version(output))
 
     def note_norm(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         source = args[0] if args else next(iter(kwargs.values()), None)
-        if id(source) in outputs:
+        if id(source) in outputs and outputs[id(source)][2] == _version(source):
             after.setdefault(outputs[id(source)][0], set()).add(name)
 
     layers = module_places(scope, places_by_parameter(model))

@@ -31,6 +31,7 @@ from allot.run.problem import Problem
 from allot.run.store import State
 
 POSITIONS = 512  # for each column: K weights fitted to 512 K positions have about 1/512 more error than those of all
+LARGEST = 1e30  # of a sum
 Part = tuple[str, int, int]  # layer, first row, last row + 1: rows that read the same inputs
 
 
@@ -41,7 +42,8 @@ class Site:
     Attributes:
         layers: by name, in order of execution.
         source: part -> the part that stands for its inputs.
-        visits: products of these layers in one pass; 0 where their number depends on the samples.
+        visits: products of these layers in one pass, after which the pass may end; 0 where a layer is used several
+            times, or a number of times that depends on the samples.
     """
 
     layers: tuple[str, ...]
@@ -64,22 +66,32 @@ class Site:
 
 
 def sites_of(problem: Problem) -> list[Site]:
-    """The layers in scope that a pass over the first sample reaches, in order of execution."""
+    """The layers in scope that a pass over the first batch reaches, in order of execution.
+
+    Which of them read the same inputs is seen on the first sample; `Statistics` checks it for every batch.
+    """
     keys: dict[Part, list[Any]] = {}
     alive: list[Tensor] = []  # keys tell inputs apart as long as these are alive
+    counts: dict[Part, int] = {}
 
-    def visit(product: Product) -> None:
+    def note_key(product: Product) -> None:
         alive.append(product.inputs)
         for one in by_expert(product):
             keys.setdefault(part_of(one), []).append(one.key)
 
-    with watched_products(problem.model, problem.scope, visit):
-        call(problem.model, {}, problem.inputs().pick([0]))
+    def count(product: Product) -> None:
+        for one in by_expert(product):
+            counts[part_of(one)] = counts.get(part_of(one), 0) + 1
+
+    calibration = problem.inputs()
+    for visit, batch in ((note_key, calibration.pick([0])), (count, calibration.batch(0)[0])):
+        with watched_products(problem.model, problem.scope, visit):
+            call(problem.model, {}, batch)
     sites: dict[Any, dict[Part, Any]] = {}
-    for name in dict.fromkeys(layer for layer, _, _ in keys):
+    for name in dict.fromkeys(layer for layer, _, _ in (*keys, *counts)):
         parts = {part: tuple(keys[part]) for part in keys if part[0] == name}
-        sites.setdefault(frozenset(parts.values()), {}).update(parts)
-    return [_site(problem, parts) for parts in sites.values()]
+        sites.setdefault(frozenset(parts.values()) or name, {}).update(parts or {(name, 0, 0): ()})
+    return [_site(parts, counts) for parts in sites.values()]
 
 
 def part_of(product: Product) -> Part:
@@ -87,12 +99,13 @@ def part_of(product: Product) -> Part:
     return product.layer.name, product.rows.start, product.rows.stop
 
 
-def _site(problem: Problem, parts: Mapping[Part, tuple[Any, ...]]) -> Site:
+def _site(parts: Mapping[Part, tuple[Any, ...]], counts: Mapping[Part, int]) -> Site:
     first: dict[tuple[Any, ...], Part] = {}
-    source = {part: first.setdefault(keys, part) for part, keys in parts.items()}
+    source = {part: first.setdefault(keys, part) for part, keys in parts.items() if keys}
     layers = tuple(dict.fromkeys(name for name, _, _ in parts))
-    routed = any(problem.scope[name].kind.startswith("experts") for name in layers)
-    return Site(layers, source, 0 if routed else sum(map(len, parts.values())))
+    in_batch = {part for part in counts if part[0] in layers}
+    once = in_batch == parts.keys() and all(counts[part] == 1 == len(keys) for part, keys in parts.items())
+    return Site(layers, source, len(parts) if once else 0)
 
 
 @dataclass
@@ -173,9 +186,20 @@ class Statistics:
                 dense = self._products({}, batch)
                 self.forward += samples
             self.forward += samples
+            shared = {part: source for part, source in self.site.source.items() if part != source}
+            if any(_keys(read, part) != _keys(read, source) for part, source in shared.items()):
+                self._restart(tensors)  # in this batch they read different inputs
+                return
             for part, products in read.items():
                 self._add(part, products, dense.get(part, []), k, samples)
         self._add_up()
+
+    def _restart(self, tensors: Mapping[str, Tensor]) -> None:
+        """Collect with a Gram for every part."""
+        self.site = replace(self.site, source={})
+        self.grams.clear()
+        self.energy.clear()
+        self.collect(tensors)
 
     def _products(self, tensors: Mapping[str, Tensor], batch: Any) -> dict[Part, list[Product]]:
         """The products of the site in one pass, which ends with the last of them."""
@@ -197,11 +221,13 @@ class Statistics:
         return products
 
     def _add(self, part: Part, read: list[Product], dense: list[Product], k: int, samples: int) -> None:
-        routed = not self.site.visits  # samples may be routed to other experts in the other net
+        routed = self.problem.scope[part[0]].kind.startswith("experts")  # samples may go to others in the other net
         if routed or [d.inputs.shape for d in dense] != [x.inputs.shape for x in read]:
             dense = read
         low, high = (samples * (rank() + i) // world_size() for i in (0, 1))  # the share of this process
         for product, partner in zip(read, dense, strict=True):
+            if not _length(product):
+                continue
             K = product.layer.total // product.layer.rows
             positions = product.positions * samples // (high - low) * self.problem.inputs().batches * len(read)
             every = max(1, positions // (POSITIONS * K))
@@ -221,7 +247,7 @@ class Statistics:
     def _energy(self, product: Product, every: int, offset: int) -> Tensor:
         weight = _wide(product.layer.matrix(self.problem.dense[product.layer.name])[product.rows])
         weight = weight.unflatten(0, (product.groups, -1))
-        outputs = (_wide(columns) @ weight.mT for columns in product.columns(every, offset))
+        outputs = (_wide(columns) @ weight.mT.to(_wide(columns).dtype) for columns in product.columns(every, offset))
         return sum((output.square().sum(dtype=torch.float64) for output in outputs), weight.new_zeros(()).double())
 
     def _add_columns(
@@ -244,9 +270,9 @@ class Statistics:
 
     @property
     def finite(self) -> bool:
-        """Whether no sum overflowed."""
+        """Whether no sum overflowed, nor will its products."""
         sums = [tensor for gram in self.grams.values() for tensor in (*gram.halves, gram.cross)]
-        return all(bool(torch.isfinite(tensor).all()) for tensor in (*sums, *self.energy.values()))
+        return all(bool((tensor.abs() < LARGEST).all()) for tensor in (*sums, *self.energy.values()))
 
     def _add_up(self) -> None:
         """Sums over all processes, which push a part of each batch each; their samples may reach other experts."""
@@ -264,6 +290,10 @@ class Statistics:
         names = sorted(set().union(*all_gather_object(list(self.energy))))
         energy = [self.energy.get(name, like.new_zeros(()).double()) for name in names]
         self.energy = dict(zip(names, all_reduce(energy), strict=True))
+
+
+def _keys(products: Mapping[Part, list[Product]], part: Part) -> list[Any]:
+    return [product.key for product in products.get(part, ())]
 
 
 def by_expert(product: Product) -> list[Product]:

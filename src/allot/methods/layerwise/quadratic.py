@@ -92,9 +92,7 @@ class Quadratic:
             A = plus_diagonal(S, delta[:, None])
             self._A.append((rows, A))
             rho = 1 + delta  # the diagonal of A: with less, weights that are removed come back in turn
-            self._R.append(
-                (rows, torch.cholesky_inverse(torch.linalg.cholesky(plus_diagonal(A.clone(), rho[:, None]))))
-            )
+            self._R.append((rows, inverse(plus_diagonal(A.clone(), rho[:, None]))))
             dense = W_d[rows].unflatten(0, (len(A), -1))  # [groups, rows, K]
             Y = dense @ gram.cross / n[:, None] + delta[:, None, None] * dense * n[:, None]
             self.n[rows] = n[:, None].expand_as(dense).flatten(0, 1)
