@@ -16,6 +16,7 @@ import torch
 
 import allot
 from allot import UsageError
+from allot.cli import console
 from allot.cli import prune as planning
 from allot.errors import with_cause
 from allot.sources.load import load_model
@@ -221,7 +222,8 @@ def test_a_model_without_values_is_not_pruned():
         allot.prune(model, None, "sparsity=0.5")
 
 
-def test_blocks_alike_share_a_row_of_the_table_and_json_has_every_layer():
+def test_blocks_alike_share_a_row_of_the_table_and_json_has_every_layer(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(console.people, "width", 120)  # in a narrow terminal names fold
     llama(blocks=3)
     outcome = done("plan hf:net --budget sparsity=0.5 --exclude lm_head")
     assert "model.layers.*.mlp.up_proj.weight x3" in outcome.err and "layers.0" not in outcome.err
