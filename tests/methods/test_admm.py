@@ -31,6 +31,7 @@ from allot.run.patterns import NM, Rows, parse, select
 from allot.run.problem import Candidate, Method, Problem, Rule
 from cli.command import MLP, SAMPLES, done
 from contract.cases import same
+from methods.columns import gram_of
 from methods.layerwise.nets import NETS
 from processes.together import together
 
@@ -59,11 +60,6 @@ def correlated(samples: int, width: int, seed: int = 1) -> Tensor:
 
 
 # oracles
-
-
-def gram_of(x: Tensor) -> Gram:
-    """Of inputs [positions, K] that both nets share."""
-    return Gram.of(*x.chunk(2))
 
 
 def best_errors(W: Tensor, G: Tensor) -> Tensor:
@@ -128,7 +124,7 @@ def test_small_layers_are_within_a_hundredth_of_the_best_mask_in_95_of_100_cases
 def test_exchanges_end_at_a_mask_of_the_pattern_that_no_exchange_improves(pattern: Any):
     layer = Layer("w", (3, 8), "linear", min_per_row=1)
     W, x = drawn(3, 8), correlated(100, 8, 3)
-    quadratic = Quadratic(W, {("w", 0, 3): gram_of(x)}, 1e-6)
+    quadratic = Quadratic(W, {("w", 0, 3): gram_of(*x.chunk(2))}, 1e-6)
     before = pattern.mask(layer, drawn(3, 8, seed=9), 12)
     mask = exchanged(quadratic.A_of_rows(), quadratic.Y, [before], layer, pattern)
     assert int(mask.sum()) == 12 and torch.equal(pattern.mask(layer, mask.float(), 12), mask)
@@ -150,7 +146,7 @@ def test_exchanges_end_at_a_mask_of_the_pattern_that_no_exchange_improves(patter
 
 def test_conjugate_gradients_are_least_squares_on_the_mask():
     W, x, M = drawn(6, 12).double(), correlated(64, 24).double(), drawn(6, 12, seed=5) > 0
-    first, second = gram_of(x[:, :12]), gram_of(x[:, 12:])
+    first, second = gram_of(*x[:, :12].chunk(2)), gram_of(*x[:, 12:].chunk(2))
     both = Gram(
         [torch.cat(halves) for halves in zip(first.halves, second.halves, strict=True)],
         torch.cat([first.cross, second.cross]),
@@ -187,7 +183,7 @@ def test_a_row_is_the_least_squares_fit_of_the_dense_nets_outputs():
 
 def test_the_mask_that_moves_is_better_than_the_mask_by_magnitude():
     W, x = drawn(20, 40), correlated(400, 40)
-    quadratic = Quadratic(W, {("w", 0, 20): gram_of(x)}, 1e-3)
+    quadratic = Quadratic(W, {("w", 0, 20): gram_of(*x.chunk(2))}, 1e-3)
     energy = float((x @ W.t()).square().sum())
 
     def error(X: Tensor, mask: Tensor) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from allot.budget.budget import Budget
 from allot.errors import UsageError
 from allot.methods.layer_errors import LayerErrors, fine, in_passes, refits, together
-from allot.methods.layerwise.grams import Gram, sites_of
+from allot.methods.layerwise.grams import sites_of
 from allot.network.call import call
 from allot.pruning.setup import make_problem
 from allot.run.calibration import Calibration
@@ -22,6 +22,7 @@ from allot.run.driver import drive
 from allot.run.patterns import Unstructured
 from allot.run.problem import Candidate, Problem
 from contract.cases import problem_of
+from methods.columns import gram_of
 
 
 def tiny(kept: int) -> Problem:
@@ -75,7 +76,7 @@ def test_an_error_is_that_of_outputs_on_samples_that_the_weight_was_not_fitted_t
     mixing = torch.randn(6, 6)
     fit, judge = torch.randn(50, 6) @ mixing, torch.randn(50, 6) @ mixing
     W_d = torch.randn(3, 6)
-    parts = {("w", 0, 3): Gram.of(fit, judge)}
+    parts = {("w", 0, 3): gram_of(fit, judge)}
     seen = []
     for kept, W, error in refits(W_d, parts, largest, [4, 9, 15], 6, 30):
         seen.append(kept)
@@ -99,7 +100,7 @@ def largest(score: Tensor, kept: int) -> Tensor:
 
 
 def test_no_layer_needs_its_second_half_where_there_is_one_position():
-    gram = Gram.of(torch.zeros(0, 3), torch.eye(3))
+    gram = gram_of(torch.zeros(0, 3), torch.eye(3))
     [(_, W, error)] = refits(torch.tensor([[3.0, 2.0, 1.0]]), {("w", 0, 1): gram}, largest, [2], 8, 8)
     assert (W != 0).tolist() == [[True, True, False]] and error == pytest.approx(1 / 14, abs=0.01)
 

@@ -14,12 +14,10 @@ is sparse already it does not. Layers act together at high sparsity, which a sum
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
-from allot.errors import UsageError, check_number
 from allot.methods.training.distillation import Training
 from allot.methods.training.selection import CollectedEvidence, allocated, scored
-from allot.methods.training.separable import best_densities
+from allot.methods.training.separable import best_densities, grid
 from allot.network.applied_masks import masked
 from allot.processes import one_per_process
 from allot.run.problem import Candidate, Metrics, Problem
@@ -49,13 +47,7 @@ class Knapsack:
     parallel = True
 
     def __post_init__(self) -> None:
-        densities: Any = self.densities
-        densities = tuple(densities) if isinstance(densities, list | tuple) else (densities,)
-        for density in densities:
-            check_number("densities", density, 0, 1)
-        if list(densities) != sorted(set(densities)) or densities[:1] != (0,) or densities[-1] == 1:
-            raise UsageError(f"densities={list(densities)}: ascending from 0, below 1, is accepted.")
-        object.__setattr__(self, "densities", densities)
+        object.__setattr__(self, "densities", grid(self.densities))
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
         return {

@@ -28,22 +28,19 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from allot.errors import UsageError, check_number
-from allot.methods.layerwise.grams import Gram, LastProduct, Part, Site, Statistics, by_expert, part_of, sites_of
+from allot.methods.layerwise.grams import Gram, Part, Site, Statistics, part_of, sites_of
 from allot.methods.layerwise.quadratic import Quadratic, column_norms, disagreement, refined, selects
 from allot.methods.training.distillation import Training
 from allot.methods.training.selection import allocated
-from allot.methods.training.separable import Curve, best_densities
-from allot.network.call import call
+from allot.methods.training.separable import Curve, best_densities, grid
 from allot.network.layers import Layer
-from allot.network.products import Product, watched_products
+from allot.network.products import Product
 from allot.run.problem import Candidate, Metrics, Problem
 from allot.run.store import State
 
@@ -85,13 +82,7 @@ class LayerErrors:
     needs_data = True
 
     def __post_init__(self) -> None:
-        densities: Any = self.densities
-        densities = tuple(densities) if isinstance(densities, list | tuple) else (densities,)
-        for density in densities:
-            check_number("densities", density, 0, 1)
-        if list(densities) != sorted(set(densities)) or densities[:1] != (0,) or densities[-1] == 1:
-            raise UsageError(f"densities={list(densities)}: ascending from 0, below 1, is accepted.")
-        object.__setattr__(self, "densities", densities)
+        object.__setattr__(self, "densities", grid(self.densities))
         check_number("iterations", self.iterations, 1, whole=True)
         check_number("refinement", self.refinement, 0, whole=True)
         check_number("memory", self.memory, 0, whole=True)
@@ -278,21 +269,13 @@ class DenseStatistics(Statistics):
 
     def collect_dense(self) -> int:
         """Push all calibration batches through the net, each as far as the last product; samples pushed."""
-        layers = [self.problem.scope[name] for name in self.site.layers]
         for k in range(self.problem.inputs().batches):
             batch, samples = self.problem.inputs().batch(k)
-            remaining = self.site.visits
 
             def visit(product: Product, k: int = k, samples: int = samples) -> None:
-                nonlocal remaining
-                for one in by_expert(product):
-                    self._add(part_of(one), [one], [one], k, samples)
-                remaining -= 1
-                if not remaining:
-                    raise LastProduct
+                self._add(part_of(product), [product], [product], k, samples)
 
-            with suppress(LastProduct), watched_products(self.problem.model, layers, visit):
-                call(self.problem.model, {}, batch)
+            self.push({}, batch, visit)
             self.forward += samples
         return self.forward
 

@@ -15,7 +15,7 @@ G is from the one that other samples would give.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -132,13 +132,6 @@ class Gram:
         squares, columns = ([like.new_zeros(*size) for _ in range(3)] for size in ((groups, K, K), (groups, K)))
         return cls(squares[:2], squares[2], columns[:2], columns[2], [0, 0])
 
-    @classmethod
-    def of(cls, first: Float[Tensor, "positions K"], second: Float[Tensor, "positions2 K"]) -> Gram:
-        """Of the columns of two halves, which both nets share."""
-        halves = [(x.mT @ x)[None] for x in (first, second)]
-        totals = [x.sum(0)[None] for x in (first, second)]
-        return cls(halves, halves[0] + halves[1], totals, totals[0] + totals[1], [len(first), len(second)])
-
     @property
     def means(self) -> tuple[Tensor, Tensor]:
         """Mean columns of X_s and X_d; `[groups, K]`."""
@@ -187,7 +180,8 @@ class Statistics:
                 self.forward += samples
             self.forward += samples
             shared = {part: source for part, source in self.site.source.items() if part != source}
-            if any(_keys(read, part) != _keys(read, source) for part, source in shared.items()):
+            differ = any(_keys(read, part) != _keys(read, source) for part, source in shared.items())
+            if shared and any(all_gather_object(differ)):
                 self._restart(tensors)  # in this batch they read different inputs
                 return
             for part, products in read.items():
@@ -202,23 +196,26 @@ class Statistics:
         self.collect(tensors)
 
     def _products(self, tensors: Mapping[str, Tensor], batch: Any) -> dict[Part, list[Product]]:
-        """The products of the site in one pass, which ends with the last of them."""
-        problem, site = self.problem, self.site
+        """The products of the site in one pass."""
         products: dict[Part, list[Product]] = {}
-        remaining = site.visits
+        self.push(tensors, batch, lambda product: products.setdefault(part_of(product), []).append(product))
+        return products
 
-        def visit(product: Product) -> None:
+    def push(self, tensors: Mapping[str, Tensor], batch: Any, visit: Callable[[Product], None]) -> None:
+        """Run the net on a batch, up to the last product of the site; `visit` gets each of them."""
+        remaining = self.site.visits
+
+        def visit_and_count(product: Product) -> None:
             nonlocal remaining
             for one in by_expert(product):
-                products.setdefault(part_of(one), []).append(one)
+                visit(one)
             remaining -= 1
             if not remaining:
-                raise LastProduct
+                raise _LastProduct
 
-        layers = [problem.scope[name] for name in site.layers]
-        with suppress(LastProduct), watched_products(problem.model, layers, visit):
-            call(problem.model, tensors, batch)
-        return products
+        layers = [self.problem.scope[name] for name in self.site.layers]
+        with suppress(_LastProduct), watched_products(self.problem.model, layers, visit_and_count):
+            call(self.problem.model, tensors, batch)
 
     def _add(self, part: Part, read: list[Product], dense: list[Product], k: int, samples: int) -> None:
         routed = self.problem.scope[part[0]].kind.startswith("experts")  # samples may go to others in the other net
@@ -323,7 +320,7 @@ def _outer(one: Tensor, other: Tensor) -> Tensor:
     return one[:, :, None] * other[:, None, :]
 
 
-class LastProduct(Exception):
+class _LastProduct(Exception):
     """No product of the site is left in this pass."""
 
 

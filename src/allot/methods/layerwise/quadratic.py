@@ -29,9 +29,9 @@ def selects(pattern: Pattern, layer: Layer) -> Select:
     return select
 
 
-def alternated(problem: Quadratic, select: Select, kept: int, T: int) -> tuple[Tensor, Tensor]:
+def alternated(quadratic: Quadratic, select: Select, kept: int, T: int) -> tuple[Tensor, Tensor]:
     """(X + U, M) after T iterations; both `[rows, K]`, columns times n."""
-    X = problem.W_d * problem.n
+    X = quadratic.W_d * quadratic.n
     U, M = torch.zeros_like(X), torch.ones_like(X, dtype=torch.bool)
     total, moving = X.numel(), max(1, round(0.75 * T))
     for t in range(T):
@@ -40,19 +40,19 @@ def alternated(problem: Quadratic, select: Select, kept: int, T: int) -> tuple[T
             M = select((X + U).abs(), round(k_t))
         Z = (X + U) * M
         U += X - Z
-        X = problem.times_R(problem.Y + problem.rho * (Z - U))
+        X = quadratic.times_R(quadratic.Y + quadratic.rho * (Z - U))
     return X + U, M
 
 
-def refined(problem: Quadratic, X: Tensor, M: Tensor, steps: int) -> Tensor:
+def refined(quadratic: Quadratic, X: Tensor, M: Tensor, steps: int) -> Tensor:
     """Conjugate gradients for min <X A, X> - 2 <Y, X> on the mask M, every row by itself."""
     X = X * M
-    r = (problem.Y - problem.times_A(X)) * M
+    r = (quadratic.Y - quadratic.times_A(X)) * M
     d, size = r, r.square().sum(1, keepdim=True)
     first = size
     live = first > 0  # rows that are not solved yet
     for _ in range(steps):
-        q = problem.times_A(d) * M
+        q = quadratic.times_A(d) * M
         curvature = (d * q).sum(1, keepdim=True)
         live = live & (size > 1e-12 * first) & (curvature > torch.finfo(X.dtype).eps * d.square().sum(1, keepdim=True))
         if not bool(live.any()):
@@ -72,7 +72,6 @@ class Quadratic:
         n: norm of each column, `[rows, K]`.
         Y: `[rows, K]`.
         rho: `[rows, 1]`.
-        damping: delta, the mean over the parts.
     """
 
     def __init__(self, W_d: Float[Tensor, "rows K"], parts: Mapping[Part, Gram], damping: float | None) -> None:
@@ -83,7 +82,6 @@ class Quadratic:
         self._grams = [(slice(start, stop), gram) for (_, start, stop), gram in parts.items()]
         self._A: list[tuple[slice, Tensor]] = []
         self._R: list[tuple[slice, Tensor]] = []
-        deltas = []
         for rows, gram in self._grams:
             S = gram.gram  # G so far; changed in place, as matrices of K x K may be most of the memory
             n = column_norms(S)
@@ -98,8 +96,6 @@ class Quadratic:
             self.n[rows] = n[:, None].expand_as(dense).flatten(0, 1)
             self.Y[rows] = Y.flatten(0, 1)
             self.rho[rows] = rho[:, None].expand(-1, dense.shape[1]).reshape(-1, 1)
-            deltas.append(float(delta.mean()))
-        self.damping = sum(deltas) / max(1, len(deltas))
 
     def times_A(self, X: Float[Tensor, "rows K"]) -> Float[Tensor, "rows K"]:  # noqa: N802
         return _product(X, self._A)

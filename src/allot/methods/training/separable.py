@@ -12,10 +12,26 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from allot.budget.model_budget import ModelBudget
+from allot.errors import UsageError, check_number
 
 Curve = list[Sequence[float]]  # [density, error], densities ascending
+
+
+def grid(densities: Any) -> tuple[float, ...]:
+    """The densities at which curves are measured, checked.
+
+    Raises:
+        UsageError: no numbers that ascend from 0 and end below 1.
+    """
+    values = tuple(densities) if isinstance(densities, list | tuple) else (densities,)
+    for value in values:
+        check_number("densities", value, 0, 1)
+    if list(values) != sorted(set(values)) or values[:1] != (0,) or values[-1] == 1:
+        raise UsageError(f"densities={list(values)}: ascending from 0, below 1, is accepted.")
+    return values
 
 
 def best_densities(budget: ModelBudget, error: Mapping[str, Curve]) -> dict[str, float]:
