@@ -40,7 +40,7 @@ RECIPES: dict[str, Recipe] = {
         pattern="rows",
         repair=("admm",),
         dense_head=True,
-        options={"admm": {"iterations": 12, "refinement": 8}},
+        options={"admm": {"iterations": 10, "refinement": 4}},
         score_alone="wanda",
     ),
     "lamp": Recipe("lamp", repair=("bn", "variance")),
