@@ -45,7 +45,7 @@ class Slow:
     def __init__(self, seconds: float, clock: list[float]) -> None:
         self.seconds, self.clock, self.steps = seconds, clock, list[int]()
 
-    def save(self, stage: str, candidate: Any, state: Any, log: Any) -> None:
+    def save(self, stage: str, candidate: Any, state: Any, log: Any, best: Any = None) -> None:
         self.steps.append(state["step"])
         self.clock[0] += self.seconds
 

@@ -24,7 +24,7 @@ _SETTINGS = Annotated[
 CHAIN = ("method", "allocate", "score", "pattern", "repair", "runtime")
 RULES = ("include", "exclude", "min_density", "max_density", "floor")
 READING = ("samples", "batch_size", "workers", "skip_corrupt")
-LIMITS = ("max_minutes", "stream", "device", "max_memory", *COMPUTE)
+LIMITS = ("outputs", "loss", "batch_norm", "max_minutes", "stream", "device", "max_memory", *COMPUTE)
 
 
 def takes(*keys: str, file: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -127,6 +127,19 @@ class RecipeFile(BaseModel):
             "DEVICE",
         ),
     ] = None
+    outputs: Annotated[
+        str | None,
+        Option(
+            "what is compared with the dense model, a function of its output: file.py:function  [logits, or all]",
+            "PLACE",
+        ),
+    ] = None
+    loss: Annotated[
+        str | None, Option("how outputs are compared: kl for classes, mse for values  [by the outputs]", "NAME")
+    ] = None
+    batch_norm: Annotated[
+        str, Option("statistics of batch norms in training: batch, frozen or auto  [auto: by the dense model]", "NAME")
+    ] = "auto"
     compute: dict[str, Any] = {}
     max_memory: Annotated[
         int | str | None,

@@ -35,12 +35,13 @@ from torch import Tensor
 from allot.errors import AllotError, UsageError, check_flag, check_number
 from allot.methods.layerwise.streamed_block import FLAG, BlockPart, ModelPart
 from allot.methods.training.distillation import Training, step_scale
-from allot.methods.training.losses import relative_error, size, wide
+from allot.methods.training.losses import relative_error, size
 from allot.methods.training.schedule import Schedule
 from allot.methods.training.selection import CollectedEvidence
 from allot.network.applied_masks import masked
 from allot.network.call import call
 from allot.run.calibration import Calibration, cut
+from allot.run.outputs import wide
 from allot.run.patterns import Channels
 from allot.run.problem import Candidate, Metrics, Problem
 from allot.run.store import State

@@ -33,6 +33,7 @@ class Distill:
     role = "repair"
     needs_data = True
     parallel = True
+    watched = True
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
         return distilling(self.training, problem, candidate)

@@ -76,6 +76,7 @@ class Unipts:
     role = "repair"
     needs_data = True
     parallel = True
+    watched = True
 
     def __post_init__(self) -> None:
         check_number("base_decay", self.base_decay, 1e-6, 1)

@@ -89,6 +89,13 @@ def assemble(
     )
 
 
+def without_statistics(chain: Chain) -> Chain:
+    """The chain without repairs that take statistics of outputs: for models whose statistics of a batch mislead."""
+    repairs = [pair for pair in zip(chain.names.repair, chain.repair, strict=True) if pair[0] not in ("bn", "variance")]
+    names = replace(chain.names, repair=tuple(name for name, _ in repairs))
+    return replace(chain, names=names, repair=tuple(method for _, method in repairs))
+
+
 def stream_repairs(chain: Chain, problem: Problem, device: str | torch.device) -> Chain:
     """The chain whose selection and repairs have one block of the model at a time on the device.
 

@@ -32,7 +32,7 @@ def identity(prepared: Prepared) -> dict[str, Any]:
         digests = fingerprint(problem)
     for source, digest in digests.items():
         check_equal(f"the {source}", digest)
-    inputs = problem.calibration
+    inputs, watch = problem.calibration, problem.watch
     rules = request.rules or Rules()
     if left := [name for name in request.left_dense if name not in rules.exclude]:
         rules = replace(rules, exclude=(*rules.exclude, *left))
@@ -48,12 +48,14 @@ def identity(prepared: Prepared) -> dict[str, Any]:
         },
         **asdict(rules),
         "seed": request.seed,
-        "samples": len(inputs) if inputs else 0,
+        "samples": len(set(inputs.indices) | set(watch.indices if watch else ())) if inputs else 0,
         "batch_size": inputs.batch_size if inputs else 0,
     }
     optional = {
         "runtime": str(request.runtime) if request.budget.latency is not None else None,
         "stream": str(request.stream) if request.stream else None,
+        "batch_norm": problem.batch_norm if problem.batch_norm != "batch" else None,
+        "comparison": settings(problem.comparison.to_json()),
         "fit": prepared.cut,
         "compute": problem.compute.identity(),
     }
@@ -86,11 +88,12 @@ def fingerprint(problem: Problem) -> dict[str, str]:
         model.update(f"{name} {value.dtype} {list(value.shape)}".encode())
         model.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     digests = {"model": model.hexdigest()[:16]}
-    if problem.calibration:
-        data = hashlib.sha256(str(problem.calibration.indices).encode())
-        for k in range(problem.calibration.batches):
-            _digest(problem.calibration.batch(k)[0], data)
-        digests["calibration"] = data.hexdigest()[:16]
+    for name, inputs in (("calibration", problem.calibration), ("watch set", problem.watch)):
+        if inputs:
+            data = hashlib.sha256(str(inputs.indices).encode())
+            for k in range(inputs.batches):
+                _digest(inputs.batch(k)[0], data)
+            digests[name] = data.hexdigest()[:16]
     return digests
 
 

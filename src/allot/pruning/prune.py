@@ -15,7 +15,7 @@ from allot.export.timing.latency import Runtime
 from allot.network.compute import Compute
 from allot.network.layers import Rules
 from allot.processes import on_first_process
-from allot.pruning.assemble import assemble, repair_by_blocks, stream_repairs
+from allot.pruning.assemble import assemble, repair_by_blocks, stream_repairs, without_statistics
 from allot.pruning.identity import identity, notes
 from allot.pruning.memory_limit import choose_compute
 from allot.pruning.request import Prepared, Request
@@ -25,6 +25,7 @@ from allot.pruning.stages import Run, run_stages
 from allot.pruning.time_limit import choose_cut, shorten
 from allot.run.driver import Progress
 from allot.run.evaluate import Score
+from allot.run.outputs import Comparison, Outputs
 from allot.run.patterns import Pattern
 from allot.run.problem import Method, Problem
 from allot.run.scores import ChannelScore, WeightScore
@@ -57,6 +58,9 @@ def prune(
     stream: str | torch.device | None = None,
     compute: Compute | Mapping[str, Any] | None = None,
     max_memory: int | str | None = None,
+    outputs: str | Outputs | None = None,
+    loss: str | None = None,
+    batch_norm: str = "auto",
     recipe: Mapping[str, Any] | None = None,
     dense_score: Score | None = None,
     on_step: Callable[[Progress], None] | None = None,
@@ -89,6 +93,11 @@ def prune(
         stream: device that holds one block of the model at a time for layer-wise repairs; None: the whole net.
         compute: choices about memory and speed, like {"micro_batch": 8}; see `Compute`.
         max_memory: bytes, or like "6GB": the peak of one training step (`allot.pruning.memory_limit`).
+        outputs: which tensors of the model's output are compared with the dense model's: a function of the output, or
+            its place like "file.py:function"; None: `.logits`, or all floating-point tensors.
+        loss: "kl" or "mse"; None: see `Comparison`.
+        batch_norm: in training, batch norms normalise by the "batch", or by their running statistics, which stay
+            ("frozen"); "auto": by the batch, unless the dense model answers otherwise with statistics of the batch.
         recipe: further entries of recipe.yaml, like the origin of the model.
         dense_score: `evaluate` of the dense model on `test`, where it was computed already.
     Raises:
@@ -103,9 +112,10 @@ def prune(
         model=model, budget=Budget.parse(budget) if isinstance(budget, str) else budget, chain=chain, rules=rules,
         seed=seed, calibration=calibration, samples=samples, batch_size=batch_size, workers=workers, example=example,
         test=test, dense_score=dense_score, runtime=Runtime.parse(runtime), compute=Compute.of(compute), stream=stream,
-        max_minutes=max_minutes, max_memory=max_memory, label=label or type(model).__name__,
-        directory=Path(save_to) if save_to else None, recipe=dict(recipe or {}), options=dict(options or {}),
-        on_step=on_step, should_stop=should_stop,
+        comparison=Comparison(outputs, loss), batch_norm=batch_norm, default_repair=repair is None,
+        max_minutes=max_minutes, max_memory=max_memory,
+        label=label or type(model).__name__, directory=Path(save_to) if save_to else None, recipe=dict(recipe or {}),
+        options=dict(options or {}), on_step=on_step, should_stop=should_stop,
     )  # fmt: skip
     log = Log()
     return _run(_prepare(request, set_up(request, log)), log)
@@ -113,18 +123,19 @@ def prune(
 
 def _prepare(request: Request, problem: Problem) -> Prepared:
     """The request with the limits of time and memory applied; a resumed run keeps the choices it began with."""
-    if request.stream:
-        chain = stream_repairs(request.chain, problem, request.stream)
-    else:
-        chain = repair_by_blocks(request.chain, problem)
+    chain = request.chain
+    if request.default_repair and problem.batch_norm == "frozen":
+        chain = without_statistics(chain)
+    requested = chain
+    chain = stream_repairs(chain, problem, request.stream) if request.stream else repair_by_blocks(chain, problem)
     earlier = on_first_process(request.earlier)
     problem = replace(problem, compute=request.compute)
     memory = choose_compute(problem, chain, request.max_memory, earlier.get("memory"))
     if memory:
         problem = replace(problem, compute=Compute.of(memory["picked"]))
     cut = choose_cut(problem, chain, request.max_minutes, earlier.get("configuration", {}).get("fit"))
-    chain, requested_chain = (shorten(parts, cut) for parts in (chain, request.chain))
-    return Prepared(request, problem, chain, requested_chain, cut, memory, earlier.get("state") == "done")
+    chain, requested = (shorten(parts, cut) for parts in (chain, requested))
+    return Prepared(request, problem, chain, requested, cut, memory, earlier.get("state") == "done")
 
 
 def _run(prepared: Prepared, log: Log) -> Result:

@@ -12,14 +12,15 @@ import torch
 from torch import nn
 
 from allot.budget.budget import Budget
-from allot.errors import UsageError
+from allot.errors import UsageError, unknown
 from allot.export.timing.latency import Runtime
 from allot.network.compute import Compute
 from allot.network.layers import Rules, Scope
 from allot.run.driver import Progress
 from allot.run.evaluate import Score, evaluate
+from allot.run.outputs import Comparison
 from allot.run.patterns import Channels
-from allot.run.problem import Chain, Problem
+from allot.run.problem import BATCH_NORMS, Chain, Problem
 from allot.run.recipes import Recipe
 from allot.run.store import read_run
 
@@ -28,6 +29,8 @@ from allot.run.store import read_run
 class Request:
     """The arguments of `prune`, which describes them; `chain` holds the parts that it names.
 
+    Attributes:
+        default_repair: whether the repairs are those of the recipe.
     Raises:
         UsageError: a compiled or wrapped model, a rule that matches no layer, or a choice of `compute` that this model
             or device does not allow.
@@ -47,6 +50,9 @@ class Request:
     dense_score: Score | None
     runtime: Runtime
     compute: Compute
+    comparison: Comparison
+    batch_norm: str
+    default_repair: bool
     stream: str | torch.device | None
     max_minutes: float | None
     max_memory: int | str | None
@@ -58,6 +64,8 @@ class Request:
     should_stop: Callable[[], bool] | None
 
     def __post_init__(self) -> None:
+        if self.batch_norm not in (*BATCH_NORMS, "auto"):
+            raise unknown("batch_norm", str(self.batch_norm), (*BATCH_NORMS, "auto"))
         check_plain(self.model)
         # errors of the model come before a forward pass, which would fill lazy layers
         Scope.of(self.model, None if isinstance(self.chain.pattern, Channels) else self.rules)

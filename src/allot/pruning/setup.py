@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
@@ -35,10 +36,14 @@ from allot.processes import all_gather_object, on_first_process, world_size
 from allot.pruning.request import Request, check_plain
 from allot.run.calibration import BATCH, SAMPLES, TEXTS, Calibration, texts_at_a_time
 from allot.run.driver import Progress, repeatable
+from allot.run.fidelity import batch_norm_error
+from allot.run.outputs import Comparison
 from allot.run.patterns import Channels, Pattern
 from allot.run.problem import Candidate, Problem
 from allot.run.scores import CHANNEL_SCORES, SCORES, ChannelScore, WeightScore
 from allot.run.store import Log
+
+logger = logging.getLogger("allot")
 
 # tables of a model: (model, scope, groups, extents, terms, example, limit) -> times
 Timing = Callable[[nn.Module, Scope, Sequence[Group], Sequence[Extent], Sequence[Term], Any, str], Latency]
@@ -55,11 +60,13 @@ def set_up(request: Request, log: Log) -> Problem:
     """
     chain = request.chain
     with repeatable(request.model, request.seed, "pose"):  # the name decides draws: another one, other draws
-        inputs = _calibration(request)
+        inputs, watch = _calibration(request), None
+        if inputs is not None:
+            inputs, watch = inputs.parted()
         problem = make_problem(
             request.model, request.budget, chain.pattern, calibration=inputs, rules=request.rules, score=chain.score,
             example=None if inputs else request.example, seed=request.seed, latency=_timing(request, log),
-            left_dense=request.left_dense,
+            left_dense=request.left_dense, comparison=request.comparison,
         )  # fmt: skip
     if any(part.needs_data for part in (chain.allocate, *chain.repair)):
         problem.inputs()
@@ -68,7 +75,24 @@ def set_up(request: Request, log: Log) -> Problem:
     if inputs is None:  # a score that needs inputs says so before anything is written
         whole = Candidate.dense(problem)
         Selection().step(problem, whole, Selection().init(problem, whole))
-    return problem
+    return replace(problem, watch=watch, batch_norm=_batch_norm(request.batch_norm, problem, log))
+
+
+MOVED = 0.5  # relative error of the dense net's outputs, half way from no change to no better than a constant
+
+
+def _batch_norm(requested: str, problem: Problem, log: Log) -> str:
+    """How batch norms normalise in training; by their running statistics where those of a batch move the outputs."""
+    if requested != "auto" or problem.calibration is None or (error := batch_norm_error(problem)) is None:
+        return "batch" if requested == "auto" else requested
+    mode = "frozen" if error >= MOVED else "batch"
+    log.watch["batch_norm"] = {"mode": mode, "error": error}
+    if mode == "frozen":
+        logger.warning(
+            "with batch statistics the dense model answers otherwise (relative error %.2g): batch norms keep their "
+            "running statistics", error,
+        )  # fmt: skip
+    return mode
 
 
 def make_problem(
@@ -84,6 +108,7 @@ def make_problem(
     latency: Timing | None = None,
     left_dense: Mapping[str, str] | None = None,
     shapes_only: bool = False,
+    comparison: Comparison | None = None,
 ) -> Problem:
     """The problem: scope measured on one example, budget tied to it.
 
@@ -94,6 +119,7 @@ def make_problem(
         latency: makes the tables of a budget of time; None: they are measured in the runtime that is installed.
         left_dense: parameters that are not in scope, with the reason.
         shapes_only: whether the model's parameters may have shapes and no values, for an allocator that reads none.
+        comparison: how outputs are compared with the dense net's.
     Raises:
         UsageError: weights that are not finite, a compiled or wrapped model, or inputs that the model does not take.
         BudgetError, PatternError: nothing meets the budget in this pattern.
@@ -124,7 +150,8 @@ def make_problem(
             raise UsageError("channels are found by running the model: give --data or --input (example= in Python).")
         timing = latency or partial(latency_of, runtime=Runtime.parse(None), seed=seed)
         scope, channels = _channel_budget(model, scope, budget, pattern.step, example, rules or Rules(), timing)
-        return Problem(model, scope, channels, pattern, score, calibration, seed, example)
+        posed = Problem(model, scope, channels, pattern, score, calibration, seed, example)
+        return _compared(posed, comparison)
     state, _ = plain_state(model)
     layout = files.layout(state, files.metadata_of(model, scope, budget))
     sizes = {layer.name: state[layer.name].element_size() for layer in scope}
@@ -136,7 +163,16 @@ def make_problem(
         for layer, (step, lower, upper) in zip(scope, _feasible_counts(scope, pattern), strict=True)
     )  # fmt: skip
     bound = budget.on(terms, fixed_bytes=layout.header + layout.others, full_bytes=layout.plain)
-    return Problem(model, scope, bound, pattern, score, calibration, seed, example)
+    return _compared(Problem(model, scope, bound, pattern, score, calibration, seed, example), comparison)
+
+
+def _compared(problem: Problem, comparison: Comparison | None) -> Problem:
+    """The problem with its comparison, after a look at the model's outputs, where there are inputs."""
+    problem = replace(problem, comparison=comparison or Comparison())
+    if problem.calibration is not None:
+        with suppress(UsageError):  # who compares outputs raises it again
+            problem.reading()
+    return problem
 
 
 def _without_channels(scope: Scope) -> Scope:

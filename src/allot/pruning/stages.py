@@ -28,6 +28,8 @@ from allot.pruning.result import Result
 from allot.run import patterns
 from allot.run.driver import drive, repeatable
 from allot.run.evaluate import Score
+from allot.run.fidelity import Watch
+from allot.run.guard import Guard
 from allot.run.problem import Candidate, Method, Problem
 from allot.run.store import Log, Store, write
 
@@ -68,10 +70,16 @@ def run_stages(run: Run) -> Result:
         problem = slow_tables(problem, saved.candidate["diagnostics"])
         names = [name for name, _ in stages]
         stages = stages[names.index(saved.stage) :]
+    watch = Watch(problem.model, problem.watch, problem.comparison) if problem.watch else None
+    guard = Guard(problem, watch, log)
+    guard.note_dense(Candidate.dense(problem))
     for name, method in stages:
-        candidate = _drive_stage(run, name, method, problem, candidate, log)
+        if name == "select":
+            candidate = _select_stage(run, method, candidate, guard)
+        else:
+            candidate = _drive_stage(run, name, method, candidate, guard)
         if name == "latency":
-            problem = slow_tables(problem, candidate.diagnostics)
+            problem = guard.problem = slow_tables(problem, candidate.diagnostics)
     scores, score_of = None, run.prepared.request.score_of
     if score_of and run.dense_score:
         scores = _scores(problem, candidate, score_of, run.dense_score)
@@ -97,7 +105,17 @@ def _stages(run: Run) -> list[tuple[str, Method]]:
     return stages + [(f"repair-{i}-{name}", method) for i, (name, method) in enumerate(repairs, 1)]
 
 
-def _drive_stage(run: Run, stage: str, method: Method, problem: Problem, candidate: Candidate, log: Log) -> Candidate:
+def _select_stage(run: Run, method: Method, allocated: Candidate, guard: Guard) -> Candidate:
+    """The candidate after selection: of the weights that the allocator trained, or of the dense ones if better."""
+    if not allocated.tensors or guard.watch is None:
+        return _drive_stage(run, "select", method, allocated, guard)
+    trained = _drive_stage(run, "select", method, allocated, replace(guard, watch=None))
+    untrained = drive(method, guard.problem, replace(allocated, tensors={}), stage="select", log=guard.log)
+    guard.note("dense weights", 0, untrained)
+    return guard.after("select", 1, untrained, trained, cause=f"training in {run.prepared.chain.names.allocate}")
+
+
+def _drive_stage(run: Run, stage: str, method: Method, candidate: Candidate, guard: Guard) -> Candidate:
     """The candidate after a stage; errors name the stage.
 
     Raises:
@@ -106,12 +124,12 @@ def _drive_stage(run: Run, stage: str, method: Method, problem: Problem, candida
     request = run.prepared.request
     try:
         return drive(
-            method, problem, candidate, stage=stage, store=run.store, log=log, on_step=request.on_step,
-            should_stop=request.should_stop,
+            method, guard.problem, candidate, stage=stage, store=run.store, log=guard.log, on_step=request.on_step,
+            should_stop=request.should_stop, guard=guard,
         )  # fmt: skip
     except Stopped:
         if run.store:
-            run.store.describe("stopped", log)
+            run.store.describe("stopped", guard.log)
         raise
     except (UsageError, BudgetError) as error:
         raise type(error)(f"{stage}: {error}") from error
@@ -149,7 +167,11 @@ def _reopen(run: Run, store: Store) -> Result:
     try:
         report = json.loads((store.directory / "report.json").read_text())
         kept = json.loads((store.directory / "certificate.json").read_text())["promised"]["kept"]
-        log = Log(report["seconds"], report["images"]["forward"], report["images"]["backward"])
+        images, watch = report["images"], dict(report.get("watch", {}))
+        log = Log(
+            report["seconds"], images["forward"], images["backward"], fidelity=report.get("fidelity", []),
+            guard=report.get("guard", []), watched=watch.pop("images", 0), watch=watch,
+        )  # fmt: skip
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UsageError(f"{store.directory}/report.json cannot be read: {error}") from error
     scores = report.get("scores")

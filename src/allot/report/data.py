@@ -32,7 +32,10 @@ def report(result: Any) -> dict[str, Any]:
     is what the allocator does, in a sentence, empty for an allocator of the user. `compute` are the choices about
     memory and speed that differ from the defaults, `settings` the other choices that decide a saved run: other keys of
     the recipe, hyperparameters, digest of the model. `latency` is null where time was not limited. `unreadable` counts
-    calibration samples that were left out; `weights` counts all weights of the model, in scope or not. `exports` are
+    calibration samples that were left out; `watch` is the watch set, `{samples, kind, unsure, images}`, empty where
+    there are no inputs; `fidelity` are the distances from the dense net on it, `{stage, step, kl | error, agreement}`
+    in order, the last one that of the net that came out, `undone` those of nets that were dropped; `guard` says so in
+    sentences; `weights` counts all weights of the model, in scope or not. `exports` are
     the rows that `allot export` adds. `diagnostics` are the values that methods report about their work, by method.
     """
     problem, candidate, names, directory = result.problem, result.candidate, result.names, result.directory
@@ -74,6 +77,9 @@ def report(result: Any) -> dict[str, Any]:
         "exports": [],
         "seconds": {stage: round(seconds, 3) for stage, seconds in result.log.seconds.items()},
         "images": {"forward": result.log.forward, "backward": result.log.backward},
+        "watch": {**result.log.watch, "images": result.log.watched} if result.log.watch else {},
+        "fidelity": list(result.log.fidelity),
+        "guard": list(result.log.guard),
         "diagnostics": dict(candidate.diagnostics),
         "histograms": result.histograms,
     }

@@ -16,6 +16,7 @@ from allot.errors import UsageError
 from allot.export.certificate.rows import seal_row
 from allot.report.charts import Line, Mark, coloured_lines, legend, lines, marks
 from allot.report.explanation import explanation, kept_rows, number
+from allot.report.fidelity import fidelity, measurements, warnings
 from allot.report.seed_groups import (
     Labelled,
     SeedGroup,
@@ -69,6 +70,9 @@ def run_page(report: Report, certificate: Report, recipe: str, steps: Sequence[R
         budget_chart=budget_chart(steps),
         loss_charts=loss_charts(steps),
         exports=report.get("exports", []),
+        close=fidelity(report),
+        measurements=measurements(report),
+        warnings=warnings(report),
         memory=report["diagnostics"].get("memory", {}),
         fit=report["diagnostics"].get("fit", {}),
         compute=[_COMPUTE[name].format(value) for name, value in report.get("compute", {}).items() if name in _COMPUTE],

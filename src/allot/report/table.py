@@ -15,6 +15,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from allot.export.timing.clock import verdict
+from allot.report.fidelity import fidelity, warnings
 
 Report = Mapping[str, Any]
 
@@ -31,7 +32,12 @@ def run_table(report: Report) -> RenderableType:
     title = f"{report['model']}: {report['method']} ({report['pattern']}, score {report['score']}"
     title += f", repair {'+'.join(report['repair'])})" if report["repair"] else ")"
     tables = _summary_table(report), layer_table(report["layers"]), *_exports_table(report["exports"])
-    return Group(Text(title, style="bold"), *tables, *_skipped_lines(report))
+    return Group(
+        Text(title, style="bold"),
+        *tables,
+        *(Text(line, style="yellow") for line in warnings(report)),
+        *_skipped_lines(report),
+    )
 
 
 def plan_table(plan: Report) -> RenderableType:
@@ -307,6 +313,8 @@ def _summary_table(report: Report) -> Table:
         table.add_row(name, f"{scores['dense']:.4f}", f"{scores['sparse']:.4f}", change)
     else:
         table.add_row("score", "", "", "not measured: --test DATA")
+    if close := fidelity(report):
+        table.add_row(f"fidelity, {report['watch']['samples']:,} inputs watched", "", close.distance, close.agreement)
     if scores and (perplexity := scores.get("perplexity")):
         dense, sparse = perplexity["dense"], perplexity["sparse"]
         table.add_row("perplexity, lower is better", f"{dense:,.2f}", f"{sparse:,.2f}", f"x {sparse / dense:.3f}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from allot.run.reading import Readable, read, read_readable
 
 SAMPLES, TEXTS = 512, 128  # calibration samples, and blocks of text, where the user gives no number
 BATCH, TOKENS = 64, 1024  # samples in a batch, and most tokens: each token has a logit for every word
+SURE = 32  # inputs; of fewer, so few are watched that comparisons are unsure
 LABEL_KEYS = frozenset({"label", "labels", "target", "targets"})
 
 
@@ -99,6 +100,26 @@ class Calibration:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def parted(self) -> tuple[Calibration, Calibration]:
+        """(inputs for statistics and training, inputs of the watch set), which share no sample.
+
+        The watch set is drawn by the seed: an eighth of the inputs, 16 at least and 128 at most; of fewer than 32
+        inputs an eighth, at least one. A single input is both.
+
+        >>> [len(part) for part in Calibration.of(torch.zeros(512, 1)).parted()]
+        [448, 64]
+        """
+        count = len(self)
+        size = min(max(count // 8, 16), 128) if count >= SURE else max(count // 8, 1)
+        if count == 1:
+            return self, self
+        draw = torch.randperm(count, generator=generator(numbered(self.seed, count)))
+        watched = set(draw[:size].tolist())
+        used, watch = (
+            [i for place, i in enumerate(self.indices) if (place in watched) is wanted] for wanted in (False, True)
+        )
+        return replace(self, indices=tuple(used)), replace(self, indices=tuple(watch))
 
     @property
     def order(self) -> tuple[Any, ...]:

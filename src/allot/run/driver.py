@@ -21,6 +21,7 @@ from torch import nn
 from allot.errors import Stopped
 from allot.network.draws import numbered, seeded
 from allot.processes import any_process, check_equal, on_first_process, world_size
+from allot.run.guard import Guard, Looks
 from allot.run.problem import Candidate, Method, Metrics, Problem, finished
 from allot.run.store import Log, Store
 
@@ -46,6 +47,7 @@ def drive(
     on_step: Callable[[Progress], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     save_seconds: float = 5.0,
+    guard: Guard | None = None,
 ) -> Candidate:
     """The candidate that `method` makes of `candidate`; resumes where `store` holds this stage unfinished.
 
@@ -56,6 +58,8 @@ def drive(
         log: seconds and samples of the stage are added to it.
         save_seconds: the state is saved after the first step that ends this long after the last save, and no sooner
             than 30 times as long as that save took: the weights of a language model are hundreds of megabytes.
+        guard: measures the net that comes out, and on the way where the method is `watched`. A net that is worse than
+            `candidate` is not returned.
     Raises:
         Stopped: `should_stop` returned True; the state is saved.
     """
@@ -68,6 +72,9 @@ def drive(
         else:
             with repeatable(problem.model, problem.seed, stage):
                 start, state = candidate, method.init(problem, candidate)
+        looks = None
+        if guard and getattr(method, "watched", False):
+            looks = Looks(guard, method, stage, start, saved.best if saved else None)
         started = time.monotonic()
         pause, last_saved = save_seconds, started
         before = log.seconds.get(stage, 0.0)
@@ -75,7 +82,7 @@ def drive(
         def save() -> None:
             log.seconds[stage] = before + time.monotonic() - started
             if store:
-                store.save(stage, start.to_state(), state, log)
+                store.save(stage, start.to_state(), state, log, looks.best if looks else None)
 
         if not saved:
             save()
@@ -87,6 +94,8 @@ def drive(
                 metrics = method.step(problem, start, state)
             log.forward += int(metrics["forward"])
             log.backward += int(metrics["backward"])
+            if looks:
+                metrics |= looks.after_step(state)
             if store:
                 store.write_step(stage, state["step"], metrics)
             if on_step:
@@ -96,6 +105,10 @@ def drive(
                 last_saved = time.monotonic()
                 pause = max(save_seconds, 30 * (last_saved - begun))
         better = method.finish(problem, start, state)
+        if looks:
+            better = looks.chosen(better, state["steps"])
+        if guard:
+            better = guard.after(stage, state["step"], start, better)
         log.seconds[stage] = before + time.monotonic() - started
         return better
 
@@ -109,7 +122,7 @@ def drive(
     if isinstance(result, Candidate):
         return result
     content, sent_log = result
-    log.seconds, log.forward, log.backward = sent_log.seconds, sent_log.forward, sent_log.backward
+    vars(log).update(vars(sent_log))
     return _unpack_candidate(content, problem)
 
 

@@ -7,21 +7,26 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from allot.budget.allocation import Allocation
 from allot.budget.model_budget import ModelBudget
 from allot.errors import UsageError
 from allot.network.applied_masks import masked
+from allot.network.call import call
 from allot.network.compute import Compute
-from allot.network.layers import Scope
+from allot.network.layers import Scope, is_batch_norm
+from allot.network.trees import floats_in
 from allot.run.calibration import Calibration
+from allot.run.outputs import Comparison, Reading
 from allot.run.patterns import Pattern
 from allot.run.recipes import Recipe
 from allot.run.scores import ChannelScore, WeightScore
 from allot.run.store import State
 
 Metrics = dict[str, float | int]
+BATCH_NORMS = ("batch", "frozen")
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,10 @@ class Problem:
     seed: int = 0
     example: Any = None  # a batch of one input, where there is one
     compute: Compute = field(default_factory=Compute)
+    comparison: Comparison = field(default_factory=Comparison)
+    batch_norm: str = "batch"  # in training: "batch": statistics of the batch; "frozen": the running ones, which stay
+    watch: Calibration | None = None  # inputs that no method sees, see `allot.run.guard`
+    readings: dict[Comparison, Reading] = field(default_factory=dict, repr=False, compare=False)  # as seen so far
 
     @cached_property
     def dense(self) -> dict[str, Tensor]:
@@ -44,6 +53,10 @@ class Problem:
         tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         # a tensor made in inference mode cannot take part in training
         return {n: (t.clone() if t.is_inference() else t).detach() for n, t in tensors.items()}
+
+    def in_train_mode(self, module: nn.Module) -> bool:
+        """Whether a module is in train mode while weights are trained."""
+        return self.batch_norm == "batch" and is_batch_norm(module)
 
     def inputs(self) -> Calibration:
         """The calibration data.
@@ -54,6 +67,28 @@ class Problem:
         if self.calibration is None:
             raise UsageError("this needs calibration data: give --data (calibration in Python).")
         return self.calibration
+
+    def reading(self, comparison: Comparison | None = None) -> Reading:
+        """How outputs are read, as seen from the dense net's outputs for the first samples.
+
+        Args:
+            comparison: choices of one method, before those of the run.
+        Raises:
+            UsageError: no calibration data, or outputs that cannot be compared.
+        """
+        comparison = (comparison or Comparison()).over(self.comparison)
+        of_run = self.readings.get(self.comparison)
+        if of_run and (comparison.outputs, comparison.loss) == (self.comparison.outputs, of_run.loss):
+            return of_run
+        if comparison not in self.readings:
+            inputs = self.inputs()
+            for samples in (1, min(8, len(inputs), inputs.batch_size)):
+                with torch.no_grad():
+                    output = call(self.model, {}, inputs.pick(range(samples)))
+                self.readings[comparison] = comparison.reading(output)
+                if sum(tensor.numel() for tensor in floats_in(output)) > 2**20:  # logits of a language model say enough
+                    break
+        return self.readings[comparison]
 
 
 @dataclass(frozen=True)
@@ -169,6 +204,8 @@ class Method(Protocol):
             `allot.methods.layerwise.streamed`; other methods have none.
         by_blocks: optional, of a method that streams. True: it goes block by block without a request too, where the
             model has blocks. "needed": it is refused where the model has none.
+        watched: optional, of a method that trains. True: `finish` may be asked on the way, and leaves the state as it
+            was; the net is compared with the dense one then, and its best state is kept.
         chooses_masks: optional, of a repair. True: it chooses the masks of all layers itself, whatever was selected
             before.
     """

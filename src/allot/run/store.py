@@ -13,7 +13,7 @@ import pickle
 import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,27 +23,45 @@ from allot.errors import UsageError
 from allot.processes import on_first_process
 
 State = dict[str, Any]
-FORMAT = 3  # of saved states: counts up where the state of any method gets other keys
+FORMAT = 4  # of saved states: counts up where the state of any method gets other keys
 
 
 @dataclass
 class Log:
-    """The cost of a run so far: seconds per stage and per phase of the finish, samples pushed through any network."""
+    """The cost of a run so far, and what its guard saw.
+
+    Attributes:
+        seconds, finish: of each stage, and of each phase of the finish.
+        forward, backward: samples that methods pushed through any network.
+        fidelity: `{stage, step, kl | error, agreement}` of each measurement, see `allot.run.guard`.
+        guard: what the guard did, in sentences.
+        watch: the watch set, `{samples, kind, unsure}`, with the reason where outputs cannot be compared.
+        watched: samples pushed forward for measurements of fidelity.
+    """
 
     seconds: dict[str, float] = field(default_factory=dict)
     forward: int = 0
     backward: int = 0
     finish: dict[str, float] = field(default_factory=dict)
+    fidelity: list[dict[str, Any]] = field(default_factory=list)
+    guard: list[str] = field(default_factory=list)
+    watch: dict[str, Any] = field(default_factory=dict)
+    watched: int = 0
+
+    def to_state(self) -> State:
+        """What a resumed run continues with; the finish is not saved."""
+        return {key: value for key, value in asdict(self).items() if key != "finish"}
 
 
 @dataclass(frozen=True)
 class Saved:
-    """An unfinished stage: the candidate at its start, the method's state, the log so far."""
+    """An unfinished stage: the candidate at its start, the method's state, the log so far, the best state if any."""
 
     stage: str
     candidate: State
     state: State
     log: Log
+    best: State | None = None
 
 
 class Store:
@@ -87,7 +105,7 @@ class Store:
 
     leads = True  # whether this process writes
 
-    def save(self, stage: str, candidate: State, state: State, log: Log) -> None:
+    def save(self, stage: str, candidate: State, state: State, log: Log, best: State | None = None) -> None:
         """Write the state file from which the run can resume; older state files are removed."""
         steps = self.directory / "steps.jsonl"
         content = {
@@ -95,7 +113,8 @@ class Store:
             "candidate": candidate,
             "state": state,
             "format": FORMAT,
-            "log": {"seconds": log.seconds, "forward": log.forward, "backward": log.backward},
+            "log": log.to_state(),
+            "best": best,
             "steps_bytes": steps.stat().st_size,
         }
         path = self.directory / f"state-{stage}.pt"
@@ -210,7 +229,7 @@ class _FollowerStore(Store):
     def __init__(self, directory: Path, notes: Mapping[str, Any], done: bool, saved: Saved | None) -> None:  # noqa: FBT001
         self.directory, self.notes, self.done, self.saved, self._lock = directory, dict(notes), done, saved, -1
 
-    def save(self, stage: str, candidate: State, state: State, log: Log) -> None:
+    def save(self, stage: str, candidate: State, state: State, log: Log, best: State | None = None) -> None:
         """Nothing: the first process writes."""
 
     def write_step(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
@@ -237,7 +256,7 @@ def open_store(
 
 def _parse_saved(content: bytes, device: str | torch.device) -> tuple[Saved, int, int]:
     parsed = torch.load(io.BytesIO(content), weights_only=True, map_location=device)
-    saved = Saved(parsed["stage"], parsed["candidate"], parsed["state"], Log(**parsed["log"]))
+    saved = Saved(parsed["stage"], parsed["candidate"], parsed["state"], Log(**parsed["log"]), parsed.get("best"))
     return saved, int(parsed["steps_bytes"]), int(parsed.get("format", 1))
 
 

@@ -161,10 +161,39 @@ def boxes(output: dict[str, Tensor]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("wrap", [lambda z: {"scores": z, "boxes": 2 * z}, lambda z: (z, z)], ids=["dict", "tuple"])
-def test_an_output_of_several_parts_needs_a_function(wrap: Callable[[Tensor], Any]):
+def test_all_parts_of_an_output_are_compared_by_squared_error(wrap: Callable[[Tensor], Any]):
     problem = posed(Told(wrap), torch.randn(8, 5))
+    every = Training(outputs=lambda output: list(output.values()) if isinstance(output, dict) else output, loss="mse")
+    losses = [
+        training.gradients(problem, begun(training, problem), half(problem))[1]["loss"]
+        for training in (Training(), every)
+    ]
+    assert losses[0] == losses[1] > 0
+
+
+def test_whole_numbers_in_an_output_need_a_function():
+    problem = posed(Told(lambda z: {"scores": z, "labels": z.argmax(1)}), torch.randn(8, 5))
     with pytest.raises(UsageError, match=r"outputs=package\.module:function"):
         Training().gradients(problem, begun(Training(), problem), {})
+
+
+def test_probabilities_are_compared_as_the_logits_that_they_come_from():
+    inputs, losses = torch.randn(8, 5), []
+    for wrap in (lambda z: z, lambda z: z.softmax(1)):
+        torch.manual_seed(0)
+        problem = posed(Told(wrap), inputs)
+        losses.append(Training().gradients(problem, begun(Training(), problem), half(problem))[1]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_values_between_0_and_1_that_are_no_distribution_are_compared_by_squared_error():
+    inputs, losses = torch.randn(8, 5), []
+    for loss in (None, "mse"):
+        torch.manual_seed(0)
+        problem = posed(Told(torch.sigmoid), inputs)
+        training = Training(loss=loss)
+        losses.append(training.gradients(problem, begun(training, problem), half(problem))[1]["loss"])
+    assert losses[0] == losses[1] > 0
 
 
 @pytest.mark.parametrize("outputs", [boxes, "methods.training.test_distillation:boxes", lambda output: output])
@@ -211,7 +240,7 @@ def test_outputs_without_gradients_say_what_to_change():
 def test_one_class_has_no_kl():
     problem = posed(nn.Linear(4, 1), torch.randn(8, 4))
     with pytest.raises(UsageError, match="use mse"):
-        Training().gradients(problem, begun(Training(), problem), {})
+        Training(loss="kl").gradients(problem, begun(Training(), problem), {})
 
 
 def test_block_outputs_add_their_error():

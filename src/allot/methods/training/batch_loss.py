@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from allot.errors import AllotError, UsageError, check_number, unknown
-from allot.methods.training.losses import LOSSES, Outputs, compared, compared_tensors, relative_error, size
+from allot.methods.training.losses import compared, relative_error, size
 from allot.network.applied_masks import Masking
 from allot.network.batch_norms import Norms
 from allot.network.call import call
@@ -29,6 +29,7 @@ from allot.network.hooks import hooked
 from allot.network.layers import is_batch_norm
 from allot.processes import all_gather_object, all_reduce, all_reduce_number, any_process, single_process, world_size
 from allot.run.calibration import cut
+from allot.run.outputs import Comparison, Outputs, Reading
 from allot.run.problem import Problem
 from allot.run.store import State
 
@@ -44,11 +45,10 @@ class Distance:
     Args:
         temperature: T of the KL loss, above 0.
         student_temperature: T_s, see `allot.methods.training.losses`; None: as `temperature`.
-        loss: "kl" on logits: over the last dimension of `[B, classes]` and `[B, T, classes]`, over dimension 1 of
-            `[B, classes, H, W]` and more; or "mse": squared error over the mean square of the dense net's output.
-        outputs: which tensors of the model's output are compared: a function `output -> tensors` (a tensor, or a tuple,
-            list or dict of them), or its place as text, "package.module:function" or "file.py:function". None: the
-            output itself, or its `.logits`.
+        loss: "kl" on logits or probabilities: over the last dimension of `[B, classes]` and `[B, T, classes]`, over
+            dimension 1 of `[B, classes, H, W]` and more; or "mse": squared error over the mean square of the dense
+            net's output. None: as the run compares outputs (`allot.run.outputs.Comparison`).
+        outputs: which tensors of the model's output are compared, as in `Comparison`; None: those of the run.
         blocks: names of modules, globs allowed, whose outputs are compared as well, by squared error.
         block_weight: of these terms, each.
     Raises:
@@ -62,7 +62,7 @@ class Distance:
 
     temperature: float = 2.0
     student_temperature: float | None = None
-    loss: str = "kl"
+    loss: str | None = None
     outputs: str | Outputs | None = None
     blocks: tuple[str, ...] = ()
     block_weight: float = 0.1
@@ -73,14 +73,11 @@ class Distance:
         if not isinstance(blocks, list | tuple) or not all(isinstance(block, str) for block in blocks):
             raise UsageError(f"blocks={blocks!r}: names of modules are accepted, like [layer1, layer2].")
         object.__setattr__(self, "blocks", tuple(blocks))
-        if not (self.outputs is None or isinstance(self.outputs, str) or callable(self.outputs)):
-            raise UsageError(f"outputs={self.outputs!r}: a function, or package.module:function is accepted.")
+        Comparison(self.outputs, self.loss)  # checks both
         check_number("temperature", self.temperature, 1e-3)
         if self.student_temperature is not None:
             check_number("student_temperature", self.student_temperature, 1e-3)
         check_number("block_weight", self.block_weight, 0)
-        if self.loss not in tuple(LOSSES):  # a list has no hash
-            raise unknown("loss", str(self.loss), LOSSES)
 
     def reading(self, problem: Problem) -> State:
         """The part of a state that `loss_of` reads."""
@@ -115,7 +112,7 @@ class Distance:
         pairs = {name: (leaves[name], mask) for name, mask in (masks or {}).items() if name in leaves}
         masking = Masking(pairs, recompute=not problem.compute.checkpoint) if pairs else None
         placed = {**tensors, **leaves, **(masking.placed if masking else {})}
-        batch = _Batch(inputs, pieces, teacher, wholes, placed, leaves, masking)
+        batch = _Batch(self._reading(problem), inputs, pieces, teacher, wholes, placed, leaves, masking)
         try:
             learn = partial(self._loss_of_pieces, problem, state, batch)
             loss = _within_fp16(problem, state, batch, learn) if problem.compute.amp == "fp16" else learn()
@@ -126,7 +123,7 @@ class Distance:
                 f"no batch statistics from {len(positions)} samples: {error}. Use a larger batch_size."
             ) from error
         if len(pieces) > 1:
-            forward += len(positions) * (any(map(is_batch_norm, problem.model.modules())) + bool(self.blocks))
+            forward += len(positions) * (any(map(problem.in_train_mode, problem.model.modules())) + bool(self.blocks))
         if masking and any_process(masking.missed):
             raise Unseen
         if world_size() > 1:  # a weight that no sample of this process reaches may be reached elsewhere
@@ -139,10 +136,10 @@ class Distance:
         """The part of L of this process's pieces; their gradients add up in the leaves."""
         model, parts, batch_moments, loss = problem.model, len(batch.pieces), None, 0.0
         how: dict[str, Any] = {"compute": problem.compute, "masking": batch.masking}
-        if parts > 1 and any(map(is_batch_norm, model.modules())):
+        if parts > 1 and any(map(problem.in_train_mode, model.modules())):
             with torch.no_grad():
                 whole = Norms()
-                call(model, batch.placed, batch.inputs, training=is_batch_norm, norms=whole, **how)
+                call(model, batch.placed, batch.inputs, training=problem.in_train_mode, norms=whole, **how)
             batch_moments = whole.seen
         counted = {n: v.clone() for n, v in batch.placed.items() if parts > 1 and n.endswith("num_batches_tracked")}
         for piece, answers in zip(batch.pieces, batch.teacher, strict=True):
@@ -153,7 +150,7 @@ class Distance:
             grad = partial(self._backward, state, batch, answers, blocks)
             with torch.enable_grad(), _block_outputs(model, self.blocks, blocks):
                 norms = None if batch_moments is None else Norms(batch_moments)
-                loss += call(model, batch.placed, part, training=is_batch_norm, norms=norms, **how, then=grad)
+                loss += call(model, batch.placed, part, training=problem.in_train_mode, norms=norms, **how, then=grad)
         for name, count in counted.items():  # the whole batch counts, not its pieces
             batch.placed[name].copy_(count)
         return loss
@@ -161,7 +158,7 @@ class Distance:
     def _backward(self, state: State, batch: _Batch, answers: Answers, blocks: list[Tensor], output: Any) -> float:
         """The part of L of one piece of a batch; its gradients are added to those of the leaves, in place."""
         teacher, dense_blocks = answers
-        loss = self._compared(self._read(output), teacher, batch.wholes and batch.wholes[: len(teacher)])
+        loss = self._compared(batch.reading, output, teacher, batch.wholes and batch.wholes[: len(teacher)])
         of_blocks = batch.wholes[len(teacher) :] if batch.wholes else [None] * len(blocks)
         for ours, theirs, whole in zip(blocks, dense_blocks, of_blocks, strict=True):
             loss = loss + self.block_weight * relative_error(ours, theirs, whole)
@@ -190,8 +187,9 @@ class Distance:
             _fill_tables(problem, state, [outputs for outputs, _ in answers], pieces, positions)
         if len(pieces) == world_size() == 1:
             return answers, None, forward
+        loss = self._reading(problem).loss
         sizes = torch.tensor(
-            [[size(t, self.loss) for t in outputs] + [size(t, "mse") for t in blocks] for outputs, blocks in answers],
+            [[size(t, loss) for t in outputs] + [size(t, "mse") for t in blocks] for outputs, blocks in answers],
             dtype=torch.float64,
         )
         if len(pieces) > 1:
@@ -199,9 +197,9 @@ class Distance:
         return answers, all_reduce([sizes.sum(0)])[0].tolist(), forward
 
     def _answers_to(self, problem: Problem, inputs: Any) -> Answers:
-        blocks: list[Tensor] = []
+        reading, blocks = self._reading(problem), list[Tensor]()
         with torch.no_grad(), _block_outputs(problem.model, self.blocks, blocks):
-            return self._read(call(problem.model, {}, inputs, compute=problem.compute)), blocks
+            return reading.tensors(call(problem.model, {}, inputs, compute=problem.compute)), blocks
 
     def judge(
         self, problem: Problem, tensors: Mapping[str, Tensor], k: int, answers: Kept, *, batch_statistics: bool = False
@@ -216,20 +214,20 @@ class Distance:
         """
         with single_process(), torch.no_grad():  # allocations are tried by one process each
             inputs, samples = problem.inputs().batch(k)
-            pushed = samples
+            reading, pushed = self._reading(problem), samples
             teacher = None if answers is None else answers.get(str(k))
             if teacher is None:
                 pushed += samples
-                teacher = self._read(call(problem.model, {}, inputs))
+                teacher = reading.tensors(call(problem.model, {}, inputs))
             if answers is not None:
                 answers[str(k)] = teacher
-            output = call(problem.model, tensors, inputs, training=is_batch_norm if batch_statistics else None)
-            loss = self._compared(self._read(output), teacher)
+            output = call(problem.model, tensors, inputs, training=problem.in_train_mode if batch_statistics else None)
+            loss = self._compared(reading, output, teacher)
         check_finite(loss, k)
         return float(loss), pushed
 
-    def _read(self, output: Any) -> list[Tensor]:
-        return compared_tensors(output, self.outputs, self.loss)
+    def _reading(self, problem: Problem) -> Reading:
+        return problem.reading(Comparison(self.outputs, self.loss))
 
     def _probe(self, problem: Problem, state: State, teacher: list[Tensor], batch: list[int], piece: int) -> int:
         """Keep no table of outputs whose first dimension counts the places of a sequence; samples pushed to find out.
@@ -240,14 +238,16 @@ class Distance:
             return 0
         few = batch[: 2 if piece != 2 else 1]  # another number than there are in a piece
         with torch.no_grad():
-            outputs = self._read(call(problem.model, {}, problem.inputs().pick(few)))
+            outputs = self._reading(problem).tensors(call(problem.model, {}, problem.inputs().pick(few)))
         state["repeat"] = not any_process(any(tensor.shape[:1] != (len(few),) for tensor in outputs))
         return len(few) * world_size()
 
-    def _compared(self, student: list[Tensor], teacher: list[Tensor], wholes: list[float] | None = None) -> Tensor:
+    def _compared(
+        self, reading: Reading, output: Any, teacher: list[Tensor], wholes: list[float] | None = None
+    ) -> Tensor:
         T = self.temperature
         T_s = T if self.student_temperature is None else self.student_temperature
-        return compared(student, teacher, self.loss, T, T_s, wholes)
+        return compared(reading.tensors(output), teacher, reading.loss, T, T_s, wholes)
 
 
 class Unseen(Exception):
@@ -258,6 +258,7 @@ class Unseen(Exception):
 class _Batch:
     """This process's share of a batch, in pieces, and the tensors of the net that it is pushed through."""
 
+    reading: Reading
     inputs: Any
     pieces: list[tuple[int, int]]
     teacher: list[Answers]  # of each piece

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from allot.methods.training.losses import compared_tensors
 from allot.network.call import call
 from allot.processes import all_reduce, all_reduce_number, rank, world_size
+from allot.run.outputs import Comparison
 from allot.run.problem import Candidate, Problem
 
 DRAWS = 4  # of labels, for each batch
@@ -49,7 +49,7 @@ def fisher(problem: Problem, candidate: Candidate) -> tuple[dict[str, Tensor], i
     y is drawn from the model's own p(y | x), where d log p has mean zero: the square of a batch's summed gradient is
     in expectation the sum of its samples' squares.
     """
-    calibration = problem.inputs()
+    calibration, reading = problem.inputs(), problem.reading(Comparison(loss="kl"))
     dense = candidate.effective(problem)
     expected = {group.name: torch.zeros(group.total, dtype=torch.float64) for group in problem.scope.groups}
     forward = backward = 0
@@ -61,7 +61,7 @@ def fisher(problem: Problem, candidate: Candidate) -> tuple[dict[str, Tensor], i
             def likelihood_gradients(
                 output: object, gates: dict[str, Tensor] = gates, samples: int = samples
             ) -> list[Tensor]:
-                logits = compared_tensors(output, None, "kl")[0]
+                logits = reading.tensors(output)[0]
                 logits = (logits if logits.dim() < 4 else logits.movedim(1, -1)).flatten(0, -2)  # [n, classes]
                 log_p = logits.log_softmax(-1).gather(-1, _drawn_classes(logits, samples)).sum()
                 leaves = list(gates.values())

@@ -26,10 +26,10 @@ from torch.optim.adam import adam
 
 from allot.errors import check_number, unknown
 from allot.methods.training.batch_loss import Distance, Unseen, statistics
-from allot.methods.training.losses import wide
 from allot.methods.training.schedule import Schedule, warm_cosine
 from allot.methods.training.selection import CollectedEvidence, scored
 from allot.network.applied_masks import masked
+from allot.run.outputs import wide
 from allot.run.problem import Candidate, Problem
 from allot.run.scores import Evidence
 from allot.run.store import State

@@ -8,8 +8,7 @@ T_s is T unless it is given: with T_s below T the optimum is z = z_dense T_s / T
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -18,9 +17,7 @@ from torch.nn import functional as F
 
 from allot.errors import UsageError
 from allot.processes import all_reduce_number, world_size
-from allot.run.named import function_at
-
-Outputs = Callable[[Any], Any]
+from allot.run.outputs import classes, wide
 
 
 def compared(
@@ -51,36 +48,10 @@ def compared(
 def size(teacher: Tensor, loss: str) -> float:
     """The divisor of the loss of a part of a batch: the number of its rows, or its summed squares."""
     if loss == "kl":
-        return teacher.numel() / teacher.shape[_classes(teacher)]
+        return teacher.numel() / teacher.shape[classes(teacher)]
     theirs = wide(teacher)
     scale = float(theirs.abs().amax().clamp_min(1e-30))
     return float((theirs / scale).square().mean().double() * scale**2 * teacher.numel())
-
-
-def compared_tensors(output: Any, outputs: str | Outputs | None, loss: str) -> list[Tensor]:
-    """The tensors of a model's output that are compared.
-
-    Args:
-        outputs: function `output -> tensors`, or its place as "package.module:function" or "file.py:function"; None:
-            the output itself, or its `.logits`.
-    Raises:
-        UsageError: no such function, or outputs that the loss cannot compare.
-    """
-    if isinstance(outputs, str):
-        try:
-            outputs = function_at(outputs)
-        except UsageError as error:
-            raise UsageError(f"outputs={outputs!r}: {error}") from error
-    if callable(outputs):
-        try:
-            output = outputs(output)
-        except Exception as error:
-            raise UsageError(f"outputs failed on a model output of type {type(output).__name__}: {error!r}") from error
-    tensors = _floating_tensors(getattr(output, "logits", output), chosen=outputs is not None)
-    if loss == "kl" and any(tensor.dim() < 2 or tensor.shape[_classes(tensor)] < 2 for tensor in tensors):
-        shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors)
-        raise UsageError(f"the kl loss needs logits [B, classes] of two or more classes, not {shapes}: use mse.")
-    return tensors
 
 
 def whole_of(teacher: Tensor) -> float | None:
@@ -105,17 +76,8 @@ def relative_error(
     return ((wide(student) - theirs) / scale).square().mean() / (theirs / scale).square().mean().clamp_min(least)
 
 
-def wide(tensor: Tensor) -> Tensor:
-    """The tensor in float32, or in float64 where that is its dtype.
-
-    >>> wide(torch.zeros(2, dtype=torch.float16)).dtype
-    torch.float32
-    """
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def _kl(student: Tensor, teacher: Tensor, T: float, T_s: float, whole: float | None = None) -> Tensor:
-    dim = _classes(student)
+    dim = classes(student)
     theirs = (wide(teacher) / T).log_softmax(dim)
     ours = (wide(student) / T_s).log_softmax(dim)
     rows = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(dim)
@@ -126,38 +88,3 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "kl": _kl,
     "mse": lambda student, teacher, T, T_s, whole=None: relative_error(student, teacher, whole),
 }
-
-
-def _classes(logits: Tensor) -> int:
-    return 1 if logits.dim() > 3 else -1
-
-
-def _floating_tensors(output: Any, *, chosen: bool) -> list[Tensor]:
-    """The tensors of an output; several of them only where a function has `chosen` them."""
-    if isinstance(output, Tensor) and output.is_floating_point():
-        return [output]
-    if chosen and isinstance(output, tuple | list | Mapping) and output:
-        parts = output.values() if isinstance(output, Mapping) else output
-        return [tensor for part in parts for tensor in _floating_tensors(part, chosen=chosen)]
-    if chosen:
-        kind = f"{str(output.dtype)[6:]} values" if isinstance(output, Tensor) else type(output).__name__
-        raise UsageError(
-            f"outputs gave {kind}: floating-point tensors, or a tuple, list or dict of them, are accepted."
-        )
-    raise UsageError(
-        f"a model output, {_described(output)}, cannot be compared: give outputs, a function from it to floating-point "
-        "tensors (--set options.METHOD.outputs=package.module:function, or file.py:function)."
-    )
-
-
-def _described(output: Any) -> str:
-    """An output in words: type, shape, and its first parts."""
-    if isinstance(output, Tensor):
-        return f"{str(output.dtype)[6:]} {list(output.shape)}"
-    if isinstance(output, Mapping):
-        return (
-            f"a {type(output).__name__} of {', '.join(f'{key}: {_described(output[key])}' for key in list(output)[:4])}"
-        )
-    if isinstance(output, tuple | list) and output:
-        return f"a {type(output).__name__} of {len(output)}, the first {_described(output[0])}"
-    return f"a {type(output).__name__}"

@@ -146,7 +146,7 @@ class Trial:
         elif state["stage"] < self._judging:
             method = self.statistics[state["stage"] - 1]
             state["inner"] = method.init(train, candidate)
-            if finished(state["inner"]):
+            if finished(state["inner"]) or train.batch_norm == "frozen":
                 return self._advance(train, candidate, state)
         return None
 

@@ -1,0 +1,155 @@
+"""The guard: fidelity on the watch set before and after every stage of a run; the better net is kept.
+
+A stage that ends worse than it began is undone. A training stage is measured on its way, and ends with its best state.
+Two nets are compared sample by sample, see `allot.run.fidelity`: what differs by less than a standard error is equal,
+and the later net is kept.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from typing import Any
+
+from allot.network.draws import seeded
+from allot.network.trees import cloned
+from allot.run.calibration import SURE
+from allot.run.fidelity import Fidelity, Watch
+from allot.run.problem import Candidate, Method, Problem, finished
+from allot.run.store import Log, State
+
+log = logging.getLogger("allot")
+
+LOOKS = 10  # at a net while it is trained, the last one at its end
+
+
+@dataclass
+class Guard:
+    """The guard of one run.
+
+    Args:
+        watch: the watch set; None: nothing is measured, and nothing undone.
+        log: gets every measurement.
+    """
+
+    problem: Problem
+    watch: Watch | None
+    log: Log
+
+    def __post_init__(self) -> None:
+        self._last: tuple[Candidate, Fidelity | None] | None = None
+
+    def fidelity(self, candidate: Candidate) -> Fidelity | None:
+        """The fidelity of a candidate's net; None where nothing is watched or outputs cannot be compared."""
+        if self.watch is None:
+            return None
+        if self._last is None or self._last[0] is not candidate:
+            tensors = replace(candidate).effective(self.problem)  # the candidate keeps no masked copy of the model
+            with seeded(self.problem.seed):  # a net may draw
+                self._last = candidate, self.watch.fidelity(tensors)
+        return self._last[1]
+
+    def note(self, stage: str, step: int, candidate: Candidate, **more: Any) -> None:
+        """Put the fidelity of a candidate on record."""
+        if self.watch and (found := self.fidelity(candidate)):
+            self.log.fidelity.append({"stage": stage, "step": step, **found.to_json(), **more})
+            self.log.watched += self.watch.images
+
+    def note_dense(self, dense: Candidate) -> None:
+        """Begin the record: the watch set, and the dense net, which has no distance from itself."""
+        if self.watch and "kind" not in self.log.watch:
+            self.note("dense", 0, dense)
+            self.log.watched += len(self.watch) * bool(self.log.fidelity)  # the dense answers
+            few = len(self.watch) + len(self.problem.inputs()) < SURE
+            self.log.watch |= {"samples": len(self.watch), "kind": self.watch.kind, "unsure": few}
+            if self.watch.reason:
+                self.log.watch["reason"] = self.watch.reason
+                log.warning("nothing compares this run with the dense model: %s", self.watch.reason)
+
+    def after(self, stage: str, step: int, before: Candidate, after: Candidate, cause: str | None = None) -> Candidate:
+        """`after`, the net at the end of a stage; or `before`, where that meets the budget and `after` is worse.
+
+        Args:
+            cause: what made it worse, where that is not the method of the stage.
+        """
+        first = self.fidelity(before) if meets(self.problem, before) else None
+        second = self.fidelity(after) if after.masks else None
+        if first is None or second is None or not second.is_worse_than(first):
+            if second:
+                self.note(stage, step, after)
+            return after
+        stages = (entry["stage"] for entry in self.log.fidelity if not entry.get("undone"))
+        kept = [name for name in stages if name not in (stage, "guard")]
+        self.note(stage, step, after, undone=True)
+        self.note("guard", step, before)
+        self.tell(f"{cause or _method(stage)} made it worse: {second.change(first)}; kept {_method(kept[-1])}.")
+        return before
+
+    def tell(self, sentence: str) -> None:
+        """Put a sentence on record, and into the log."""
+        log.warning("%s", sentence)
+        self.log.guard.append(sentence)
+
+
+class Looks:
+    """Looks at a net while it is trained, and its best state so far.
+
+    Args:
+        best: the state of `best` that was saved; None for a stage that begins.
+    """
+
+    def __init__(self, guard: Guard, method: Method, stage: str, start: Candidate, best: State | None) -> None:
+        self.guard, self.method, self.stage, self.start, self.best = guard, method, stage, start, best
+        self._final: Candidate | None = None
+
+    def after_step(self, state: State) -> dict[str, float]:
+        """What a look shows, as metrics of the step; nothing where no look is due, or the budget is not met yet."""
+        guard, problem, step = self.guard, self.guard.problem, state["step"]
+        if step % max(1, -(-state["steps"] // LOOKS)) and not finished(state):
+            return {}
+        candidate = self.method.finish(problem, self.start, state)
+        if not meets(problem, candidate) or (found := guard.fidelity(candidate)) is None:
+            return {}
+        if finished(state):
+            self._final = candidate
+            return _metrics(found)
+        guard.note(self.stage, step, candidate)
+        if self.best is None or found.mean < self.best["values"].mean():
+            best = {"step": step, "candidate": candidate.to_state(), "values": found.values}
+            self.best = cloned(best) | {"kind": found.kind, "agreement": found.agreement}
+        return _metrics(found)
+
+    def chosen(self, last: Candidate, steps: int) -> Candidate:
+        """`last`, the net at the end of training, or its best state where that is better."""
+        last = last if self._final is None else self._final
+        final = self.guard.fidelity(last)
+        if self.best is None or final is None:
+            return last
+        best = Fidelity(self.best["kind"], self.best["values"], self.best["agreement"])
+        if not final.is_worse_than(best):
+            return last
+        step = self.best["step"]
+        self.guard.note(self.stage, steps, last, undone=True)
+        self.guard.tell(f"{_method(self.stage)}: kept the state after step {step} of {steps}: {best.change(final)}.")
+        return Candidate.from_state(self.best["candidate"], self.guard.problem)
+
+
+def _metrics(fidelity: Fidelity) -> dict[str, float]:
+    return {f"watch_{name}": value for name, value in fidelity.to_json().items() if value is not None}
+
+
+def _method(stage: str) -> str:
+    """The name of the method of a stage.
+
+    >>> _method("repair-2-admm"), _method("select")
+    ('admm', 'the selected weights')
+    """
+    if stage == "select":
+        return "the selected weights"
+    return stage.split("-", 2)[2] if stage.startswith("repair-") else stage
+
+
+def meets(problem: Problem, candidate: Candidate) -> bool:
+    """Whether the masks of a candidate keep what its allocation says; in training, a wider budget may hold at first."""
+    sizes = problem.budget.sizes(candidate.allocation.kept)
+    return all(name in candidate.masks and int(candidate.masks[name].sum()) == sizes[name] for name in sizes)
