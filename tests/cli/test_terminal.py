@@ -176,4 +176,4 @@ def test_a_log_is_told_now_and_then_how_far_it_is(monkeypatch: pytest.MonkeyPatc
     assert "repair-1-distill: " not in done(f"{line} QUIET").err  # it takes no half minute
     monkeypatch.setattr(console, "EVERY", 0.0)
     told = done(f"{line} LOUD")
-    assert "repair-1-distill: 3 of 4\n" in told.err and "3 of 4" not in told.out
+    assert "repair-1-distill: 3 of 4, loss " in told.err and "3 of 4" not in told.out

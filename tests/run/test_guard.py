@@ -197,6 +197,6 @@ def test_outputs_that_cannot_be_compared_are_said_and_stop_nothing():
 
 def test_watched_inputs_are_no_inputs_of_methods():
     result = pruned("bn", "bias")
-    used, watched = (set(part.indices) for part in (result.problem.inputs(), result.problem.watch))
+    used, watched = (set(part.indices) for part in (result.problem.inputs(), result.problem.watch.inputs))
     assert len(watched) == 16 and not used & watched
     assert result.report()["watch"]["images"] == 16 * (1 + len(entries(result)))  # and once the dense net

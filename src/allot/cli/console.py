@@ -32,7 +32,10 @@ def progress(*, finish: bool = False) -> Iterator[Callable[[Step], None]]:
     Args:
         finish: whether each phase of the finish of a run is a line with its seconds.
     """
-    columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        TextColumn("{task.fields[measure]}"),
+    )  # fmt: skip
     quiet = not people.is_terminal or people.quiet
     bars = Progress(*columns, console=people, disable=quiet, redirect_stdout=False)
     with redirect_stdout(sys.stderr), bars, _phase_lines(bars) if finish else nullcontext():
@@ -42,11 +45,14 @@ def progress(*, finish: bool = False) -> Iterator[Callable[[Step], None]]:
         def on_step(step: Step) -> None:
             nonlocal reported
             if step.stage not in tasks:
-                tasks[step.stage] = bars.add_task(step.stage, total=step.steps)
-            bars.update(tasks[step.stage], completed=step.step, total=step.steps)
+                tasks[step.stage] = bars.add_task(step.stage, total=step.steps, measure="")
+            measure = next(
+                (f"{name} {step.metrics[name]:.3g}" for name in ("loss", "error") if name in step.metrics), ""
+            )
+            bars.update(tasks[step.stage], completed=step.step, total=step.steps, measure=measure)
             if not people.is_terminal and time.monotonic() - reported >= EVERY:
                 reported = time.monotonic()
-                say(f"{step.stage}: {step.step:,} of {step.steps:,}")
+                say(f"{step.stage}: {step.step:,} of {step.steps:,}{f', {measure}' if measure else ''}")
 
         yield on_step
 
@@ -71,7 +77,7 @@ class _Phases(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno == logging.DEBUG:
-            self.tasks.append(self.bars.add_task(record.getMessage(), total=None))
+            self.tasks.append(self.bars.add_task(record.getMessage(), total=None, measure=""))
         else:
             self.bars.remove_task(self.tasks.pop())
             say(record.getMessage())

@@ -101,7 +101,7 @@ def plan_command(
     )
     if chain.allocate.needs_data:
         raise UsageError(
-            f"{chain.names.allocate} learns from data and cannot be planned: use `allot prune`, or --allocate uniform."
+            f"{chain.names.allocate} learns from data and cannot be planned: use `allot prune`, or --allocate erk."
         )
     with redirect_stdout(sys.stderr):
         problem = _planned_from_shapes(wanted, chain) or _planned(wanted, chain)

@@ -68,6 +68,7 @@ METHODS: dict[str, Method] = {
     "sensitivity": Sensitivity(),
     # repair: adjust the remaining weights
     "admm": Admm(),
+    "admm-views": Admm(views=3),
     "bn": BatchNorm(),
     "bias": OutputMoments(scale=False),
     "variance": OutputMoments(scale=True),
@@ -75,6 +76,7 @@ METHODS: dict[str, Method] = {
     "layerwise": Layerwise(),
     "lstsq": LeastSquares(),
     "blocks": Blocks(),
-    "distill": Distill(),
-    "unipts": Unipts(),
+    "distill": Distill(Training(learning_rate="auto")),
+    "retrain": Distill(Training(learning_rate="auto"), Schedule(ramp=8.0), fresh=True),
+    "unipts": Unipts(Training(learning_rate="auto")),
 }

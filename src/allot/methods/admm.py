@@ -62,6 +62,7 @@ class Admm:
         damping: delta; None: measured for each layer.
         inputs: "sparse": what the sparse net gives to a layer; "dense": what the dense net gives.
         targets: "dense": the dense net's outputs; "sparse": outputs of the dense weights for the inputs at hand.
+        views: of each input that is a picture, how many random crops enter the statistics beside it.
     Raises:
         UsageError: a value out of its range.
     State:
@@ -78,6 +79,7 @@ class Admm:
     damping: float | None = None
     inputs: str = "sparse"
     targets: str = "dense"
+    views: int = 0
 
     role = "repair"
     needs_data = True
@@ -89,6 +91,7 @@ class Admm:
     def __post_init__(self) -> None:
         check_number("iterations", self.iterations, 1, whole=True)
         check_number("refinement", self.refinement, 0, whole=True)
+        check_number("views", self.views, 0, whole=True)
         if self.damping is not None:
             check_number("damping", self.damping, 0)
         for option, value in (("inputs", self.inputs), ("targets", self.targets)):

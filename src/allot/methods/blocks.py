@@ -53,7 +53,7 @@ Gradients = dict[str, Tensor]
 class Blocks:
     """Train the sparse net block by block to the outputs of the dense blocks; how much each layer keeps is fixed.
 
-    Off unless asked for (`--repair blocks`). Modules outside of the blocks stay as they are, and so do blocks without a
+    In no recipe: `--repair admm,blocks`. Modules outside of the blocks stay as they are, and so do blocks without a
     layer in scope.
 
     Args:

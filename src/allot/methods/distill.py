@@ -9,7 +9,7 @@ masks stay, and the kept weights settle.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from allot.methods.training.distillation import Training, distil, distilled, distilling
 from allot.methods.training.schedule import Schedule
@@ -21,6 +21,8 @@ from allot.run.store import State
 class Distill:
     """Train all weights of the sparse net until it answers like the dense one; how much each layer keeps is fixed.
 
+    Args:
+        fresh: whether training begins from the dense weights, not from what repairs before made of them.
     State:
         training: as in `Training`.
         masks: layer -> mask, bool, shape of the weight; empty before the first step.
@@ -29,6 +31,7 @@ class Distill:
 
     training: Training = field(default_factory=Training)
     schedule: Schedule = field(default_factory=Schedule)
+    fresh: bool = False
 
     role = "repair"
     needs_data = True
@@ -36,10 +39,13 @@ class Distill:
     watched = True
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
-        return distilling(self.training, problem, candidate)
+        return distilling(self.training, problem, self._start(candidate))
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
-        return distil(self.training, self.schedule, problem, candidate, state)
+        return distil(self.training, self.schedule, problem, self._start(candidate), state)
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
-        return distilled(self.training, problem, candidate, state)
+        return distilled(self.training, problem, self._start(candidate), state)
+
+    def _start(self, candidate: Candidate) -> Candidate:
+        return replace(candidate, tensors={}) if self.fresh else candidate

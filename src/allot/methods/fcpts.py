@@ -282,7 +282,7 @@ class FcptsPaper:
         moving = [(tensors[name], training["mean"][name], self.decay) for name in w]
         moving += [(state["s"][name], state["speed"][name], 0.0) for name in s]
         norm = float(get_total_norm([gradient for gradient in gradients if gradient is not None]))
-        lr = self.training.learning_rate * warm_cosine(training["step"], training["steps"])
+        lr = self.training.peak * warm_cosine(training["step"], training["steps"])
         for (value, speed, decay), gradient in zip(moving, gradients, strict=True):
             if gradient is not None:
                 speed.mul_(self.momentum).add_(gradient / max(norm / STEEPEST, 1.0) + decay * value)

@@ -9,7 +9,7 @@
 f_l is the weighting:
 
     relative   e                 all layers count alike
-    log        -log(1 - e)       each layer hands on the share 1 - e of what it should; the shares multiply
+    log        -log(1 - e)       each layer keeps the share 1 - e of its signal; shares multiply
     outputs    L_l e / e_l(r)    L_l: loss of the net, dense but for layer l of density r, against the dense net
 
 e_l is measured at a few densities. Between two of them log e is linear in log d, above the last one e falls to 0 at
@@ -36,7 +36,7 @@ from torch import Tensor
 from allot.errors import UsageError, check_number
 from allot.methods.layerwise.grams import Gram, Part, Site, Statistics, part_of, sites_of
 from allot.methods.layerwise.quadratic import Quadratic, column_norms, disagreement, refined, selects
-from allot.methods.training.distillation import Training
+from allot.methods.training.batch_loss import Distance
 from allot.methods.training.selection import allocated
 from allot.methods.training.separable import Curve, best_densities, grid
 from allot.network.layers import Layer
@@ -55,7 +55,7 @@ class LayerErrors:
     Made for the repair `admm`, whose errors these are. Nothing is trained.
 
     Args:
-        training: its loss gives L_l of the weighting "outputs", on one calibration batch.
+        distance: gives L_l of the weighting "outputs", on one calibration batch.
         densities: at which each layer is refitted, ascending from 0, below 1; at 0 the layer keeps its floor.
         iterations: of ADMM at each density, 1 or more.
         refinement: steps of conjugate gradients at each density, 0 or more.
@@ -71,7 +71,7 @@ class LayerErrors:
         answers: batch -> the dense net's outputs on it; None where inputs do not repeat.
     """
 
-    training: Training = field(default_factory=Training)
+    distance: Distance = field(default_factory=Distance)
     densities: tuple[float, ...] = (0.0, 0.01, 0.02, 0.04, 0.07, 0.12, 0.2, 0.35, 0.6)
     iterations: int = 4
     refinement: int = 10
@@ -145,7 +145,7 @@ class LayerErrors:
         forward = 0
         for density, (error, W) in weights.items():
             weight = layer.unmatrix(W).to(dense.dtype).contiguous()
-            loss, forward = self.training.judge(problem, {layer.name: weight}, 0, state["answers"])
+            loss, forward = self.distance.judge(problem, {layer.name: weight}, 0, state["answers"])
             state["loss"][layer.name] = [density, error, loss]
         return forward
 

@@ -98,7 +98,7 @@ class Unipts:
             self.training, self.schedule, problem, candidate, state, select=select, scale=scale(t, T, self.base_decay)
         )
         if self.decay:
-            shrunk = 1 - min(self.decay * self.training.learning_rate * warm_cosine(t, T), 1.0)
+            shrunk = 1 - min(self.decay * self.training.peak * warm_cosine(t, T), 1.0)
             for name, m in state["masks"].items():
                 w = state["training"]["tensors"][name]
                 w.copy_(torch.where(m, w, shrunk * w))

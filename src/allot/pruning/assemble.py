@@ -16,13 +16,16 @@ from allot.methods import METHODS, RECIPES
 from allot.methods.layerwise.streamed import WAYS, Streamed, by_blocks
 from allot.methods.layerwise.streamed_block import usable
 from allot.methods.rules import Given
+from allot.methods.training.rounds import Rounds
 from allot.methods.training.selection import Selection
+from allot.methods.training.viewed import Viewed
 from allot.run import patterns
 from allot.run.driver import repeatable
 from allot.run.patterns import Pattern
 from allot.run.problem import Candidate, Chain, Method, Problem, Rule
 from allot.run.recipes import Recipe
 from allot.run.scores import CHANNEL_SCORES, SCORES, ChannelScore, WeightScore
+from allot.run.views import SIDE, are_pictures
 
 
 def assemble(
@@ -89,9 +92,15 @@ def assemble(
     )
 
 
-def without_statistics(chain: Chain) -> Chain:
-    """The chain without repairs that take statistics of outputs: for models whose statistics of a batch mislead."""
-    repairs = [pair for pair in zip(chain.names.repair, chain.repair, strict=True) if pair[0] not in ("bn", "variance")]
+def fitted(chain: Chain, problem: Problem) -> Chain:
+    """The chain without those repairs of its recipe that do not suit the model or its inputs.
+
+    Statistics of a batch, where they mislead; views, where inputs are no pictures.
+    """
+    unsuitable = {"bn", "variance"} if problem.batch_norm == "frozen" else set[str]()
+    pairs = zip(chain.names.repair, chain.repair, strict=True)
+    pictures = are_pictures(problem.example)
+    repairs = [(name, m) for name, m in pairs if name not in unsuitable and (pictures or not getattr(m, "views", 0))]
     names = replace(chain.names, repair=tuple(name for name, _ in repairs))
     return replace(chain, names=names, repair=tuple(method for _, method in repairs))
 
@@ -134,6 +143,35 @@ def repair_by_blocks(chain: Chain, problem: Problem) -> Chain:
     """
     with repeatable(problem.model, problem.seed, "blocks"):
         return replace(chain, repair=tuple(by_blocks(method, problem) for method in chain.repair))
+
+
+def train_in_rounds(chain: Chain, problem: Problem) -> Chain:
+    """The chain whose training takes its step size, and the number of its rounds, by trial where it says so."""
+
+    def in_rounds(method: Method) -> Method:
+        by_trial = getattr(getattr(method, "training", None), "by_trial", False)
+        return Rounds(method) if by_trial and method.role == "repair" and problem.watch else method
+
+    return replace(chain, repair=tuple(map(in_rounds, chain.repair)))
+
+
+def look_at_views(chain: Chain, problem: Problem) -> Chain:
+    """The chain whose repairs see views of pictures where they ask for them.
+
+    Raises:
+        UsageError: a repair asks for views, and inputs are no pictures.
+    """
+
+    def viewed(method: Method) -> Method:
+        if not (views := getattr(getattr(method, "method", method), "views", 0)):
+            return method
+        if not are_pictures(problem.example):
+            raise UsageError(
+                f"views={views}: inputs are no pictures [channels, height, width] of {SIDE} pixels or more."
+            )
+        return Viewed(method, views)
+
+    return replace(chain, repair=tuple(map(viewed, chain.repair)))
 
 
 def options_of(method: Any) -> dict[str, Any]:

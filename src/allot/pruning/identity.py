@@ -32,7 +32,7 @@ def identity(prepared: Prepared) -> dict[str, Any]:
         digests = fingerprint(problem)
     for source, digest in digests.items():
         check_equal(f"the {source}", digest)
-    inputs, watch = problem.calibration, problem.watch
+    inputs, watched = problem.calibration, problem.watch.inputs.indices if problem.watch else ()
     rules = request.rules or Rules()
     if left := [name for name in request.left_dense if name not in rules.exclude]:
         rules = replace(rules, exclude=(*rules.exclude, *left))
@@ -48,7 +48,7 @@ def identity(prepared: Prepared) -> dict[str, Any]:
         },
         **asdict(rules),
         "seed": request.seed,
-        "samples": len(set(inputs.indices) | set(watch.indices if watch else ())) if inputs else 0,
+        "samples": len({*inputs.indices, *watched}) if inputs else 0,
         "batch_size": inputs.batch_size if inputs else 0,
     }
     optional = {
@@ -88,7 +88,7 @@ def fingerprint(problem: Problem) -> dict[str, str]:
         model.update(f"{name} {value.dtype} {list(value.shape)}".encode())
         model.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     digests = {"model": model.hexdigest()[:16]}
-    for name, inputs in (("calibration", problem.calibration), ("watch set", problem.watch)):
+    for name, inputs in (("calibration", problem.calibration), ("watch set", problem.watch and problem.watch.inputs)):
         if inputs:
             data = hashlib.sha256(str(inputs.indices).encode())
             for k in range(inputs.batches):

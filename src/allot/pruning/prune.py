@@ -15,7 +15,7 @@ from allot.export.timing.latency import Runtime
 from allot.network.compute import Compute
 from allot.network.layers import Rules
 from allot.processes import on_first_process
-from allot.pruning.assemble import assemble, repair_by_blocks, stream_repairs, without_statistics
+from allot.pruning.assemble import assemble, fitted, look_at_views, repair_by_blocks, stream_repairs, train_in_rounds
 from allot.pruning.identity import identity, notes
 from allot.pruning.memory_limit import choose_compute
 from allot.pruning.request import Prepared, Request
@@ -124,8 +124,8 @@ def prune(
 def _prepare(request: Request, problem: Problem) -> Prepared:
     """The request with the limits of time and memory applied; a resumed run keeps the choices it began with."""
     chain = request.chain
-    if request.default_repair and problem.batch_norm == "frozen":
-        chain = without_statistics(chain)
+    if request.default_repair:
+        chain = fitted(chain, problem)
     requested = chain
     chain = stream_repairs(chain, problem, request.stream) if request.stream else repair_by_blocks(chain, problem)
     earlier = on_first_process(request.earlier)
@@ -135,6 +135,7 @@ def _prepare(request: Request, problem: Problem) -> Prepared:
         problem = replace(problem, compute=Compute.of(memory["picked"]))
     cut = choose_cut(problem, chain, request.max_minutes, earlier.get("configuration", {}).get("fit"))
     chain, requested = (shorten(parts, cut) for parts in (chain, requested))
+    chain = look_at_views(train_in_rounds(chain, problem), problem)
     return Prepared(request, problem, chain, requested, cut, memory, earlier.get("state") == "done")
 
 

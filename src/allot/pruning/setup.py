@@ -34,9 +34,10 @@ from allot.network.layers import Group, Rules, Scope, matches, plain_state
 from allot.network.macs import measured
 from allot.processes import all_gather_object, on_first_process, world_size
 from allot.pruning.request import Request, check_plain
+from allot.run.batch_norm_mode import MOVED, batch_norm_error
 from allot.run.calibration import BATCH, SAMPLES, TEXTS, Calibration, texts_at_a_time
 from allot.run.driver import Progress, repeatable
-from allot.run.fidelity import batch_norm_error
+from allot.run.fidelity import Watch
 from allot.run.outputs import Comparison
 from allot.run.patterns import Channels, Pattern
 from allot.run.problem import Candidate, Problem
@@ -62,7 +63,8 @@ def set_up(request: Request, log: Log) -> Problem:
     with repeatable(request.model, request.seed, "pose"):  # the name decides draws: another one, other draws
         inputs, watch = _calibration(request), None
         if inputs is not None:
-            inputs, watch = inputs.parted()
+            inputs, watched = inputs.parted()
+            watch = Watch(request.model, watched, request.comparison)
         problem = make_problem(
             request.model, request.budget, chain.pattern, calibration=inputs, rules=request.rules, score=chain.score,
             example=None if inputs else request.example, seed=request.seed, latency=_timing(request, log),
@@ -76,9 +78,6 @@ def set_up(request: Request, log: Log) -> Problem:
         whole = Candidate.dense(problem)
         Selection().step(problem, whole, Selection().init(problem, whole))
     return replace(problem, watch=watch, batch_norm=_batch_norm(request.batch_norm, problem, log))
-
-
-MOVED = 0.5  # relative error of the dense net's outputs, half way from no change to no better than a constant
 
 
 def _batch_norm(requested: str, problem: Problem, log: Log) -> str:

@@ -28,7 +28,6 @@ from allot.pruning.result import Result
 from allot.run import patterns
 from allot.run.driver import drive, repeatable
 from allot.run.evaluate import Score
-from allot.run.fidelity import Watch
 from allot.run.guard import Guard
 from allot.run.problem import Candidate, Method, Problem
 from allot.run.store import Log, Store, write
@@ -70,8 +69,7 @@ def run_stages(run: Run) -> Result:
         problem = slow_tables(problem, saved.candidate["diagnostics"])
         names = [name for name, _ in stages]
         stages = stages[names.index(saved.stage) :]
-    watch = Watch(problem.model, problem.watch, problem.comparison) if problem.watch else None
-    guard = Guard(problem, watch, log)
+    guard = Guard(problem, problem.watch, log)
     guard.note_dense(Candidate.dense(problem))
     for name, method in stages:
         if name == "select":

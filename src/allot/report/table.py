@@ -56,6 +56,8 @@ def layer_table(layers: Sequence[Report]) -> Table:
     # figures stay whole: a long name folds, and the bar gives way
     figures = map(_whole_column, ("kept", "of", "density", "MACs kept"))
     table = _table(_text_column("layer", min_width=12), *figures, _label_column(width=_BAR), title="layers")
+    if layers and all(layer.get("macs") is None for layer in layers):
+        table.caption = "MACs are counted on an input: give --input C,H,W or --data DATA"
     for name, alike in folded(layers):
         kept, total = (sum(layer[key] for layer in alike) for key in ("kept", "total"))
         counts = [macs_kept(layer) for layer in alike]
@@ -327,8 +329,8 @@ def _summary_table(report: Report) -> Table:
         name = escape(f"ms a batch of {time['batch']}, {time['runtime'].partition(':')[0]}, measured")
         share = f"{reached:.1f} %, {allowed:.1f} % allowed"
         table.add_row(name, f"{time['dense_ms']:.3f}", f"{time['sparse_ms']:.3f}", share)
-    images = f"{report['images']['forward']:,} images forward, {report['images']['backward']:,} back"
-    table.add_row("cost", "", f"{sum(report['seconds'].values()):.1f} s", images)
+    pushed = f"{report['images']['forward']:,} samples forward, {report['images']['backward']:,} back"
+    table.add_row("cost", "", f"{sum(report['seconds'].values()):.1f} s", pushed)
     return table
 
 
@@ -347,9 +349,13 @@ def _budget_rows(report: Report) -> list[tuple[str, str, Text]]:
 
 
 def _skipped_lines(report: Report) -> list[Text]:
+    """What stayed dense, what no repair reached, and how much of the model is in scope."""
     reasons = Counter(report["skipped"].values()).most_common()
     listed = "; ".join(f"{count} x {reason}" for reason, count in reasons)
     lines = [Text(f"left dense: {listed}", style="dim")] if reasons else []
+    for method, found in report.get("diagnostics", {}).items():
+        if isinstance(found, Mapping) and (layers := found.get("not_repaired")):
+            lines.append(Text(f"pruned, and not repaired by {method}: {', '.join(layers)}", style="yellow"))
     total, weights = report["total"], report.get("weights", 0)
     if total < weights:
         share = f"in scope: {_percent_of(total, weights)} of the {weights:,} weights of the model"

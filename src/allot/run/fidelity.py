@@ -22,11 +22,9 @@ from torch.nn import functional as F
 
 from allot.errors import UsageError, first_line
 from allot.network.call import call
-from allot.network.layers import is_batch_norm
 from allot.processes import single_process
 from allot.run.calibration import Calibration
 from allot.run.outputs import Comparison, Reading, classes, sums_to_one, wide
-from allot.run.problem import Problem
 
 KEPT = 64 * 2**20  # most bytes of the dense net's outputs that are kept
 NUMBERS = 2**24  # most numbers in the outputs of one pass
@@ -126,7 +124,7 @@ class Watch:
             if [tensor.shape for tensor in ours] != [tensor.shape for tensor in theirs]:
                 return None
             pairs = list(zip(ours, theirs, strict=True))
-            parts = [_distance(*pair, scale) for pair, scale in zip(pairs, dense.scales, strict=True)]
+            parts = [distance(*pair, scale) for pair, scale in zip(pairs, dense.scales, strict=True)]
             distances.append(torch.stack(parts).mean(0).cpu())
             agreements += [_agreement(*pairs[i]).cpu() for i in dense.of_classes]
         agreement = float(torch.cat(agreements).mean()) if agreements else None
@@ -204,34 +202,12 @@ class _DenseAnswers:
         if reading.loss == "kl":
             return cls(reading, batches, kept, [None] * len(of_classes), of_classes)
         scales: list[Tensor | None] = [
-            _spread(total, square, samples) for total, square in zip(sums, squares, strict=True)
+            spread(total, square, samples) for total, square in zip(sums, squares, strict=True)
         ]
         return cls(reading, batches, kept, scales, of_classes)
 
 
-def batch_norm_error(problem: Problem) -> float | None:
-    """How far the dense net's outputs move where batch norms normalise by the batch, on one batch of inputs.
-
-    Returns:
-        squared error over the squared deviation from the mean, mean over outputs; None without batch norms, or where
-        outputs cannot be compared.
-    """
-    if not any(map(is_batch_norm, problem.model.modules())):
-        return None
-    try:
-        reading, inputs = problem.reading(), problem.inputs().pick(problem.inputs().positions(0))
-        with torch.no_grad(), single_process():
-            dense, moved = (
-                reading.tensors(call(problem.model, {}, inputs, training=mode)) for mode in (None, is_batch_norm)
-            )
-        scales = [_spread(y.double().sum(0), y.double().square().sum(), len(y)) for y in dense]
-        errors = [_distance(y, y_d, scale).mean() for y, y_d, scale in zip(moved, dense, scales, strict=True)]
-    except (UsageError, ValueError):  # outputs that cannot be compared; or a batch of one sample
-        return None
-    return float(torch.stack(errors).mean())
-
-
-def _spread(total: Tensor, squares: Tensor, samples: int) -> Tensor:
+def spread(total: Tensor, squares: Tensor, samples: int) -> Tensor:
     """The squared deviation from the mean, a sample; the square where all samples are alike, 1 where all are 0."""
     deviation = squares / samples - (total / samples).square().sum()
     if float(deviation) > 1e-9 * float(squares):
@@ -239,7 +215,7 @@ def _spread(total: Tensor, squares: Tensor, samples: int) -> Tensor:
     return squares / samples if float(squares) else torch.ones_like(squares)
 
 
-def _distance(ours: Tensor, theirs: Tensor, scale: Tensor | None) -> Float[Tensor, " samples"]:
+def distance(ours: Tensor, theirs: Tensor, scale: Tensor | None) -> Float[Tensor, " samples"]:
     """The distance of each sample, see the top of this file; infinite where an output is not finite."""
     if scale is None:
         dim = classes(theirs)

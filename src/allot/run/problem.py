@@ -19,6 +19,7 @@ from allot.network.compute import Compute
 from allot.network.layers import Scope, is_batch_norm
 from allot.network.trees import floats_in
 from allot.run.calibration import Calibration
+from allot.run.fidelity import Watch
 from allot.run.outputs import Comparison, Reading
 from allot.run.patterns import Pattern
 from allot.run.recipes import Recipe
@@ -44,7 +45,7 @@ class Problem:
     compute: Compute = field(default_factory=Compute)
     comparison: Comparison = field(default_factory=Comparison)
     batch_norm: str = "batch"  # in training: "batch": statistics of the batch; "frozen": the running ones, which stay
-    watch: Calibration | None = None  # inputs that no method sees, see `allot.run.guard`
+    watch: Watch | None = None  # inputs that enter no statistics and no training, see `allot.run.guard`
     readings: dict[Comparison, Reading] = field(default_factory=dict, repr=False, compare=False)  # as seen so far
 
     @cached_property

@@ -5,10 +5,10 @@ Shared by every method that trains weights. One step, with w the weights as stor
     z = net(w * m)                    batch norms normalise by the batch, everything else is in eval mode
     L = T^2 KL( softmax(z_dense / T) || softmax(z / T) )                 or the squared error, see `Distance.loss`
     G = dL / d(w * m)                 at every entry: pruned weights learn too, and can come back
-    w <- w - lr_t rms(w_0) Adam(G)    lr_t: ten steps of warm-up, then a cosine to zero
+    w <- w - lr_t rms(w_d) Adam(G)    lr_t: ten steps of warm-up, then a cosine to zero
 
-Steps are a fraction of each tensor's root mean square at the start (as in Adafactor, Shazeer and Stern 2018), so that
-one learning rate suits tensors, and models, of any scale.
+Steps are a fraction of the root mean square of each tensor in the dense net (after Adafactor, Shazeer and Stern 2018),
+so that one learning rate suits tensors of any scale, whatever a repair before did to them.
 
 All floating-point parameters are trained. The teacher is the same module with the dense tensors, in eval mode; its
 outputs are kept where the calibration data gives the same inputs again.
@@ -35,6 +35,7 @@ from allot.run.scores import Evidence
 from allot.run.store import State
 
 _ADAM: Any = {"amsgrad": False, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0, "eps": 1e-8, "maximize": False}
+AUTO = "auto"
 Select = Callable[[Evidence, Mapping[str, int]], dict[str, Tensor]]
 
 
@@ -44,7 +45,9 @@ class Training(Distance):
 
     Args:
         steps: batches, 1 or more.
-        learning_rate: peak step of Adam, as a fraction of each tensor's root mean square; of SGD, in absolute units.
+        learning_rate: peak step of Adam, as a fraction of the root mean square of each tensor in the dense net; of SGD,
+            in absolute units. "auto": by trial, see `allot.methods.training.rounds`; 0.05 is tried first.
+        rounds: most rounds of training, each twice as long as the one before: training continues while it pays.
         optimizer: "adam"; or "sgd" with momentum 0.9, as papers train.
     Raises:
         UsageError: a value out of its range.
@@ -52,20 +55,33 @@ class Training(Distance):
         repeat, teacher, loss_scale, finite: as in `Distance`.
         tensors: parameter, or buffer of a batch norm -> its current value, in float32 or wider.
         mean, square: parameter -> Adam's averages of its gradients, shape of the parameter; of SGD, `mean` alone.
-        scale: parameter -> root mean square of its values at the start, which steps are a fraction of.
+        scale: parameter -> root mean square of its values in the dense net, which steps are a fraction of.
         late: whether masks are applied where the model uses a weight, not to a copy of all weights.
     """
 
     steps: int = 250
-    learning_rate: float = 0.05
+    learning_rate: float | str = 0.05
     optimizer: str = "adam"
+    rounds: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("steps", self.steps, 1, whole=True)
-        check_number("learning_rate", self.learning_rate, 0)
+        check_number("rounds", self.rounds, 1, whole=True)
+        if self.learning_rate != AUTO:
+            check_number("learning_rate", self.learning_rate, 0)
         if self.optimizer not in ("adam", "sgd"):
             raise unknown("optimizer", str(self.optimizer), ("adam", "sgd"))
+
+    @property
+    def peak(self) -> float:
+        """The learning rate, or that which "auto" begins with."""
+        return 0.05 if self.learning_rate == AUTO else float(self.learning_rate)
+
+    @property
+    def by_trial(self) -> bool:
+        """Whether there may be several rounds."""
+        return self.learning_rate == AUTO or self.rounds > 1
 
     def begin(self, problem: Problem, candidate: Candidate) -> State:
         """The state before the first step: copies of the tensors that will change, in float32 or wider."""
@@ -77,7 +93,7 @@ class Training(Distance):
             "tensors": weights | buffers,
             "mean": {name: torch.zeros_like(value) for name, value in weights.items()},
             "square": {name: torch.zeros_like(value) for name, value in weights.items()},
-            "scale": {name: step_scale(value) for name, value in weights.items()},
+            "scale": {name: step_scale(wide(problem.dense[name])) for name in weights},
         }
 
     def select(self, problem: Problem, state: State, evidence: Evidence, kept: Mapping[str, int]) -> dict[str, Tensor]:
@@ -122,7 +138,7 @@ class Training(Distance):
         Args:
             scale: factor on the loss. Adam does not see it in a gradient, so it is a factor on the step.
         """
-        self.descend(state, gradients, scale * self.learning_rate * warm_cosine(state["step"], self.steps))
+        self.descend(state, gradients, scale * self.peak * warm_cosine(state["step"], self.steps))
 
     def descend(self, state: State, gradients: Mapping[str, Tensor], lr: float) -> None:
         """One step of this learning rate on the state's tensors, in place."""

@@ -1,0 +1,129 @@
+"""Training in rounds, by the watch set: how large steps are, and how long it pays, is measured and not set.
+
+A round is a whole schedule, with warm-up, and a cosine to zero: only its end says how good its step size is, because a
+large step looks bad until it shrinks. From the best net so far, with eta the peak step and n the steps of a round:
+
+    round with eta      better on the watch set?   yes: keep it; if rounds remain, n = 2 n, the same eta
+                                                   no:  take it back, eta = eta / 3
+    end                 after the last round; after two in a row taken back, once one was kept; eta < eta_0 / 27
+
+Better: by more than the standard error of the difference, sample by sample. A budget that is widened at first is so in
+the first round only. Where nothing is watched there is one round, with the first step size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from allot.errors import AllotError
+from allot.network.trees import cloned
+from allot.run.fidelity import Fidelity
+from allot.run.problem import Candidate, Metrics, Problem, finished
+from allot.run.store import State
+
+FACTOR = 3.0  # between step sizes
+SMALLEST = 1 / 27  # of the first step size
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """A method that trains, in rounds; a repair.
+
+    Args:
+        method: one with `training` and `schedule`, like `Distill`; its learning rate is that of the first round where
+            it is a number, and 0.05 where it is "auto", and its steps are those of the first round.
+    State:
+        rate, length: of the current round.
+        tried: `{rate, steps, kept}` of each round that has ended, and the distance at its end.
+        inner: the method's state in the current round; empty before its first step.
+        failed: rounds in a row that were taken back.
+        best: state of the best candidate so far.
+        values: its distances from the dense net, by sample; none where it does not meet the budget yet.
+    """
+
+    method: Any
+
+    role = "repair"
+    needs_data = True
+    parallel = True
+
+    def init(self, problem: Problem, candidate: Candidate) -> State:
+        training = self.method.training
+        state: State = {"step": 0, "steps": training.steps, "rate": training.peak, "length": training.steps}
+        state |= {"tried": [], "inner": {}, "failed": 0, "best": {}, "values": None}
+        return state
+
+    def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
+        """One step of the current round; its last step decides about the next one."""
+        method, start = self._method(state), self._start(problem, candidate, state)
+        if not state["inner"]:
+            state["inner"] = method.init(problem, start)
+            if not state["tried"] and problem.watch and candidate.masks:
+                found = problem.watch.fidelity(replace(candidate).effective(problem))
+                state["values"] = found and found.values
+        try:
+            metrics: Metrics = method.step(problem, start, state["inner"])
+        except AllotError as error:
+            if type(error) is not AllotError or not problem.watch:
+                raise
+            samples = len(problem.inputs().positions(state["inner"]["step"]))  # the loss is not finite
+            metrics = {"forward": samples, "backward": 0}
+            state["step"] += 1
+            return metrics | self._end_round(problem, None, state)
+        state["step"] += 1
+        if finished(state["inner"]):
+            metrics |= self._end_round(problem, method.finish(problem, start, state["inner"]), state)
+        return metrics
+
+    def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
+        best = Candidate.from_state(state["best"], problem) if state["best"] else candidate
+        rounds = [*candidate.diagnostics.get("rounds", []), *state["tried"]]
+        return replace(best, diagnostics={**candidate.diagnostics, "rounds": rounds})
+
+    def _method(self, state: State) -> Any:
+        """The method as it trains in the current round."""
+        training = replace(self.method.training, steps=state["length"], learning_rate=state["rate"], rounds=1)
+        method = replace(self.method, training=training)
+        if state["best"]:
+            method = replace(method, schedule=replace(method.schedule, ramp=1.0))
+        return replace(method, fresh=False) if state["best"] and self._fresh else method
+
+    @property
+    def _fresh(self) -> bool:
+        return getattr(self.method, "fresh", False)
+
+    def _start(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
+        return Candidate.from_state(state["best"], problem) if state["best"] else candidate
+
+    def _end_round(self, problem: Problem, end: Candidate | None, state: State) -> Metrics:
+        """Keep the net at the end of a round or take it back, and choose the next round, in place.
+
+        Args:
+            end: None where the loss was not finite.
+        """
+        found = problem.watch.fidelity(replace(end).effective(problem)) if problem.watch and end else None
+        before = None if state["values"] is None else Fidelity("", state["values"], None)
+        kept = end is not None and (found is None or before is None or before.is_worse_than(found))
+        tried: dict[str, Any] = {"rate": state["rate"], "steps": state["length"], "kept": kept}
+        if found:
+            tried |= {key: value for key, value in found.to_json().items() if value is not None}
+        state["tried"] = [*state["tried"], tried]
+        state |= {"inner": {}, "failed": 0 if kept else state["failed"] + 1}
+        if kept and end:
+            state["best"] = cloned(end.to_state())
+            state["values"] = found and found.values
+            state["length"] *= 2
+        else:
+            state["rate"] /= FACTOR
+        if (kept and found is None) or self._is_last(state):
+            state["steps"] = state["step"]
+        else:
+            state["steps"] = state["step"] + state["length"]
+        return {f"watch_{key}": value for key, value in found.to_json().items() if value is not None} if found else {}
+
+    def _is_last(self, state: State) -> bool:
+        rounds, successes = self.method.training.rounds, sum(tried["kept"] for tried in state["tried"])
+        too_small = state["rate"] < SMALLEST * self.method.training.peak * (1 - 1e-9)
+        enough = successes > 0 or self._fresh  # a whole training that does not pay is tried twice
+        return successes >= rounds or too_small or (enough and state["failed"] >= 2)

@@ -1,0 +1,101 @@
+"""Training in rounds: what the watch set finds worse is taken back, and the next step is a third."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from allot.errors import Stopped, UsageError
+from allot.methods.distill import Distill
+from allot.methods.training.distillation import Training
+from allot.methods.training.rounds import Rounds
+from allot.methods.training.schedule import Schedule
+from allot.pruning.prune import prune
+from allot.pruning.result import Result
+from contract.cases import CASES, bits
+
+CASE = CASES["attention"]
+INPUTS = torch.randn(64, *CASE.inputs().shape[1:], generator=torch.Generator().manual_seed(3))
+
+
+def trained(steps: int = 6, rate: float | str = 0.05, rounds: int = 1, *, fresh: bool = False, **more: Any) -> Result:
+    training = Training(steps=steps, learning_rate=rate, rounds=rounds)
+    repair = more.pop("repair", (Distill(training, more.pop("schedule", Schedule()), fresh),))
+    return prune(CASE.make(), INPUTS, "sparsity=0.6", repair=repair, batch_size=16, **more)
+
+
+def rounds_of(result: Result) -> list[dict[str, Any]]:
+    return result.report()["diagnostics"]["rounds"]
+
+
+def state_of(result: Result) -> dict[str, Any]:
+    return {name: bits(value) for name, value in result.state_dict().items()}
+
+
+def test_a_step_that_made_it_worse_is_taken_back_and_the_next_one_is_a_third():
+    first, *others = tried = rounds_of(trained(rate=3.0, rounds=2))
+    assert first["rate"] == 3.0 and not first["kept"]
+    for before, after in zip(tried, others, strict=False):
+        assert after["rate"] == pytest.approx(before["rate"] if before["kept"] else before["rate"] / 3)
+    assert len(tried) <= 5
+
+
+@pytest.mark.parametrize("rate", [3.0, 1e30])
+def test_no_step_that_helps_leaves_the_net_as_it_was(rate: float):
+    result = trained(rate=rate, rounds=2)
+    tried = rounds_of(result)
+    if not any(one["kept"] for one in tried):
+        assert len(tried) == 4 and state_of(result) == state_of(trained(repair="none"))
+    assert rate < 1e6 or not any(one["kept"] for one in tried)
+
+
+def test_a_round_that_helped_is_followed_by_one_of_twice_its_steps():
+    kept = [one for one in rounds_of(trained(rate=0.02, rounds=3)) if one["kept"]]
+    assert [one["steps"] for one in kept] == [6, 12, 24][: len(kept)] and len(kept) >= 2
+    errors = [one["kl"] for one in kept]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_auto_is_one_round_of_the_usual_step_where_that_helps():
+    assert state_of(trained(rate="auto")) == state_of(trained(rate=0.05))
+    assert [one["rate"] for one in rounds_of(trained(rate="auto"))] == [0.05]
+
+
+def test_a_fresh_training_begins_with_the_dense_weights():
+    chain: dict[str, Any] = {"allocate": "uniform"}
+    alone = rounds_of(trained(rate="auto", fresh=True, **chain))
+    fresh = Distill(Training(steps=6, learning_rate="auto"), fresh=True)
+    after = rounds_of(trained(repair=("admm", fresh), **chain))
+    assert after[0]["kl"] == pytest.approx(alone[0]["kl"])
+
+
+def test_the_budget_is_wider_in_the_first_round_only():
+    rounds = Rounds(Distill(Training(rounds=3, learning_rate="auto"), Schedule(ramp=8.0), fresh=True))
+    begun = {"length": 5, "rate": 0.01, "best": {}}
+    first, later = (rounds._method(begun | {"best": best}) for best in ({}, {"density": {}}))
+    assert (first.schedule.ramp, later.schedule.ramp) == (8.0, 1.0)
+    assert (first.fresh, later.fresh) == (True, False)
+    assert first.training.steps == 5 and first.training.peak == 0.01
+
+
+@pytest.mark.parametrize("steps", [2, 6, 9, 14, 20])
+def test_a_run_stopped_in_any_round_ends_as_an_uninterrupted_one(steps: int, tmp_path: Path):
+    more: dict[str, Any] = {"rate": 0.4, "rounds": 2}
+    whole = trained(save_to=tmp_path / "whole", **more)
+    told = iter([False] * steps)
+    with pytest.raises(Stopped):
+        trained(save_to=tmp_path / "run", should_stop=lambda: next(told, True), **more)
+    resumed = trained(save_to=tmp_path / "run", **more)
+    assert state_of(resumed) == state_of(whole)
+    assert rounds_of(resumed) == rounds_of(whole)
+    assert resumed.report()["images"] == whole.report()["images"]
+
+
+def test_values_out_of_range_are_refused():
+    with pytest.raises(UsageError, match="learning_rate"):
+        Training(learning_rate="automatic")
+    with pytest.raises(UsageError, match="rounds"):
+        Training(rounds=0)
