@@ -21,7 +21,8 @@ from torch import nn
 from allot.errors import Stopped
 from allot.network.draws import numbered, seeded
 from allot.processes import any_process, check_equal, on_first_process, world_size
-from allot.run.guard import Guard, Looks
+from allot.run.guard import Guard
+from allot.run.looks import Looks
 from allot.run.problem import Candidate, Method, Metrics, Problem, finished
 from allot.run.store import Log, Store
 
@@ -74,7 +75,7 @@ def drive(
                 start, state = candidate, method.init(problem, candidate)
         looks = None
         if guard and getattr(method, "watched", False):
-            looks = Looks(guard, method, stage, start, saved.best if saved else None)
+            looks = Looks(problem, method, start, saved.best if saved else None)
         started = time.monotonic()
         pause, last_saved = save_seconds, started
         before = log.seconds.get(stage, 0.0)
@@ -96,6 +97,8 @@ def drive(
             log.backward += int(metrics["backward"])
             if looks:
                 metrics |= looks.after_step(state)
+            if guard:
+                guard.note_look(stage, state["step"], metrics)
             if store:
                 store.write_step(stage, state["step"], metrics)
             if on_step:
@@ -105,8 +108,8 @@ def drive(
                 last_saved = time.monotonic()
                 pause = max(save_seconds, 30 * (last_saved - begun))
         better = method.finish(problem, start, state)
-        if looks:
-            better = looks.chosen(better, state["steps"])
+        if looks and guard:
+            better = guard.best_of(stage, state["steps"], looks, better)
         if guard:
             better = guard.after(stage, state["step"], start, better)
         log.seconds[stage] = before + time.monotonic() - started

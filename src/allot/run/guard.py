@@ -12,15 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from allot.network.draws import seeded
-from allot.network.trees import cloned
 from allot.run.calibration import SURE
 from allot.run.fidelity import Fidelity, Watch
-from allot.run.problem import Candidate, Method, Problem, finished
-from allot.run.store import Log, State
+from allot.run.looks import LOOKED, Looks, fidelity_in, meets
+from allot.run.problem import Candidate, Metrics, Problem
+from allot.run.store import Log
 
 log = logging.getLogger("allot")
-
-LOOKS = 10  # at a net while it is trained, the last one at its end
 
 
 @dataclass
@@ -55,6 +53,12 @@ class Guard:
             self.log.fidelity.append({"stage": stage, "step": step, **found.to_json(), **more})
             self.log.watched += self.watch.images
 
+    def note_look(self, stage: str, step: int, metrics: Metrics) -> None:
+        """Put a look at a net in training on record, from the metrics of its step."""
+        self.log.watched += int(metrics.pop("watched", 0))
+        if look := {name.removeprefix(LOOKED): value for name, value in metrics.items() if name.startswith(LOOKED)}:
+            self.log.fidelity.append({"stage": stage, "step": step, **look})
+
     def note_dense(self, dense: Candidate) -> None:
         """Begin the record: the watch set, and the dense net, which has no distance from itself."""
         if self.watch and "kind" not in self.log.watch:
@@ -85,57 +89,19 @@ class Guard:
         self.tell(f"{cause or _method(stage)} made it worse: {second.change(first)}; kept {_method(kept[-1])}.")
         return before
 
+    def best_of(self, stage: str, steps: int, looks: Looks, last: Candidate) -> Candidate:
+        """`last`, the net at the end of training, or its best state where that is better; on record."""
+        candidate, final, best = looks.chosen(last)
+        if best and final:
+            self.note(stage, steps, last, undone=True)
+            change = fidelity_in(best).change(final)
+            self.tell(f"{_method(stage)}: kept the state after step {best['step']} of {steps}: {change}.")
+        return candidate
+
     def tell(self, sentence: str) -> None:
         """Put a sentence on record, and into the log."""
         log.warning("%s", sentence)
         self.log.guard.append(sentence)
-
-
-class Looks:
-    """Looks at a net while it is trained, and its best state so far.
-
-    Args:
-        best: the state of `best` that was saved; None for a stage that begins.
-    """
-
-    def __init__(self, guard: Guard, method: Method, stage: str, start: Candidate, best: State | None) -> None:
-        self.guard, self.method, self.stage, self.start, self.best = guard, method, stage, start, best
-        self._final: Candidate | None = None
-
-    def after_step(self, state: State) -> dict[str, float]:
-        """What a look shows, as metrics of the step; nothing where no look is due, or the budget is not met yet."""
-        guard, problem, step = self.guard, self.guard.problem, state["step"]
-        if step % max(1, -(-state["steps"] // LOOKS)) and not finished(state):
-            return {}
-        candidate = self.method.finish(problem, self.start, state)
-        if not meets(problem, candidate) or (found := guard.fidelity(candidate)) is None:
-            return {}
-        if finished(state):
-            self._final = candidate
-            return _metrics(found)
-        guard.note(self.stage, step, candidate)
-        if self.best is None or found.mean < self.best["values"].mean():
-            best = {"step": step, "candidate": candidate.to_state(), "values": found.values}
-            self.best = cloned(best) | {"kind": found.kind, "agreement": found.agreement}
-        return _metrics(found)
-
-    def chosen(self, last: Candidate, steps: int) -> Candidate:
-        """`last`, the net at the end of training, or its best state where that is better."""
-        last = last if self._final is None else self._final
-        final = self.guard.fidelity(last)
-        if self.best is None or final is None:
-            return last
-        best = Fidelity(self.best["kind"], self.best["values"], self.best["agreement"])
-        if not final.is_worse_than(best):
-            return last
-        step = self.best["step"]
-        self.guard.note(self.stage, steps, last, undone=True)
-        self.guard.tell(f"{_method(self.stage)}: kept the state after step {step} of {steps}: {best.change(final)}.")
-        return Candidate.from_state(self.best["candidate"], self.guard.problem)
-
-
-def _metrics(fidelity: Fidelity) -> dict[str, float]:
-    return {f"watch_{name}": value for name, value in fidelity.to_json().items() if value is not None}
 
 
 def _method(stage: str) -> str:
@@ -147,9 +113,3 @@ def _method(stage: str) -> str:
     if stage == "select":
         return "the selected weights"
     return stage.split("-", 2)[2] if stage.startswith("repair-") else stage
-
-
-def meets(problem: Problem, candidate: Candidate) -> bool:
-    """Whether the masks of a candidate keep what its allocation says; in training, a wider budget may hold at first."""
-    sizes = problem.budget.sizes(candidate.allocation.kept)
-    return all(name in candidate.masks and int(candidate.masks[name].sum()) == sizes[name] for name in sizes)

@@ -19,6 +19,7 @@ from typing import Any
 from allot.errors import AllotError
 from allot.network.trees import cloned
 from allot.run.fidelity import Fidelity
+from allot.run.looks import Looks, as_metrics, fidelity_of, meets
 from allot.run.problem import Candidate, Metrics, Problem, finished
 from allot.run.store import State
 
@@ -40,6 +41,7 @@ class Rounds:
         failed: rounds in a row that were taken back.
         best: state of the best candidate so far.
         values: its distances from the dense net, by sample; none where it does not meet the budget yet.
+        look: as `Looks.best`, in the current round.
     """
 
     method: Any
@@ -51,30 +53,35 @@ class Rounds:
     def init(self, problem: Problem, candidate: Candidate) -> State:
         training = self.method.training
         state: State = {"step": 0, "steps": training.steps, "rate": training.peak, "length": training.steps}
-        state |= {"tried": [], "inner": {}, "failed": 0, "best": {}, "values": None}
+        state |= {"tried": [], "inner": {}, "failed": 0, "best": {}, "values": None, "look": None}
         return state
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         """One step of the current round; its last step decides about the next one."""
-        method, start = self._method(state), self._start(problem, candidate, state)
+        method, start, watched = self._method(state), self._start(problem, candidate, state), 0
         if not state["inner"]:
             state["inner"] = method.init(problem, start)
-            if not state["tried"] and problem.watch and candidate.masks:
-                found = problem.watch.fidelity(replace(candidate).effective(problem))
-                state["values"] = found and found.values
+            if not state["tried"] and problem.watch and meets(problem, candidate):
+                found = fidelity_of(problem, candidate)
+                state["values"], watched = found and found.values, problem.watch.images
+        looks = Looks(problem, method, start, state["look"])
+        end: Candidate | None = None
         try:
             metrics: Metrics = method.step(problem, start, state["inner"])
+            metrics |= looks.after_step(state["inner"])
+            if finished(state["inner"]):
+                end, *_ = looks.chosen(method.finish(problem, start, state["inner"]))
+            ended, state["look"] = end is not None, looks.best
         except AllotError as error:
             if type(error) is not AllotError or not problem.watch:
                 raise
-            samples = len(problem.inputs().positions(state["inner"]["step"]))  # the loss is not finite
-            metrics = {"forward": samples, "backward": 0}
-            state["step"] += 1
-            return metrics | self._end_round(problem, None, state)
+            ended = True  # the loss is not finite
+            metrics = {"forward": len(problem.inputs().positions(state["inner"]["step"])), "backward": 0}
         state["step"] += 1
-        if finished(state["inner"]):
-            metrics |= self._end_round(problem, method.finish(problem, start, state["inner"]), state)
-        return metrics
+        if ended:
+            metrics |= self._end_round(problem, end, state)
+            watched += problem.watch.images if problem.watch else 0
+        return metrics | {"watched": metrics.get("watched", 0) + watched}
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         best = Candidate.from_state(state["best"], problem) if state["best"] else candidate
@@ -102,14 +109,14 @@ class Rounds:
         Args:
             end: None where the loss was not finite.
         """
-        found = problem.watch.fidelity(replace(end).effective(problem)) if problem.watch and end else None
+        found = fidelity_of(problem, end) if end else None
         before = None if state["values"] is None else Fidelity("", state["values"], None)
         kept = end is not None and (found is None or before is None or before.is_worse_than(found))
         tried: dict[str, Any] = {"rate": state["rate"], "steps": state["length"], "kept": kept}
         if found:
-            tried |= {key: value for key, value in found.to_json().items() if value is not None}
+            tried |= found.to_json()
         state["tried"] = [*state["tried"], tried]
-        state |= {"inner": {}, "failed": 0 if kept else state["failed"] + 1}
+        state |= {"inner": {}, "look": None, "failed": 0 if kept else state["failed"] + 1}
         if kept and end:
             state["best"] = cloned(end.to_state())
             state["values"] = found and found.values
@@ -120,7 +127,7 @@ class Rounds:
             state["steps"] = state["step"]
         else:
             state["steps"] = state["step"] + state["length"]
-        return {f"watch_{key}": value for key, value in found.to_json().items() if value is not None} if found else {}
+        return as_metrics(found) if found else {}
 
     def _is_last(self, state: State) -> bool:
         rounds, successes = self.method.training.rounds, sum(tried["kept"] for tried in state["tried"])
