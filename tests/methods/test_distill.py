@@ -101,14 +101,23 @@ def test_options_reach_training_and_schedule_by_one_name_each():
     arguments: dict[str, Any] = {"allocate": "uniform", "repair": "distill", "batch_size": 8}
     inputs = CASES["linear chain"].inputs()
     result = allot.prune(
-        problem.model, inputs, "sparsity=0.5", options={"distill": {"steps": 4, "every": 2, "loss": "mse"}}, **arguments
+        problem.model,
+        inputs,
+        "sparsity=0.5",
+        options={"distill": {"steps": 4, "learning_rate": 0.05, "every": 2, "loss": "mse"}},
+        **arguments,
     )
-    # 20 samples are 3 batches of 7, 7 and 6; the teacher runs once on each
-    assert result.log.backward == 20 + 7 and result.log.forward == 2 * 20 + 7
+    # 20 samples, of which two are watched, are 3 batches of 6; the teacher runs once on each
+    assert result.log.backward == 18 + 6 and result.log.forward == 2 * 18 + 6
     wanda = allot.prune(
-        problem.model, inputs, "sparsity=0.5", score="wanda", options={"distill": {"steps": 4}}, **arguments
+        problem.model,
+        inputs,
+        "sparsity=0.5",
+        score="wanda",
+        options={"distill": {"steps": 4, "learning_rate": 0.05}},
+        **arguments,
     )
     # the score looks at all samples to select, and once more, at the pruned net, to train
-    assert wanda.log.forward == 2 * 20 + 7 + 2 * 20
+    assert wanda.log.forward == 2 * 18 + 6 + 2 * 18
     with pytest.raises(UsageError, match="did you mean 'steps'"):
         allot.prune(problem.model, inputs, "sparsity=0.5", options={"distill": {"step": 4}}, **arguments)

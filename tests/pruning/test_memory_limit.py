@@ -127,7 +127,8 @@ def test_a_run_says_what_it_picked_and_keeps_it(
     limit = sizes[str({"checkpoint": True})]
 
     def run(out: Path, **more: Any) -> Any:
-        return allot.prune(net(), DATA, "sparsity=0.5", method="fcpts", save_to=out, **SHORT, **more)
+        data = torch.cat([DATA, DATA[:2]])  # two are watched
+        return allot.prune(net(), data, "sparsity=0.5", method="fcpts", save_to=out, **SHORT, **more)
 
     free = run(tmp_path / "free")
     calls = iter(range(10**6))

@@ -18,6 +18,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         known = {key: value for key, value in short.items() if key == name or (name == "dsa" and key == "distill")}
         allot.prune(
             case.make(), case.inputs(16), budget, method=name, options=known, label=f"<{name}> & co",
-            save_to=where / name, batch_size=8,
+            save_to=where / name, batch_size=8, batch_norm="batch",
         )  # fmt: skip
     return {name: where / name for name in ("fcpts", "dsa", "erk")}

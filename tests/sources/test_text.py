@@ -160,10 +160,12 @@ def test_texts_are_read_in_small_batches_where_nothing_else_is_asked(length: int
     gpt2(places=600)
     model = load_model("hf:net").model
     blocks = Texts(torch.randint(0, 11, (130, length), generator=torch.Generator().manual_seed(0)))
-    used = allot.prune(model, blocks, "sparsity=0.5", repair="none").problem.calibration
-    assert (len(used), used.batch_size) == (128, batch_size)
-    asked = allot.prune(model, blocks, "sparsity=0.5", repair="none", samples=130, batch_size=64).problem.calibration
-    assert (len(asked), asked.batch_size) == (130, 64) and asked.indices[:128] == used.indices
+    problem = allot.prune(model, blocks, "sparsity=0.5", repair="none").problem
+    used, watched = problem.inputs(), problem.watch.inputs
+    assert (len(used) + len(watched), used.batch_size) == (128, batch_size)
+    asked = allot.prune(model, blocks, "sparsity=0.5", repair="none", samples=130, batch_size=64).problem
+    everything = {*asked.inputs().indices, *asked.watch.inputs.indices}
+    assert len(everything) == 130 and asked.inputs().batch_size == 64
     net = nn.Sequential(nn.Embedding(11, 4), nn.Linear(4, 4))  # not of that library
     plain = allot.prune(net, blocks.blocks, "sparsity=0.5", repair="none")
     assert plain.problem.calibration.batch_size == 64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -26,6 +27,8 @@ from allot.run.problem import Candidate, Chain, Method, Problem, Rule
 from allot.run.recipes import Recipe
 from allot.run.scores import CHANNEL_SCORES, SCORES, ChannelScore, WeightScore
 from allot.run.views import SIDE, are_pictures
+
+log = logging.getLogger("allot")
 
 
 def assemble(
@@ -156,19 +159,14 @@ def train_in_rounds(chain: Chain, problem: Problem) -> Chain:
 
 
 def look_at_views(chain: Chain, problem: Problem) -> Chain:
-    """The chain whose repairs see views of pictures where they ask for them.
-
-    Raises:
-        UsageError: a repair asks for views, and inputs are no pictures.
-    """
+    """The chain whose repairs see views of pictures where they ask for them."""
 
     def viewed(method: Method) -> Method:
         if not (views := getattr(getattr(method, "method", method), "views", 0)):
             return method
         if not are_pictures(problem.example):
-            raise UsageError(
-                f"views={views}: inputs are no pictures [channels, height, width] of {SIDE} pixels or more."
-            )
+            log.warning("views=%d: inputs are no pictures [C, height, width] of %d pixels or more", views, SIDE)
+            return method
         return Viewed(method, views)
 
     return replace(chain, repair=tuple(map(viewed, chain.repair)))

@@ -169,7 +169,7 @@ def _compared(problem: Problem, comparison: Comparison | None) -> Problem:
     """The problem with its comparison, after a look at the model's outputs, where there are inputs."""
     problem = replace(problem, comparison=comparison or Comparison())
     if problem.calibration is not None:
-        with suppress(UsageError):  # who compares outputs raises it again
+        with suppress(Exception):  # who compares outputs raises it again
             problem.reading()
     return problem
 

@@ -104,13 +104,21 @@ def _stages(run: Run) -> list[tuple[str, Method]]:
 
 
 def _select_stage(run: Run, method: Method, allocated: Candidate, guard: Guard) -> Candidate:
-    """The candidate after selection: of the weights that the allocator trained, or of the dense ones if better."""
+    """The candidate after selection: of the weights that the allocator trained, or of the dense ones if better.
+
+    Where batch-norm re-estimation follows, they are compared after it.
+    """
     if not allocated.tensors or guard.watch is None:
         return _drive_stage(run, "select", method, allocated, guard)
     trained = _drive_stage(run, "select", method, allocated, replace(guard, watch=None))
     untrained = drive(method, guard.problem, replace(allocated, tensors={}), stage="select", log=guard.log)
-    guard.note("dense weights", 0, untrained)
-    return guard.after("select", 1, untrained, trained, cause=f"training in {run.prepared.chain.names.allocate}")
+    chain = run.prepared.chain
+    before, after = untrained, trained
+    if chain.names.repair[:1] == ("bn",):
+        before, after = (drive(chain.repair[0], guard.problem, c, stage="bn", log=guard.log) for c in (before, after))
+    guard.note("dense weights", 0, before)
+    kept = guard.after("select", 1, before, after, cause=f"training in {chain.names.allocate}")
+    return trained if kept is after else replace(untrained, diagnostics=trained.diagnostics)
 
 
 def _drive_stage(run: Run, stage: str, method: Method, candidate: Candidate, guard: Guard) -> Candidate:

@@ -87,7 +87,7 @@ class Guard:
         self.note(stage, step, after, undone=True)
         self.note("guard", step, before)
         self.tell(f"{cause or _method(stage)} made it worse: {second.change(first)}; kept {_method(kept[-1])}.")
-        return before
+        return replace(before, diagnostics=after.diagnostics)
 
     def best_of(self, stage: str, steps: int, looks: Looks, last: Candidate) -> Candidate:
         """`last`, the net at the end of training, or its best state where that is better; on record."""

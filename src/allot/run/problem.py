@@ -83,12 +83,11 @@ class Problem:
             return of_run
         if comparison not in self.readings:
             inputs = self.inputs()
-            for samples in (1, min(8, len(inputs), inputs.batch_size)):
-                with torch.no_grad():
-                    output = call(self.model, {}, inputs.pick(range(samples)))
-                self.readings[comparison] = comparison.reading(output)
-                if sum(tensor.numel() for tensor in floats_in(output)) > 2**20:  # logits of a language model say enough
-                    break
+            with torch.no_grad():
+                output = call(self.model, {}, inputs.pick([0]))
+                if sum(tensor.numel() for tensor in floats_in(output)) < 2**20:  # logits of a text say enough
+                    output = call(self.model, {}, inputs.pick(range(min(8, len(inputs), inputs.batch_size))))
+            self.readings[comparison] = comparison.reading(output)
         return self.readings[comparison]
 
 

@@ -15,6 +15,7 @@ from allot.methods.layerwise.blocks import size_of
 from allot.methods.layerwise.streamed_block import copied
 from allot.methods.training.selection import Selection
 from allot.pruning.setup import make_problem
+from allot.run import fidelity
 from allot.run.driver import drive
 from allot.run.problem import Candidate
 from methods.layerwise.nets import NETS, of_transformers
@@ -80,13 +81,16 @@ def test_admm_needs_one_block_and_its_grams_on_the_device():
 
 
 @pytest.mark.parametrize("repair", ["admm", "none"])
-def test_the_head_runs_for_none_of_the_batches_unless_something_is_pruned_there(repair: str):
+def test_the_head_runs_for_none_of_the_batches_unless_something_is_pruned_there(
+    repair: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(fidelity, "NUMBERS", 1)  # watched samples go one by one
     model, _ = transformer()
     ids = torch.randint(0, 24, (12, 4))
     passes = []
     model.lm_head.register_forward_hook(lambda module, args, output: passes.append(len(output)))
     prune(model, ids, "sparsity=0.5", method="llm", repair=repair, batch_size=4, stream="cpu")
-    assert max(passes) <= 2  # to find the blocks, and to check them
+    assert sorted(passes)[-2] <= 2  # to find the blocks, and to check them; one look at the outputs has a batch
 
 
 def test_the_whole_net_does_not_fit_by_the_same_count():

@@ -294,7 +294,14 @@ def test_recipes_without_passes_of_the_whole_net_stream(method: str):
     case = NETS["stages"]
     options = {"layerwise": {"steps": 5}} if method == "pot" else {}
     make: Callable[..., allot.Result] = lambda **more: prune(  # noqa: E731
-        case.model(), case.inputs(), "sparsity=0.6", method=method, batch_size=4, options=options, **more
+        case.model(),
+        case.inputs(),
+        "sparsity=0.6",
+        method=method,
+        batch_size=3,
+        options=options,
+        batch_norm="batch",
+        **more,
     )
     agree(make(stream="cpu").candidate, (whole := make()).candidate, whole.problem)
 
