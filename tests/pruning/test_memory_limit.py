@@ -124,10 +124,11 @@ def test_the_peak_of_tensors_is_what_is_alive_at_a_time():
 def test_a_run_says_what_it_picked_and_keeps_it(
     tmp_path: Path, sizes: dict[str, int], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    limit = sizes[str({"checkpoint": True})]
+    data = torch.cat([DATA, DATA[:2]])  # two are watched
+    limit = sizes[str({"checkpoint": True})] + DATA[:2].nbytes
 
     def run(out: Path, **more: Any) -> Any:
-        data = torch.cat([DATA, DATA[:2]])  # two are watched
+        more = {"batch_norm": "batch", **more}
         return allot.prune(net(), data, "sparsity=0.5", method="fcpts", save_to=out, **SHORT, **more)
 
     free = run(tmp_path / "free")

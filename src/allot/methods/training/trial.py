@@ -31,7 +31,8 @@ class Trial:
     Args:
         training: the short repair, and the loss that judges.
         schedule: of masks and budget in this training.
-        statistics: repairs after it; the first one that has anything to do in this model is done.
+        statistics: repairs after it; the first one that has anything to do in this model is done, and none where batch
+            norms keep their running statistics.
         one_shot: no training; the masks of the candidate are judged.
     State:
         stage: 0: training; 1 ..: statistics; then judging; then done.
@@ -51,7 +52,8 @@ class Trial:
 
     def steps(self, problem: Problem, candidate: Candidate) -> int:
         train, judge = halves(problem)
-        of_statistics = next((n for m in self.statistics if (n := m.init(train, candidate)["steps"])), 0)
+        statistics = self.statistics if train.batch_norm == "batch" else ()
+        of_statistics = next((n for m in statistics if (n := m.init(train, candidate)["steps"])), 0)
         return int(of_statistics) + judge.inputs().batches + (0 if self.one_shot else self.training.steps)
 
     def begin(self, problem: Problem, candidate: Candidate) -> State:
