@@ -77,6 +77,7 @@ METHODS: dict[str, Method] = {
     "lstsq": LeastSquares(),
     "blocks": Blocks(),
     "distill": Distill(Training(learning_rate="auto")),
+    "polish": Distill(Training(steps=40, learning_rate="auto", rounds=3), Schedule(freeze_at=0.0), frozen=True),
     "retrain": Distill(Training(learning_rate="auto"), Schedule(ramp=8.0), fresh=True),
     "unipts": Unipts(Training(learning_rate="auto")),
 }

@@ -23,6 +23,8 @@ class Distill:
 
     Args:
         fresh: whether training begins from the dense weights, not from what repairs before made of them.
+        frozen: whether batch norms keep their running statistics, whatever the run does: right after a repair that
+            brought their inputs back.
     State:
         training: as in `Training`.
         masks: layer -> mask, bool, shape of the weight; empty before the first step.
@@ -32,6 +34,7 @@ class Distill:
     training: Training = field(default_factory=Training)
     schedule: Schedule = field(default_factory=Schedule)
     fresh: bool = False
+    frozen: bool = False
 
     role = "repair"
     needs_data = True
@@ -39,13 +42,16 @@ class Distill:
     watched = True
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
-        return distilling(self.training, problem, self._start(candidate))
+        return distilling(self.training, self._norms(problem), self._start(candidate))
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
-        return distil(self.training, self.schedule, problem, self._start(candidate), state)
+        return distil(self.training, self.schedule, self._norms(problem), self._start(candidate), state)
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         return distilled(self.training, problem, self._start(candidate), state)
+
+    def _norms(self, problem: Problem) -> Problem:
+        return replace(problem, batch_norm="frozen") if self.frozen else problem
 
     def _start(self, candidate: Candidate) -> Candidate:
         return replace(candidate, tensors={}) if self.fresh else candidate

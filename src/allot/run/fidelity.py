@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from allot.errors import UsageError, first_line
 from allot.network.call import call
+from allot.network.draws import seeded
 from allot.processes import single_process
 from allot.run.calibration import Calibration
 from allot.run.outputs import Comparison, Reading, classes, sums_to_one, wide
@@ -135,7 +136,7 @@ class Watch:
         return reading.tensors(self._outputs(tensors, places))
 
     def _outputs(self, tensors: Mapping[str, Tensor], places: Sequence[int]) -> Any:
-        with torch.no_grad(), single_process():
+        with torch.no_grad(), single_process(), seeded(self.inputs.seed, [self.inputs.device]):  # a net may draw
             return call(self.model, tensors, self.inputs.pick(places))
 
     @cached_property

@@ -11,7 +11,6 @@ import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
-from allot.network.draws import seeded
 from allot.run.calibration import SURE
 from allot.run.fidelity import Fidelity, Watch
 from allot.run.looks import LOOKED, Looks, fidelity_in, meets
@@ -43,8 +42,7 @@ class Guard:
             return None
         if self._last is None or self._last[0] is not candidate:
             tensors = replace(candidate).effective(self.problem)  # the candidate keeps no masked copy of the model
-            with seeded(self.problem.seed):  # a net may draw
-                self._last = candidate, self.watch.fidelity(tensors)
+            self._last = candidate, self.watch.fidelity(tensors)
         return self._last[1]
 
     def note(self, stage: str, step: int, candidate: Candidate, **more: Any) -> None:
@@ -87,7 +85,9 @@ class Guard:
         self.note(stage, step, after, undone=True)
         self.note("guard", step, before)
         self.tell(f"{cause or _method(stage)} made it worse: {second.change(first)}; kept {_method(kept[-1])}.")
-        return replace(before, diagnostics=after.diagnostics)
+        before = replace(before, diagnostics=after.diagnostics)
+        self._last = before, first
+        return before
 
     def best_of(self, stage: str, steps: int, looks: Looks, last: Candidate) -> Candidate:
         """`last`, the net at the end of training, or its best state where that is better; on record."""

@@ -1,11 +1,13 @@
 """Training in rounds, by the watch set: how large steps are, and how long it pays, is measured and not set.
 
 A round is a whole schedule, with warm-up, and a cosine to zero: only its end says how good its step size is, because a
-large step looks bad until it shrinks. From the best net so far, with eta the peak step and n the steps of a round:
+large step looks bad until it shrinks. With eta the peak step and n the steps of a round:
 
-    round with eta      better on the watch set?   yes: keep it; if rounds remain, n = 2 n, the same eta
-                                                   no:  take it back, eta = eta / 3
-    end                 after the last round; after two in a row taken back, once one was kept; eta < eta_0 / 27
+    trials      rounds from the same net with eta = eta_0, eta_0 / 3, eta_0 / 9 ..., until one is no better on the watch
+                set than the best before it; where one round is wanted, until one is better than the net at the start
+    then        from the best net so far:   better: keep it, n = 2 n;   else: take it back, eta = eta / 3
+    end         after the last round; when two in a row were taken back; when no trial with eta > eta_0 / 27 was better;
+                a training from the dense weights is long: it has one trial
 
 Better: by more than the standard error of the difference, sample by sample. A budget that is widened at first is so in
 the first round only. Where nothing is watched there is one round, with the first step size.
@@ -36,6 +38,8 @@ class Rounds:
             it is a number, and 0.05 where it is "auto", and its steps are those of the first round.
     State:
         rate, length: of the current round.
+        trials: whether rounds begin with the net at the start.
+        chosen: rate of the best net so far.
         tried: `{rate, steps, kept}` of each round that has ended, and the distance at its end.
         inner: the method's state in the current round; empty before its first step.
         failed: rounds in a row that were taken back.
@@ -53,6 +57,7 @@ class Rounds:
     def init(self, problem: Problem, candidate: Candidate) -> State:
         training = self.method.training
         state: State = {"step": 0, "steps": training.steps, "rate": training.peak, "length": training.steps}
+        state |= {"trials": training.rounds > 1 and not self._fresh, "chosen": training.peak}
         state |= {"tried": [], "inner": {}, "failed": 0, "best": {}, "values": None, "look": None}
         return state
 
@@ -92,16 +97,21 @@ class Rounds:
         """The method as it trains in the current round."""
         training = replace(self.method.training, steps=state["length"], learning_rate=state["rate"], rounds=1)
         method = replace(self.method, training=training)
-        if state["best"]:
+        if self._continues(state):
             method = replace(method, schedule=replace(method.schedule, ramp=1.0))
-        return replace(method, fresh=False) if state["best"] and self._fresh else method
+        return replace(method, fresh=False) if self._continues(state) and self._fresh else method
+
+    @staticmethod
+    def _continues(state: State) -> bool:
+        """Whether the current round begins with the best net so far."""
+        return bool(state["best"]) and not state["trials"]
 
     @property
     def _fresh(self) -> bool:
         return getattr(self.method, "fresh", False)
 
     def _start(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
-        return Candidate.from_state(state["best"], problem) if state["best"] else candidate
+        return Candidate.from_state(state["best"], problem) if self._continues(state) else candidate
 
     def _end_round(self, problem: Problem, end: Candidate | None, state: State) -> Metrics:
         """Keep the net at the end of a round or take it back, and choose the next round, in place.
@@ -118,8 +128,10 @@ class Rounds:
         state["tried"] = [*state["tried"], tried]
         state |= {"inner": {}, "look": None, "failed": 0 if kept else state["failed"] + 1}
         if kept and end:
-            state["best"] = cloned(end.to_state())
-            state["values"] = found and found.values
+            state |= {"best": cloned(end.to_state()), "values": found and found.values, "chosen": state["rate"]}
+        if state["trials"] and state["best"] and not kept:  # the best step size is known
+            state |= {"trials": False, "rate": state["chosen"], "length": 2 * state["length"], "failed": 0}
+        elif kept and not state["trials"]:
             state["length"] *= 2
         else:
             state["rate"] /= FACTOR
@@ -130,7 +142,8 @@ class Rounds:
         return as_metrics(found) if found else {}
 
     def _is_last(self, state: State) -> bool:
-        rounds, successes = self.method.training.rounds, sum(tried["kept"] for tried in state["tried"])
-        too_small = state["rate"] < SMALLEST * self.method.training.peak * (1 - 1e-9)
-        enough = successes > 0 or self._fresh  # a whole training that does not pay is tried twice
-        return successes >= rounds or too_small or (enough and state["failed"] >= 2)
+        rounds, peak = self.method.training.rounds, self.method.training.peak
+        if state["trials"] or not state["best"]:
+            return bool(state["rate"] < SMALLEST * peak * (1 - 1e-9)) or (self._fresh and state["failed"] > 0)
+        longest = 2 ** (rounds - 1) * self.method.training.steps
+        return bool(state["length"] > longest or state["failed"] >= 2)
