@@ -47,6 +47,8 @@ EXPORT = {"form": "onnx", "bytes": 10, "dense_bytes": 20, "limit": 8, "error": 0
 FAST = {"milliseconds": {"dense": 3.0, "sparse": 2.0}, "faster": 1.5, "spread": [1.4, 1.6], "verdict": "faster"}
 SAME = {"milliseconds": {"dense": 2.5, "sparse": 2.5}, "faster": 1.0, "spread": [0.9, 1.1], "verdict": "no faster"}
 SLOW = EXPORT | {"form": "program"} | SAME
+AS_DENSE = {"milliseconds": None, "faster": None, "spread": None, "verdict": "computes as dense"}
+FILE = EXPORT | {"form": "bitmask"} | AS_DENSE
 
 
 @pytest.mark.parametrize(
@@ -60,6 +62,8 @@ SLOW = EXPORT | {"form": "program"} | SAME
             "measured to be faster here: 1.25x (onnx; dense as program).",
             "1.25x (onnx; dense as program)",
         ),
+        ([FILE], "it computes as dense: a smaller file is no faster by itself.", "computes as dense"),
+        ([FILE, EXPORT | FAST], "measured to be faster here: 1.50x (onnx).", "1.50x (onnx)"),
     ],
 )
 def test_a_page_says_first_what_it_came_to(runs: dict[str, Path], exports: Any, sentence: str, cell: str):
@@ -78,6 +82,7 @@ def test_a_page_says_first_what_it_came_to(runs: dict[str, Path], exports: Any, 
     ("exports", "lead", "word"),
     [
         ([], "none was timed", "not measured"),
+        ([FILE], "computes as dense: a smaller file is no faster by itself", "computes as dense"),
         ([SLOW], "as measured here, none is faster than the dense model", "no faster"),
         ([EXPORT | FAST], "the fastest as measured is erk", "faster"),
     ],

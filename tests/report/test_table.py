@@ -108,6 +108,19 @@ def test_brackets_anywhere_are_not_taken_for_markup(report):
     assert printed(table.certificate_table([row]), 300).count(odd) == 4
 
 
+def test_a_form_that_computes_as_dense_has_its_size_and_no_times(report):
+    row = {
+        "form": "bitmask", "file": "small", "bytes": 123, "dense_bytes": 456, "limit": 100, "params": 7, "error": 0.0,
+        "dense_params": 7, "macs": 9, "dense_macs": 9, "milliseconds": None, "faster": None, "spread": None,
+        "verdict": "computes as dense", "note": "",
+    }  # fmt: skip
+    told = {**report, "exports": [row]}
+    for drawn in (table.export_table(row), table.run_table(told), table.comparison_table([("a", told)])):
+        text = printed(drawn, 200)
+        assert "computes as dense" in text and "here" not in text and "None" not in text
+    assert "123" in printed(table.export_table(row)) and "456" in printed(table.run_table(told))
+
+
 def test_runs_side_by_side_show_what_sets_them_apart(report):
     other = copy.deepcopy(report)
     other.update(method="lamp", scores={"metric": "top1", "dense": 0.9, "sparse": 0.8})

@@ -14,6 +14,7 @@ from markupsafe import Markup, escape
 from allot.budget.units import unit
 from allot.errors import UsageError
 from allot.export.certificate.rows import seal_row
+from allot.export.timing.clock import AS_DENSE
 from allot.report.charts import Line, Mark, coloured_lines, legend, lines, marks
 from allot.report.explanation import explanation, kept_rows, number
 from allot.report.seed_groups import (
@@ -190,8 +191,10 @@ def _best_sentence(groups: Sequence[SeedGroup]) -> str:
         clauses.append(
             f"the fastest as measured is {fast.name} at {fast.budget} ({fast.speedup:.2f}x as fast as dense)"
         )
-    elif any(group.verdict for group in groups):
+    elif any(group.verdict not in (None, AS_DENSE) for group in groups):
         clauses.append("as measured here, none is faster than the dense model")
+    elif any(group.verdict for group in groups):
+        clauses.append(f"what was exported {AS_DENSE}: a smaller file is no faster by itself")
     else:
         clauses.append("none was timed: a smaller file is no faster by itself")
     sentence = "; ".join(clauses) + "."
@@ -232,7 +235,9 @@ def _lead_sentence(report: Report) -> Markup:
         clauses.append(bad.format(change) if _is_far_below(scores) else change)
     else:
         clauses.append("it was not scored")
-    if fast["speedup"] is None:
+    if fast["verdict"] == AS_DENSE:
+        clauses.append(f"and it {AS_DENSE}: a smaller file is no faster by itself")
+    elif fast["speedup"] is None:
         clauses.append("and it was not timed: a smaller file is no faster by itself")
     else:
         clauses.append(f"and it was measured to be {fast['verdict']} here: {fast['speedup']:.2f}x ({fast['form']})")

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
-from allot.export.timing.clock import verdict
+from allot.export.timing.clock import AS_DENSE, verdict
 
 Report = Mapping[str, Any]
 
@@ -155,7 +155,7 @@ def comparison_table(reports: Sequence[tuple[str, Report]]) -> Table:
     table = _table(*map(_text_column, ("run", "model", "method")), *figures, title="runs")
     for label, report in reports:
         macs, scores, size = report["macs"], report["scores"], report["bytes"]["file"]
-        speedup = speed(report)["speedup"]
+        measured = speed(report)
         table.add_row(
             escape(label),
             escape(report["model"]),
@@ -165,7 +165,7 @@ def comparison_table(reports: Sequence[tuple[str, Report]]) -> Table:
             "not saved" if size is None else f"{size:,}",
             f"{scores['dense']:.4f}" if scores else "not scored",
             f"{scores['sparse']:.4f}" if scores else "not scored",
-            "not measured" if speedup is None else f"{speedup:.2f}x",
+            f"{measured['speedup']:.2f}x" if measured["speedup"] else measured["verdict"] or "not measured",
         )
     return table
 
@@ -174,15 +174,19 @@ def speed(report: Report) -> dict[str, Any]:
     """`{speedup, form, verdict, dense_ms, sparse_ms}`: how many times as fast as dense the run was measured, or nulls.
 
     Of exports, the fastest form of the run over the fastest of the dense net: what is slow in one runtime is no gain.
+    Where all forms compute as dense, there is a verdict without times.
     """
+    timed = [row for row in report["exports"] if row["milliseconds"]]
     speedup = form = word = dense_ms = sparse_ms = None
     if latency := report["latency"]:
         dense_ms, sparse_ms, form = latency["dense_ms"], latency["sparse_ms"], latency["runtime"]
-    elif exports := report["exports"]:
-        dense, sparse = (min(exports, key=lambda row: row["milliseconds"][net]) for net in ("dense", "sparse"))
+    elif timed:
+        dense, sparse = (min(timed, key=lambda row: row["milliseconds"][net]) for net in ("dense", "sparse"))
         dense_ms, sparse_ms = dense["milliseconds"]["dense"], sparse["milliseconds"]["sparse"]
         form = sparse["form"] if dense is sparse else f"{sparse['form']}; dense as {dense['form']}"
         speedup, word = (sparse["faster"], sparse["verdict"]) if dense is sparse else (None, None)
+    elif report["exports"]:
+        word = AS_DENSE
     if dense_ms is not None and speedup is None:
         speedup, word = dense_ms / sparse_ms, verdict(dense_ms / sparse_ms)
     return {"speedup": speedup, "form": form, "verdict": word, "dense_ms": dense_ms, "sparse_ms": sparse_ms}
@@ -223,8 +227,8 @@ def export_table(row: Report) -> RenderableType:
     _add_limit(table, row["bytes"], row["limit"])
     _add_counts(table, "params", row["dense_params"], row["params"])
     _add_counts(table, "MACs executed", row["dense_macs"], row["macs"])
-    times = row["milliseconds"]
-    table.add_row("one input, median ms", f"{times['dense']:.2f}", f"{times['sparse']:.2f}", _speed_cell(row))
+    dense, sparse = _milliseconds(row)
+    table.add_row("one input, median ms", dense, sparse, _speed_cell(row))
     error = f"equal to {row['error']:.0e} of the largest" if row["error"] else "the same, bit for bit"
     sentence = f"{row['file']}: opened again, outputs are {error}"
     return Group(table, Text(sentence), *([Text(row["note"])] if row.get("note") else ()))
@@ -238,13 +242,20 @@ def _exports_table(exports: Sequence[Report]) -> list[Table]:
     table = _table("form", *figures, title="exports, opened again and timed beside dense")
     for row in exports:
         over = f"{row['bytes'] / row['limit']:.2f}x" if row["limit"] else ""
-        times = (f"{row['milliseconds'][net]:.3f}" for net in ("sparse", "dense"))
+        dense, sparse = _milliseconds(row)
         sizes = f"{row['bytes']:,}", f"{row['dense_bytes']:,}", over
-        table.add_row(escape(row["form"]), *sizes, *times, _speed_cell(row))
+        table.add_row(escape(row["form"]), *sizes, sparse, dense, _speed_cell(row))
     return [table] if exports else []
 
 
+def _milliseconds(row: Report) -> list[str]:
+    """Times of the dense and of the sparse model; empty where the form computes as dense."""
+    return [f"{row['milliseconds'][net]:.3f}" if row["milliseconds"] else "" for net in ("dense", "sparse")]
+
+
 def _speed_cell(row: Report) -> str:
+    if not row["milliseconds"]:
+        return str(row["verdict"])
     low, high = row["spread"]
     return f"{row['verdict']} here: {row['faster']:.2f}x ({low:.2f} to {high:.2f})"
 
