@@ -120,12 +120,13 @@ def export_run(
         to: one of EVERY.
         out: the file (of slim, openvino and hf, a directory); None: beside the other files of the run.
     Returns:
-        `{form, file, inside, probe, bytes, dense_bytes, limit, error, params, dense_params, macs, dense_macs,
+        `{form, file, inside, probe, bytes, dense_bytes, with_ideal_mask, error, params, dense_params, macs, dense_macs,
         milliseconds: {dense, sparse}, faster, spread, verdict, note}`: `inside` is the path of the file in the run,
-        None if the file is elsewhere, `probe` whether a probe lies beside the file, `limit` the information limit of
-        these weights in bytes, `error` the largest difference of outputs from the run's masked model over their largest
-        value, `faster` the speed-up over dense, `spread` the range of the speed-up in half of the rounds, `verdict`
-        "faster", "no faster", "slower" or "unclear". Where the form computes the same dense products as the dense model
+        None if the file is elsewhere, `probe` whether a probe lies beside the file, `with_ideal_mask` the size
+        of the run's weights with an ideal mask (see `bytes` in `allot.report.data.report`), `error` the largest
+        difference of outputs from the run's masked model over their largest value, `faster` the speed-up over dense,
+        `spread` the range of the speed-up in half of the rounds, `verdict` "faster", "no faster", "slower" or
+        "unclear". Where the form computes the same dense products as the dense model
         (safetensors, bitmask, and csr or 2:4 without a converted layer), the verdict is "computes as dense", and
         `milliseconds`, `faster` and `spread` are None.
     Raises:
@@ -190,7 +191,7 @@ def _export_run(
         "probe": probed,
         "bytes": exported.sparse.bytes,
         "dense_bytes": exported.dense.bytes,
-        "limit": report["bytes"]["limit"],
+        "with_ideal_mask": report["bytes"].get("with_ideal_mask"),
         "params": sum(p.numel() for p in exported.model.parameters()),
         "dense_params": sum(p.numel() for p in dense.parameters()),
         "macs": macs,

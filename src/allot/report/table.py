@@ -224,7 +224,7 @@ def export_table(row: Report) -> RenderableType:
     """One export next to the dense model in the same form."""
     table = _dense_and_sparse_table()
     _add_counts(table, "bytes", row["dense_bytes"], row["bytes"])
-    _add_limit(table, row["bytes"], row["limit"])
+    _add_ideal(table, row["bytes"], row.get("with_ideal_mask"))
     _add_counts(table, "params", row["dense_params"], row["params"])
     _add_counts(table, "MACs executed", row["dense_macs"], row["macs"])
     dense, sparse = _milliseconds(row)
@@ -237,11 +237,12 @@ def export_table(row: Report) -> RenderableType:
 def _exports_table(exports: Sequence[Report]) -> list[Table]:
     """All exports in one table; no table without exports."""
     figures = map(
-        _figure_column, ("bytes", "dense bytes", "of the limit", "ms", "dense ms", "speed (half of the rounds)")
+        _figure_column, ("bytes", "dense bytes", "of ideal mask", "ms", "dense ms", "speed (half of the rounds)")
     )
     table = _table("form", *figures, title="exports, opened again and timed beside dense")
     for row in exports:
-        over = f"{row['bytes'] / row['limit']:.2f}x" if row["limit"] else ""
+        ideal = row.get("with_ideal_mask")
+        over = f"{row['bytes'] / ideal:.2f}x" if ideal else ""
         dense, sparse = _milliseconds(row)
         sizes = f"{row['bytes']:,}", f"{row['dense_bytes']:,}", over
         table.add_row(escape(row["form"]), *sizes, sparse, dense, _speed_cell(row))
@@ -297,9 +298,9 @@ def _add_counts(table: Table, name: str, dense: int, sparse: int) -> None:
     table.add_row(name, f"{dense:,}", f"{sparse:,}", _percent_of(sparse, dense))
 
 
-def _add_limit(table: Table, size: int, limit: int | None) -> None:
-    if limit:
-        table.add_row("information limit", "", f"{limit:,}", f"file is {size / limit:.2f} of it")
+def _add_ideal(table: Table, size: int, ideal: int | None) -> None:
+    if ideal:
+        table.add_row("bytes with an ideal mask", "", f"{ideal:,}", f"file is {size / ideal:.2f} of it")
 
 
 def _summary_table(report: Report) -> Table:
@@ -311,7 +312,7 @@ def _summary_table(report: Report) -> Table:
     size = report["bytes"]
     if size["file"]:
         _add_counts(table, "bytes on disk", size["dense"], size["file"])
-    _add_limit(table, size["file"], size.get("limit"))
+    _add_ideal(table, size["file"], size.get("with_ideal_mask"))
     if scores := report["scores"]:
         change = f"{100 * (scores['sparse'] - scores['dense']):+.2f} points"
         name = escape(f"{scores['metric']} on held-out data")
