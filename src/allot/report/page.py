@@ -12,6 +12,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from allot.budget.units import unit
+from allot.budget.unused import MUCH, unused
 from allot.errors import UsageError
 from allot.export.certificate.rows import seal_row
 from allot.export.timing.clock import AS_DENSE
@@ -249,11 +250,13 @@ def _percent(share: float) -> str:
 
 
 def _budget_text(row: Report, report: Report) -> str:
+    left = unused(report["budget"])
+    note = f"; {_percent(left)} unused" if left > MUCH else ""
     if row["kind"] == "sparsity":
-        return f"{report['kept']:,} of {report['total']:,} weights kept"
+        return f"{report['kept']:,} of {report['total']:,} weights kept{note}"
     if row["kind"] == "latency":
-        return f"{row['achieved'] / 1e6:.3f} of {row['limit'] / 1e6:.3f} ms allowed, by the tables"
-    return f"{row['achieved']:,} of {row['limit']:,} {unit(row['kind'])} allowed"
+        return f"{row['achieved'] / 1e6:.3f} of {row['limit'] / 1e6:.3f} ms allowed, by the tables{note}"
+    return f"{row['achieved']:,} of {row['limit']:,} {unit(row['kind'])} allowed{note}"
 
 
 _COMPUTE = {

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
+from allot.budget.unused import MUCH, unused
 from allot.export.timing.clock import AS_DENSE, verdict
 
 Report = Mapping[str, Any]
@@ -338,7 +339,7 @@ def _summary_table(report: Report) -> Table:
 
 def _budget_rows(report: Report) -> list[tuple[str, str, Text]]:
     """(limit as requested, amount that was reached, verdict) of every limit."""
-    cells = []
+    cells, left = [], unused(report["budget"])
     for row in report["budget"]:
         achieved = f"{row['achieved']:,} of {row['limit']:,}"
         if row["kind"] == "latency":
@@ -346,6 +347,8 @@ def _budget_rows(report: Report) -> list[tuple[str, str, Text]]:
         if row["kind"] == "sparsity":  # as near as whole weights come
             achieved = f"{report['kept']:,} kept"
         met = Text("met", style="green") if row["met"] else Text("MISSED", style="bold red")
+        if left > MUCH:
+            met = Text(f"met, {100 * left:.0f} % unused", style="bold yellow")
         cells.append((escape(f"{row['kind']}={row['asked']}"), achieved, met))
     return cells
 
