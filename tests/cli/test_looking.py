@@ -81,7 +81,7 @@ def test_the_files_of_a_run_are_exports_as_well():
         assert Path("copy.safetensors").read_bytes() == Path(row["file"]).read_bytes()
         assert done("verify copy.safetensors --json").json["passed"]
     size = json.loads(Path("RUN/report.json").read_text())["bytes"]
-    assert size["limit"] < size["file"] < 1.15 * size["limit"]
+    assert size["with_ideal_mask"] < size["file"] < 1.15 * size["with_ideal_mask"]
     assert "slim is for runs of channels" in refused("export RUN --to slim")
     assert "save_pretrained" in refused("export RUN --to hf")
 
@@ -107,7 +107,7 @@ def test_exported_weights_are_asked_with_the_code_of_their_model():
     assert done(f"verify away.safetensors --model {MLP} --json").json["rows"][-1]["check"] == "outputs on the probe"
     assert "another model" in refused("verify away.safetensors --model cli.factories:conv")
     said = done("report RUN").err
-    assert "bitmask" in said and "of the limit" in said
+    assert "bitmask" in said and "of ideal mask" in said
 
 
 @pytest.mark.parametrize("name", gallery())

@@ -38,7 +38,7 @@ def test_prune_prints_the_report_and_the_run_as_one_json_object():
     assert (said["kept"], said["total"], said["sparsity"]) == (80, 160, 0.5)
     assert [set(row) for row in said["budget"]] == [{"kind", "asked", "limit", "achieved", "met"}]
     assert said["macs"] == {"dense": 160, "sparse": 80}
-    assert said["bytes"].keys() == {"dense", "file", "limit"}
+    assert said["bytes"].keys() == {"dense", "file", "with_ideal_mask"}
     assert [set(row) for row in said["layers"]] == [{"name", "shape", "kept", "total", "density", "macs", "price"}] * 2
     assert said["skipped"] == {"0.bias": "bias", "2.bias": "bias"}
     assert {"metric", "dense", "sparse"} <= said["scores"].keys() and said["scores"]["metric"] == "top1"

@@ -544,7 +544,7 @@ def test_a_result_can_be_saved_later_and_verified_only_then(tmp_path: Path):
     result = prune(CASES["linear chain"].make(), None, "sparsity=0.5", repair="none")
     with pytest.raises(UsageError, match="nothing to verify"):
         result.verify()
-    assert result.report()["bytes"] == {"dense": None, "file": None, "limit": None}
+    assert result.report()["bytes"] == {"dense": None, "file": None, "with_ideal_mask": None}
     assert result.save(tmp_path / "later")["passed"] and result.verify()["passed"]
     assert allot.load(tmp_path / "later").keys() == result.state_dict().keys()
     report = json.loads((tmp_path / "later" / "report.json").read_text())

@@ -12,6 +12,8 @@ from torch import nn
 
 import allot
 from allot.errors import UsageError
+from allot.export.timing.clock import AS_DENSE, Speedup
+from allot.report.table import speed
 from contract.cases import CASES
 
 CASE = CASES["with batch norm"]
@@ -39,13 +41,29 @@ def test_a_result_is_exported_by_the_ending_or_the_name_of_a_form(
     made = result(tmp_path / "run" if saved else None)
     row = made.export(tmp_path / name, to=to)
     assert row["form"] == form and row["bytes"] == (tmp_path / name).stat().st_size
-    assert row["milliseconds"]["dense"] > 0 and row["spread"][0] <= row["spread"][1]
+    if form in ("safetensors", "bitmask"):
+        assert row["milliseconds"] is row["faster"] is row["spread"] is None and row["verdict"] == "computes as dense"
+    else:
+        assert row["milliseconds"]["dense"] > 0 and row["spread"][0] <= row["spread"][1]
     assert allot.verify(tmp_path / name)["passed"]
     if saved:
         assert made.report()["exports"] == [row]
         assert json.loads((tmp_path / "run/report.json").read_text())["exports"] == [row]
     else:
         assert made.directory is None and made.report()["exports"] == []
+
+
+def test_a_form_that_computes_the_dense_products_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made, timed = result(tmp_path / "run"), []
+    monkeypatch.setattr(
+        exporting, "side_by_side", lambda *runs, **rest: timed.append(runs) or Speedup(3.0, 2.0, (1, 2))
+    )
+    for form in ("safetensors", "bitmask"):
+        row = made.export(to=form)
+        assert row["macs"] == row["dense_macs"] and row["verdict"] == "computes as dense" and not timed
+    assert speed(made.report()) == dict.fromkeys(("speedup", "form", "dense_ms", "sparse_ms")) | {"verdict": AS_DENSE}
+    made.export(to="program")
+    assert len(timed) == 1 and speed(made.report())["speedup"] == 1.5
 
 
 def test_without_a_path_the_file_is_in_the_run(tmp_path: Path):

@@ -43,10 +43,12 @@ def test_a_page_needs_no_network(runs: dict[str, Path], name: str):
         assert "default-src 'none'" in text and not re.search(r"<script[^>]+src|@import|url\(", text)
 
 
-EXPORT = {"form": "onnx", "bytes": 10, "dense_bytes": 20, "limit": 8, "error": 0.0, "note": ""}
+EXPORT = {"form": "onnx", "bytes": 10, "dense_bytes": 20, "with_ideal_mask": 8, "error": 0.0, "note": ""}
 FAST = {"milliseconds": {"dense": 3.0, "sparse": 2.0}, "faster": 1.5, "spread": [1.4, 1.6], "verdict": "faster"}
 SAME = {"milliseconds": {"dense": 2.5, "sparse": 2.5}, "faster": 1.0, "spread": [0.9, 1.1], "verdict": "no faster"}
 SLOW = EXPORT | {"form": "program"} | SAME
+AS_DENSE = {"milliseconds": None, "faster": None, "spread": None, "verdict": "computes as dense"}
+FILE = EXPORT | {"form": "bitmask"} | AS_DENSE
 
 
 @pytest.mark.parametrize(
@@ -60,6 +62,8 @@ SLOW = EXPORT | {"form": "program"} | SAME
             "measured to be faster here: 1.25x (onnx; dense as program).",
             "1.25x (onnx; dense as program)",
         ),
+        ([FILE], "it computes as dense: a smaller file is no faster by itself.", "computes as dense"),
+        ([FILE, EXPORT | FAST], "measured to be faster here: 1.50x (onnx).", "1.50x (onnx)"),
     ],
 )
 def test_a_page_says_first_what_it_came_to(runs: dict[str, Path], exports: Any, sentence: str, cell: str):
@@ -71,13 +75,14 @@ def test_a_page_says_first_what_it_came_to(runs: dict[str, Path], exports: Any, 
     assert f"the file takes {share:.1f} % of the dense one's bytes" in lead
     assert "top1 went from 90.0 % to 85.0 %" in lead and sentence in lead
     assert cell in comparison_page([("a", told), ("b", told)])
-    assert all(f">{row['bytes'] / row['limit']:.2f}x<" in run_page(told, {}, "", []) for row in exports)
+    assert all(f">{row['bytes'] / row['with_ideal_mask']:.2f}x<" in run_page(told, {}, "", []) for row in exports)
 
 
 @pytest.mark.parametrize(
     ("exports", "lead", "word"),
     [
         ([], "none was timed", "not measured"),
+        ([FILE], "computes as dense: a smaller file is no faster by itself", "computes as dense"),
         ([SLOW], "as measured here, none is faster than the dense model", "no faster"),
         ([EXPORT | FAST], "the fastest as measured is erk", "faster"),
     ],
@@ -91,7 +96,12 @@ def test_nothing_is_called_fastest_that_is_no_faster(runs: dict[str, Path], expo
 def test_a_page_of_a_report_with_nothing_to_show_is_a_page(runs: dict[str, Path]):
     told = {**report(runs["erk"]), "macs": None, "scores": None, "histograms": {}, "skipped": {}}
     seen = Seen(
-        run_page({**told, "bytes": {"dense": None, "file": None, "limit": None}}, {"rows": [], "passed": True}, "", [])
+        run_page(
+            {**told, "bytes": {"dense": None, "file": None, "with_ideal_mask": None}},
+            {"rows": [], "passed": True},
+            "",
+            [],
+        )
     )
     assert not seen.open and "give --test DATA" in seen.text
     assert not Seen(comparison_page([("a", told), ("b", told)])).open
@@ -298,12 +308,12 @@ def test_notes_stay_with_the_exports_that_they_are_about(runs: dict[str, Path], 
     rows = [
         EXPORT | FAST | {"form": "b", "bytes": 9, "note": "says b"},
         EXPORT | SAME | {"form": "a", "bytes": 1000},
-        EXPORT | SAME | {"form": "c", "bytes": 50, "limit": None, "note": "says c"},
+        EXPORT | SAME | {"form": "c", "bytes": 50, "with_ideal_mask": None, "note": "says c"},
     ]
     page = run_page({**report(runs["erk"]), "exports": rows}, DENSE, "", [])
     found, said = browsed(page, tmp_path, probe=NOTES)
     size, name = {"a": "1,000", "b": "9", "c": "50"}, {"a": "a", "b": "bsays b", "c": "csays c"}
-    for column, order in ((0, "cba"), (1, "acb"), (3, "abc"), ("up", "bac")):  # what has no limit comes last
+    for column, order in ((0, "cba"), (1, "acb"), (3, "abc"), ("up", "bac")):  # what has no such size comes last
         assert found["found"][str(column)] == [[name[one], size[one]] for one in order]
     assert "CONSOLE" not in said and found["clipped"] == 0
 

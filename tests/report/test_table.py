@@ -97,7 +97,7 @@ def test_brackets_anywhere_are_not_taken_for_markup(report):
     told = {**report, "model": odd, "method": odd, "repair": [odd], "pattern": odd, "score": odd, "skipped": {"a": odd}}
     told["budget"] = [{**report["budget"][0], "kind": odd, "asked": odd}]
     told["scores"] = {"metric": odd, "dense": 0.9, "sparse": 0.8}
-    export = {"bytes": 1, "dense_bytes": 2, "limit": 1, "milliseconds": {"sparse": 1.0, "dense": 1.0}}
+    export = {"bytes": 1, "dense_bytes": 2, "with_ideal_mask": 1, "milliseconds": {"sparse": 1.0, "dense": 1.0}}
     told["exports"] = [{**export, "form": odd, "verdict": "faster", "faster": 1.5, "spread": (1.0, 2.0)}]
     measured = {"dense_ms": 2.0, "sparse_ms": 1.0, "limit_ms": 1.0, "batch": 1, "runtime": odd}
     assert printed(table.run_table({**told, "latency": measured}), 300).count(odd) == 11
@@ -106,6 +106,20 @@ def test_brackets_anywhere_are_not_taken_for_markup(report):
     assert printed(table.sweep_table(means), 300).count(odd) == 2
     row = {"file": odd, "check": odd, "promised": odd, "found": odd, "passed": True}
     assert printed(table.certificate_table([row]), 300).count(odd) == 4
+
+
+def test_a_form_that_computes_as_dense_has_its_size_and_no_times(report):
+    row = {
+        "form": "bitmask", "file": "small", "bytes": 123, "dense_bytes": 456, "with_ideal_mask": 100, "error": 0.0,
+        "params": 7, "dense_params": 7, "macs": 9, "dense_macs": 9, "milliseconds": None, "faster": None,
+        "spread": None,
+        "verdict": "computes as dense", "note": "",
+    }  # fmt: skip
+    told = {**report, "exports": [row]}
+    for drawn in (table.export_table(row), table.run_table(told), table.comparison_table([("a", told)])):
+        text = printed(drawn, 200)
+        assert "computes as dense" in text and "here" not in text and "None" not in text
+    assert "123" in printed(table.export_table(row)) and "456" in printed(table.run_table(told))
 
 
 def test_runs_side_by_side_show_what_sets_them_apart(report):

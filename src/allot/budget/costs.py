@@ -56,13 +56,18 @@ def mask_bits(total: int, kept: float) -> float:
 
         bits(l) = kept (l + 1) + floor((total - 1) / 2^l) + 1
 
-    Of a quarter kept or less, that is at most 0.76 kept + 3 above the least possible; at low densities 0.56 kept.
+    Of a quarter kept or less, that is at most 0.76 kept + 3 above the entropy of the mask (`mask_entropy`); at low
+    densities 0.56 kept.
     """
     return min(total, _position_bits(total, kept, low_bits(total, kept)))
 
 
-def least_bits(total: int, kept: int) -> float:
-    """The information limit of a mask of `kept` of `total`: total H(kept / total), H the entropy of a coin in bits."""
+def mask_entropy(total: int, kept: int) -> float:
+    """Bits of an ideal mask of `kept` of `total`: total H(kept / total), H the entropy of a coin in bits.
+
+    >>> mask_entropy(8, 4)
+    8.0
+    """
     density = kept / total
     return -total * sum(p * math.log2(p) for p in (density, 1 - density) if p)
 

@@ -5,7 +5,7 @@
     n            channels kept of each group
     r_l, c_l     first two sides of the weight of layer l;  T_l its measured times on a grid of sides
     M            numbers in the outputs of all layers: what everything between them has to read and write
-    b, s, m      fitted to whole nets that were measured; s and m are not negative
+    b, s, m      fitted to whole nets that were measured; none is negative, so that T is above 0
 
 Between the points of a grid T_l is bilinear. Measured tables are made `monotone`: T grows with every n, and a limit of
 time is met like any other limit.

@@ -1,5 +1,7 @@
 """Models written for a runtime, opened again, compared with their source, and timed beside the dense model.
 
+A form whose products are those of the dense model is not timed: two measurements of one computation differ by chance.
+
 safetensors, bitmask, slim   the files of the run     opened by allot
 csr, 2:4                     see `allot.export.runtimes.sparse`
 program, onnx, openvino, hf  see `allot.export.runtimes.forms`
@@ -29,7 +31,7 @@ from allot.export.runtimes.forms import FORMS, write_and_reopen
 from allot.export.runtimes.from_file import load_into, opened_with
 from allot.export.runtimes.opened import Opened
 from allot.export.runtimes.sparse import converted, has_sparse_tensor_cores, linear_layers, load_csr, semi_structured
-from allot.export.timing.clock import Speedup, side_by_side
+from allot.export.timing.clock import AS_DENSE, Speedup, side_by_side
 from allot.export.timing.sparse_layers import time_converted
 from allot.network.call import attempt, write_into
 from allot.network.channels import copied, shapes_of
@@ -92,6 +94,7 @@ class ExportedModel:
         tolerance: largest allowed difference of outputs, as a share of the largest.
         macs: MACs of the sparse model in scope, if shapes do not determine them.
         note: a remark for the user.
+        as_dense: whether PyTorch multiplies the same dense tensors as for the dense model, zeros included.
     """
 
     file: Path
@@ -101,6 +104,7 @@ class ExportedModel:
     tolerance: float = 0.0  # the same numbers, the same answers
     macs: int | None = None
     note: str = ""
+    as_dense: bool = False
 
 
 def export_run(
@@ -116,12 +120,15 @@ def export_run(
         to: one of EVERY.
         out: the file (of slim, openvino and hf, a directory); None: beside the other files of the run.
     Returns:
-        `{form, file, inside, probe, bytes, dense_bytes, limit, error, params, dense_params, macs, dense_macs,
+        `{form, file, inside, probe, bytes, dense_bytes, with_ideal_mask, error, params, dense_params, macs, dense_macs,
         milliseconds: {dense, sparse}, faster, spread, verdict, note}`: `inside` is the path of the file in the run,
-        None if the file is elsewhere, `probe` whether a probe lies beside the file, `limit` the information limit of
-        these weights in bytes, `error` the largest difference of outputs from the run's masked model over their largest
-        value, `faster` the speed-up over dense, `spread` the range of the speed-up in half of the rounds, `verdict`
-        "faster", "no faster", "slower" or "unclear".
+        None if the file is elsewhere, `probe` whether a probe lies beside the file, `with_ideal_mask` the size
+        of the run's weights with an ideal mask (see `bytes` in `allot.report.data.report`), `error` the largest
+        difference of outputs from the run's masked model over their largest value, `faster` the speed-up over dense,
+        `spread` the range of the speed-up in half of the rounds, `verdict` "faster", "no faster", "slower" or
+        "unclear". Where the form computes the same dense products as the dense model
+        (safetensors, bitmask, and csr or 2:4 without a converted layer), the verdict is "computes as dense", and
+        `milliseconds`, `faster` and `spread` are None.
     Raises:
         UsageError: an unknown form, or one that this model or installation does not allow.
         VerificationError: the outputs of the file differ from those of the run's model, or its MACs from the promise.
@@ -176,9 +183,6 @@ def _export_run(
         if probed:
             save_probe(exported.file, to, exported.sparse, example, wanted, run)
         file = target / exported.file.relative_to(place) if target and place else exported.file
-    for_dense, for_sparse = cloned(example), cloned(example)
-    with phase(f"timing {exported.file.name} beside the dense model"):
-        taken = side_by_side(lambda: exported.dense.run(for_dense), lambda: exported.sparse.run(for_sparse), most=MOST)
     resolved, home = file.resolve(), run.resolve()
     return {
         "form": to,
@@ -187,17 +191,29 @@ def _export_run(
         "probe": probed,
         "bytes": exported.sparse.bytes,
         "dense_bytes": exported.dense.bytes,
-        "limit": report["bytes"]["limit"],
+        "with_ideal_mask": report["bytes"].get("with_ideal_mask"),
         "params": sum(p.numel() for p in exported.model.parameters()),
         "dense_params": sum(p.numel() for p in dense.parameters()),
         "macs": macs,
         "dense_macs": sum(_layer_macs(dense, example, layers).values()),
         "error": error,
+        **_times(exported, example),
+        "note": exported.note,
+    }
+
+
+def _times(exported: ExportedModel, example: Any) -> dict[str, Any]:
+    """`{milliseconds, faster, spread, verdict}` of `export_run`."""
+    if exported.as_dense:
+        return {"milliseconds": None, "faster": None, "spread": None, "verdict": AS_DENSE}
+    for_dense, for_sparse = cloned(example), cloned(example)
+    with phase(f"timing {exported.file.name} beside the dense model"):
+        taken = side_by_side(lambda: exported.dense.run(for_dense), lambda: exported.sparse.run(for_sparse), most=MOST)
+    return {
         "milliseconds": {"dense": 1000 * taken.dense, "sparse": 1000 * taken.sparse},
         "faster": taken.faster,
         "spread": list(taken.spread),
         "verdict": taken.verdict,
-        "note": exported.note,
     }
 
 
@@ -244,8 +260,9 @@ def _target(run: Path, to: str, out: Path | None) -> Path | None:
 def _file_of_run(dense: nn.Module, run: Path, to: str, file: Path) -> ExportedModel:
     sparse = load_into(dense, file)
     opened_dense = Opened.module(dense, (run / PLAIN).stat().st_size)
-    tolerance = SLIM_TOLERANCE if to == "slim" else 0.0
-    return ExportedModel(file, opened_with(sparse, file), opened_dense, sparse, tolerance, note=_plain_note(file))
+    opened, note, slim = opened_with(sparse, file), _plain_note(file), to == "slim"
+    tolerance = SLIM_TOLERANCE if slim else 0.0
+    return ExportedModel(file, opened, opened_dense, sparse, tolerance, note=note, as_dense=not slim)
 
 
 def _plain_note(file: Path) -> str:
@@ -279,7 +296,8 @@ def _csr(dense: nn.Module, masked: nn.Module, run: Path, names: list[str], examp
     macs = sum(round(nonzero.get(name, 1) * count) for name, count in _layer_macs(masked, example, names).items())
     opened_dense = Opened.module(dense, (run / PLAIN).stat().st_size)
     note = _conversion_note("sparse rows", speedups, chosen)
-    return ExportedModel(place, opened_with(sparse, place), opened_dense, sparse, TOLERANCE, macs, note)
+    opened = opened_with(sparse, place)
+    return ExportedModel(place, opened, opened_dense, sparse, TOLERANCE, macs, note, as_dense=not chosen)
 
 
 def _semi_structured(
@@ -305,7 +323,8 @@ def _semi_structured(
     macs = sum(count // 2 if name in chosen else count for name, count in _layer_macs(masked, example, names).items())
     opened, opened_dense = Opened.module(sparse, file.stat().st_size), Opened.module(half, (run / PLAIN).stat().st_size)
     note = _conversion_note("2:4 on the GPU", speedups, chosen)
-    return ExportedModel(file, opened, opened_dense, masked, HALF_TOLERANCE, macs, note), example, masked
+    exported = ExportedModel(file, opened, opened_dense, masked, HALF_TOLERANCE, macs, note, as_dense=not chosen)
+    return exported, example, masked
 
 
 def _conversion_note(kind: str, speedups: Mapping[str, Speedup], chosen: list[str]) -> str:

@@ -185,9 +185,10 @@ class Result:
         return row
 
     def timed(self) -> dict[str, Any]:
-        """The report of a saved result; its small file is opened again and timed where nothing was timed yet.
+        """The report of a saved result; without times or exports so far, its small file is opened again and compared.
 
-        Where the model cannot be timed, a warning says why.
+        A slim file is timed beside the dense model; a bitmask file computes as dense. Where the model does not run, a
+        warning says why.
         """
         report = self.report()
         if report["exports"] or report["latency"]:

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from allot.budget.allocation import Allocation
+from allot.budget.unused import warn_unused
 from allot.errors import BudgetError, Stopped, UsageError, VerificationError
 from allot.export.certificate import certificate
 from allot.export.files import formats as files
@@ -22,7 +23,7 @@ from allot.network.call import attempt, write_into
 from allot.network.channels import ChannelPlan, slimmed
 from allot.network.trees import floats_in
 from allot.processes import on_first_process, single_process
-from allot.pruning.latency_limit import CorrectCounts, latency_report, slow_tables
+from allot.pruning.latency_limit import latency_report, latency_stages, slow_tables
 from allot.pruning.request import Prepared
 from allot.pruning.result import Result
 from allot.run import patterns
@@ -76,7 +77,7 @@ def run_stages(run: Run) -> Result:
             candidate = _select_stage(run, method, candidate, guard)
         else:
             candidate = _drive_stage(run, name, method, candidate, guard)
-        if name == "latency":
+        if name.startswith("latency"):
             problem = guard.problem = slow_tables(problem, candidate.diagnostics)
     scores, score_of = None, run.prepared.request.score_of
     if score_of and run.dense_score:
@@ -88,6 +89,7 @@ def run_stages(run: Run) -> Result:
     result = _result(run, problem, candidate, log, scores)
     if "latency" in problem.budget.asked:
         result = replace(result, latency=on_first_process(partial(latency_report, problem, candidate)))
+    on_first_process(partial(warn_unused, problem.budget, candidate.allocation.kept))
     if store:
         on_first_process(partial(_save, result, store, log))
     return result if store is None or store.leads else replace(result, directory=store.directory)
@@ -97,7 +99,7 @@ def _stages(run: Run) -> list[tuple[str, Method]]:
     chain = run.prepared.chain
     stages: list[tuple[str, Method]] = [("allocate", chain.allocate)]
     if "latency" in run.prepared.problem.budget.asked:
-        stages.append(("latency", CorrectCounts()))
+        stages += latency_stages(chain.allocate)
     stages.append(("select", chain.select or Selection()))
     repairs = zip(chain.names.repair, chain.repair, strict=True)
     return stages + [(f"repair-{i}-{name}", method) for i, (name, method) in enumerate(repairs, 1)]

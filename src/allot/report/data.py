@@ -13,7 +13,7 @@ from torch import nn
 
 from allot.budget.allocation import Allocation
 from allot.budget.channels import channel_budget
-from allot.budget.costs import least_bits
+from allot.budget.costs import mask_entropy
 from allot.export.files.formats import BITMASK, PLAIN, SLIM
 from allot.network.layers import plain_state
 from allot.run.problem import Candidate, Problem
@@ -25,18 +25,18 @@ def report(result: Any) -> dict[str, Any]:
     """The budget of an `allot.Result`, the amounts that were reached, and the counts of every layer, ready for JSON.
 
     Counts are whole numbers, times are seconds. `macs`, also of a layer, is null where no example input was there to
-    count MACs with. `bytes` is {dense, file, limit}: the dense model's file, the bitmask (or slim) file, and the
-    information limit, a lower bound of the size of any file with these weights: sum of n_l (H(density_l) + density_l
-    bits) / 8 and all other tensors, H the entropy of a coin (of channels, n_l H(density_l) says which channels of a
-    group remain); null until the run is saved. `priced` is the kind of the tightest limit, the unit of prices. `how`
-    is what the allocator does, in a sentence, empty for an allocator of the user. `compute` are the choices about
-    memory and speed that differ from the defaults, `settings` the other choices that decide a saved run: other keys of
-    the recipe, hyperparameters, digest of the model. `latency` is null where time was not limited. `unreadable` counts
-    calibration samples that were left out; `watch` is the watch set, `{samples, kind, unsure, images}`, empty where
-    there are no inputs; `fidelity` are the distances from the dense net on it, `{stage, step, kl | error, agreement}`
-    in order, the last one that of the net that came out, `undone` those of nets that were dropped; `guard` says so in
-    sentences; `weights` counts all weights of the model, in scope or not. `exports` are
-    the rows that `allot export` adds. `diagnostics` are the values that methods report about their work, by method.
+    count MACs with. `bytes` is {dense, file, with_ideal_mask}: the dense model's file, the bitmask (or slim) file, and
+    the size with an ideal mask: sum of n_l (H(density_l) + density_l bits) / 8 and all other tensors, H the entropy of
+    a coin (of channels, n_l H(density_l) says which channels of a group remain); values count as they are, so a
+    compressed file can be smaller; null until the run is saved. `priced` is the kind of the tightest limit, the unit of
+    prices. `how` is what the allocator does, in a sentence, empty for an allocator of the user. `compute` are the
+    choices about memory and speed that differ from the defaults, `settings` the other choices that decide a saved run:
+    other keys of the recipe, hyperparameters, digest of the model. `latency` is null where time was not limited.
+    `unreadable` counts calibration samples that were left out; `watch` is the watch set, `{samples, kind, unsure,
+    images}`, empty where there are no inputs; `fidelity` are the distances from the dense net on it, `{stage, step,
+    kl | error, agreement}` in order, the last one that of the net that came out, `undone` those of nets that were
+    dropped; `guard` says so in sentences; `weights` counts all weights of the model, in scope or not. `exports` are the
+    rows that `allot export` adds. `diagnostics` are the values that methods report about their work, by method.
     """
     problem, candidate, names, directory = result.problem, result.candidate, result.names, result.directory
     budget, kept = problem.budget, candidate.allocation.kept
@@ -65,7 +65,7 @@ def report(result: Any) -> dict[str, Any]:
         "bytes": {
             "dense": _file_size(directory, PLAIN),
             "file": _file_size(directory, SLIM if problem.scope.groups else BITMASK),
-            "limit": _information_limit(problem, kept) if directory else None,
+            "with_ideal_mask": _size_with_ideal_mask(problem, kept) if directory else None,
         },
         "layers": layer_rows(problem, candidate.allocation),
         "groups": group_rows(problem, candidate.allocation),
@@ -158,15 +158,15 @@ def histograms(problem: Problem, candidate: Candidate) -> dict[str, dict[str, li
     return counted
 
 
-def _information_limit(problem: Problem, kept: Mapping[str, int]) -> int:
+def _size_with_ideal_mask(problem: Problem, kept: Mapping[str, int]) -> int:
     if problem.scope.groups:
         budget = channel_budget(problem.budget)
-        bits = sum(least_bits(group.total, kept[group.name]) for group in problem.scope.groups)
+        bits = sum(mask_entropy(group.total, kept[group.name]) for group in problem.scope.groups)
         return math.ceil(budget.cost("bytes", kept) - budget.header + bits / 8)
     state = plain_state(problem.model)[0]
     sizes = {name: value.element_size() for name, value in state.items()}
     others = sum(value.numel() * sizes[name] for name, value in state.items() if name not in kept)
-    bits = sum(least_bits(layer.total, kept[layer.name]) for layer in problem.scope)
+    bits = sum(mask_entropy(layer.total, kept[layer.name]) for layer in problem.scope)
     return math.ceil(others + bits / 8 + sum(sizes[name] * count for name, count in kept.items()))
 
 

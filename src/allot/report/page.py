@@ -12,8 +12,10 @@ import jinja2
 from markupsafe import Markup, escape
 
 from allot.budget.units import unit
+from allot.budget.unused import MUCH, unused
 from allot.errors import UsageError
 from allot.export.certificate.rows import seal_row
+from allot.export.timing.clock import AS_DENSE
 from allot.report.charts import Line, Mark, coloured_lines, legend, lines, marks
 from allot.report.explanation import explanation, kept_rows, number
 from allot.report.fidelity import fidelity, measurements, warnings
@@ -194,8 +196,10 @@ def _best_sentence(groups: Sequence[SeedGroup]) -> str:
         clauses.append(
             f"the fastest as measured is {fast.name} at {fast.budget} ({fast.speedup:.2f}x as fast as dense)"
         )
-    elif any(group.verdict for group in groups):
+    elif any(group.verdict not in (None, AS_DENSE) for group in groups):
         clauses.append("as measured here, none is faster than the dense model")
+    elif any(group.verdict for group in groups):
+        clauses.append(f"what was exported {AS_DENSE}: a smaller file is no faster by itself")
     else:
         clauses.append("none was timed: a smaller file is no faster by itself")
     sentence = "; ".join(clauses) + "."
@@ -236,7 +240,9 @@ def _lead_sentence(report: Report) -> Markup:
         clauses.append(bad.format(change) if _is_far_below(scores) else change)
     else:
         clauses.append("it was not scored")
-    if fast["speedup"] is None:
+    if fast["verdict"] == AS_DENSE:
+        clauses.append(f"and it {AS_DENSE}: a smaller file is no faster by itself")
+    elif fast["speedup"] is None:
         clauses.append("and it was not timed: a smaller file is no faster by itself")
     else:
         clauses.append(f"and it was measured to be {fast['verdict']} here: {fast['speedup']:.2f}x ({fast['form']})")
@@ -248,11 +254,13 @@ def _percent(share: float) -> str:
 
 
 def _budget_text(row: Report, report: Report) -> str:
+    left = unused(report["budget"])
+    note = f"; {_percent(left)} unused" if left > MUCH else ""
     if row["kind"] == "sparsity":
-        return f"{report['kept']:,} of {report['total']:,} weights kept"
+        return f"{report['kept']:,} of {report['total']:,} weights kept{note}"
     if row["kind"] == "latency":
-        return f"{row['achieved'] / 1e6:.3f} of {row['limit'] / 1e6:.3f} ms allowed, by the tables"
-    return f"{row['achieved']:,} of {row['limit']:,} {unit(row['kind'])} allowed"
+        return f"{row['achieved'] / 1e6:.3f} of {row['limit'] / 1e6:.3f} ms allowed, by the tables{note}"
+    return f"{row['achieved']:,} of {row['limit']:,} {unit(row['kind'])} allowed{note}"
 
 
 _COMPUTE = {

@@ -14,7 +14,8 @@ from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
-from allot.export.timing.clock import verdict
+from allot.budget.unused import MUCH, unused
+from allot.export.timing.clock import AS_DENSE, verdict
 from allot.report.fidelity import fidelity, warnings
 
 Report = Mapping[str, Any]
@@ -163,7 +164,7 @@ def comparison_table(reports: Sequence[tuple[str, Report]]) -> Table:
     table = _table(*map(_text_column, ("run", "model", "method")), *figures, title="runs")
     for label, report in reports:
         macs, scores, size = report["macs"], report["scores"], report["bytes"]["file"]
-        speedup = speed(report)["speedup"]
+        measured = speed(report)
         table.add_row(
             escape(label),
             escape(report["model"]),
@@ -173,7 +174,7 @@ def comparison_table(reports: Sequence[tuple[str, Report]]) -> Table:
             "not saved" if size is None else f"{size:,}",
             f"{scores['dense']:.4f}" if scores else "not scored",
             f"{scores['sparse']:.4f}" if scores else "not scored",
-            "not measured" if speedup is None else f"{speedup:.2f}x",
+            f"{measured['speedup']:.2f}x" if measured["speedup"] else measured["verdict"] or "not measured",
         )
     return table
 
@@ -182,15 +183,19 @@ def speed(report: Report) -> dict[str, Any]:
     """`{speedup, form, verdict, dense_ms, sparse_ms}`: how many times as fast as dense the run was measured, or nulls.
 
     Of exports, the fastest form of the run over the fastest of the dense net: what is slow in one runtime is no gain.
+    Where all forms compute as dense, there is a verdict without times.
     """
+    timed = [row for row in report["exports"] if row["milliseconds"]]
     speedup = form = word = dense_ms = sparse_ms = None
     if latency := report["latency"]:
         dense_ms, sparse_ms, form = latency["dense_ms"], latency["sparse_ms"], latency["runtime"]
-    elif exports := report["exports"]:
-        dense, sparse = (min(exports, key=lambda row: row["milliseconds"][net]) for net in ("dense", "sparse"))
+    elif timed:
+        dense, sparse = (min(timed, key=lambda row: row["milliseconds"][net]) for net in ("dense", "sparse"))
         dense_ms, sparse_ms = dense["milliseconds"]["dense"], sparse["milliseconds"]["sparse"]
         form = sparse["form"] if dense is sparse else f"{sparse['form']}; dense as {dense['form']}"
         speedup, word = (sparse["faster"], sparse["verdict"]) if dense is sparse else (None, None)
+    elif report["exports"]:
+        word = AS_DENSE
     if dense_ms is not None and speedup is None:
         speedup, word = dense_ms / sparse_ms, verdict(dense_ms / sparse_ms)
     return {"speedup": speedup, "form": form, "verdict": word, "dense_ms": dense_ms, "sparse_ms": sparse_ms}
@@ -228,11 +233,11 @@ def export_table(row: Report) -> RenderableType:
     """One export next to the dense model in the same form."""
     table = _dense_and_sparse_table()
     _add_counts(table, "bytes", row["dense_bytes"], row["bytes"])
-    _add_limit(table, row["bytes"], row["limit"])
+    _add_ideal(table, row["bytes"], row.get("with_ideal_mask"))
     _add_counts(table, "params", row["dense_params"], row["params"])
     _add_counts(table, "MACs executed", row["dense_macs"], row["macs"])
-    times = row["milliseconds"]
-    table.add_row("one input, median ms", f"{times['dense']:.2f}", f"{times['sparse']:.2f}", _speed_cell(row))
+    dense, sparse = _milliseconds(row)
+    table.add_row("one input, median ms", dense, sparse, _speed_cell(row))
     error = f"equal to {row['error']:.0e} of the largest" if row["error"] else "the same, bit for bit"
     sentence = f"{row['file']}: opened again, outputs are {error}"
     return Group(table, Text(sentence), *([Text(row["note"])] if row.get("note") else ()))
@@ -241,18 +246,26 @@ def export_table(row: Report) -> RenderableType:
 def _exports_table(exports: Sequence[Report]) -> list[Table]:
     """All exports in one table; no table without exports."""
     figures = map(
-        _figure_column, ("bytes", "dense bytes", "of the limit", "ms", "dense ms", "speed (half of the rounds)")
+        _figure_column, ("bytes", "dense bytes", "of ideal mask", "ms", "dense ms", "speed (half of the rounds)")
     )
     table = _table("form", *figures, title="exports, opened again and timed beside dense")
     for row in exports:
-        over = f"{row['bytes'] / row['limit']:.2f}x" if row["limit"] else ""
-        times = (f"{row['milliseconds'][net]:.3f}" for net in ("sparse", "dense"))
+        ideal = row.get("with_ideal_mask")
+        over = f"{row['bytes'] / ideal:.2f}x" if ideal else ""
+        dense, sparse = _milliseconds(row)
         sizes = f"{row['bytes']:,}", f"{row['dense_bytes']:,}", over
-        table.add_row(escape(row["form"]), *sizes, *times, _speed_cell(row))
+        table.add_row(escape(row["form"]), *sizes, sparse, dense, _speed_cell(row))
     return [table] if exports else []
 
 
+def _milliseconds(row: Report) -> list[str]:
+    """Times of the dense and of the sparse model; empty where the form computes as dense."""
+    return [f"{row['milliseconds'][net]:.3f}" if row["milliseconds"] else "" for net in ("dense", "sparse")]
+
+
 def _speed_cell(row: Report) -> str:
+    if not row["milliseconds"]:
+        return str(row["verdict"])
     low, high = row["spread"]
     return f"{row['verdict']} here: {row['faster']:.2f}x ({low:.2f} to {high:.2f})"
 
@@ -294,9 +307,9 @@ def _add_counts(table: Table, name: str, dense: int, sparse: int) -> None:
     table.add_row(name, f"{dense:,}", f"{sparse:,}", _percent_of(sparse, dense))
 
 
-def _add_limit(table: Table, size: int, limit: int | None) -> None:
-    if limit:
-        table.add_row("information limit", "", f"{limit:,}", f"file is {size / limit:.2f} of it")
+def _add_ideal(table: Table, size: int, ideal: int | None) -> None:
+    if ideal:
+        table.add_row("bytes with an ideal mask", "", f"{ideal:,}", f"file is {size / ideal:.2f} of it")
 
 
 def _summary_table(report: Report) -> Table:
@@ -308,7 +321,7 @@ def _summary_table(report: Report) -> Table:
     size = report["bytes"]
     if size["file"]:
         _add_counts(table, "bytes on disk", size["dense"], size["file"])
-    _add_limit(table, size["file"], size.get("limit"))
+    _add_ideal(table, size["file"], size.get("with_ideal_mask"))
     if scores := report["scores"]:
         change = f"{100 * (scores['sparse'] - scores['dense']):+.2f} points"
         name = escape(f"{scores['metric']} on held-out data")
@@ -336,7 +349,7 @@ def _summary_table(report: Report) -> Table:
 
 def _budget_rows(report: Report) -> list[tuple[str, str, Text]]:
     """(limit as requested, amount that was reached, verdict) of every limit."""
-    cells = []
+    cells, left = [], unused(report["budget"])
     for row in report["budget"]:
         achieved = f"{row['achieved']:,} of {row['limit']:,}"
         if row["kind"] == "latency":
@@ -344,6 +357,8 @@ def _budget_rows(report: Report) -> list[tuple[str, str, Text]]:
         if row["kind"] == "sparsity":  # as near as whole weights come
             achieved = f"{report['kept']:,} kept"
         met = Text("met", style="green") if row["met"] else Text("MISSED", style="bold red")
+        if left > MUCH:
+            met = Text(f"met, {100 * left:.0f} % unused", style="bold yellow")
         cells.append((escape(f"{row['kind']}={row['asked']}"), achieved, met))
     return cells
 

@@ -44,7 +44,8 @@ def density_chart(report: Report) -> str:
 def budget_chart(steps: Sequence[Report]) -> str:
     """The cost while densities were learned, as a share of each limit; empty where no step has a limit."""
     points: Points = defaultdict(list)
-    for step in (step for step in steps if step["stage"] == "allocate"):
+    repeated = any(step["stage"] == "allocate-again" for step in steps)  # the last allocation is the one that counts
+    for step in (step for step in steps if step["stage"] == ("allocate-again" if repeated else "allocate")):
         if "spent" in step:
             points["the limit that binds"].append((step["step"], step["spent"]))
         for key, limit in step.items():

@@ -318,6 +318,7 @@ def test_linear_layers_that_are_faster_as_sparse_rows_become_that(tmp_path: Path
     assert torch.equal(loaded[2].weight.to_dense(), allot.load(tmp_path / "run")["2.weight"])
     assert all(torch.equal(value, allot.load(tmp_path / "run")[name]) for name, value in allot.load(file).items())
     assert row["bytes"] == file.stat().st_size < row["dense_bytes"] and row["macs"] < 0.1 * row["dense_macs"]
+    assert row["milliseconds"]["dense"] > 0
     assert row["error"] < 1e-5 and verify(file)["passed"] and model[2].weight.layout == torch.strided
     with pytest.raises(UsageError, match="is no csr file"):
         sparse.load_csr(model, tmp_path / "run" / "model.safetensors")
@@ -357,6 +358,7 @@ def test_where_no_layer_is_faster_all_stay_dense_and_that_is_said(tmp_path: Path
     row = export_run(model, tmp_path / "run", report, torch.randn(1, 16), "csr")
     assert row["note"].startswith("0 of 3 linear layers are faster as sparse rows here; at best 0.50x")
     assert row["macs"] == row["dense_macs"]
+    assert row["verdict"] == "computes as dense" and row["milliseconds"] is None  # nothing is left to be timed
 
 
 def test_sparse_matrices_are_refused_where_they_cannot_be(tmp_path: Path):
