@@ -216,7 +216,12 @@ def _failure_rows(failed: Sequence[Report]) -> list[dict[str, Any]]:
 
 def _run_row(label: str, report: Report, groups: Sequence[SeedGroup]) -> dict[str, Any]:
     series = next(group.series for group in groups if any(report is run for run in group.runs)) % 8
-    figures = {"macs": macs_left(report), "bad_score": _is_far_below(report["scores"]), **speed(report)}
+    figures = {
+        "close": fidelity(report),
+        "macs": macs_left(report),
+        "bad_score": _is_far_below(report["scores"]),
+        **speed(report),
+    }
     return {"label": label, "report": report, "series": series, "budget": budget_of(report), **figures}
 
 

@@ -160,11 +160,11 @@ def macs_kept(row: Report) -> int | None:
 
 def comparison_table(reports: Sequence[tuple[str, Report]]) -> Table:
     """Several runs side by side: (label, report) each."""
-    figures = map(_whole_column, ("sparsity", "MACs", "bytes", "dense", "sparse", "speed"))
+    figures = map(_whole_column, ("sparsity", "MACs", "bytes", "dense", "sparse", "fidelity", "speed"))
     table = _table(*map(_text_column, ("run", "model", "method")), *figures, title="runs")
     for label, report in reports:
         macs, scores, size = report["macs"], report["scores"], report["bytes"]["file"]
-        measured = speed(report)
+        measured, close = speed(report), fidelity(report)
         table.add_row(
             escape(label),
             escape(report["model"]),
@@ -174,6 +174,7 @@ def comparison_table(reports: Sequence[tuple[str, Report]]) -> Table:
             "not saved" if size is None else f"{size:,}",
             f"{scores['dense']:.4f}" if scores else "not scored",
             f"{scores['sparse']:.4f}" if scores else "not scored",
+            (close.agreement.removeprefix("agrees on ") or close.distance) if close else "",
             f"{measured['speedup']:.2f}x" if measured["speedup"] else measured["verdict"] or "not measured",
         )
     return table
