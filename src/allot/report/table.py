@@ -174,7 +174,7 @@ def comparison_table(reports: Sequence[tuple[str, Report]]) -> Table:
             "not saved" if size is None else f"{size:,}",
             f"{scores['dense']:.4f}" if scores else "not scored",
             f"{scores['sparse']:.4f}" if scores else "not scored",
-            (close.agreement.removeprefix("agrees on ") or close.distance) if close else "",
+            close.short if close else "",
             f"{measured['speedup']:.2f}x" if measured["speedup"] else measured["verdict"] or "not measured",
         )
     return table
