@@ -23,6 +23,7 @@ _SETTINGS = Annotated[
 ]
 CHAIN = ("method", "allocate", "score", "pattern", "repair", "runtime")
 RULES = ("include", "exclude", "min_density", "max_density", "floor")
+SCORING = ("test", "metric")
 READING = ("samples", "batch_size", "workers", "skip_corrupt")
 LIMITS = ("max_minutes", "stream", "device", "max_memory", *COMPUTE)
 

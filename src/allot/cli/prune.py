@@ -13,7 +13,7 @@ import typer
 from allot.cli.console import people, print_json, progress, say
 from allot.cli.finished_run import read_report
 from allot.cli.loading import load_inputs, prune_arguments
-from allot.cli.options import CHAIN, LIMITS, READING, RULES, Json, takes
+from allot.cli.options import CHAIN, LIMITS, READING, RULES, SCORING, Json, takes
 from allot.cli.recipe import RecipeFile
 from allot.errors import UsageError, VerificationError
 from allot.export.files.formats import OWN
@@ -34,7 +34,7 @@ from allot.run.store import write_json
 from allot.sources.load import REMOTE, example_of, load_model, load_shapes
 
 
-@takes("model", "data", "budget", *CHAIN, "weights", "test", *RULES, *LIMITS, "seed", *READING, "input", file=True)
+@takes("model", "data", "budget", *CHAIN, "weights", *SCORING, *RULES, *LIMITS, "seed", *READING, "input", file=True)
 def prune_command(
     wanted: RecipeFile,
     out: Annotated[Path | None, typer.Option(metavar="RUN", help="run directory; an unfinished one resumes")] = None,

@@ -55,6 +55,14 @@ class RecipeFile(BaseModel):
     test: Annotated[
         str | None, Option("labelled data for the score before and after  [test split of zoo data]", "DATA")
     ] = None
+    metric: Annotated[
+        str | None,
+        Option(
+            "what scores the test data: file.py:function or package.module:function, of (outputs, targets) or of "
+            "(model, data)  [top-1]",
+            "FUNCTION",
+        ),
+    ] = None
     input: Annotated[
         tuple[Annotated[int, Field(gt=0)], ...] | None,
         Option("shape of one input, without the batch; tokens of a text  [from the source of the model]", "C,H,W"),

@@ -51,6 +51,7 @@ def prune(
     example: Any = None,
     runtime: str | None = None,
     test: Any = None,
+    metric: Callable[..., Any] | str | None = None,
     label: str | None = None,
     save_to: str | Path | None = None,
     max_minutes: float | None = None,
@@ -83,6 +84,7 @@ def prune(
         example: a batch of one input, to count MACs with; None: the first calibration sample.
         runtime: measures latency: "onnx" or "torch", with a batch size like "onnx:64"; None: see `Runtime`.
         test: labelled data, used for the score before and after only.
+        metric: what scores them, a function or its place, see `evaluate`; None: top-1.
         label: what reports call the model; None: its class.
         save_to: run directory. An unfinished one of the same configuration resumes; a finished one is opened.
         max_minutes: training is cut until it fits (`allot.pruning.time_limit`); a resumed run keeps its cut.
@@ -102,7 +104,8 @@ def prune(
     request = Request(
         model=model, budget=Budget.parse(budget) if isinstance(budget, str) else budget, chain=chain, rules=rules,
         seed=seed, calibration=calibration, samples=samples, batch_size=batch_size, workers=workers, example=example,
-        test=test, dense_score=dense_score, runtime=Runtime.parse(runtime), compute=Compute.of(compute), stream=stream,
+        test=test, metric=metric,
+        dense_score=dense_score, runtime=Runtime.parse(runtime), compute=Compute.of(compute), stream=stream,
         max_minutes=max_minutes, max_memory=max_memory, label=label or type(model).__name__,
         directory=Path(save_to) if save_to else None, recipe=dict(recipe or {}), options=dict(options or {}),
         on_step=on_step, should_stop=should_stop,

@@ -18,6 +18,7 @@ from allot.network.compute import Compute
 from allot.network.layers import Rules, Scope
 from allot.run.driver import Progress
 from allot.run.evaluate import Score, evaluate
+from allot.run.metric import Metric
 from allot.run.patterns import Channels
 from allot.run.problem import Chain, Problem
 from allot.run.recipes import Recipe
@@ -29,8 +30,8 @@ class Request:
     """The arguments of `prune`, which describes them; `chain` holds the parts that it names.
 
     Raises:
-        UsageError: a compiled or wrapped model, a rule that matches no layer, or a choice of `compute` that this model
-            or device does not allow.
+        UsageError: a compiled or wrapped model, a rule that matches no layer, a choice of `compute` that this model
+            or device does not allow, or a metric without data to score on.
     """
 
     model: nn.Module
@@ -44,6 +45,7 @@ class Request:
     workers: int
     example: Any
     test: Any
+    metric: Callable[..., Any] | str | None
     dense_score: Score | None
     runtime: Runtime
     compute: Compute
@@ -62,6 +64,10 @@ class Request:
         # errors of the model come before a forward pass, which would fill lazy layers
         Scope.of(self.model, None if isinstance(self.chain.pattern, Channels) else self.rules)
         self.compute.check(self.model)
+        if self.metric is not None:
+            if self.test is None:
+                raise UsageError("metric: there is nothing to score: give --test DATA (test= in Python).")
+            Metric.of(self.metric)  # its errors come before the work
 
     @cached_property
     def score_of(self) -> Callable[..., Score] | None:
@@ -73,7 +79,7 @@ class Request:
             test = list(test)  # for the dense and for the sparse net
 
         def score(model: nn.Module, **tensors: Any) -> Score:
-            return evaluate(model, test, workers=self.workers, **tensors)
+            return evaluate(model, test, metric=self.metric, workers=self.workers, **tensors)
 
         return score
 

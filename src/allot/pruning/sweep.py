@@ -116,7 +116,8 @@ def sweep(
         calibration = list(itertools.islice(calibration, SAMPLES if samples is None else samples))
     test = settings.pop("test", None)
     test = list(test) if isinstance(test, Iterator) else test
-    dense = evaluate(model, test, workers=settings.get("workers") or 0) if test is not None else None
+    scoring = {"metric": settings.get("metric"), "workers": settings.get("workers") or 0}
+    dense = evaluate(model, test, **scoring) if test is not None else None
     rows: list[dict[str, Any]] = []
     reports: list[tuple[str, dict[str, Any]]] = []
     for number, cell in enumerate(cells, 1):

@@ -15,6 +15,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from allot.export.timing.clock import verdict
+from allot.report.scores import change_text, is_share, lower_is_better, score_text
 
 Report = Mapping[str, Any]
 
@@ -163,8 +164,8 @@ def comparison_table(reports: Sequence[tuple[str, Report]]) -> Table:
             f"{report['sparsity']:.4f}",
             _percent_of(macs["sparse"], macs["dense"]) if macs else "not counted",
             "not saved" if size is None else f"{size:,}",
-            f"{scores['dense']:.4f}" if scores else "not scored",
-            f"{scores['sparse']:.4f}" if scores else "not scored",
+            _score_text(scores["dense"], scores) if scores else "not scored",
+            _score_text(scores["sparse"], scores) if scores else "not scored",
             "not measured" if speedup is None else f"{speedup:.2f}x",
         )
     return table
@@ -302,9 +303,11 @@ def _summary_table(report: Report) -> Table:
         _add_counts(table, "bytes on disk", size["dense"], size["file"])
     _add_limit(table, size["file"], size.get("limit"))
     if scores := report["scores"]:
-        change = f"{100 * (scores['sparse'] - scores['dense']):+.2f} points"
-        name = escape(f"{scores['metric']} on held-out data")
-        table.add_row(name, f"{scores['dense']:.4f}", f"{scores['sparse']:.4f}", change)
+        for name, pair in scores.get("values", {scores["metric"]: scores}).items():
+            dense, sparse = pair["dense"], pair["sparse"]
+            label = f"{name}{', lower is better,' if lower_is_better(scores, name) else ''} on held-out data"
+            cells = _score_text(dense, scores), _score_text(sparse, scores), change_text(dense, sparse, scores)
+            table.add_row(escape(label), *cells)
     else:
         table.add_row("score", "", "", "not measured: --test DATA")
     if scores and (perplexity := scores.get("perplexity")):
@@ -336,6 +339,10 @@ def _budget_rows(report: Report) -> list[tuple[str, str, Text]]:
         met = Text("met", style="green") if row["met"] else Text("MISSED", style="bold red")
         cells.append((escape(f"{row['kind']}={row['asked']}"), achieved, met))
     return cells
+
+
+def _score_text(value: float, scores: Report) -> str:
+    return f"{value:.4f}" if is_share(scores) else score_text(value, scores)
 
 
 def _skipped_lines(report: Report) -> list[Text]:

@@ -1,0 +1,52 @@
+"""--metric on the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cli.command import MLP, SAMPLES, done, refused
+
+METRIC = """
+import torch
+
+def quality(outputs, targets):
+    return {"margin": outputs.max(1).values.mean(), "loss": torch.nn.functional.cross_entropy(outputs, targets)}
+
+def left(model, data):
+    weights = [p for p in model.parameters() if p.dim() > 1]
+    return sum(int(p.count_nonzero()) for p in weights) / sum(p.numel() for p in weights)
+"""
+
+
+@pytest.fixture(autouse=True)
+def metric():
+    Path("mine.py").write_text(METRIC)
+
+
+def test_evaluate_prints_every_number_of_a_metric():
+    said = done(f"evaluate {MLP} --data {SAMPLES} --metric mine.py:quality --json").json
+    assert said["metric"] == "margin" and said["samples"] == 40 and said["lower_is_better"] == ["loss"]
+    assert said["values"].keys() == {"margin", "loss"}
+    line = done(f"evaluate {MLP} --data {SAMPLES} --metric mine.py:quality").err
+    assert f"margin {said['score']:.4g}, loss {said['values']['loss']:.4g} (lower is better) on 40 samples" in line
+    assert done(f"evaluate {MLP} --data {SAMPLES} --metric mine.py:left --json").json["score"] == 1
+
+
+def test_a_run_remembers_its_metric():
+    line = f"prune {MLP} --data {SAMPLES} --test {SAMPLES} --metric mine.py:left --budget sparsity=0.5 --out RUN"
+    scores = done(f"{line} --json").json["scores"]
+    assert (scores["metric"], scores["dense"], scores["sparse"]) == ("left", 1, 0.5)
+    assert done("evaluate RUN --json").json["score"] == 0.5
+    shown = done("report RUN").err
+    assert "left on held-out data" in shown and "(-50.0 %)" in shown
+    assert "left went from 1 to 0.5" in Path("RUN/report.html").read_text()
+
+
+def test_a_metric_that_is_none_is_one_line():
+    told = refused(f"evaluate {MLP} --data {SAMPLES} --metric mine.py:nothing")
+    assert "metric 'mine.py:nothing'" in told and "nothing" in told
+    assert "there is nothing to score" in refused(
+        f"prune {MLP} --data {SAMPLES} --metric mine.py:left --budget sparsity=0.5 --out RUN"
+    )
