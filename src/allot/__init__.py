@@ -2,7 +2,16 @@
 
 from allot.budget.allocation import Allocation
 from allot.budget.budget import Budget
-from allot.errors import AllotError, BudgetError, Lost, PatternError, Stopped, UsageError, VerificationError
+from allot.errors import (
+    AllotError,
+    BudgetError,
+    GuaranteeMissed,
+    Lost,
+    PatternError,
+    Stopped,
+    UsageError,
+    VerificationError,
+)
 from allot.export.certificate.certificate import verify
 from allot.export.export import export
 from allot.export.files.formats import load
@@ -35,6 +44,7 @@ __all__ = [
     "Calibration",
     "Channels",
     "Compute",
+    "GuaranteeMissed",
     "Layer",
     "Lost",
     "PatternError",

@@ -1,4 +1,4 @@
-"""--metric on the command line."""
+"""--metric and --max-drop on the command line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.command import MLP, SAMPLES, done, refused
+from cli.command import MLP, SAMPLES, done, refused, run
 
 METRIC = """
 import torch
@@ -50,3 +50,15 @@ def test_a_metric_that_is_none_is_one_line():
     assert "there is nothing to score" in refused(
         f"prune {MLP} --data {SAMPLES} --metric mine.py:left --budget sparsity=0.5 --out RUN"
     )
+
+
+def test_a_missed_floor_shows_the_run_and_ends_with_exit_code_4():
+    line = f"prune {MLP} --data {SAMPLES} --test {SAMPLES} --metric mine.py:left --budget sparsity=0.5 --out RUN"
+    missed = run(f"{line} --max-drop 20pt")
+    assert missed.code == 4 and "run directory: RUN" in missed.err
+    assert "error: left fell by 50.00 points, from 1 to 0.5; 20pt is allowed: missed by 30.00 points." in missed.err
+    told = run(f"{line} --max-drop 20pt --json")
+    assert told.code == 4 and told.json["guarantees"][0]["met"] is False
+    assert done(f"{line} --max-drop 50pt --json").json["guarantees"][0]["met"] is True
+    assert "max-drop 50pt" in done("report RUN").err
+    assert "max_drop='some'" in refused(f"{line} --max-drop some")

@@ -18,6 +18,7 @@ from allot.network.compute import Compute
 from allot.network.layers import Rules, Scope
 from allot.run.driver import Progress
 from allot.run.evaluate import Score, evaluate
+from allot.run.max_drop import MaxDrop
 from allot.run.metric import Metric
 from allot.run.patterns import Channels
 from allot.run.problem import Chain, Problem
@@ -31,7 +32,7 @@ class Request:
 
     Raises:
         UsageError: a compiled or wrapped model, a rule that matches no layer, a choice of `compute` that this model
-            or device does not allow, or a metric without data to score on.
+            or device does not allow, or a metric or guarantee without data to score on.
     """
 
     model: nn.Module
@@ -46,6 +47,7 @@ class Request:
     example: Any
     test: Any
     metric: Callable[..., Any] | str | None
+    max_drop: MaxDrop | None
     dense_score: Score | None
     runtime: Runtime
     compute: Compute
@@ -64,9 +66,10 @@ class Request:
         # errors of the model come before a forward pass, which would fill lazy layers
         Scope.of(self.model, None if isinstance(self.chain.pattern, Channels) else self.rules)
         self.compute.check(self.model)
+        for name, value in (("metric", self.metric), ("max-drop", self.max_drop)):
+            if value is not None and self.test is None:
+                raise UsageError(f"{name}: there is nothing to score: give --test DATA (test= in Python).")
         if self.metric is not None:
-            if self.test is None:
-                raise UsageError("metric: there is nothing to score: give --test DATA (test= in Python).")
             Metric.of(self.metric)  # its errors come before the work
 
     @cached_property

@@ -1,4 +1,4 @@
-"""The scores of a run, dense beside sparse."""
+"""The scores of a run, dense beside sparse, and the guarantees on them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from allot.errors import UsageError
+from allot.pruning.request import Request
 from allot.run.evaluate import Score
 from allot.run.problem import Candidate, Problem
 
@@ -40,3 +41,15 @@ def is_score_of(scores: Mapping[str, Any] | None, dense: Score | None) -> bool:
     values = {name: pair["dense"] for name, pair in scores.get("values", {}).items()}
     kept = scores["metric"], scores["dense"], scores.get("nll", {}).get("dense"), values
     return kept == (dense.metric, dense.score, dense.nll, dict(dense.values))
+
+
+def guarantees(request: Request, scores: Mapping[str, Any] | None) -> tuple[dict[str, Any], ...]:
+    """A row `{kind, asked, limit, found, met, text}` for every guarantee on the quality of the result.
+
+    Raises:
+        UsageError: a guarantee that does not fit the score.
+    """
+    if request.max_drop is None or scores is None:
+        return ()
+    lower = scores["metric"] in scores.get("lower_is_better", ())
+    return (request.max_drop.verdict(scores["metric"], scores["dense"], scores["sparse"], lower=lower),)

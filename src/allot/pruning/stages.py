@@ -25,7 +25,8 @@ from allot.processes import on_first_process, single_process
 from allot.pruning.latency_limit import CorrectCounts, latency_report, slow_tables
 from allot.pruning.request import Prepared
 from allot.pruning.result import Result
-from allot.pruning.scoring import compared_scores, is_score_of
+from allot.pruning.scoring import compared_scores, guarantees, is_score_of
+from allot.report.exports import update_report
 from allot.run import patterns
 from allot.run.driver import drive, repeatable
 from allot.run.evaluate import Score
@@ -123,7 +124,10 @@ def _drive_stage(run: Run, stage: str, method: Method, problem: Problem, candida
 
 def _result(run: Run, problem: Problem, candidate: Candidate, log: Log, scores: Mapping[str, Any] | None) -> Result:
     chain, label = run.prepared.chain, run.prepared.request.label
-    return Result(problem, candidate, log, chain.names, chain.method, label, scores, summary=chain.summary)
+    kept = guarantees(run.prepared.request, scores)
+    return Result(
+        problem, candidate, log, chain.names, chain.method, label, scores, summary=chain.summary, guarantees=kept
+    )
 
 
 def _save(result: Result, store: Store, log: Log) -> None:
@@ -172,7 +176,11 @@ def _reopen(run: Run, store: Store) -> Result:
     if score_of and not is_score_of(scores, dense):  # other test data, or another metric, than the run was scored with
         scores = compared_scores(problem, candidate, score_of, dense or score_of(problem.model))
     result = _result(run, problem, candidate, log, scores)
-    return replace(result, latency=report.get("latency"), directory=store.directory)
+    result = replace(result, latency=report.get("latency"), directory=store.directory)
+    if result.guarantees and list(result.guarantees) != report.get("guarantees"):
+        changes = {"scores": scores, "guarantees": list(result.guarantees)}
+        on_first_process(partial(update_report, store.directory, changes))
+    return result
 
 
 def _check_slim(problem: Problem, candidate: Candidate) -> None:

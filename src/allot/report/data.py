@@ -31,7 +31,8 @@ def report(result: Any) -> dict[str, Any]:
     group remain); null until the run is saved. `priced` is the kind of the tightest limit, the unit of prices. `how`
     is what the allocator does, in a sentence, empty for an allocator of the user. `compute` are the choices about
     memory and speed that differ from the defaults, `settings` the other choices that decide a saved run: other keys of
-    the recipe, hyperparameters, digest of the model. `latency` is null where time was not limited. `unreadable` counts
+    the recipe, hyperparameters, digest of the model. `guarantees` are rows {kind, asked, limit, found, met, text}, one
+    for each guarantee on the quality, like max_drop. `latency` is null where time was not limited. `unreadable` counts
     calibration samples that were left out; `weights` counts all weights of the model, in scope or not. `exports` are
     the rows that `allot export` adds. `diagnostics` are the values that methods report about their work, by method.
     """
@@ -69,6 +70,7 @@ def report(result: Any) -> dict[str, Any]:
         "skipped": dict(problem.scope.skipped),
         "weights": weights_of(problem.model),
         "scores": dict(result.scores) if result.scores else None,
+        "guarantees": [dict(row) for row in result.guarantees],
         "unreadable": len(source.unreadable) if isinstance(source, Readable) else 0,
         "latency": dict(result.latency) if result.latency else None,
         "exports": [],
@@ -120,7 +122,7 @@ def _density(kept: int, total: int) -> dict[str, Any]:
     return {"kept": kept, "total": total, "density": kept / total}
 
 
-_OTHER_KEYS = {"model", "budget", "method", "allocate", "score", "pattern", "repair", "seed", "workers"}
+_OTHER_KEYS = {"model", "budget", "method", "allocate", "score", "pattern", "repair", "seed", "workers", "max_drop"}
 
 
 def _settings(problem: Problem, directory: Path | None) -> dict[str, Any]:

@@ -32,7 +32,8 @@ def run_table(report: Report) -> RenderableType:
     title = f"{report['model']}: {report['method']} ({report['pattern']}, score {report['score']}"
     title += f", repair {'+'.join(report['repair'])})" if report["repair"] else ")"
     tables = _summary_table(report), layer_table(report["layers"]), *_exports_table(report["exports"])
-    return Group(Text(title, style="bold"), *tables, *_skipped_lines(report))
+    kept = [Text(row["text"], style="" if row["met"] else "bold red") for row in report.get("guarantees", ())]
+    return Group(Text(title, style="bold"), *tables, *kept, *_skipped_lines(report))
 
 
 def plan_table(plan: Report) -> RenderableType:
@@ -317,6 +318,8 @@ def _summary_table(report: Report) -> Table:
         table.add_row("samples that cannot be read", "", f"{unreadable:,}", "left out")
     for limit, achieved, met in _budget_rows(report):
         table.add_row(f"budget {limit}", "", achieved, met)
+    for row in report.get("guarantees", ()):
+        table.add_row(escape(f"{row['kind']} {row['asked']}"), "", "", _met(met=row["met"]))
     if time := report["latency"]:
         reached, allowed = (100 * time[key] / time["dense_ms"] for key in ("sparse_ms", "limit_ms"))
         name = escape(f"ms a batch of {time['batch']}, {time['runtime'].partition(':')[0]}, measured")
@@ -336,9 +339,12 @@ def _budget_rows(report: Report) -> list[tuple[str, str, Text]]:
             achieved = f"{row['achieved'] / 1e6:.3f} of {row['limit'] / 1e6:.3f} ms foretold"
         if row["kind"] == "sparsity":  # as near as whole weights come
             achieved = f"{report['kept']:,} kept"
-        met = Text("met", style="green") if row["met"] else Text("MISSED", style="bold red")
-        cells.append((escape(f"{row['kind']}={row['asked']}"), achieved, met))
+        cells.append((escape(f"{row['kind']}={row['asked']}"), achieved, _met(met=row["met"])))
     return cells
+
+
+def _met(*, met: bool) -> Text:
+    return Text("met", style="green") if met else Text("MISSED", style="bold red")
 
 
 def _score_text(value: float, scores: Report) -> str:
