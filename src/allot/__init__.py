@@ -24,6 +24,7 @@ from allot.network.layers import Layer, Rules, Scope
 from allot.processes import sharing
 from allot.pruning.prune import prune
 from allot.pruning.result import Result
+from allot.pruning.search import search
 from allot.pruning.sweep import sweep
 from allot.run.calibration import Calibration
 from allot.run.evaluate import evaluate
@@ -65,6 +66,7 @@ __all__ = [
     "load_csr",
     "load_slim",
     "prune",
+    "search",
     "sharing",
     "sweep",
     "verify",

@@ -1,7 +1,8 @@
-"""--metric and --max-drop on the command line."""
+"""--metric, --max-drop and search on the command line."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,25 @@ def test_a_missed_floor_shows_the_run_and_ends_with_exit_code_4():
     assert done(f"{line} --max-drop 50pt --json").json["guarantees"][0]["met"] is True
     assert "max-drop 50pt" in done("report RUN").err
     assert "max_drop='some'" in refused(f"{line} --max-drop some")
+
+
+def test_search_ends_with_the_run_that_was_chosen():
+    line = f"search {MLP} --data {SAMPLES} --test {SAMPLES} --metric mine.py:left --max-drop 30pt --runs 3"
+    shown = done(f"{line} --out OUT")
+    assert shown.out == "" and "found that keeps the score: sparsity=0.25" in shown.err
+    assert "run directory: OUT/sparsity-0.25" in shown.err
+    told = done(f"{line} --out OUT --json").json
+    assert told["best"] == "sparsity-0.25" and told["out"] == "OUT" and len(told["cells"]) == 3
+    assert {**json.loads(Path("OUT/results.json").read_text()), "out": "OUT"} == told
+    assert len(done("report OUT --json").json["runs"]) == 3
+    assert run(f"{line} --max-drop 1pt --out OUT").code == 4
+
+
+def test_a_search_that_lacks_something_says_so():
+    for line, told in (
+        (f"search {MLP} --test {SAMPLES} --out OUT", "a search needs --max-drop"),
+        (f"search {MLP} --data {SAMPLES} --max-drop 1pt --out OUT", "give --test DATA"),
+        (f"search {MLP} --test {SAMPLES} --max-drop 1pt --out OUT --set budget=sparsity=0.5", "leave budget out"),
+        (f"search {MLP} --data {SAMPLES} --test {SAMPLES} --max-drop 1pt --kind bytes --out OUT", "sparsity or macs"),
+    ):
+        assert told in refused(line)

@@ -208,6 +208,15 @@ def _score_cell(row: Report) -> str:
     return f"{row['score']:.4f}{spread}" + (f" ({row['failed']} failed)" if row["failed"] else "")
 
 
+def search_table(results: Report) -> Table:
+    """A row for every run of a search, in order."""
+    table = _table(_text_column("budget"), _label_column("score"), _text_column("why"), title="search")
+    for row in results["cells"]:
+        met = Text("kept", style="green") if row["met"] else Text("not kept", style="bold red")
+        table.add_row(escape(row["budget"]), met, escape(row.get("text") or row["error"]))
+    return table
+
+
 def certificate_table(rows: Sequence[Report]) -> Table:
     """Every check of `verify`."""
     table = _table(*map(_text_column, ("file", "check", "promised", "found")), _label_column(), title="certificate")
