@@ -2,7 +2,16 @@
 
 from allot.budget.allocation import Allocation
 from allot.budget.budget import Budget
-from allot.errors import AllotError, BudgetError, Lost, PatternError, Stopped, UsageError, VerificationError
+from allot.errors import (
+    AllotError,
+    BudgetError,
+    GuaranteeMissed,
+    Lost,
+    PatternError,
+    Stopped,
+    UsageError,
+    VerificationError,
+)
 from allot.export.certificate.certificate import verify
 from allot.export.export import export
 from allot.export.files.formats import load
@@ -15,6 +24,7 @@ from allot.network.layers import Layer, Rules, Scope
 from allot.processes import sharing
 from allot.pruning.prune import prune
 from allot.pruning.result import Result
+from allot.pruning.search import search
 from allot.pruning.sweep import sweep
 from allot.run.calibration import Calibration
 from allot.run.evaluate import evaluate
@@ -35,6 +45,7 @@ __all__ = [
     "Calibration",
     "Channels",
     "Compute",
+    "GuaranteeMissed",
     "Layer",
     "Lost",
     "PatternError",
@@ -55,6 +66,7 @@ __all__ = [
     "load_csr",
     "load_slim",
     "prune",
+    "search",
     "sharing",
     "sweep",
     "verify",

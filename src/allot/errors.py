@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable
+from typing import Any
 
 
 class AllotError(Exception):
@@ -47,6 +48,19 @@ class VerificationError(AllotError):
     """A file does not hold what its certificate promises."""
 
     exit_code = 4
+
+
+class GuaranteeMissed(VerificationError):
+    """A finished run misses a guarantee on its quality, like max_drop.
+
+    Args:
+        message: by how much.
+        result: the finished `Result`; saved, if the run has a directory.
+    """
+
+    def __init__(self, message: str, result: Any = None) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 class Lost(AllotError):

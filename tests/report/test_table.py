@@ -10,6 +10,7 @@ from torch import nn
 
 import allot
 from allot.report import table
+from allot.report.folding import folded
 
 
 def printed(renderable, width=80):
@@ -37,7 +38,7 @@ def row(name: str, kept: int = 5, total: int = 9, macs: int | None = 18) -> dict
 
 
 def names(layers):
-    return [(name, len(alike)) for name, alike in table.folded(layers)]
+    return [(name, len(alike)) for name, alike in folded(layers)]
 
 
 def test_layers_alike_but_for_a_number_share_a_row_from_three_on():

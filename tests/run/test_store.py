@@ -432,7 +432,7 @@ def test_scoring_is_no_part_of_the_samples_that_a_run_cost(tmp_path: Path):
 
 def test_test_data_that_cannot_be_scored_is_refused_before_the_run(tmp_path: Path):
     seen: list[Any] = []
-    with pytest.raises(UsageError, match="no whole-number labels"):
+    with pytest.raises(UsageError, match=r"the labels are floating-point numbers \[20\]: top-1 needs whole numbers"):
         chain(tmp_path / "run", test=[(x, 0.5) for x in CASE.inputs()], on_step=seen.append)
     assert not seen and not (tmp_path / "run").exists()
     with pytest.raises(UsageError, match=r"does not run on inputs of shape \[20, 5\]"):

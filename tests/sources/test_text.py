@@ -127,7 +127,7 @@ def test_a_model_that_sees_what_comes_is_not_scored_on_text():
 
 def test_whole_numbers_without_labels_are_no_text_for_a_classifier():
     model = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(20, 3))
-    with pytest.raises(UsageError, match="no whole-number labels"):
+    with pytest.raises(UsageError, match="the data has no labels"):
         evaluate(model, torch.zeros(6, 5, dtype=torch.long))
 
 

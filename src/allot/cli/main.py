@@ -10,12 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
-from allot.cli import inspect, measure, prune
+from allot.cli import inspect, measure, prune, search
 from allot.cli.console import notes, people, say, say_error
 from allot.errors import AllotError, Stopped
 from allot.processes import first_to_report, rank, sharing
 
-SHARED = ("prune", "sweep", "evaluate")  # verbs that several processes run together
+SHARED = ("prune", "sweep", "search", "evaluate")  # verbs that several processes run together
 app = typer.Typer(name="allot", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 # the error of typer for a command line that it cannot read; some releases of it bring a click of their own
@@ -40,6 +40,7 @@ def allot_command(
 _VERBS: dict[str, Callable[..., None]] = {
     "prune": prune.prune_command,
     "sweep": measure.sweep_command,
+    "search": search.search_command,
     "advise": measure.advise_command,
     "plan": prune.plan_command,
     "evaluate": measure.evaluate_command,

@@ -20,12 +20,14 @@ from allot.report import table
 from allot.report.page import advice_page
 from allot.run.driver import Progress as Step
 from allot.run.driver import interruptible
-from allot.run.evaluate import evaluate
+from allot.run.evaluate import Score, evaluate
 from allot.run.store import write
 from allot.sources.load import DATA_FORMS, MODEL_FORMS, example_of, load_data, load_model
 
 
-@takes("model", "data", "pattern", "repair", "score", "weights", "test", *READING, *LIMITS, "input", file=True)
+@takes(
+    "model", "data", "pattern", "repair", "score", "weights", "test", "metric", *READING, *LIMITS, "input", file=True
+)
 def sweep_command(
     wanted: RecipeFile,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="a run for each cell, and the comparison")] = None,
@@ -88,7 +90,7 @@ def advise_command(
     say(f"page: {out}")
 
 
-@takes("data", "weights", "device", "input", "workers", "skip_corrupt")
+@takes("data", "metric", "weights", "device", "input", "workers", "skip_corrupt")
 def evaluate_command(
     wanted: RecipeFile,
     target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help=f"a run directory, or {MODEL_FORMS}")],
@@ -96,8 +98,8 @@ def evaluate_command(
     *,
     as_json: Json = False,
 ) -> None:
-    """Score a run or a model on labelled data, or a causal language model on text."""
-    data, workers, skip_corrupt = wanted.data, wanted.workers, wanted.skip_corrupt
+    """Score a run or a model on labelled data, or a causal language model on text; --metric scores anything."""
+    data, workers, skip_corrupt, metric = wanted.data, wanted.workers, wanted.skip_corrupt, wanted.metric
     if Path(target).is_dir():
         if wanted.weights:
             raise UsageError(f"{target} has its own weights: leave --weights out, or name a MODEL.")
@@ -107,6 +109,7 @@ def evaluate_command(
             recipe.required_model(), weights=weights, shape=wanted.input or recipe.input, device=wanted.device
         )
         workers, skip_corrupt = workers or recipe.workers, skip_corrupt or recipe.skip_corrupt
+        metric = metric or recipe.metric
         data = data or recipe.test or (recipe.data if (recipe.data or "").startswith("zoo:") else None)
     else:
         source = load_model(target, weights=wanted.weights, shape=wanted.input, device=wanted.device)
@@ -116,11 +119,25 @@ def evaluate_command(
         score = evaluate(
             source.model,
             load_data(data, source, split=split, skip_corrupt=skip_corrupt),
+            metric=metric,
             workers=workers,
             on_batch=lambda done, total: on_step(Step("evaluate", done, total or done, {})),
         )
     if as_json:
         print_json(score.to_json())
     else:
-        perplexity = "" if score.perplexity is None else f", perplexity {score.perplexity:.4g}"
-        say(f"{score.metric} {score.score:.4f} on {score.samples:,} samples{perplexity}")
+        say(_score_line(score))
+
+
+def _score_line(score: Score) -> str:
+    """The score and what stands beside it.
+
+    >>> _score_line(Score("iou", 0.5, 8, values={"iou": 0.5, "loss": 12.5}, lower=("loss",)))
+    'iou 0.5, loss 12.5 (lower is better) on 8 samples'
+    """
+    perplexity = "" if score.perplexity is None else f", perplexity {score.perplexity:.4g}"
+    samples = f" on {score.samples:,} samples" if score.samples else ""
+    if not score.values:
+        return f"{score.metric} {score.score:.4f}{samples}{perplexity}"
+    parts = (f"{name} {x:.4g}{' (lower is better)' * (name in score.lower)}" for name, x in score.values.items())
+    return ", ".join(parts) + samples

@@ -13,9 +13,9 @@ import typer
 from allot.cli.console import people, print_json, progress, say
 from allot.cli.finished_run import read_report
 from allot.cli.loading import load_inputs, prune_arguments
-from allot.cli.options import CHAIN, LIMITS, READING, RULES, Json, takes
+from allot.cli.options import CHAIN, LIMITS, READING, RULES, SCORING, Json, takes
 from allot.cli.recipe import RecipeFile
-from allot.errors import UsageError, VerificationError
+from allot.errors import GuaranteeMissed, UsageError, VerificationError
 from allot.export.files.formats import OWN
 from allot.export.timing.latency import Runtime, latency_of
 from allot.methods.rules import Given
@@ -34,7 +34,7 @@ from allot.run.store import write_json
 from allot.sources.load import REMOTE, example_of, load_model, load_shapes
 
 
-@takes("model", "data", "budget", *CHAIN, "weights", "test", *RULES, *LIMITS, "seed", *READING, "input", file=True)
+@takes("model", "data", "budget", *CHAIN, "weights", *SCORING, *RULES, *LIMITS, "seed", *READING, "input", file=True)
 def prune_command(
     wanted: RecipeFile,
     out: Annotated[Path | None, typer.Option(metavar="RUN", help="run directory; an unfinished one resumes")] = None,
@@ -48,18 +48,29 @@ def prune_command(
     budget = wanted.parsed_budget()
     source, calibration = load_inputs(wanted)
     with interruptible() as should_stop, progress(finish=not as_json) as on_step:
-        result = prune(
-            source.model, calibration, budget, method=wanted.method, seed=wanted.seed, save_to=out,
-            recipe=wanted.model_dump(mode="json", exclude_none=True), on_step=on_step, should_stop=should_stop,
-            **prune_arguments(wanted, source),
-        )  # fmt: skip
+        missed = None
+        try:
+            result = prune(
+                source.model, calibration, budget, method=wanted.method, seed=wanted.seed, save_to=out,
+                recipe=wanted.model_dump(mode="json", exclude_none=True), on_step=on_step, should_stop=should_stop,
+                max_drop=wanted.max_drop, **prune_arguments(wanted, source),
+            )  # fmt: skip
+        except GuaranteeMissed as error:  # shown below, like any finished run
+            result, missed = error.result, error
         report = on_first_process(result.timed)
+        checks: list[dict[str, Any]] = []
         if not as_json:
             with phase("verifying"):
                 checks = result.verify()["rows"]
     if as_json:
         print_json({**read_report(out), "run": str(out)})
-        return
+    else:
+        _show(report, checks, wanted, out)
+    if missed:
+        raise missed
+
+
+def _show(report: dict[str, Any], checks: list[dict[str, Any]], wanted: RecipeFile, out: Path) -> None:
     people.print(table.run_table(report))
     for stage, (requested, left) in report["diagnostics"].get("fit", {}).get("steps", {}).items():
         say(f"cut to fit {wanted.max_minutes:g} minutes: {stage} takes {left:,} of {requested:,} steps")

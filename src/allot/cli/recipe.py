@@ -16,6 +16,7 @@ from allot.budget.units import memory
 from allot.errors import UsageError, unknown
 from allot.network.compute import Compute
 from allot.network.layers import Rules
+from allot.run.max_drop import MaxDrop
 from allot.sources.load import DATA_FORMS, MODEL_FORMS
 
 
@@ -54,6 +55,22 @@ class RecipeFile(BaseModel):
     data: Annotated[str | None, Option(DATA_FORMS, "DATA")] = None
     test: Annotated[
         str | None, Option("labelled data for the score before and after  [test split of zoo data]", "DATA")
+    ] = None
+    metric: Annotated[
+        str | None,
+        Option(
+            "what scores the test data: file.py:function or package.module:function, of (outputs, targets) or of "
+            "(model, data)  [top-1]",
+            "FUNCTION",
+        ),
+    ] = None
+    max_drop: Annotated[
+        float | str | None,
+        Option(
+            "how far the score may be below dense: 1pt, 5% of it, or a number in the unit of a score that is not from "
+            "0 to 1; more is exit code 4  [any]",
+            "DROP",
+        ),
     ] = None
     input: Annotated[
         tuple[Annotated[int, Field(gt=0)], ...] | None,
@@ -158,6 +175,13 @@ class RecipeFile(BaseModel):
     @classmethod
     def _bytes(cls, value: int | str | None) -> int | str | None:
         return value if value is None or memory("max_memory", value) else None
+
+    @field_validator("max_drop")
+    @classmethod
+    def _drop(cls, value: float | str | None) -> float | str | None:
+        if value is not None:
+            MaxDrop.read(value)
+        return value
 
     @field_validator("budget", mode="before")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -125,6 +126,20 @@ def write_into(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name in model_tensors.keys() & tensors.keys():
             model_tensors[name].copy_(tensors[name])
+
+
+def filled_copy(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of `model` that holds these values, see `write_into`.
+
+    Raises:
+        UsageError: the model holds something that Python cannot copy.
+    """
+    try:
+        copied = copy.deepcopy(model)
+    except Exception as error:
+        raise UsageError(f"the model cannot be copied: {first_line(error)}.") from error
+    write_into(copied, tensors)
+    return copied
 
 
 def _tensors_by_place(

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from allot.budget.budget import Budget
+from allot.errors import GuaranteeMissed
 from allot.export.timing.latency import Runtime
 from allot.network.compute import Compute
 from allot.network.layers import Rules
@@ -25,6 +26,7 @@ from allot.pruning.stages import Run, run_stages
 from allot.pruning.time_limit import choose_cut, shorten
 from allot.run.driver import Progress
 from allot.run.evaluate import Score
+from allot.run.max_drop import MaxDrop
 from allot.run.outputs import Comparison, Outputs
 from allot.run.patterns import Pattern
 from allot.run.problem import Method, Problem
@@ -52,6 +54,8 @@ def prune(
     example: Any = None,
     runtime: str | None = None,
     test: Any = None,
+    metric: Callable[..., Any] | str | None = None,
+    max_drop: float | str | None = None,
     label: str | None = None,
     save_to: str | Path | None = None,
     max_minutes: float | None = None,
@@ -87,6 +91,8 @@ def prune(
         example: a batch of one input, to count MACs with; None: the first calibration sample.
         runtime: measures latency: "onnx" or "torch", with a batch size like "onnx:64"; None: see `Runtime`.
         test: labelled data, used for the score before and after only.
+        metric: what scores them, a function or its place, see `evaluate`; None: top-1.
+        max_drop: how much worse than dense the score may be, "1pt", "5%" or a number (`allot.run.max_drop`).
         label: what reports call the model; None: its class.
         save_to: run directory. An unfinished one of the same configuration resumes; a finished one is opened.
         max_minutes: training is cut until it fits (`allot.pruning.time_limit`); a resumed run keeps its cut.
@@ -103,6 +109,8 @@ def prune(
     Raises:
         UsageError, BudgetError, PatternError: the input cannot be used; the message says why, in one line.
         Stopped: `should_stop` returned True; with `save_to` the same call resumes.
+        GuaranteeMissed: the score dropped by more than `max_drop`. The run is finished and saved; the error holds its
+            `result`.
 
     >>> prune(nn.Linear(4, 4), None, "sparsity=0.5", repair="none").report()["kept"]
     8
@@ -111,11 +119,12 @@ def prune(
     request = Request(
         model=model, budget=Budget.parse(budget) if isinstance(budget, str) else budget, chain=chain, rules=rules,
         seed=seed, calibration=calibration, samples=samples, batch_size=batch_size, workers=workers, example=example,
-        test=test, dense_score=dense_score, runtime=Runtime.parse(runtime), compute=Compute.of(compute), stream=stream,
+        test=test, metric=metric, max_drop=None if max_drop is None else MaxDrop.read(max_drop),
+        dense_score=dense_score, runtime=Runtime.parse(runtime), compute=Compute.of(compute), stream=stream,
         comparison=Comparison(outputs, loss), batch_norm=batch_norm, default_repair=repair is None,
-        max_minutes=max_minutes, max_memory=max_memory,
-        label=label or type(model).__name__, directory=Path(save_to) if save_to else None, recipe=dict(recipe or {}),
-        options=dict(options or {}), on_step=on_step, should_stop=should_stop,
+        max_minutes=max_minutes, max_memory=max_memory, label=label or type(model).__name__,
+        directory=Path(save_to) if save_to else None, recipe=dict(recipe or {}), options=dict(options or {}),
+        on_step=on_step, should_stop=should_stop,
     )  # fmt: skip
     log = Log()
     return _run(_prepare(request, set_up(request, log)), log)
@@ -145,12 +154,17 @@ def _run(prepared: Prepared, log: Log) -> Result:
     dense_score = request.dense_score
     if request.score_of and not prepared.done:
         dense_score = dense_score or request.score_of(request.model)  # unusable test data is an error before the run
+    if request.max_drop and dense_score:
+        request.max_drop.limit(dense_score.metric, dense_score.score, lower=dense_score.metric in dense_score.lower)
     device = next(iter(prepared.problem.dense.values())).device
     identified = identity(prepared)
     if request.directory:
         store = open_store(request.directory, identified, notes(prepared, identified), device)
     try:
-        return run_stages(Run(prepared, store, log, dense_score))
+        result = run_stages(Run(prepared, store, log, dense_score))
     finally:
         if store:
             store.close()
+    if missed := [row["text"] for row in result.guarantees if not row["met"]]:
+        raise GuaranteeMissed(f"{'; '.join(missed)}.", result)
+    return result

@@ -18,6 +18,8 @@ from allot.network.compute import Compute
 from allot.network.layers import Rules, Scope
 from allot.run.driver import Progress
 from allot.run.evaluate import Score, evaluate
+from allot.run.max_drop import MaxDrop
+from allot.run.metric import Metric
 from allot.run.outputs import Comparison
 from allot.run.patterns import Channels
 from allot.run.problem import BATCH_NORMS, Chain, Problem
@@ -32,8 +34,8 @@ class Request:
     Attributes:
         default_repair: whether the repairs are those of the recipe.
     Raises:
-        UsageError: a compiled or wrapped model, a rule that matches no layer, or a choice of `compute` that this model
-            or device does not allow.
+        UsageError: a compiled or wrapped model, a rule that matches no layer, a choice of `compute` that this model
+            or device does not allow, or a metric or guarantee without data to score on.
     """
 
     model: nn.Module
@@ -47,6 +49,8 @@ class Request:
     workers: int
     example: Any
     test: Any
+    metric: Callable[..., Any] | str | None
+    max_drop: MaxDrop | None
     dense_score: Score | None
     runtime: Runtime
     compute: Compute
@@ -70,6 +74,11 @@ class Request:
         # errors of the model come before a forward pass, which would fill lazy layers
         Scope.of(self.model, None if isinstance(self.chain.pattern, Channels) else self.rules)
         self.compute.check(self.model)
+        for name, value in (("metric", self.metric), ("max-drop", self.max_drop)):
+            if value is not None and self.test is None:
+                raise UsageError(f"{name}: there is nothing to score: give --test DATA (test= in Python).")
+        if self.metric is not None:
+            Metric.of(self.metric)  # its errors come before the work
 
     @cached_property
     def score_of(self) -> Callable[..., Score] | None:
@@ -81,7 +90,7 @@ class Request:
             test = list(test)  # for the dense and for the sparse net
 
         def score(model: nn.Module, **tensors: Any) -> Score:
-            return evaluate(model, test, workers=self.workers, **tensors)
+            return evaluate(model, test, metric=self.metric, workers=self.workers, **tensors)
 
         return score
 

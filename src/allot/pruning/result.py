@@ -48,6 +48,7 @@ class Result:
         method: the recipe's name, or the allocator's.
         label: the name of the model in reports.
         scores: `{"metric", "dense", "sparse"}` on held-out data, or None.
+        guarantees: `{kind, asked, limit, found, met, text}` of every guarantee on the quality, like max_drop.
         latency: milliseconds allowed, predicted and measured, where time was limited.
         directory: the run directory, if the run was saved.
         summary: a sentence about the allocator; empty for an allocator of the user.
@@ -69,6 +70,7 @@ class Result:
     latency: Mapping[str, Any] | None = None
     directory: Path | None = None
     summary: str = ""
+    guarantees: tuple[Mapping[str, Any], ...] = ()
 
     def __repr__(self) -> str:
         return f"Result({self.label}: {self.method}, {self.problem.budget.to_json()}, {self.allocation})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -26,6 +26,8 @@ from allot.processes import on_first_process, single_process
 from allot.pruning.latency_limit import latency_report, latency_stages, slow_tables
 from allot.pruning.request import Prepared
 from allot.pruning.result import Result
+from allot.pruning.scoring import compared_scores, guarantees, is_score_of
+from allot.report.exports import update_report
 from allot.run import patterns
 from allot.run.driver import drive, repeatable
 from allot.run.evaluate import Score
@@ -81,7 +83,7 @@ def run_stages(run: Run) -> Result:
             problem = guard.problem = slow_tables(problem, candidate.diagnostics)
     scores, score_of = None, run.prepared.request.score_of
     if score_of and run.dense_score:
-        scores = _scores(problem, candidate, score_of, run.dense_score)
+        scores = compared_scores(problem, candidate, score_of, run.dense_score)
     if problem.scope.groups:
         with single_process():
             _check_slim(problem, candidate)
@@ -148,7 +150,10 @@ def _drive_stage(run: Run, stage: str, method: Method, candidate: Candidate, gua
 
 def _result(run: Run, problem: Problem, candidate: Candidate, log: Log, scores: Mapping[str, Any] | None) -> Result:
     chain, label = run.prepared.chain, run.prepared.request.label
-    return Result(problem, candidate, log, chain.names, chain.method, label, scores, summary=chain.summary)
+    kept = guarantees(run.prepared.request, scores)
+    return Result(
+        problem, candidate, log, chain.names, chain.method, label, scores, summary=chain.summary, guarantees=kept
+    )
 
 
 def _save(result: Result, store: Store, log: Log) -> None:
@@ -198,25 +203,14 @@ def _reopen(run: Run, store: Store) -> Result:
     allocation = Allocation.of(kept, {term.name: term.total for term in problem.budget.terms})
     candidate = Candidate(allocation, masks, tensors, channels, report.get("diagnostics", {}))
     dense = run.dense_score
-    same = dense and scores and scores.get("nll", {}).get("dense") == dense.nll and scores["dense"] == dense.score
-    if score_of and not same:  # the test data may differ from those that the run was scored on
-        scores = _scores(problem, candidate, score_of, dense or score_of(problem.model))
+    if score_of and not is_score_of(scores, dense):  # other test data, or another metric, than the run was scored with
+        scores = compared_scores(problem, candidate, score_of, dense or score_of(problem.model))
     result = _result(run, problem, candidate, log, scores)
-    return replace(result, latency=report.get("latency"), directory=store.directory)
-
-
-def _scores(problem: Problem, candidate: Candidate, score_of: Callable[..., Score], dense: Score) -> dict[str, Any]:
-    sparse = score_of(problem.model, tensors=candidate.effective(problem))
-    scores = {
-        "metric": dense.metric,
-        "dense": dense.score,
-        "sparse": sparse.score,
-        "samples": dense.samples,
-        "nll": {"dense": dense.nll, "sparse": sparse.nll},
-    }
-    if dense.perplexity is not None:
-        scores["perplexity"] = {"dense": dense.perplexity, "sparse": sparse.perplexity}
-    return scores | ({"unreadable": dense.unreadable} if dense.unreadable else {})
+    result = replace(result, latency=report.get("latency"), directory=store.directory)
+    if result.guarantees and list(result.guarantees) != report.get("guarantees"):
+        changes = {"scores": scores, "guarantees": list(result.guarantees)}
+        on_first_process(partial(update_report, store.directory, changes))
+    return result
 
 
 def _check_slim(problem: Problem, candidate: Candidate) -> None:

@@ -111,12 +111,9 @@ def sweep(
     taken = {method: options_for(method, options, settings) for method in dict.fromkeys(cell.method for cell in cells)}
     if unused := sorted(options.keys() - {name for names in taken.values() for name in names}):
         raise UsageError(f"options: {unused[0]} is no method of any cell.")
-    if isinstance(calibration, Iterator):  # every cell reads it
-        samples = settings.get("samples")
-        calibration = list(itertools.islice(calibration, SAMPLES if samples is None else samples))
-    test = settings.pop("test", None)
-    test = list(test) if isinstance(test, Iterator) else test
-    dense = evaluate(model, test, workers=settings.get("workers") or 0) if test is not None else None
+    calibration, test = readable_again(calibration, settings.pop("test", None), settings.get("samples"))
+    scoring: dict[str, Any] = {"metric": settings.get("metric"), "workers": settings.get("workers") or 0}
+    dense = evaluate(model, test, **scoring) if test is not None else None
     rows: list[dict[str, Any]] = []
     reports: list[tuple[str, dict[str, Any]]] = []
     for number, cell in enumerate(cells, 1):
@@ -141,6 +138,13 @@ def sweep(
     failed = [row for row in rows if "error" in row]
     on_first_process(lambda: write(out / "report.html", comparison_page(reports, failed=failed)))
     return table
+
+
+def readable_again(calibration: Any, test: Any, samples: int | None) -> tuple[Any, Any]:
+    """Calibration and test data that every one of several runs can read."""
+    if isinstance(calibration, Iterator):
+        calibration = list(itertools.islice(calibration, SAMPLES if samples is None else samples))
+    return calibration, list(test) if isinstance(test, Iterator) else test
 
 
 def _meaning(budget: str) -> frozenset[Any]:

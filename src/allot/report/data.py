@@ -31,7 +31,8 @@ def report(result: Any) -> dict[str, Any]:
     compressed file can be smaller; null until the run is saved. `priced` is the kind of the tightest limit, the unit of
     prices. `how` is what the allocator does, in a sentence, empty for an allocator of the user. `compute` are the
     choices about memory and speed that differ from the defaults, `settings` the other choices that decide a saved run:
-    other keys of the recipe, hyperparameters, digest of the model. `latency` is null where time was not limited.
+    other keys of the recipe, hyperparameters, digest of the model. `guarantees` are rows {kind, asked, limit, found,
+    met, text}, one for each guarantee on the quality, like max_drop. `latency` is null where time was not limited.
     `unreadable` counts calibration samples that were left out; `watch` is the watch set, `{samples, kind, unsure,
     images}`, empty where there are no inputs; `fidelity` are the distances from the dense net on it, `{stage, step,
     kl | error, agreement}` in order, the last one that of the net that came out, `undone` those of nets that were
@@ -72,6 +73,7 @@ def report(result: Any) -> dict[str, Any]:
         "skipped": dict(problem.scope.skipped),
         "weights": weights_of(problem.model),
         "scores": dict(result.scores) if result.scores else None,
+        "guarantees": [dict(row) for row in result.guarantees],
         "unreadable": len(source.unreadable) if isinstance(source, Readable) else 0,
         "latency": dict(result.latency) if result.latency else None,
         "exports": [],
@@ -126,7 +128,7 @@ def _density(kept: int, total: int) -> dict[str, Any]:
     return {"kept": kept, "total": total, "density": kept / total}
 
 
-_OTHER_KEYS = {"model", "budget", "method", "allocate", "score", "pattern", "repair", "seed", "workers"}
+_OTHER_KEYS = {"model", "budget", "method", "allocate", "score", "pattern", "repair", "seed", "workers", "max_drop"}
 
 
 def _settings(problem: Problem, directory: Path | None) -> dict[str, Any]:

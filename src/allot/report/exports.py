@@ -38,3 +38,15 @@ def add_export(run: Path, row: dict[str, Any]) -> None:
     report = {**json.loads(path.read_text()), "exports": [*others, row]}
     write_json(path, sealed(report))
     write_run(run, report)
+
+
+def update_report(run: Path, changes: dict[str, Any]) -> None:
+    """Put these values into report.json in place of the earlier ones, and write the page of the run again.
+
+    Raises:
+        UsageError: a file cannot be written.
+    """
+    path = run / "report.json"
+    report = {**json.loads(path.read_text()), **changes}
+    write_json(path, sealed(report))
+    write_run(run, report)

@@ -19,6 +19,7 @@ from allot.export.timing.clock import AS_DENSE
 from allot.report.charts import Line, Mark, coloured_lines, legend, lines, marks
 from allot.report.explanation import explanation, kept_rows, number
 from allot.report.fidelity import fidelity, measurements, warnings
+from allot.report.scores import change_text, is_far_off, is_share, lower_is_better, score_text
 from allot.report.seed_groups import (
     Labelled,
     SeedGroup,
@@ -33,8 +34,6 @@ from allot.report.trajectories import budget_chart, density_chart, loss_charts, 
 from allot.run.store import write
 
 Report = Mapping[str, Any]
-
-FAR_BELOW = 0.9  # of the dense score, below which a score is called bad
 
 
 def write_run(run: Path, report: Report, page: Path | None = None) -> Path:
@@ -58,7 +57,7 @@ def run_page(report: Report, certificate: Report, recipe: str, steps: Sequence[R
     return _template("run.html").render(
         report=report,
         lead=_lead_sentence(report),
-        bad_score=_is_far_below(report["scores"]),
+        bad_score=is_far_off(report["scores"]),
         speed=speed(report),
         checks=certificate.get("rows", []),
         passed=certificate.get("passed", False),
@@ -123,7 +122,7 @@ def comparison_page(reports: Labelled, failed: Sequence[Report] = ()) -> str:
             summaries=[_group_row(group) for group in groups],
             series=list(dict.fromkeys(group.name for group in groups)),
             charts=[chart for metric in metrics for chart in _score_charts(metric, groups)],
-            dense={metric: score for metric in metrics if (score := _dense_score(metric, groups)) is not None},
+            dense={metric: text for metric in metrics if (text := _dense_text(metric, groups))},
             best=_best_sentence(groups),
             scored=bool(metrics),
             failed=_failure_rows(failed),
@@ -141,6 +140,12 @@ def _dense_score(metric: str, groups: Sequence[SeedGroup]) -> float | None:
     """The score of the dense model; None where the runs differ in it."""
     scores = {run["scores"]["dense"] for group in groups if group.metric == metric for run in group.runs}
     return scores.pop() if len(scores) == 1 else None
+
+
+def _dense_text(metric: str, groups: Sequence[SeedGroup]) -> str:
+    """The score of the dense model in words; empty where the runs differ in it."""
+    dense, scores = _dense_score(metric, groups), next(g.runs[0]["scores"] for g in groups if g.metric == metric)
+    return "" if dense is None else score_text(dense, scores)
 
 
 def _score_charts(metric: str, groups: Sequence[SeedGroup]) -> list[tuple[str, str]]:
@@ -162,7 +167,7 @@ def _score_charts(metric: str, groups: Sequence[SeedGroup]) -> list[tuple[str, s
 
 def _group_row(group: SeedGroup) -> dict[str, Any]:
     size, dense_size = group.mean(lambda run: run["bytes"]["file"]), group.mean(lambda run: run["bytes"]["dense"])
-    scores = {"sparse": group.score, "dense": group.runs[0]["scores"]["dense"]} if group.score is not None else None
+    scores = {**group.runs[0]["scores"], "sparse": group.score} if group.score is not None else None
     return {
         **{
             name: getattr(group, name)
@@ -171,7 +176,8 @@ def _group_row(group: SeedGroup) -> dict[str, Any]:
         "series": group.series % 8,
         "seeds": len(group.scores),
         "scored": group.metric is not None,
-        "bad_score": _is_far_below(scores),
+        "bad_score": is_far_off(scores),
+        "score_text": _mean_text(group),
         "removed": group.mean(lambda run: run["sparsity"]),
         "bytes": size,
         "share": size / dense_size if size and dense_size else None,
@@ -179,13 +185,26 @@ def _group_row(group: SeedGroup) -> dict[str, Any]:
     }
 
 
+def _mean_text(group: SeedGroup) -> str:
+    """Mean and standard deviation of the scores in words; empty without a score."""
+    if group.score is None:
+        return ""
+    scores, spread = group.runs[0]["scores"], ""
+    if group.spread is not None:
+        spread = f" ± {100 * group.spread:.2f}" if is_share(scores) else f" ± {group.spread:.2g}"
+    return score_text(group.score, scores) + spread
+
+
 def _best_sentence(groups: Sequence[SeedGroup]) -> str:
     """The best score, the smallest file and the highest speed, in a sentence."""
     scored = [group for group in groups if group.score is not None]
     clauses = []
     if len({(group.metric, group.runs[0]["scores"]["dense"]) for group in scored}) == 1:  # one model, one test
-        best = max(scored, key=lambda group: group.score or 0.0)
-        clauses.append(f"the highest score is that of {best.name} at {best.budget} ({_percent(best.score or 0.0)})")
+        scores = scored[0].runs[0]["scores"]
+        sign, which = (-1, "lowest") if lower_is_better(scores) else (1, "highest")
+        best = max(scored, key=lambda group: sign * (group.score or 0.0))
+        text = score_text(best.score or 0.0, scores)
+        clauses.append(f"the {which} score is that of {best.name} at {best.budget} ({text})")
     sizes = [(size, group) for group in groups if (size := group.mean(lambda run: run["bytes"]["file"]))]
     if sizes:
         size, least = min(sizes, key=lambda pair: pair[0])
@@ -216,18 +235,9 @@ def _failure_rows(failed: Sequence[Report]) -> list[dict[str, Any]]:
 
 def _run_row(label: str, report: Report, groups: Sequence[SeedGroup]) -> dict[str, Any]:
     series = next(group.series for group in groups if any(report is run for run in group.runs)) % 8
-    figures = {
-        "close": fidelity(report),
-        "macs": macs_left(report),
-        "bad_score": _is_far_below(report["scores"]),
-        **speed(report),
-    }
+    figures = {"close": fidelity(report), "macs": macs_left(report), "bad_score": is_far_off(report["scores"])}
+    figures |= speed(report)
     return {"label": label, "report": report, "series": series, "budget": budget_of(report), **figures}
-
-
-def _is_far_below(scores: Report | None) -> bool:
-    """Whether the sparse score is so far below the dense one that nobody should overlook it."""
-    return scores is not None and not scores["sparse"] >= FAR_BELOW * scores["dense"]
 
 
 def _lead_sentence(report: Report) -> Markup:
@@ -237,12 +247,13 @@ def _lead_sentence(report: Report) -> Markup:
     if size["file"] and size["dense"]:
         clauses.append(f"the file takes {_percent(size['file'] / size['dense'])} of the dense one's bytes")
     if scores:
-        dense, sparse = (_percent(scores[key]) for key in ("dense", "sparse"))
+        dense, sparse = (score_text(scores[key], scores) for key in ("dense", "sparse"))
         change = f"{scores['metric']} went from {dense} to {sparse} on the test data"
         if perplexity := scores.get("perplexity"):
             change = f"perplexity went from {perplexity['dense']:,.2f} to {perplexity['sparse']:,.2f} on the test data"
-        bad = Markup('<span class="bad">{}, far below the dense model: look before you use it</span>')
-        clauses.append(bad.format(change) if _is_far_below(scores) else change)
+        bad = Markup('<span class="bad">{}, far {} the dense model: look before you use it</span>')
+        side = "above" if lower_is_better(scores) else "below"
+        clauses.append(bad.format(change, side) if is_far_off(scores) else change)
     else:
         clauses.append("it was not scored")
     if fast["verdict"] == AS_DENSE:
@@ -307,6 +318,8 @@ def _template(name: str) -> jinja2.Template:
         "count": lambda value: f"{value:,}",
         "number": number,
         "percent": _percent,
+        "score": score_text,
+        "change": lambda scores: change_text(scores["dense"], scores["sparse"], scores),
         "check_text": check_text,
         "macs_kept": macs_kept,
         "folding": lambda name: Markup(".<wbr>").join(escape(part) for part in str(name).split(".")),

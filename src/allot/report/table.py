@@ -17,6 +17,8 @@ from rich.text import Text
 from allot.budget.unused import MUCH, unused
 from allot.export.timing.clock import AS_DENSE, verdict
 from allot.report.fidelity import fidelity, warnings
+from allot.report.folding import folded
+from allot.report.scores import change_text, is_share, lower_is_better, score_text
 
 Report = Mapping[str, Any]
 
@@ -33,12 +35,9 @@ def run_table(report: Report) -> RenderableType:
     title = f"{report['model']}: {report['method']} ({report['pattern']}, score {report['score']}"
     title += f", repair {'+'.join(report['repair'])})" if report["repair"] else ")"
     tables = _summary_table(report), layer_table(report["layers"]), *_exports_table(report["exports"])
-    return Group(
-        Text(title, style="bold"),
-        *tables,
-        *(Text(line, style="yellow") for line in warnings(report)),
-        *_skipped_lines(report),
-    )
+    kept = [Text(row["text"], style="" if row["met"] else "bold red") for row in report.get("guarantees", ())]
+    guarded = [Text(line, style="yellow") for line in warnings(report)]
+    return Group(Text(title, style="bold"), *tables, *kept, *guarded, *_skipped_lines(report))
 
 
 def plan_table(plan: Report) -> RenderableType:
@@ -69,89 +68,6 @@ def layer_table(layers: Sequence[Report]) -> Table:
     return table
 
 
-def folded(layers: Sequence[Report]) -> list[tuple[str, list[Report]]]:
-    """(name, layers) of every row: three layers or more that are alike but for one number in their names share a row.
-
-    Alike: of one size, with the same MACs and as many weights kept, but for the one weight by which rounding parts
-    them. In the name of the row `*` stands for the number where all layers of such names share it, else the numbers.
-    Blocks within blocks fold twice.
-
-    >>> rows = [{"name": f"h.{i}.up", "kept": 5 + (i > 1), "total": 9, "macs": None} for i in range(4)]
-    >>> [(name, len(alike)) for name, alike in folded([*rows, {**rows[0], "name": "h.4.up", "kept": 9}])]
-    [('h.0-3.up', 4), ('h.4.up', 1)]
-    """
-    rows = [(tuple(layer["name"].split(".")), [layer]) for layer in layers]
-    for place in range(max((len(parts) for parts, _ in rows), default=0)):
-        rows = _folded_at(place, rows)
-    names = [layer["name"].split(".") for layer in layers]
-    return [(".".join(_starred(parts, len(alike), names)), alike) for parts, alike in rows]
-
-
-def _folded_at(
-    place: int, rows: Sequence[tuple[tuple[str, ...], list[Report]]]
-) -> list[tuple[tuple[str, ...], list[Report]]]:
-    """The rows, folded over the number at one place of their names."""
-    by_name: dict[tuple[Any, ...], list[int]] = {}  # the name without the number -> rows
-    for i, (parts, _) in enumerate(rows):
-        if len(parts) > place and parts[place].isdigit():
-            by_name.setdefault((parts[:place], parts[place + 1 :]), []).append(i)
-    first_of: dict[int, tuple[tuple[str, ...], list[Report]]] = {}  # a row -> the row that it becomes
-    gone: set[int] = set()
-    for same_name in by_name.values():
-        for alike in _alike([rows[i][1] for i in same_name]):
-            indices = [same_name[j] for j in alike]
-            if len(indices) >= 3:
-                parts = rows[indices[0]][0]
-                numbers = [int(rows[i][0][place]) for i in indices]
-                row = (*parts[:place], _ranges(numbers), *parts[place + 1 :])
-                first_of[indices[0]] = row, [layer for i in indices for layer in rows[i][1]]
-                gone.update(indices[1:])
-    return [first_of.get(i, row) for i, row in enumerate(rows) if i not in gone]
-
-
-def _starred(parts: tuple[str, ...], count: int, names: Sequence[list[str]]) -> list[str]:
-    """The parts of a row's name with `*` for its numbers, where its `count` layers are all of such names."""
-    if count == 1:
-        return list(parts)
-    starred = ["*" if not part.isdigit() and re.fullmatch(r"[\d,-]+", part) else part for part in parts]
-    such = sum(
-        len(name) == len(starred)
-        and all(part.isdigit() if star == "*" else part == star for part, star in zip(name, starred, strict=True))
-        for name in names
-    )
-    return starred if such == count else list(parts)
-
-
-def _alike(groups: Sequence[list[Report]]) -> list[list[int]]:
-    """Places of the groups, together where their layers have the same sizes and keep as much, to one weight."""
-    clusters: list[tuple[Any, int, int, list[int]]] = []  # sizes, fewest and most kept, places
-    for i, layers in enumerate(groups):
-        sizes = sorted((layer["total"], layer.get("macs") or 0) for layer in layers)
-        fewest, most = (pick(layer["kept"] for layer in layers) for pick in (min, max))
-        for j, (other, low, high, places) in enumerate(clusters):
-            if other == sizes and max(high, most) - min(low, fewest) <= 1:
-                clusters[j] = other, min(low, fewest), max(high, most), [*places, i]
-                break
-        else:
-            clusters.append((sizes, fewest, most, [i]))
-    return [places for *_, places in clusters]
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers in short.
-
-    >>> _ranges([1, 2, 3, 5])
-    '1-3,5'
-    """
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-
-
 def macs_kept(row: Report) -> int | None:
     """The MACs of a layer where zeros are skipped; None where they were not counted, and for groups of channels."""
     macs = row.get("macs")
@@ -172,8 +88,8 @@ def comparison_table(reports: Sequence[tuple[str, Report]]) -> Table:
             f"{report['sparsity']:.4f}",
             _percent_of(macs["sparse"], macs["dense"]) if macs else "not counted",
             "not saved" if size is None else f"{size:,}",
-            f"{scores['dense']:.4f}" if scores else "not scored",
-            f"{scores['sparse']:.4f}" if scores else "not scored",
+            _score_text(scores["dense"], scores) if scores else "not scored",
+            _score_text(scores["sparse"], scores) if scores else "not scored",
             close.short if close else "",
             f"{measured['speedup']:.2f}x" if measured["speedup"] else measured["verdict"] or "not measured",
         )
@@ -218,6 +134,15 @@ def _score_cell(row: Report) -> str:
         return "cannot be met" if row["failed"] else "not scored"
     spread = f" ± {row['spread']:.4f}" if row["spread"] is not None else ""
     return f"{row['score']:.4f}{spread}" + (f" ({row['failed']} failed)" if row["failed"] else "")
+
+
+def search_table(results: Report) -> Table:
+    """A row for every run of a search, in order."""
+    table = _table(_text_column("budget"), _label_column("score"), _text_column("why"), title="search")
+    for row in results["cells"]:
+        met = Text("kept", style="green") if row["met"] else Text("not kept", style="bold red")
+        table.add_row(escape(row["budget"]), met, escape(row.get("text") or row["error"]))
+    return table
 
 
 def certificate_table(rows: Sequence[Report]) -> Table:
@@ -324,9 +249,11 @@ def _summary_table(report: Report) -> Table:
         _add_counts(table, "bytes on disk", size["dense"], size["file"])
     _add_ideal(table, size["file"], size.get("with_ideal_mask"))
     if scores := report["scores"]:
-        change = f"{100 * (scores['sparse'] - scores['dense']):+.2f} points"
-        name = escape(f"{scores['metric']} on held-out data")
-        table.add_row(name, f"{scores['dense']:.4f}", f"{scores['sparse']:.4f}", change)
+        for name, pair in scores.get("values", {scores["metric"]: scores}).items():
+            dense, sparse = pair["dense"], pair["sparse"]
+            label = f"{name}{', lower is better,' if lower_is_better(scores, name) else ''} on held-out data"
+            cells = _score_text(dense, scores), _score_text(sparse, scores), change_text(dense, sparse, scores)
+            table.add_row(escape(label), *cells)
     else:
         table.add_row("score", "", "", "not measured: --test DATA")
     if close := fidelity(report):
@@ -338,6 +265,8 @@ def _summary_table(report: Report) -> Table:
         table.add_row("samples that cannot be read", "", f"{unreadable:,}", "left out")
     for limit, achieved, met in _budget_rows(report):
         table.add_row(f"budget {limit}", "", achieved, met)
+    for row in report.get("guarantees", ()):
+        table.add_row(escape(f"{row['kind']} {row['asked']}"), "", "", _met(met=row["met"]))
     if time := report["latency"]:
         reached, allowed = (100 * time[key] / time["dense_ms"] for key in ("sparse_ms", "limit_ms"))
         name = escape(f"ms a batch of {time['batch']}, {time['runtime'].partition(':')[0]}, measured")
@@ -362,6 +291,14 @@ def _budget_rows(report: Report) -> list[tuple[str, str, Text]]:
             met = Text(f"met, {100 * left:.0f} % unused", style="bold yellow")
         cells.append((escape(f"{row['kind']}={row['asked']}"), achieved, met))
     return cells
+
+
+def _met(*, met: bool) -> Text:
+    return Text("met", style="green") if met else Text("MISSED", style="bold red")
+
+
+def _score_text(value: float, scores: Report) -> str:
+    return f"{value:.4f}" if is_share(scores) else score_text(value, scores)
 
 
 def _skipped_lines(report: Report) -> list[Text]:

@@ -1,6 +1,7 @@
-"""Scores on labelled data, and of causal language models on text.
+"""Scores on labelled data, and of causal language models on text; or by a function of the user.
 
-Without labels, of a model that gives logits [B, T, V] for token ids [B, T], logits at t are scored against token t + 1:
+Without a function and without labels, of a model that gives logits [B, T, V] for token ids [B, T], logits at t are
+scored against token t + 1:
 
     token_top1    share of tokens to which the model gives the highest logit
     nll           mean -log p(token), in nats
@@ -9,24 +10,27 @@ Without labels, of a model that gives logits [B, T, V] for token ids [B, T], log
 
 from __future__ import annotations
 
-import itertools
+import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch.utils.data import DataLoader
 
 from allot.errors import UsageError, check_number
-from allot.network.call import attempt
+from allot.network.call import attempt, filled_copy, modes
 from allot.network.compute import check_divisible
-from allot.processes import all_gather_object, rank, world_size
-from allot.run.calibration import LABEL_KEYS, inputs_of, moved, texts_at_a_time
-from allot.run.reading import Readable, read_readable
+from allot.network.trees import map_tensors
+from allot.processes import all_gather_object, on_first_process, world_size
+from allot.run.calibration import moved
+from allot.run.labelled import described, labelled_batches, token_ids
+from allot.run.metric import Metric
+from allot.run.reading import Readable
 
 LOGITS = 2**22  # in float64 at a time
 
@@ -35,8 +39,14 @@ LOGITS = 2**22  # in float64 at a time
 class Score:
     """A score: `metric` by name, `score` as a fraction, over `samples` samples.
 
-    `nll` is the mean negative log-likelihood of the labels in nats, which measures calibrated confidence; None where a
-    label is no class of the model. `unreadable` samples were left out, see `Readable`.
+    Attributes:
+        score: top-1 as a fraction; of a function of the user, its first number.
+        samples: 0 where a function of all the data got data without a length.
+        nll: mean negative log-likelihood of the labels in nats, which measures calibrated confidence; None where a
+            label is no class of the model, and where a function of the user scores.
+        unreadable: samples that were left out, see `Readable`.
+        values: every number of a function of the user, by name; empty otherwise.
+        lower: the names for which lower is better.
     """
 
     metric: str
@@ -44,6 +54,8 @@ class Score:
     samples: int
     nll: float | None = None
     unreadable: int = 0
+    values: Mapping[str, float] = field(default_factory=dict)
+    lower: tuple[str, ...] = ()
 
     @property
     def perplexity(self) -> float | None:
@@ -51,10 +63,15 @@ class Score:
         return math.exp(min(self.nll, 700.0)) if self.metric == "token_top1" and self.nll is not None else None
 
     def to_json(self) -> dict[str, Any]:
-        """`{"metric", "score", "samples"}`; of a language model `perplexity`, and `unreadable` where samples were."""
+        """`{"metric", "score", "samples"}`; of a language model `perplexity`, and `unreadable` where samples were.
+
+        Of a function of the user also `values` and `lower_is_better`, the names for which lower is better.
+        """
         content: dict[str, Any] = {"metric": self.metric, "score": self.score, "samples": self.samples}
         if self.perplexity is not None:
             content["perplexity"] = self.perplexity
+        if self.values:
+            content |= {"values": dict(self.values), "lower_is_better": list(self.lower)}
         return content | ({"unreadable": self.unreadable} if self.unreadable else {})
 
 
@@ -62,87 +79,175 @@ def evaluate(
     model: nn.Module,
     data: Any,
     *,
+    metric: Callable[..., Any] | str | None = None,
     tensors: Mapping[str, Tensor] | None = None,
     batch_size: int = 256,
     workers: int = 0,
     on_batch: Callable[[int, int | None], None] | None = None,
 ) -> Score:
-    """Top-1 accuracy of a classifier, or of the next token of a causal language model, in eval mode.
+    """Top-1 accuracy of a classifier, or of the next token of a causal language model, in eval mode; or any score.
 
-    With N processes, each reads every N-th sample, or every N-th batch of a DataLoader.
+    Every label counts: of labels [B, H, W], every pixel. Of labels with several dimensions, -100 and, where it is no
+    class, 255 mark what is not labelled. With N processes, each reads every N-th sample, or every N-th batch of a
+    DataLoader.
 
     Args:
-        model: maps inputs to logits `[B, classes]`, or token ids to logits `[B, T, V]`, or to an object with `.logits`;
-            left as it was.
+        model: maps inputs to logits `[B, classes]`, or `[B, classes, H, W]` for labels `[B, H, W]` (or with the
+            classes last), or token ids to logits `[B, T, V]`, or to an object with `.logits` or a dict with "out";
+            to anything where `metric` scores. Left as it was.
         data: a Dataset, DataLoader or iterable of `(inputs, label)` or of dicts with a label, labels whole numbers; or
-            of token ids `[T]` or dicts with such `input_ids`, without labels.
+            of token ids `[T]` or dicts with such `input_ids`, without labels. Labels of any kind where `metric` scores.
+        metric: a function `(outputs, targets)`, called with what the model gives for a batch and its labels (its
+            inputs, where samples have no label), or `(model, data)`, called once; or its place, "file.py:function". It
+            returns a number or `{name: number}`, see `allot.run.metric`.
         tensors: used in place of the model's own, by name.
-        batch_size: most samples at a time; fewer of text.
+        batch_size: most samples at a time; fewer of text and of pixels.
         workers: threads that read the samples of a Dataset.
         on_batch: called with samples done and samples in all (None where unknown).
     Raises:
-        UsageError: no labels, no samples, inputs that the model does not take, an output that is no logits, or
-            text for a model whose logits change with tokens that come later.
+        UsageError: no labels, labels that are no classes, no samples, inputs that the model does not take, an output
+            that is no logits, or text for a model whose logits change with tokens that come later; a metric that
+            fails, or returns something else.
 
     >>> evaluate(nn.Identity(), [(torch.tensor([2.0, 0.0]), 0), (torch.tensor([1.0, 0.0]), 1)]).to_json()
     {'metric': 'top1', 'score': 0.5, 'samples': 2}
+    >>> evaluate(nn.Identity(), [(1.0, 2.0), (3.0, 3.0)], metric=F.l1_loss).score
+    0.5
     """
     check_number("workers", workers, 0, whole=True)
+    own = None if metric is None else Metric.of(metric)
+    if own and own.whole:
+        return _score_of_all(model, data, own, tensors or {})
     if world_size() > 1:
         check_divisible(model)
     reference = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     counted: Any = data.dataset if isinstance(data, DataLoader) else data
     total = len(counted) if hasattr(counted, "__len__") else None
-    right = samples = scored = 0
-    nll = 0.0
-    metric = ""
+    sums: Sums = {}
+    samples = 0
+    device = reference.device
     with torch.no_grad():
-        for batch, labels in _batches(data, batch_size, workers):
-            inputs = moved(batch, reference.device, reference.dtype)
+        for batch in labelled_batches(data, batch_size, workers):
+            inputs = moved(batch.inputs, device, reference.dtype)
             output = attempt(model, inputs, tensors or {})
-            logits = getattr(output, "logits", output)
-            if labels is None:
-                if not metric:
-                    _refuse_looking_ahead(model, inputs, logits, tensors or {})
-                metric = "token_top1"
-                samples += len(logits)
-                rows, labels = _next_tokens(inputs, logits)
-            elif isinstance(logits, Tensor) and logits.dim() == 2 and len(logits) == len(labels):
-                metric = metric or "top1"
-                rows, labels = logits, labels.to(logits.device)
-                samples += len(labels)
+            if own:
+                targets = inputs if batch.targets is None else map_tensors(lambda t: t.to(device), batch.targets)
+                found = {name: (batch.samples * x, batch.samples) for name, x in own(output, targets).items()}
+            elif batch.targets is None:
+                if not sums:
+                    _refuse_looking_ahead(model, inputs, _logits(output), tensors or {})
+                found = _top1("token_top1", *_next_tokens(inputs, _logits(output)))
             else:
-                raise UsageError(
-                    f"top-1 needs logits [{len(labels)}, classes]; the model gives "
-                    f"{list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__}."
-                )
-            right += int((rows.argmax(1) == labels).sum())
-            are_classes = bool(((labels >= 0) & (labels < rows.shape[1])).all())
-            nll += _nll(rows, labels) if are_classes else math.nan
-            scored += len(labels)
+                found = _top1("top1", *_class_rows(_logits(output), batch.targets))
+            if sums and sums.keys() != found.keys():
+                raise UsageError(f"batches have different scores: {', '.join(sums)}, then {', '.join(found)}.")
+            sums = _added(sums, found)
+            samples += batch.samples
             if on_batch:
                 on_batch(samples * world_size(), total)
-    by_process = all_gather_object(
-        (metric, right, samples, nll, scored, list(data.unreadable) if isinstance(data, Readable) else [])
-    )
-    metrics, *sums = zip(*by_process, strict=True)
-    right, samples, nll, scored = (sum(part) for part in sums[:4])
-    if not scored:
+    by_process = all_gather_object((sums, samples, list(data.unreadable) if isinstance(data, Readable) else []))
+    sums = functools.reduce(_added, (sums for sums, _, _ in by_process))
+    samples = sum(count for _, count, _ in by_process)
+    unreadable = len({index for _, _, indices in by_process for index in indices})
+    if not any(count for _, count in sums.values()):
         raise UsageError("the data to score on is empty.")
-    unreadable = len({index for some in sums[4] for index in some})
-    return Score(max(metrics), right / scored, samples, None if math.isnan(nll) else nll / scored, unreadable)
+    means = {name: value / count for name, (value, count) in sums.items()}
+    if own:
+        return _own_score(own, means, samples, unreadable)
+    nll = means.pop("nll")
+    ((name, score),) = means.items()
+    return Score(name, score, samples, None if math.isnan(nll) else nll, unreadable)
+
+
+Sums = dict[str, tuple[float, int]]  # name -> sum, number of summands
+
+
+def _added(left: Sums, right: Sums) -> Sums:
+    added = dict(left)
+    for name, (value, count) in right.items():
+        before, counted = added.get(name, (0.0, 0))
+        added[name] = before + value, counted + count
+    return added
+
+
+def _score_of_all(model: nn.Module, data: Any, metric: Metric, tensors: Mapping[str, Tensor]) -> Score:
+    """The score of a function of (model, data), called by the first process."""
+
+    def measure() -> dict[str, float]:
+        scored = filled_copy(model, tensors) if tensors else model
+        with modes(scored, lambda module: False), torch.no_grad():
+            return metric(scored, data)
+
+    values = on_first_process(measure)
+    counted: Any = data.dataset if isinstance(data, DataLoader) else data
+    unreadable = len(data.unreadable) if isinstance(data, Readable) else 0
+    samples = len(counted) - unreadable if hasattr(counted, "__len__") else 0
+    return _own_score(metric, values, samples, unreadable)
+
+
+def _own_score(metric: Metric, values: Mapping[str, float], samples: int, unreadable: int) -> Score:
+    name, score = next(iter(values.items()))
+    return Score(name, score, samples, None, unreadable, values, metric.lower(values))
+
+
+def _top1(name: str, rows: Float[Tensor, "N C"], labels: Int[Tensor, " N"]) -> Sums:
+    """How many labels have the highest logit, and their negative log-likelihood."""
+    are_classes = bool(((labels >= 0) & (labels < rows.shape[1])).all())
+    right = int((rows.argmax(1) == labels).sum())
+    return {name: (right, len(labels)), "nll": (_nll(rows, labels) if are_classes else math.nan, len(labels))}
+
+
+def _logits(output: Any) -> Any:
+    """The logits in what a model gives: `.logits` of transformers, "out" of torchvision's segmentation."""
+    if isinstance(output, Mapping) and not hasattr(output, "logits"):
+        return output.get("logits", output.get("out", output))
+    return getattr(output, "logits", output)
+
+
+def _class_rows(logits: Any, labels: Any) -> tuple[Float[Tensor, "N C"], Int[Tensor, " N"]]:
+    """The logits [N, classes] and the label of every sample, pixel or token that has one.
+
+    Raises:
+        UsageError: labels that are no classes, or logits that do not fit them.
+    """
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex() or not labels.dim():
+        raise UsageError(
+            f"the labels are {described(labels)}: top-1 needs whole numbers [B], or [B, H, W] for pixels. {_ANYTHING}"
+        )
+    if isinstance(logits, Tensor) and logits.dim() == labels.dim() > 1 and labels.shape[1] == 1:
+        labels = labels.squeeze(1)  # [B, 1, H, W] of [B, H, W]
+    places = labels.shape[1:]
+    shape = logits.shape if isinstance(logits, Tensor) and logits.dim() == labels.dim() + 1 else torch.Size()
+    first, last = (len(shape) > 1 and (*shape[:1], *rest) == labels.shape for rest in (shape[2:], shape[1:-1]))
+    if not first and not last:
+        gives = list(logits.shape) if isinstance(logits, Tensor) else described(logits)
+        wanted = ", ".join(str(size) for size in (len(labels), "classes", *places))
+        raise UsageError(
+            f"top-1 needs logits [{wanted}] for labels that are {described(labels)}; the model gives {gives}. "
+            f"{_ANYTHING}"
+        )
+    if first and last and places:
+        raise UsageError(
+            f"logits {list(shape)} for labels {list(labels.shape)}: the classes may be the second dimension or the "
+            f"last. {_ANYTHING}"
+        )
+    rows = (logits.movedim(1, -1) if first else logits).flatten(0, -2)
+    if rows.shape[1] < 2:
+        raise UsageError(f"the model gives one number for every label, {list(shape)}: no classes. {_ANYTHING}")
+    labels = labels.to(logits.device).flatten().long()
+    if not places:
+        return rows, labels
+    labelled = (labels != -100) & ((labels != 255) | (rows.shape[1] > 255))
+    return rows[labelled], labels[labelled]
+
+
+_ANYTHING = "--metric file.py:function (metric= in Python) scores anything."
 
 
 def _nll(logits: Float[Tensor, "N V"], labels: Int[Tensor, " N"]) -> float:
     """The sum of -log p(label), in float64 a few rows at a time: a copy of all would double what a vocabulary takes."""
     pieces = zip(*(tensor.split(max(1, LOGITS // logits.shape[1])) for tensor in (logits, labels)), strict=True)
     return sum(float(F.cross_entropy(rows.double(), right, reduction="sum")) for rows, right in pieces)
-
-
-def _token_ids(inputs: Any) -> Tensor | None:
-    """The ids [T] of a sample of text, or [B, T] of a batch; None where there are none."""
-    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
-    return ids if isinstance(ids, Tensor) and not ids.is_floating_point() and ids.dim() in (1, 2) else None
 
 
 def _text_mask(inputs: Any, ids: Tensor) -> Tensor:
@@ -153,7 +258,7 @@ def _text_mask(inputs: Any, ids: Tensor) -> Tensor:
 
 def _next_tokens(inputs: Any, logits: Tensor) -> tuple[Float[Tensor, "N V"], Int[Tensor, " N"]]:
     """Logits, and the tokens that they predict."""
-    ids = _token_ids(inputs)
+    ids = token_ids(inputs)
     assert ids is not None  # _refuse_looking_ahead has seen to it
     attended = _text_mask(inputs, ids)
     predicted = attended[:, 1:] & attended[:, :-1]
@@ -166,9 +271,9 @@ def _refuse_looking_ahead(model: nn.Module, inputs: Any, logits: Any, tensors: M
     Raises:
         UsageError: they do, or there are none.
     """
-    ids = _token_ids(inputs)
+    ids = token_ids(inputs)
     if ids is None or not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != ids.shape:
-        raise UsageError(_NO_LABELS)
+        raise UsageError(f"the data has no labels: top-1 needs samples (inputs, label). {_ANYTHING}")
     first = {key: value[:1] for key, value in inputs.items()} if isinstance(inputs, Mapping) else ids[:1]
     last = int(_text_mask(inputs, ids)[0].nonzero().max())
     other = ids[:1].clone()
@@ -181,50 +286,3 @@ def _refuse_looking_ahead(model: nn.Module, inputs: Any, logits: Any, tensors: M
             "next tokens are predicted by causal language models; this model's logits change with tokens that come "
             "later: samples (inputs, label) are needed to score it."
         )
-
-
-def _batches(data: Any, batch_size: int, workers: int) -> Iterator[tuple[Any, Tensor | None]]:
-    if isinstance(data, DataLoader):
-        batches: Iterator[Any] = itertools.islice(data, rank(), None, world_size())
-    elif not isinstance(data, IterableDataset) and hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-        indices = range(rank(), len(data), world_size())
-        batches = _grouped((sample for _, sample in read_readable(data, indices, workers)), batch_size)
-    else:
-        batches = _grouped(itertools.islice(data, rank(), None, world_size()), batch_size)
-    for batch in batches:
-        yield inputs_of(batch), _labels(batch)
-
-
-def _grouped(samples: Iterator[Any], size: int) -> Iterator[Any]:
-    group: list[Any] = []
-    for sample in samples:
-        ids = _token_ids(inputs_of(sample))
-        if not group and ids is not None and ids.dim() == 1 and _label_in(sample) is None:
-            size = texts_at_a_time(len(ids), size)
-        group.append(sample)
-        if len(group) == size:
-            yield default_collate(group)
-            group = []
-    if group:
-        yield default_collate(group)
-
-
-def _label_in(sample: Any) -> Any:
-    if isinstance(sample, tuple | list) and len(sample) > 1:
-        return sample[1]
-    if isinstance(sample, Mapping):
-        return next((sample[key] for key in sorted(LABEL_KEYS) if key in sample), None)
-    return None
-
-
-def _labels(batch: Any) -> Tensor | None:
-    """The labels of a batch; None where there are none but token ids, whose labels are the tokens that follow."""
-    label = _label_in(batch)
-    if label is None and _token_ids(inputs_of(batch)) is not None:
-        return None
-    if not isinstance(label, Tensor) or label.is_floating_point() or label.dim() != 1:
-        raise UsageError(_NO_LABELS)
-    return label
-
-
-_NO_LABELS = "the data has no whole-number labels: samples (inputs, label) are needed to score a model."
