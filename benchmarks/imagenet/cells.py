@@ -160,7 +160,8 @@ def _bench(table: Table, name: str, setting: Setting, found: dict[str, Any]) -> 
     known = found["dense"].get(name)
     if known is None:
         score = allot.evaluate(source.model, val, workers=setting.workers)
-        known = found["dense"][name] = {**vars(score), "classes": len(val.classes), "asked": asked}
+        kept = {key: getattr(score, key) for key in ("metric", "score", "samples", "nll", "unreadable")}
+        known = found["dense"][name] = {**kept, "classes": len(val.classes), "asked": asked}
         write(setting.results, json.dumps(found, indent=1) + "\n")
     elif known["samples"] != len(val):
         raise UsageError(

@@ -98,7 +98,7 @@ def evaluate_command(
     *,
     as_json: Json = False,
 ) -> None:
-    """Score a run or a model on labelled data, or a causal language model on text; --metric scores anything."""
+    """Score a run or a model on labelled data or text: by top-1, perplexity, or a function of yours."""
     data, workers, skip_corrupt, metric = wanted.data, wanted.workers, wanted.skip_corrupt, wanted.metric
     if Path(target).is_dir():
         if wanted.weights:

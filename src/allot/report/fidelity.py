@@ -38,11 +38,6 @@ class Shown:
         """The measure and its value."""
         return f"{self.name} {'not finite' if self.value is None else f'{self.value:.3g}'}"
 
-    @property
-    def short(self) -> str:
-        """The agreement where there are classes, else the distance."""
-        return self.agreement.removeprefix("agrees on ") or self.distance
-
 
 def measurements(report: Report) -> list[Shown]:
     """All measurements of a run, in order."""

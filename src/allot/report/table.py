@@ -76,11 +76,11 @@ def macs_kept(row: Report) -> int | None:
 
 def comparison_table(reports: Sequence[tuple[str, Report]]) -> Table:
     """Several runs side by side: (label, report) each."""
-    figures = map(_whole_column, ("sparsity", "MACs", "bytes", "dense", "sparse", "fidelity", "speed"))
+    figures = map(_whole_column, ("sparsity", "MACs", "bytes", "dense", "sparse", "speed"))
     table = _table(*map(_text_column, ("run", "model", "method")), *figures, title="runs")
     for label, report in reports:
         macs, scores, size = report["macs"], report["scores"], report["bytes"]["file"]
-        measured, close = speed(report), fidelity(report)
+        measured = speed(report)
         table.add_row(
             escape(label),
             escape(report["model"]),
@@ -90,7 +90,6 @@ def comparison_table(reports: Sequence[tuple[str, Report]]) -> Table:
             "not saved" if size is None else f"{size:,}",
             _score_text(scores["dense"], scores) if scores else "not scored",
             _score_text(scores["sparse"], scores) if scores else "not scored",
-            close.short if close else "",
             f"{measured['speedup']:.2f}x" if measured["speedup"] else measured["verdict"] or "not measured",
         )
     return table
