@@ -91,3 +91,38 @@ def test_a_floor_that_cannot_be_judged_is_refused_before_the_run(tmp_path: Path)
     with pytest.raises(UsageError, match="may mean points or shares"):
         run(tmp_path / "run", max_drop=0.5)
     assert not (tmp_path / "run").exists()
+
+
+# fidelity
+
+
+def test_a_fidelity_that_is_too_low_is_an_error_after_the_run_was_saved(tmp_path: Path):
+    with pytest.raises(
+        GuaranteeMissed, match=r"the top class is that of the dense model for .*; 99% is asked: missed by"
+    ):
+        allot.prune(MODEL, X, "sparsity=0.95", repair="none", min_fidelity="99%", save_to=tmp_path / "run")
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    (verdict,) = report["guarantees"]
+    assert verdict["kind"] == "min-fidelity" and not verdict["met"]
+    assert verdict["found"] == report["fidelity"][-1]["agreement"]
+
+
+def test_of_values_the_share_of_the_variance_counts():
+    torch.manual_seed(0)
+    net, inputs = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 1)), torch.randn(64, 6)
+    made = allot.prune(net, inputs, "sparsity=0.1", repair="none", min_fidelity=0.2)
+    (verdict,) = made.report()["guarantees"]
+    assert verdict["met"] and verdict["found"] == pytest.approx(1 - made.report()["fidelity"][-1]["error"])
+    with pytest.raises(GuaranteeMissed, match="outputs keep .* % of the variance on 16 inputs"):
+        allot.prune(net, inputs, "sparsity=0.9", allocate="uniform", repair="none", min_fidelity=1)
+
+
+@pytest.mark.parametrize("asked", ["95", "1.5", "-1", "1pt", "high", True])
+def test_a_fidelity_is_a_share(asked: Any):
+    with pytest.raises(UsageError, match="a share from 0 to 1, or like 95%"):
+        allot.prune(MODEL, X, "sparsity=0.5", repair="none", min_fidelity=asked)
+
+
+def test_fidelity_needs_inputs():
+    with pytest.raises(UsageError, match="min-fidelity: there is nothing to compare on"):
+        allot.prune(MODEL, None, "sparsity=0.5", repair="none", min_fidelity=0.5)

@@ -34,7 +34,10 @@ from allot.run.store import write_json
 from allot.sources.load import REMOTE, example_of, load_model, load_shapes
 
 
-@takes("model", "data", "budget", *CHAIN, "weights", *SCORING, *RULES, *LIMITS, "seed", *READING, "input", file=True)
+@takes(
+    "model", "data", "budget", *CHAIN, "weights", *SCORING, "min_fidelity", *RULES, *LIMITS, "seed", *READING, "input",
+    file=True,
+)  # fmt: skip
 def prune_command(
     wanted: RecipeFile,
     out: Annotated[Path | None, typer.Option(metavar="RUN", help="run directory; an unfinished one resumes")] = None,
@@ -53,7 +56,7 @@ def prune_command(
             result = prune(
                 source.model, calibration, budget, method=wanted.method, seed=wanted.seed, save_to=out,
                 recipe=wanted.model_dump(mode="json", exclude_none=True), on_step=on_step, should_stop=should_stop,
-                max_drop=wanted.max_drop, **prune_arguments(wanted, source),
+                max_drop=wanted.max_drop, min_fidelity=wanted.min_fidelity, **prune_arguments(wanted, source),
             )  # fmt: skip
         except GuaranteeMissed as error:  # shown below, like any finished run
             result, missed = error.result, error

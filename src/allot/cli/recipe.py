@@ -17,6 +17,7 @@ from allot.errors import UsageError, unknown
 from allot.network.compute import Compute
 from allot.network.layers import Rules
 from allot.run.max_drop import MaxDrop
+from allot.run.min_fidelity import MinFidelity
 from allot.sources.load import DATA_FORMS, MODEL_FORMS
 
 
@@ -71,6 +72,10 @@ class RecipeFile(BaseModel):
             "0 to 1; more is exit code 4  [any]",
             "DROP",
         ),
+    ] = None
+    min_fidelity: Annotated[
+        float | str | None,
+        Option("least agreement with the dense model on watched inputs, like 95%; less is exit code 4  [any]", "SHARE"),
     ] = None
     input: Annotated[
         tuple[Annotated[int, Field(gt=0)], ...] | None,
@@ -181,6 +186,13 @@ class RecipeFile(BaseModel):
     def _drop(cls, value: float | str | None) -> float | str | None:
         if value is not None:
             MaxDrop.read(value)
+        return value
+
+    @field_validator("min_fidelity")
+    @classmethod
+    def _share(cls, value: float | str | None) -> float | str | None:
+        if value is not None:
+            MinFidelity.read(value)
         return value
 
     @field_validator("budget", mode="before")

@@ -27,6 +27,7 @@ from allot.pruning.time_limit import choose_cut, shorten
 from allot.run.driver import Progress
 from allot.run.evaluate import Score
 from allot.run.max_drop import MaxDrop
+from allot.run.min_fidelity import MinFidelity
 from allot.run.outputs import Comparison, Outputs
 from allot.run.patterns import Pattern
 from allot.run.problem import Method, Problem
@@ -56,6 +57,7 @@ def prune(
     test: Any = None,
     metric: Callable[..., Any] | str | None = None,
     max_drop: float | str | None = None,
+    min_fidelity: float | str | None = None,
     label: str | None = None,
     save_to: str | Path | None = None,
     max_minutes: float | None = None,
@@ -93,6 +95,7 @@ def prune(
         test: labelled data, used for the score before and after only.
         metric: what scores them, a function or its place, see `evaluate`; None: top-1.
         max_drop: how much worse than dense the score may be, "1pt", "5%" or a number (`allot.run.max_drop`).
+        min_fidelity: the least agreement with the dense model on the watch set, 0.95 or "95%" (`run.min_fidelity`).
         label: what reports call the model; None: its class.
         save_to: run directory. An unfinished one of the same configuration resumes; a finished one is opened.
         max_minutes: training is cut until it fits (`allot.pruning.time_limit`); a resumed run keeps its cut.
@@ -109,8 +112,8 @@ def prune(
     Raises:
         UsageError, BudgetError, PatternError: the input cannot be used; the message says why, in one line.
         Stopped: `should_stop` returned True; with `save_to` the same call resumes.
-        GuaranteeMissed: the score dropped by more than `max_drop`. The run is finished and saved; the error holds its
-            `result`.
+        GuaranteeMissed: the score dropped by more than `max_drop`, or fidelity is below `min_fidelity`. The run is
+            finished and saved; the error holds its `result`.
 
     >>> prune(nn.Linear(4, 4), None, "sparsity=0.5", repair="none").report()["kept"]
     8
@@ -120,6 +123,7 @@ def prune(
         model=model, budget=Budget.parse(budget) if isinstance(budget, str) else budget, chain=chain, rules=rules,
         seed=seed, calibration=calibration, samples=samples, batch_size=batch_size, workers=workers, example=example,
         test=test, metric=metric, max_drop=None if max_drop is None else MaxDrop.read(max_drop),
+        min_fidelity=None if min_fidelity is None else MinFidelity.read(min_fidelity),
         dense_score=dense_score, runtime=Runtime.parse(runtime), compute=Compute.of(compute), stream=stream,
         comparison=Comparison(outputs, loss), batch_norm=batch_norm, default_repair=repair is None,
         max_minutes=max_minutes, max_memory=max_memory, label=label or type(model).__name__,

@@ -20,6 +20,7 @@ from allot.run.driver import Progress
 from allot.run.evaluate import Score, evaluate
 from allot.run.max_drop import MaxDrop
 from allot.run.metric import Metric
+from allot.run.min_fidelity import MinFidelity
 from allot.run.outputs import Comparison
 from allot.run.patterns import Channels
 from allot.run.problem import BATCH_NORMS, Chain, Problem
@@ -51,6 +52,7 @@ class Request:
     test: Any
     metric: Callable[..., Any] | str | None
     max_drop: MaxDrop | None
+    min_fidelity: MinFidelity | None
     dense_score: Score | None
     runtime: Runtime
     compute: Compute
@@ -77,6 +79,8 @@ class Request:
         for name, value in (("metric", self.metric), ("max-drop", self.max_drop)):
             if value is not None and self.test is None:
                 raise UsageError(f"{name}: there is nothing to score: give --test DATA (test= in Python).")
+        if self.min_fidelity is not None and self.calibration is None:
+            raise UsageError("min-fidelity: there is nothing to compare on: give --data DATA (calibration in Python).")
         if self.metric is not None:
             Metric.of(self.metric)  # its errors come before the work
 

@@ -9,6 +9,7 @@ from allot.errors import UsageError
 from allot.pruning.request import Request
 from allot.run.evaluate import Score
 from allot.run.problem import Candidate, Problem
+from allot.run.store import Log
 
 
 def compared_scores(
@@ -43,13 +44,16 @@ def is_score_of(scores: Mapping[str, Any] | None, dense: Score | None) -> bool:
     return kept == (dense.metric, dense.score, dense.nll, dict(dense.values))
 
 
-def guarantees(request: Request, scores: Mapping[str, Any] | None) -> tuple[dict[str, Any], ...]:
+def guarantees(request: Request, scores: Mapping[str, Any] | None, log: Log) -> tuple[dict[str, Any], ...]:
     """A row `{kind, asked, limit, found, met, text}` for every guarantee on the quality of the result.
 
     Raises:
-        UsageError: a guarantee that does not fit the score.
+        UsageError: a guarantee that does not fit the score, or on fidelity where nothing was compared.
     """
-    if request.max_drop is None or scores is None:
-        return ()
-    lower = scores["metric"] in scores.get("lower_is_better", ())
-    return (request.max_drop.verdict(scores["metric"], scores["dense"], scores["sparse"], lower=lower),)
+    rows = []
+    if request.max_drop is not None and scores is not None:
+        lower = scores["metric"] in scores.get("lower_is_better", ())
+        rows.append(request.max_drop.verdict(scores["metric"], scores["dense"], scores["sparse"], lower=lower))
+    if request.min_fidelity is not None:
+        rows.append(request.min_fidelity.verdict(log.watch, log.fidelity[-1] if log.fidelity else None))
+    return tuple(rows)

@@ -150,7 +150,7 @@ def _drive_stage(run: Run, stage: str, method: Method, candidate: Candidate, gua
 
 def _result(run: Run, problem: Problem, candidate: Candidate, log: Log, scores: Mapping[str, Any] | None) -> Result:
     chain, label = run.prepared.chain, run.prepared.request.label
-    kept = guarantees(run.prepared.request, scores)
+    kept = guarantees(run.prepared.request, scores, log)
     return Result(
         problem, candidate, log, chain.names, chain.method, label, scores, summary=chain.summary, guarantees=kept
     )

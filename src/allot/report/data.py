@@ -128,7 +128,19 @@ def _density(kept: int, total: int) -> dict[str, Any]:
     return {"kept": kept, "total": total, "density": kept / total}
 
 
-_OTHER_KEYS = {"model", "budget", "method", "allocate", "score", "pattern", "repair", "seed", "workers", "max_drop"}
+_OTHER_KEYS = {
+    "model",
+    "budget",
+    "method",
+    "allocate",
+    "score",
+    "pattern",
+    "repair",
+    "seed",
+    "workers",
+    "max_drop",
+    "min_fidelity",
+}
 
 
 def _settings(problem: Problem, directory: Path | None) -> dict[str, Any]:
