@@ -129,18 +129,8 @@ def _density(kept: int, total: int) -> dict[str, Any]:
 
 
 _OTHER_KEYS = {
-    "model",
-    "budget",
-    "method",
-    "allocate",
-    "score",
-    "pattern",
-    "repair",
-    "seed",
-    "workers",
-    "max_drop",
-    "min_fidelity",
-}
+    "model", "budget", "method", "allocate", "score", "pattern", "repair", "seed", "workers", "max_drop", "min_fidelity",
+}  # fmt: skip
 
 
 def _settings(problem: Problem, directory: Path | None) -> dict[str, Any]:
