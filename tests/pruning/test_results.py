@@ -127,11 +127,12 @@ def test_what_cannot_be_timed_is_a_warning_and_a_run_all_the_same(
     def fails(*runs: object, **settings: object) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    made = result(tmp_path / "run")
+    chain = {"allocate": "uniform", "pattern": "channels", "repair": "none"}
+    made = allot.prune(CASE.make(), CASE.inputs(16), "macs=60%", **chain, save_to=tmp_path / "run")
     monkeypatch.setattr(exporting, "side_by_side", fails)
     assert made.timed()["exports"] == [] and "is not timed" in caplog.text and "no room" in caplog.text
-    with pytest.raises(UsageError, match="cannot be exported to bitmask: no room"):
-        made.export(to="bitmask")
+    with pytest.raises(UsageError, match="cannot be exported to slim: no room"):
+        made.export(to="slim")
 
 
 def test_an_export_leaves_what_the_report_says_of_scores(tmp_path: Path):
