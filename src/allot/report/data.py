@@ -129,8 +129,18 @@ def _density(kept: int, total: int) -> dict[str, Any]:
 
 
 _OTHER_KEYS = {
-    "model", "budget", "method", "allocate", "score", "pattern", "repair", "seed", "workers", "max_drop", "min_fidelity",
-}  # fmt: skip
+    "model",
+    "budget",
+    "method",
+    "allocate",
+    "score",
+    "pattern",
+    "repair",
+    "seed",
+    "workers",
+    "max_drop",
+    "min_fidelity",
+}
 
 
 def _settings(problem: Problem, directory: Path | None) -> dict[str, Any]:
