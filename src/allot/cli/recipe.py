@@ -165,8 +165,8 @@ class RecipeFile(BaseModel):
 
     @field_validator("max_drop")
     @classmethod
-    def _drop(cls, value: float | str | None) -> float | str | None:
-        return value if value is None or MaxDrop.read(value) else None
+    def _drop(cls, value: float | str | None) -> str | None:
+        return None if value is None else MaxDrop.read(value).asked
 
     @field_validator("budget", mode="before")
     @classmethod

@@ -18,8 +18,8 @@ from allot.budget.bisection import bracket
 from allot.errors import BudgetError, GuaranteeMissed, UsageError, check_number
 from allot.processes import on_first_process
 from allot.pruning.prune import prune
-from allot.pruning.sweep import readable_again
 from allot.report.page import comparison_page
+from allot.run.calibration import SAMPLES, readable_again
 from allot.run.evaluate import evaluate
 from allot.run.max_drop import MaxDrop
 from allot.run.store import write, write_json
@@ -71,7 +71,8 @@ def search(
         raise UsageError(f"kind={kind!r}: {' or '.join(KINDS)} is accepted.")
     check_number("runs", runs, 1, whole=True)
     drop = MaxDrop.read(max_drop)
-    calibration, test = readable_again(calibration, test, settings.get("samples"))
+    samples = settings.get("samples")
+    calibration, test = readable_again(calibration, SAMPLES if samples is None else samples), readable_again(test)
     dense = evaluate(model, test, metric=settings.get("metric"), workers=settings.get("workers") or 0)
     drop.limit(dense.metric, dense.score, lower=dense.metric in dense.lower)  # errors come before the first run
     rows: list[dict[str, Any]] = []

@@ -7,7 +7,6 @@ score, and nothing else, so that the cost of a cell does not depend on the cells
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 import statistics
@@ -26,7 +25,7 @@ from allot.pruning.assemble import assemble
 from allot.pruning.prune import prune
 from allot.report.page import comparison_page
 from allot.report.table import speed
-from allot.run.calibration import SAMPLES
+from allot.run.calibration import SAMPLES, readable_again
 from allot.run.evaluate import evaluate
 from allot.run.store import write, write_json
 
@@ -111,8 +110,10 @@ def sweep(
     taken = {method: options_for(method, options, settings) for method in dict.fromkeys(cell.method for cell in cells)}
     if unused := sorted(options.keys() - {name for names in taken.values() for name in names}):
         raise UsageError(f"options: {unused[0]} is no method of any cell.")
-    calibration, test = readable_again(calibration, settings.pop("test", None), settings.get("samples"))
-    scoring = {"metric": settings.get("metric"), "workers": settings.get("workers") or 0}
+    samples = settings.get("samples")
+    calibration = readable_again(calibration, SAMPLES if samples is None else samples)
+    test = readable_again(settings.pop("test", None))
+    scoring: dict[str, Any] = {"metric": settings.get("metric"), "workers": settings.get("workers") or 0}
     dense = evaluate(model, test, **scoring) if test is not None else None
     rows: list[dict[str, Any]] = []
     reports: list[tuple[str, dict[str, Any]]] = []
@@ -138,13 +139,6 @@ def sweep(
     failed = [row for row in rows if "error" in row]
     on_first_process(lambda: write(out / "report.html", comparison_page(reports, failed=failed)))
     return table
-
-
-def readable_again(calibration: Any, test: Any, samples: int | None) -> tuple[Any, Any]:
-    """Calibration and test data that every one of several runs can read."""
-    if isinstance(calibration, Iterator):
-        calibration = list(itertools.islice(calibration, SAMPLES if samples is None else samples))
-    return calibration, list(test) if isinstance(test, Iterator) else test
 
 
 def _meaning(budget: str) -> frozenset[Any]:

@@ -193,6 +193,15 @@ def texts_at_a_time(length: int, most: int) -> int:
     return max(1, min(most, TOKENS // max(length, 1)))
 
 
+def readable_again(data: Any, most: int | None = None) -> Any:
+    """Data that several runs can read: of an iterator a list of its samples, the first `most`; other data as they are.
+
+    >>> readable_again(iter("abc"), 2), readable_again("abc")
+    (['a', 'b'], 'abc')
+    """
+    return list(itertools.islice(data, most)) if isinstance(data, Iterator) else data
+
+
 def inputs_of(sample: Any) -> Any:
     """The inputs in a sample: the first item of a tuple or list, a dict without its labels, or the sample itself."""
     if isinstance(sample, tuple | list):
