@@ -74,6 +74,9 @@ def macs_kept(row: Report) -> int | None:
     return None if macs is None else round(macs * row["kept"] / row["total"])
 
 
+_SHORT = {AS_DENSE: "as dense"}  # in a column of a narrow terminal
+
+
 def comparison_table(reports: Sequence[tuple[str, Report]]) -> Table:
     """Several runs side by side: (label, report) each."""
     figures = map(_whole_column, ("sparsity", "MACs", "bytes", "dense", "sparse", "speed"))
@@ -90,7 +93,7 @@ def comparison_table(reports: Sequence[tuple[str, Report]]) -> Table:
             "not saved" if size is None else f"{size:,}",
             _score_text(scores["dense"], scores) if scores else "not scored",
             _score_text(scores["sparse"], scores) if scores else "not scored",
-            f"{measured['speedup']:.2f}x" if measured["speedup"] else measured["verdict"] or "not measured",
+            f"{measured['speedup']:.2f}x" if measured["speedup"] else _SHORT.get(measured["verdict"], "not measured"),
         )
     return table
 
