@@ -138,11 +138,10 @@ class CorrectCounts:
             return kept
         if _uses_enough(best, ceiling):
             return None
-        if (kept := family.between(within, beyond)) is not None:
-            return kept
-        if over and not state["doubted"]:
-            kept, state["over"], state["doubted"] = over["kept"], {}, True
-        return kept
+        halfway = family.between(within, beyond)
+        if halfway is None and over and not state["doubted"]:
+            halfway, state["over"], state["doubted"] = dict(over["kept"]), {}, True
+        return halfway
 
     def _contradicts(self, family: _Family, state: State) -> bool:
         """Whether nets between the largest one within the limit and the smallest one over it should use the limit."""
