@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from allot.budget.budget import Budget
 from allot.budget.units import memory
@@ -181,18 +181,11 @@ class RecipeFile(BaseModel):
     def _bytes(cls, value: int | str | None) -> int | str | None:
         return value if value is None or memory("max_memory", value) else None
 
-    @field_validator("max_drop")
+    @field_validator("max_drop", "min_fidelity")
     @classmethod
-    def _drop(cls, value: float | str | None) -> float | str | None:
+    def _guarantee(cls, value: float | str | None, info: ValidationInfo) -> float | str | None:
         if value is not None:
-            MaxDrop.read(value)
-        return value
-
-    @field_validator("min_fidelity")
-    @classmethod
-    def _share(cls, value: float | str | None) -> float | str | None:
-        if value is not None:
-            MinFidelity.read(value)
+            (MaxDrop if info.field_name == "max_drop" else MinFidelity).read(value)
         return value
 
     @field_validator("budget", mode="before")

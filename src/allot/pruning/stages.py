@@ -72,7 +72,7 @@ def run_stages(run: Run) -> Result:
         problem = slow_tables(problem, saved.candidate["diagnostics"])
         names = [name for name, _ in stages]
         stages = stages[names.index(saved.stage) :]
-    guard = Guard(problem, problem.watch, log)
+    guard = Guard(problem, log)
     guard.note_dense(Candidate.dense(problem))
     for name, method in stages:
         if name == "select":
@@ -114,7 +114,7 @@ def _select_stage(run: Run, method: Method, allocated: Candidate, guard: Guard) 
     """
     if not allocated.tensors or guard.watch is None:
         return _drive_stage(run, "select", method, allocated, guard)
-    trained = _drive_stage(run, "select", method, allocated, replace(guard, watch=None))
+    trained = _drive_stage(run, "select", method, allocated, guard, guarded=False)
     untrained = drive(method, guard.problem, replace(allocated, tensors={}), stage="select", log=guard.log)
     chain = run.prepared.chain
     before, after = untrained, trained
@@ -125,9 +125,13 @@ def _select_stage(run: Run, method: Method, allocated: Candidate, guard: Guard) 
     return trained if kept is after else replace(untrained, diagnostics=trained.diagnostics)
 
 
-def _drive_stage(run: Run, stage: str, method: Method, candidate: Candidate, guard: Guard) -> Candidate:
+def _drive_stage(
+    run: Run, stage: str, method: Method, candidate: Candidate, guard: Guard, *, guarded: bool = True
+) -> Candidate:
     """The candidate after a stage; errors name the stage.
 
+    Args:
+        guarded: whether it is compared with the candidate before.
     Raises:
         Stopped: `should_stop` returned True; run.json records that.
     """
@@ -135,7 +139,7 @@ def _drive_stage(run: Run, stage: str, method: Method, candidate: Candidate, gua
     try:
         return drive(
             method, guard.problem, candidate, stage=stage, store=run.store, log=guard.log, on_step=request.on_step,
-            should_stop=request.should_stop, guard=guard,
+            should_stop=request.should_stop, guard=guard if guarded else None,
         )  # fmt: skip
     except Stopped:
         if run.store:

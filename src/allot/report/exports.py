@@ -33,11 +33,8 @@ def add_export(run: Path, row: dict[str, Any]) -> None:
     Raises:
         UsageError: the report cannot be read, or a file cannot be written.
     """
-    path = run / "report.json"
     others = [other for other in exports_of(run) if (other["form"], other["file"]) != (row["form"], row["file"])]
-    report = {**json.loads(path.read_text()), "exports": [*others, row]}
-    write_json(path, sealed(report))
-    write_run(run, report)
+    update_report(run, {"exports": [*others, row]})
 
 
 def update_report(run: Path, changes: dict[str, Any]) -> None:

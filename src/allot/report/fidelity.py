@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from allot.run.fidelity import NAMES
+from allot.run.outputs import KINDS
+
 Report = Mapping[str, Any]
 
-NAMES = {"kl": "KL", "error": "relative error"}
 MEANINGS = {
     "kl": "KL divergence of the outputs as distributions, in nats; 0: the same",
     "error": "squared error over that of a constant answer; 0: the same, 1: no better than a constant",
@@ -37,6 +39,11 @@ class Shown:
     def distance(self) -> str:
         """The measure and its value."""
         return f"{self.name} {'not finite' if self.value is None else f'{self.value:.3g}'}"
+
+
+def compared_as(report: Report) -> str:
+    """What the model's outputs were taken for, in words; empty where they were not compared."""
+    return KINDS.get((report.get("watch") or {}).get("kind", ""), "")
 
 
 def measurements(report: Report) -> list[Shown]:

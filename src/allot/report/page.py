@@ -18,7 +18,7 @@ from allot.export.certificate.rows import seal_row
 from allot.export.timing.clock import AS_DENSE
 from allot.report.charts import Line, Mark, coloured_lines, legend, lines, marks
 from allot.report.explanation import explanation, kept_rows, number
-from allot.report.fidelity import fidelity, measurements, warnings
+from allot.report.fidelity import compared_as, fidelity, measurements, warnings
 from allot.report.scores import change_text, is_far_off, is_share, lower_is_better, score_text
 from allot.report.seed_groups import (
     Labelled,
@@ -73,6 +73,7 @@ def run_page(report: Report, certificate: Report, recipe: str, steps: Sequence[R
         exports=report.get("exports", []),
         close=fidelity(report),
         measurements=measurements(report),
+        compared_as=compared_as(report),
         warnings=warnings(report),
         memory=report["diagnostics"].get("memory", {}),
         fit=report["diagnostics"].get("fit", {}),

@@ -21,8 +21,7 @@ from torch import nn
 from allot.errors import Stopped
 from allot.network.draws import numbered, seeded
 from allot.processes import any_process, check_equal, on_first_process, world_size
-from allot.run.guard import Guard
-from allot.run.looks import Looks
+from allot.run.guard import Guard, Looks
 from allot.run.problem import Candidate, Method, Metrics, Problem, finished
 from allot.run.store import Log, Store
 

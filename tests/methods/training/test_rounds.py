@@ -51,13 +51,11 @@ def test_the_largest_step_is_not_the_best_and_smaller_ones_are_tried_from_the_sa
     assert later[0]["steps"] == 12 and later[0]["rate"] == pytest.approx(best["rate"])
 
 
-@pytest.mark.parametrize("rate", [3.0, 1e30])
-def test_no_step_that_helps_leaves_the_net_as_it_was(rate: float):
-    result = trained(rate=rate, rounds=2)
+def test_no_step_that_helps_leaves_the_net_as_it_was():
+    result = trained(rate=1e30, rounds=2)
     tried = rounds_of(result)
-    if not any(one["kept"] for one in tried):
-        assert len(tried) == 4 and state_of(result) == state_of(trained(repair="none"))
-    assert rate < 1e6 or not any(one["kept"] for one in tried)
+    assert len(tried) == 4 and not any(one["kept"] for one in tried)
+    assert state_of(result) == state_of(trained(repair="none"))
 
 
 def test_a_round_that_helped_is_followed_by_one_of_twice_its_steps():

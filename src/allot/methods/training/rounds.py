@@ -21,7 +21,7 @@ from typing import Any
 from allot.errors import AllotError
 from allot.network.trees import cloned
 from allot.run.fidelity import Fidelity
-from allot.run.looks import Looks, as_metrics, fidelity_of, meets
+from allot.run.guard import Looks, as_metrics, fidelity_of, meets
 from allot.run.problem import Candidate, Metrics, Problem, finished
 from allot.run.store import State
 
