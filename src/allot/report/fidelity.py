@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from allot.run.fidelity import NAMES
-from allot.run.outputs import KINDS
+from allot.run.outputs import KINDS, NAMES
 
 Report = Mapping[str, Any]
 

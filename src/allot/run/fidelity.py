@@ -25,11 +25,10 @@ from allot.network.call import call
 from allot.network.draws import seeded
 from allot.processes import single_process
 from allot.run.calibration import Calibration
-from allot.run.outputs import Comparison, Reading, classes, sums_to_one, wide
+from allot.run.outputs import NAMES, Comparison, Reading, classes, sums_to_one, wide
 
 KEPT = 64 * 2**20  # most bytes of the dense net's outputs that are kept
 NUMBERS = 2**24  # most numbers in the outputs of one pass
-NAMES = {"kl": "KL", "error": "relative error"}
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from allot.run.named import function_at
 
 Outputs = Callable[[Any], Any]
 MEASURES = ("kl", "mse")
+NAMES = {"kl": "KL", "error": "relative error"}  # of distances
 KINDS = {
     "logits": "logits of classes, compared by KL divergence",
     "probabilities": "probabilities of classes, compared by KL divergence",
