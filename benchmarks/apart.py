@@ -35,21 +35,13 @@ log = logging.getLogger("allot")
 def measured(module: str, cells: Mapping[str, Mapping[str, Any]], folder: Path) -> Found:
     """What `measure` of the module gives for every cell that succeeds; FOLDER/KEY.json holds it, and what was asked.
 
+    A cell that fails is kept with the reason, and measured again by the next command.
+
     Raises:
         UsageError: a file there was measured with other arguments, or a dense net fails.
     """
-    found: Found = {}
-    missing = []
-    for key, asked in cells.items():
-        file = folder / f"{key}.json"
-        if not file.exists():
-            missing.append(key)
-            continue
-        kept = json.loads(file.read_text())
-        if kept["asked"] != dict(asked):
-            differs = [name for name in asked if kept["asked"].get(name) != asked[name]]
-            raise UsageError(f"{file} was measured with another {', '.join(differs)}: use another --out, or delete it.")
-        found[key] = kept["found"]
+    found, _ = kept(cells, folder)
+    missing = [key for key in cells if key not in found]
     folder.mkdir(parents=True, exist_ok=True)
     for number, key in enumerate(missing, 1):
         log.info("%d of %d: %s", number, len(missing), key)
@@ -57,10 +49,12 @@ def measured(module: str, cells: Mapping[str, Mapping[str, Any]], folder: Path) 
         shutil.rmtree(scratch, ignore_errors=True)  # a run that resumes there would cost less than a whole one
         given = json.dumps({**cells[key], "scratch": str(scratch)})
         ran = subprocess.run([sys.executable, "-m", module, "--cell", given], stdout=subprocess.PIPE, text=True)
-        if ran.returncode and cells[key].get("method") == "dense":
-            raise UsageError(f"{key} failed, as its other cells would.")
         if ran.returncode:
-            log.error("%s failed; the others follow", key)
+            reason = _reason(ran.stdout, ran.returncode)
+            write_json(folder / f"{key}.json", {"asked": dict(cells[key]), "failed": reason})
+            if cells[key].get("method") == "dense":
+                raise UsageError(f"{key} failed, as its other cells would: {reason}")
+            log.error("%s failed; the others follow: %s", key, reason)
             continue
         found[key] = json.loads(ran.stdout.splitlines()[-1])
         write_json(folder / f"{key}.json", {"asked": dict(cells[key]), "found": found[key]})
@@ -69,24 +63,68 @@ def measured(module: str, cells: Mapping[str, Mapping[str, Any]], folder: Path) 
     return found
 
 
+def kept(cells: Mapping[str, Mapping[str, Any]], folder: Path) -> tuple[Found, dict[str, str]]:
+    """(what was measured, why it failed) of the cells that have a file in the folder.
+
+    Raises:
+        UsageError: a cell there was measured with other arguments.
+    """
+    found: Found = {}
+    failed: dict[str, str] = {}
+    for key, asked in cells.items():
+        file = folder / f"{key}.json"
+        if not file.exists():
+            continue
+        content = json.loads(file.read_text())
+        if "failed" in content:
+            failed[key] = content["failed"]
+            continue
+        if differs := [name for name in asked if content["asked"].get(name) != asked[name]]:
+            raise UsageError(f"{file} was measured with another {', '.join(differs)}: use another --out, or delete it.")
+        found[key] = content["found"]
+    return found, failed
+
+
 def answer(measure: Callable[[dict[str, Any]], dict[str, Any]], cell: str) -> int:
-    """Prints what a cell gives, as the last line; 1 with the error in one line where it has none."""
+    """Prints what a cell gives as the last line, or 1 and why it failed; an error of allot is logged in one line."""
     try:
-        sys.stdout.write(json.dumps(measure(json.loads(cell))) + "\n")
+        found = measure(json.loads(cell))
     except AllotError as error:
         log.error("%s", error)
-        return 1
-    return 0
+        found = {"failed": str(error)}
+    except Exception as error:  # a net of others may raise anything
+        log.exception("the cell failed")
+        found = {"failed": f"{type(error).__name__}: {error}"}
+    sys.stdout.write(json.dumps(found) + "\n")
+    return int("failed" in found)
+
+
+def _reason(printed: str, code: int) -> str:
+    """Why a cell failed, in one line: its own words where it came to say them."""
+    try:
+        return " ".join(json.loads(printed.splitlines()[-1])["failed"].split())
+    except (IndexError, TypeError, KeyError, ValueError):
+        return f"its process ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}"
 
 
 def pruned(net: Net, budget: str, chain: Mapping[str, Any], scratch: Path, seed: int, **more: Any) -> dict[str, Any]:
-    """Scores of the net after `allot.prune(**chain)`, and what this cost until all files of its run were written."""
+    """Scores of the net after `allot.prune(**chain)`, and what this cost until all files of its run were written.
+
+    `fidelity` is that of the run's end on the inputs that it watched, `guard` what the guard did, in sentences.
+    """
     given = {"samples": len(net.calibration), "rules": allot.Rules(**net.rules), "save_to": scratch, **more, **chain}
     with spending() as spent:
         result = allot.prune(net.model, net.calibration, budget, seed=seed, label=net.name, **given)
     report = result.report()
-    images = [report["images"]["forward"], report["images"]["backward"]]
-    return {**net.measure(result.model()), **spent, "images": images, "kept": report["kept"] / report["total"]}
+    last = (report["fidelity"] or [{}])[-1]
+    return {
+        **net.measure(result.model()),
+        **spent,
+        "images": [report["images"]["forward"], report["images"]["backward"]],
+        "kept": report["kept"] / report["total"],
+        "fidelity": {name: last[name] for name in ("kl", "error", "agreement") if name in last},
+        "guard": report["guard"],
+    }
 
 
 def log_to_stderr() -> None:

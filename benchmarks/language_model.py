@@ -79,11 +79,12 @@ def measure(asked: Mapping[str, Any]) -> dict[str, Any]:
 
 def cells_of(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Key -> what `measure` is asked, the dense net first."""
-    given = {"text": str(options.text), "held_out": str(options.held_out) if options.held_out else None}
+    given = {"held_out": str(options.held_out) if options.held_out else None}
+    given |= {"text": str(options.text)} if options.text else {}
     given |= {name: getattr(options, name) for name in ("samples", "length", "predictions", "batch", "threads")}
     chains = chains_of([name for name in options.methods if name not in {*CONTROLS, "dense"}], CHAINS, DEFAULT)
     chains |= chains_of([], {}, {}, options.chain)
-    nothing = {"method": "dense", "chain": None, "budget": None, "seed": options.seeds[0]}
+    nothing = {"method": "dense", "chain": None, "budget": None, "seed": 0}
     cells = {"dense": given | nothing}
     for budget in options.budget:
         structure_of(budget)
@@ -125,8 +126,8 @@ def table(found: Found, budgets: Sequence[str], methods: Sequence[str], seeds: S
     return lines
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure what is missing and print the table."""
+def command() -> argparse.ArgumentParser:
+    """The options, with their defaults."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.language_model",
         description=__doc__,
@@ -134,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--text", type=Path, help="documents to calibrate with, and held-out ones, see below")
-    parser.add_argument("--held-out", type=Path, help="documents that are held out")
+    parser.add_argument("--held-out", type=Path, help="documents that are held out, none of --text then")
     parser.add_argument("--samples", type=int, default=16, help="calibration blocks")
     parser.add_argument("--length", type=int, default=256, help="tokens of a block")
     parser.add_argument("--predictions", type=int, default=4000, help="held-out tokens that are predicted, at least")
@@ -146,6 +147,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/language-model"))
     parser.add_argument("--cell", help=argparse.SUPPRESS)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure what is missing and print the table."""
+    parser = command()
     options = parser.parse_args(arguments)
     apart.log_to_stderr()
     if options.cell:

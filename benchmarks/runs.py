@@ -22,7 +22,7 @@ POT = "weight-moments,layerwise,bn,bias"
 CHAINS: dict[str, dict[str, Any]] = {  # what a row of a table is called -> arguments of `allot.prune`
     **{name: {"method": name} for name in ("erk", "pot", "fcpts", "unipts")},
     "uniform+pot": {"allocate": "uniform", "repair": POT},
-    "uniform+fcpts": {"allocate": "uniform", "repair": "distill,bn"},  # what fcpts trains and repairs by
+    "uniform+fcpts": {"method": "fcpts", "options": {"fcpts": {"start": "uniform", "distance": 0.0}}},  # learns nothing
 }
 
 

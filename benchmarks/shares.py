@@ -2,7 +2,7 @@
 
 Rows are allocations, each followed by admm alone, which starts from the dense weights; uniform and erk are controls.
 `fcpts` learns its densities in 40 steps of training. `layer-errors` comes with each of its weightings. Nets of the zoo
-are measured as by `benchmarks.layerwise`, others (`--nets crepe lite0 face`) as by `benchmarks.real_nets`; both keep
+are measured as by `benchmarks.layerwise`, others (`--nets crepe lite0 face`) as by `benchmarks.field`; both keep
 their cells, so that a stopped command resumes.
 """
 
@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from allot.methods.layer_errors import WEIGHTINGS
-from benchmarks import layerwise, real_nets
+from benchmarks import field, layerwise
 from benchmarks.runs import SEEDS
 
-REAL = (*real_nets.LOADERS, "face")
+REAL = (*field.LOADERS, "face")
 ALLOCATIONS: dict[str, dict[str, Any]] = {  # row -> arguments of `allot.prune`
     **{name: {"allocate": name, "repair": "admm"} for name in ("uniform", "erk", "depth", "owl")},
     **{
@@ -51,7 +51,7 @@ def commands(options: argparse.Namespace) -> list[tuple[Any, list[str]]]:
         more = ["--side", str(options.side), "--out", str(options.out)]
         more += ["--photos", str(options.photos)] if options.photos else []
         more += ["--budget", *budgets] if budgets else []
-        found.append((real_nets, ["--nets", *real, *rows, *more]))
+        found.append((field, ["--nets", *real, *rows, *more]))
     return found
 
 
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.shares",
         description=__doc__,
-        epilog=real_nets.PACKAGES,
+        epilog=field.PACKAGES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--nets", nargs="+", choices=[*layerwise.NETS, *REAL], default=layerwise.NETS)

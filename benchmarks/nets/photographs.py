@@ -1,6 +1,6 @@
 """Crops of photographs from a folder, split by photograph between calibration and held-out data.
 
-Debian's packages of wallpapers hold photographs under free licences, beside drawings, which should be left out:
+Debian's packages of wallpapers hold photographs under free licences, beside drawings, which are left out.
 """
 
 from __future__ import annotations
@@ -17,17 +17,22 @@ from allot.errors import UsageError
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp"}
 SIZE = re.compile(r"\d+x\d+")  # the name of a file that is one of several sizes of a photograph
-PACKAGES = """Photographs: any folder of images, at best 40 or more. Debian packages that hold some:
-  mate-backgrounds               usr/share/backgrounds/mate/nature (11 photographs)
-  lomiri-wallpapers-16.04        usr/share/backgrounds (13, all but analogpattern and umang)
-  lomiri-wallpapers-20.04        usr/share/backgrounds (Kleiber)
-  lxqt-themes                    usr/share/lxqt/wallpapers: beam Valendas after-the-rain appleflower butterfly cloud
-                                 drop flowers fog this-is-not-windows
-  plasma-workspace-wallpapers    usr/share/wallpapers: BytheWater ColdRipple ColorfulCups DarkestHour EveningGlow
-                                 FallenLeaf Grey Kite OneStandsOut Path Volna summer_1am
-Get them by: apt-get download PACKAGE; dpkg -x PACKAGE_*.deb FOLDER; leave drawings out (gnome-backgrounds and
-ukui-wallpapers hold nothing else). Files that are called WIDTHxHEIGHT in one folder are sizes of one photograph, of
-which the largest is used. Half of the photographs, by the digest of their content, are held out."""
+_PLASMA = "BytheWater ColdRipple ColorfulCups DarkestHour EveningGlow FallenLeaf Grey Kite OneStandsOut Path Volna"
+_LXQT = "Valendas after-the-rain appleflower beam butterfly cloud drop flowers fog this-is-not-windows"
+_LOMIRI = "Bridge Dragonfly Picture Wine aitzgorri free friends greentock life picosdeeuropa seeding sunset"
+DEBIAN = {  # package -> patterns of the files in it that are photographs
+    "mate-backgrounds": ("usr/share/backgrounds/mate/nature/*",),
+    "lomiri-wallpapers-16.04": tuple(f"usr/share/backgrounds/{name}_*" for name in _LOMIRI.split()),
+    "lomiri-wallpapers-20.04": ("usr/share/backgrounds/Kleiber_*",),
+    "lxqt-themes": tuple(f"usr/share/lxqt/wallpapers/{name}.*" for name in _LXQT.split()),
+    "plasma-workspace-wallpapers": tuple(
+        f"usr/share/wallpapers/{name}/contents/images/*" for name in (*_PLASMA.split(), "summer_1am")
+    ),
+}
+PACKAGES = f"""Photographs: a folder of images, at best 40 or more, without drawings. Files that are called WIDTHxHEIGHT
+in one folder are sizes of one photograph, of which the largest is used. Half of the photographs, by the digest of their
+content, are held out. Debian packages that hold some: {", ".join(DEBIAN)};
+`python -m benchmarks.nets.debian photographs FOLDER` downloads them by apt-get and leaves the drawings out."""
 
 
 def split(folder: Path) -> tuple[list[Path], list[Path]]:

@@ -16,18 +16,20 @@ from allot.errors import UsageError
 
 WORDS = 12  # of a paragraph at least: shorter ones are headings, entries of lists and menus
 OUTSIDE = {"script", "style", "pre", "table", "nav", "head"}  # elements whose text is no prose
-PACKAGES = """Text: a file, or a folder whose entries (files, or folders of files) are documents; .html, .txt and .md,
-also with .gz. Of HTML the paragraphs are read, of all text those of 12 words or more. Debian packages with long English
-prose, as folders to copy into the one given:
-  debian-handbook        usr/share/doc/debian-handbook/html/en-US
-  debian-reference-en    usr/share/debian-reference (*.en.html)
-  debian-policy          usr/share/doc/debian-policy/policy.html
-  developers-reference   usr/share/developers-reference (*.html)
-  gnucash-docs           usr/share/doc/gnucash-docs/gnucash-guide-en
-  installation-guide-amd64   usr/share/doc/installation-guide-amd64/en
-  maint-guide            usr/share/doc/maint-guide/html (*.en.html)
-Get them by: apt-get download PACKAGE; dpkg -x PACKAGE_*.deb FOLDER. Without --held-out, every third document in the
-order of names is held out; of a single document, the last third of its paragraphs."""
+DEBIAN = {  # package with long English prose -> patterns of its files
+    "debian-handbook": ("usr/share/doc/debian-handbook/html/en-US/*.html",),
+    "debian-policy": ("usr/share/doc/debian-policy/policy.html/*.html",),
+    "debian-reference-en": ("usr/share/debian-reference/*.en.html",),
+    "developers-reference": ("usr/share/developers-reference/*.html",),
+    "gnucash-docs": ("usr/share/doc/gnucash-docs/gnucash-guide-en/*.html",),
+    "installation-guide-amd64": ("usr/share/doc/installation-guide-amd64/en/*.html",),
+    "maint-guide": ("usr/share/doc/maint-guide/html/*.en.html",),
+}
+PACKAGES = f"""Text: a file, or a folder whose entries (files, or folders of files) are documents; .html, .txt and .md,
+also with .gz. Of HTML the paragraphs are read, of all text those of 12 words or more. Every third document in the order
+of names is held out; of a single document, the last third of its paragraphs. Debian packages with long English prose:
+{", ".join(DEBIAN)};
+`python -m benchmarks.nets.debian prose FOLDER` downloads them by apt-get."""
 
 
 def documents(path: Path) -> dict[str, list[str]]:

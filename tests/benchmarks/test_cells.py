@@ -13,39 +13,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from benchmarks.nets.net import Net, agreement, outputs_of
+from benchmarks.nets.net import Net
 from benchmarks.nets.smollm2 import RULES
 from benchmarks.nets.smollm2 import measure as perplexity
 from benchmarks.runs import chains_of
-from torch import nn
 
 from allot.errors import UsageError
 from allot.pruning.assemble import assemble
-from benchmarks import apart, language_model, layerwise, real_nets, shares
+from benchmarks import apart, field, language_model, layerwise, shares
 
 
-@pytest.mark.parametrize("name", ["runs", "apart", "language_model", "real_nets", "layerwise", "controls", "shares"])
+@pytest.mark.parametrize("name", ["runs", "apart", "language_model", "layerwise", "controls", "shares"])
 def test_examples_in_docstrings_run(name: str):
     assert doctest.testmod(importlib.import_module(f"benchmarks.{name}")).failed == 0
-
-
-@pytest.fixture
-def in_this_process(monkeypatch):
-    """Cells run here, not in processes of their own; the keys of those that ran."""
-    ran = []
-
-    def run(command, **options):
-        module, asked = importlib.import_module(command[2]), json.loads(command[4])
-        ran.append(Path(asked["scratch"]).name)
-        try:
-            found = json.dumps(module.measure(asked))
-        except UsageError:
-            return SimpleNamespace(returncode=1, stdout="")
-        return SimpleNamespace(returncode=0, stdout=f"a line of a library\n{found}\n")
-
-    monkeypatch.setattr(apart.subprocess, "run", run)
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    return ran
 
 
 # One cell a file
@@ -59,16 +39,18 @@ def test_a_cell_that_is_there_is_not_measured_again(tmp_path, monkeypatch):
         assert command[1:4] == ["-m", "some.module", "--cell"] and options["stdout"] == subprocess.PIPE
         Path(asked["scratch"]).mkdir()
         text = answers[asked["x"]]
-        return SimpleNamespace(returncode=not text, stdout=text)
+        return SimpleNamespace(returncode=int(not text), stdout=text)
 
     monkeypatch.setattr(apart.subprocess, "run", run)
     cells = {"one": {"x": "a"}, "two": {"x": "b"}}
     assert apart.measured("some.module", cells, tmp_path) == {"one": {"score": 1}}
     assert not (tmp_path / "one").exists() and (tmp_path / "two").exists()  # to look at
+    reason = "its process ended with exit code 1"
+    assert apart.kept(cells, tmp_path) == ({"one": {"score": 1}}, {"two": reason})
     answers |= {"a": "", "b": '{"score": 2}'}
     assert apart.measured("some.module", cells, tmp_path) == {"one": {"score": 1}, "two": {"score": 2}}
     assert not (tmp_path / "two").exists()
-    with pytest.raises(UsageError, match="net dense failed, as its other cells would"):
+    with pytest.raises(UsageError, match="net dense failed, as its other cells would: its process ended with exit"):
         apart.measured("some.module", {"net dense": {"x": "a", "method": "dense"}}, tmp_path)
     with pytest.raises(UsageError, match=r"one\.json was measured with another x: use another --out"):
         apart.measured("some.module", {"one": {"x": "b"}}, tmp_path)
@@ -82,7 +64,11 @@ def test_a_cell_prints_its_answer_or_an_error_in_one_line(capsys, caplog):
         raise UsageError("torchcrepe is missing")
 
     assert apart.answer(fails, "{}") == 1
-    assert capsys.readouterr().out == "" and caplog.messages == ["torchcrepe is missing"]
+    assert json.loads(capsys.readouterr().out) == {"failed": "torchcrepe is missing"}
+    assert caplog.messages == ["torchcrepe is missing"]
+    assert apart.answer(lambda asked: {}["absent"], "{}") == 1
+    assert json.loads(capsys.readouterr().out) == {"failed": "KeyError: 'absent'"}
+    assert [record.exc_info is None for record in caplog.records] == [True, False]  # nobody foresaw the second
 
 
 def test_what_a_block_of_code_costs_counts_its_peak_and_its_seconds():
@@ -160,30 +146,7 @@ def test_what_cannot_be_understood_is_an_error_before_anything_runs(more, said, 
     assert said in capsys.readouterr().err and in_this_process == []
 
 
-# Nets with other metrics
-
-
-def test_the_table_of_trained_nets_has_their_metrics_and_costs(in_this_process, tmp_path, capsys, monkeypatch):
-    def load(asked):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
-        inputs = torch.randn(30, 6)
-        (dense,) = outputs_of(model, inputs)
-        drawn = torch.randn(20, 6, generator=torch.Generator().manual_seed(asked["seed"]))
-        return Net("lite0", model, drawn, lambda m: agreement(outputs_of(m, inputs)[0], dense), {})
-
-    monkeypatch.setitem(real_nets.LOADERS, "lite0", load)
-    asked = ["--photos", "photos", "--nets", "lite0", "--budget", "0.5", "--seeds", "1", "2", "--out", str(tmp_path)]
-    assert real_nets.main([*asked, "--methods", "none", "uniform+lstsq", "no-such-repair"]) == 1
-    lines = capsys.readouterr().out.splitlines()
-    rows = [[part.strip() for part in line.strip("|").split("|")] for line in lines if line.startswith("|")]
-    assert rows[0][:4] == ["sparsity", "method", "agreement", "kl"]
-    assert rows[2][1:4] == ["dense", "100.0", "0.000"] and [row[1] for row in rows[3:]] == ["none", "uniform+lstsq"]
-    assert all(" ± " in row[2] for row in rows[3:])
-    assert rows[3][-1].endswith("/ 0") and int(rows[4][-1].split(" / ")[0].replace(",", "")) > 0
-    with pytest.raises(SystemExit):
-        real_nets.main(["--nets", "lite0"])
-    assert "lite0 needs --photos DIR" in capsys.readouterr().err
+# Nets of the zoo
 
 
 def test_pages_of_the_zoo_show_what_was_measured_and_no_more(monkeypatch):
@@ -200,7 +163,7 @@ def test_pages_of_the_zoo_show_what_was_measured_and_no_more(monkeypatch):
 def test_allocations_are_measured_by_the_benchmark_of_each_net(monkeypatch):
     given = {}
     monkeypatch.setattr(layerwise, "main", lambda arguments: given.update(zoo=arguments))
-    monkeypatch.setattr(real_nets, "main", lambda arguments: given.update(real=arguments) or 1)
+    monkeypatch.setattr(field, "main", lambda arguments: given.update(real=arguments) or 1)
     nets = ["--nets", "glyph-vit", "crepe", "face", "--allocations", "erk", "fcpts, 40 steps"]
     assert shares.main([*nets, "--seeds", "1", "--sparsity", "0.9", "--out", "cells"]) == 1
     assert given["zoo"][:3] == ["--nets", "glyph-vit", "--methods"] and given["real"][:3] == ["--nets", "crepe", "face"]
