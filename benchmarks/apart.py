@@ -89,6 +89,8 @@ def answer(measure: Callable[[dict[str, Any]], dict[str, Any]], cell: str) -> in
     """Prints what a cell gives as the last line, or 1 and why it failed; an error of allot is logged in one line."""
     try:
         found = measure(json.loads(cell))
+    except KeyboardInterrupt:  # the command that started the cell says so
+        return 130
     except AllotError as error:
         log.error("%s", error)
         found = {"failed": str(error)}

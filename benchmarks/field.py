@@ -197,7 +197,7 @@ def command() -> argparse.ArgumentParser:
     budgets = [budget for some in BUDGETS.values() for budget in some]
     methods = [name for some in METHODS.values() for name in some]
     parser.add_argument("--nets", nargs="+", choices=[*METRICS, "face"], default=list(METRICS))
-    accepted = f"of {' '.join(budgets)}; 0.8 is sparsity=0.8".replace("%", "%%")
+    accepted = f"of {' '.join(budgets)}; 0.8 is sparsity=0.8, 60% and 2:4 are for {LANGUAGE}".replace("%", "%%")
     parser.add_argument("--budget", nargs="+", type=budget_of, default=budgets, help=accepted)
     parser.add_argument("--methods", nargs="*", default=methods, help=f"of {' '.join(methods)}, or your own")
     parser.add_argument("--chain", action="append", default=[], metavar="NAME=JSON", help="a further method")

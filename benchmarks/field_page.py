@@ -78,7 +78,7 @@ def write(page: Path, parts: Sequence[Part]) -> None:
     if not page.exists() or "<!-- field -->\n" not in page.read_text():
         raise UsageError(f"{page}: there is no line <!-- field --> to write tables below.")
     sections = [line for part in parts for line in ("", f"## {part.net}", "", *section(part))]
-    fill(page, "field", ["", *overview(parts), *sections])
+    fill(page, "field", ["", *overview(parts), "", *against_controls(parts), *sections])
 
 
 def overview(parts: Sequence[Part]) -> list[str]:
@@ -93,6 +93,34 @@ def overview(parts: Sequence[Part]) -> list[str]:
             values = [f"{part.net}: {next(iter(part.metrics))}", budget, part.dense[0], *means]
             lines.append(f"| {' | '.join(values)} |")
     return lines
+
+
+def against_controls(parts: Sequence[Part]) -> list[str]:
+    """In how many nets and budgets a recipe is ahead of its control by the first metric, of which more is better.
+
+    Means that are closer than the larger of their deviations are equal.
+    """
+    counts: dict[str, list[int]] = {}  # recipe -> ahead, equal, behind, not measured
+    for part in parts:
+        first, rows = next(iter(part.metrics)), part.rows
+        for budget, recipe in rows:
+            if (control := (budget, f"uniform+{recipe}")) not in rows:
+                continue
+            count = counts.setdefault(recipe, [0, 0, 0, 0])
+            keys = rows[budget, recipe], rows[control]
+            values = [[part.found[key][first] for key in some if key in part.found] for some in keys]
+            if not all(values):
+                count[3] += 1
+                continue
+            means, spread = [statistics.mean(some) for some in values], max(map(_deviation, values))
+            count[1 if abs(means[0] - means[1]) <= spread else 0 if means[0] > means[1] else 2] += 1
+    lines = ["| recipe | ahead of uniform+recipe | equal within the spread | behind | not measured |"]
+    lines.append("|---|--:|--:|--:|--:|")
+    return lines + [f"| {recipe} | {' | '.join(map(str, count))} |" for recipe, count in counts.items()]
+
+
+def _deviation(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def section(part: Part) -> list[str]:

@@ -15,7 +15,7 @@ from benchmarks.nets.photographs import crops, split
 METRICS = {"agreement": "percent of held-out crops with the top class of the dense net", "kl": "KL to the dense net"}
 
 
-def load(photos: Path, *, seed: int = 0, side: int = 128, calibration: int = 208, held_out: int = 320) -> Net:
+def load(photos: Path, *, seed: int = 0, side: int = 128, calibration: int = 256, held_out: int = 320) -> Net:
     """The net with crops drawn by `seed`; the held-out crops, of other photographs, are the same for every seed.
 
     Raises:

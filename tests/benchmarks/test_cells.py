@@ -68,6 +68,11 @@ def test_a_cell_prints_its_answer_or_an_error_in_one_line(capsys, caplog):
     assert caplog.messages == ["torchcrepe is missing"]
     assert apart.answer(lambda asked: {}["absent"], "{}") == 1
     assert json.loads(capsys.readouterr().out) == {"failed": "KeyError: 'absent'"}
+
+    def is_stopped(asked):
+        raise KeyboardInterrupt
+
+    assert apart.answer(is_stopped, "{}") == 130 and capsys.readouterr().out == ""
     assert [record.exc_info is None for record in caplog.records] == [True, False]  # nobody foresaw the second
 
 

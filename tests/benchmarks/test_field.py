@@ -204,7 +204,8 @@ def test_tables_show_means_and_what_failed_or_is_missing(nets, monkeypatch, caps
     page = rows_of(lines)
     assert page[1] == ["crepe: agreement", "sparsity=0.5", *["not run"] * 13]  # the overview
     assert page[4] == ["rnet: agreement", "sparsity=0.5", "100.0", "90.5", "90.0", *["not run"] * 10]
-    below = page[7:]
+    below = page[7 + 8 :]  # recipes against their controls are between
+    assert page[8] == ["erk", "0", "1", "0", "5"]
     assert sum(row[2:3] == ["not run"] for row in below) == 1 + 38 + 36  # the dense one of crepe, its rows, R-Net's
     assert sum(row[-1] == "0 of 3" for row in below) == 38 + 36
 
@@ -228,6 +229,22 @@ def test_a_net_that_is_pruned_has_all_columns(monkeypatch, in_this_process, tmp_
     assert all(" ± " in row[2] and row[4].startswith("KL ") and " ± " in row[5] for row in rows[2:4])
     assert rows[2][-2].endswith("/ 0") and int(rows[3][-2].split(" / ")[0].replace(",", "")) > 0
     assert rows[4][2] == "failed" and rows[4][-1] == "0 of 2, 2 failed"
+
+
+def test_recipes_are_ahead_of_their_control_equal_or_behind():
+    values = {  # budget -> scores of a recipe and of its control, one a seed
+        1: ((90.0, 92.0), (80.0, 81.0)),
+        2: ((5.0, 7.0), (6.0, 6.5)),
+        3: ((1.0,), (1.5, 1.5)),
+        4: ((), (1.0,)),
+    }
+    cells, found = {"alone": {"method": "alone", "budget": 1}}, {"alone": {"x": 9.0}}
+    for budget, both in values.items():
+        for method, scores in zip(("a", "uniform+a"), both, strict=True):
+            cells |= {f"{budget} {method} {seed}": {"method": method, "budget": budget} for seed in (0, 1)}
+            found |= {f"{budget} {method} {seed}": {"x": score} for seed, score in enumerate(scores)}
+    lines = field_page.against_controls([field_page.Part("net", {"x": "", "y": ""}, cells, found, {})])
+    assert lines[2:] == ["| a | 1 | 1 | 1 | 1 |"]
 
 
 def test_the_table_alone_measures_nothing_and_says_what_is_missing(nets, caplog, capsys):
