@@ -22,7 +22,7 @@ log = logging.getLogger("allot")
 def fetch(packages: Mapping[str, Sequence[str]], folder: Path) -> list[str]:
     """Unpacks what matches a package's patterns into FOLDER/PACKAGE, where that is not there; the packages missing.
 
-    A package is missing where apt-get does not know it, or is not there itself.
+    A package is missing where apt-get does not know it or is not there itself, or no file matches.
     """
     missing = [package for package in packages if not (folder / package).exists()]
     if not missing or not shutil.which("apt-get"):
@@ -38,8 +38,11 @@ def fetch(packages: Mapping[str, Sequence[str]], folder: Path) -> list[str]:
                 log.warning("%s: %s", package, ran.stderr.strip().rpartition("\n")[2])
                 continue
             (archive,) = Path(scratch).glob("*.deb")
-            unpack(archive, packages[package], Path(scratch) / "unpacked")
-            (Path(scratch) / "unpacked").rename(folder / package)
+            unpack(archive, packages[package], unpacked := Path(scratch) / "unpacked")
+            if not any(unpacked.iterdir()):
+                log.warning("%s: this release of it has no file like %s", package, " ".join(packages[package]))
+                continue
+            unpacked.rename(folder / package)
             missing.remove(package)
     return missing
 

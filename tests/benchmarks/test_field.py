@@ -312,5 +312,8 @@ def test_files_of_a_debian_package_come_without_those_beside_them(tmp_path, monk
     assert "unknown: E: Unable to locate package unknown" in caplog.text
     asked.clear()
     assert debian.fetch({"a": ()}, folder) == [] and asked == []  # it is there
+    assert debian.fetch({"a": ("share/*.webp",)}, tmp_path / "empty") == ["a"]
+    assert "a: this release of it has no file like share/*.webp" in caplog.text
+    asked.clear()
     monkeypatch.setattr(debian.shutil, "which", lambda name: None)
     assert debian.fetch(packages, folder) == ["unknown"] and asked == []
