@@ -86,7 +86,7 @@ def kept(cells: Mapping[str, Mapping[str, Any]], folder: Path) -> tuple[Found, d
 
 
 def answer(measure: Callable[[dict[str, Any]], dict[str, Any]], cell: str) -> int:
-    """Prints what a cell gives as the last line, or 1 and why it failed; an error of allot is logged in one line."""
+    """Prints what a cell gives, or why it failed, as the last line; returns 0, 1 where it failed, 130 if stopped."""
     try:
         found = measure(json.loads(cell))
     except KeyboardInterrupt:  # the command that started the cell says so
