@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from allot.errors import UsageError
-from allot.network.applied_masks import masked
+from allot.network.applied_masks import masked, masked_values
 from allot.network.call import call
 from allot.network.trees import as_arguments
 
@@ -131,3 +131,28 @@ def test_masked_weights_are_plus_zero_whatever_they_were():
     zeros = masked(weight, torch.tensor([False, False, False, True]))
     assert zeros.tolist() == [0.0, 0.0, 0.0, -2.0] and not torch.signbit(zeros[:3]).any()
     assert masked(weight.half(), torch.ones(4, dtype=torch.bool)).dtype == torch.float16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64])
+def test_masked_values_are_those_of_masked_to_the_bit_in_any_layout(dtype: torch.dtype):
+    draw = torch.Generator().manual_seed(0)
+    tensor = torch.randn(4, 6, 3, 2, generator=draw).to(dtype)
+    tensor[0, 0, 0] = -0.0
+    tensor[1, 0, 0] = float("nan")
+    mask = torch.rand(tensor.shape, generator=draw) < 0.5
+    for ours in (tensor, tensor.to(memory_format=torch.channels_last), tensor.transpose(0, 1)):
+        chosen = mask if ours.shape == mask.shape else mask.transpose(0, 1)
+        found, wanted = masked_values(ours, chosen), masked(ours, chosen)
+        assert found.dtype == dtype and found.stride() == wanted.stride()
+        assert bits_of(found) == bits_of(wanted)
+
+
+def bits_of(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def test_a_name_under_which_a_module_is_shared_is_a_name_too():
+    shared = nn.Linear(2, 2, bias=False)
+    model = nn.Sequential(shared, shared)
+    zero = torch.zeros(2, 2)
+    assert torch.equal(call(model, {"1.weight": zero}, torch.ones(1, 2)), torch.zeros(1, 2))

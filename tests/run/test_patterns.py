@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from allot import prune
 from allot.errors import PatternError, UsageError
 from allot.network.layers import Layer, Rules, Scope
-from allot.run import patterns
-from allot.run.patterns import NM, Rows, Unstructured, parse, select
+from allot.run import ranking
+from allot.run.patterns import NM, Rows, Unstructured, indices_of, masks_of, parse, select
 
 VALUES = st.sampled_from([-math.inf, -1.0, -0.0, 0.0, 0.5, 0.5, 1.0, math.inf]) | st.floats(-2, 2, width=32)
 
@@ -53,7 +53,7 @@ def test_of_a_large_tensor_the_same_entries_are_selected(kind: str, monkeypatch:
     for kept in (1, 700, 35_000, 69_000, 70_001):
         wanted = select(score, kept)
         with monkeypatch.context() as patch:
-            patch.setattr(patterns, "LARGE", 20_000)
+            patch.setattr(ranking, "LARGE", 10_000)
             assert torch.equal(select(score, kept), wanted) and int(wanted.sum()) == kept
 
 
@@ -182,7 +182,7 @@ def test_a_run_with_rows_meets_its_budget_with_rows_that_differ_by_one():
 def test_rows_of_a_large_tensor_are_ranked_in_parts(monkeypatch: pytest.MonkeyPatch):
     layer, score = linear(9, 50), (rand(9, 50) * 20).round()
     wanted = {kept: Rows().mask(layer, score, kept) for kept in (4, 100, 203, 450)}
-    monkeypatch.setattr(patterns, "LARGE", 100)
+    monkeypatch.setattr(ranking, "LARGE", 100)
     for kept, mask in wanted.items():
         assert torch.equal(Rows().mask(layer, score, kept), mask) and int(mask.sum()) == kept
 
@@ -314,3 +314,20 @@ def test_masks_are_the_first_of_a_stable_order_in_every_dtype(dtype: torch.dtype
                 mask[pattern.order(layer, score)[:kept]] = True
                 if kept >= layer.rows:
                     assert torch.equal(pattern.mask(layer, score, kept), mask.view(6, 8)), (pattern, kept)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(), Rows(), NM(None, 4)], ids=str)
+@pytest.mark.parametrize("ties", [False, True])
+def test_masks_of_several_counts_are_those_of_each_count(pattern, ties: bool):
+    layer, score = linear(6, 8), rand(6, 8)
+    score = (score * 3).round() if ties else score
+    for values, counts in ((score, (24, 12, 48, 12)), (score.to(torch.bfloat16), (36, 24))):
+        for mask, kept in zip(masks_of(pattern, layer, values, counts), counts, strict=True):
+            assert torch.equal(mask, pattern.mask(layer, values, kept)) and int(mask.sum()) == kept
+    with pytest.raises(PatternError, match=layer.name):
+        masks_of(pattern, layer, torch.full((6, 8), math.nan), (24,))
+
+
+def test_indices_of_a_mask_are_its_true_entries():
+    mask = rand(3, 7, 2) > 0.6
+    assert torch.equal(indices_of(mask), mask.flatten().nonzero().flatten())

@@ -58,6 +58,7 @@ from allot.errors import UsageError, check_number
 from allot.methods.training.distillation import Training, distilled
 from allot.methods.training.schedule import Schedule, warm_cosine
 from allot.methods.training.selection import CollectedEvidence, allocated
+from allot.run.patterns import indices_of
 from allot.run.problem import Candidate, Method, Metrics, Problem, finished
 from allot.run.scores import magnitude
 from allot.run.store import State
@@ -133,9 +134,8 @@ class Fcpts:
                 state["density"] = moved(problem.budget, state["density"], state["b"], eta, self.absolute)
             kept = state["kept"] = budget.counts(state["density"])
             low, high = _window_bounds(problem.budget, kept, self.window)
-            state["masks"] = self.training.select(problem, training, evidence, kept)
-            wide, narrow = (self.training.select(problem, training, evidence, bound) for bound in (high, low))
-            state["windows"] = {l: (wide.pop(l) & ~narrow.pop(l)).flatten().nonzero().flatten().int() for l in kept}
+            state["masks"], wide, narrow = self.training.select_each(problem, training, evidence, (kept, high, low))
+            state["windows"] = {l: indices_of(wide.pop(l) & ~narrow.pop(l)).int() for l in kept}
             allocation |= {f"density.{name}": kept[name] / total for name, total in candidate.allocation.total.items()}
             state["trajectory"].append({"step": t, "limit": limits, "kept": kept})
         gradients, metrics = self.training.gradients(problem, training, state["masks"])
@@ -203,7 +203,8 @@ def _update_signals(state: State, gradients: Mapping[str, Tensor]) -> None:
         return
     keep = min(0.9, 1 - 1 / state["seen"])  # a plain mean at first
     gw = [
-        gradients[name].flatten()[index].double() * state["training"]["tensors"][name].flatten()[index]
+        gradients[name].flatten().index_select(0, index).double()
+        * state["training"]["tensors"][name].flatten().index_select(0, index)
         for name, index in reached.items()
     ]
     seen = torch.stack([torch.stack([-x.mean(), x.abs().mean()]) for x in gw]).tolist()

@@ -21,6 +21,24 @@ def masked(tensor: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
 
 
+_INTEGERS = {torch.float16: torch.int16, torch.bfloat16: torch.int16} | {
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
+
+
+def masked_values(tensor: Tensor, mask: Tensor) -> Tensor:
+    """What `masked` returns, bit for bit and without gradients; on the CPU several times faster, with a second copy.
+
+    >>> masked_values(torch.tensor([-1.5, -2.5, float("nan")]), torch.tensor([True, False, False])).tolist()
+    [-1.5, 0.0, 0.0]
+    """
+    tensor, integer = tensor.detach(), _INTEGERS.get(tensor.dtype)
+    if integer is None or tensor.device.type != "cpu":
+        return masked(tensor, mask)
+    return (mask.to(integer).neg_() & tensor.view(integer)).view(tensor.dtype)  # -1 has all bits set
+
+
 class Masking(TorchFunctionMode):
     """While open, functions of torch get masked copies of these tensors.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache, partial
@@ -49,9 +49,11 @@ def call(
         UsageError: a name that the model does not have, a shape other than the model's, or two values for one
             tied weight.
     """
-    model_tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(
-        model.named_buffers(remove_duplicate=False)
-    )
+    modules = list(model.named_modules())  # once: to walk over hundreds of modules takes milliseconds
+    model_tensors = dict(_places(modules))
+    if not tensors.keys() <= model_tensors.keys():  # names of modules that have two are rare
+        model_tensors |= dict(model.named_parameters(remove_duplicate=False))
+        model_tensors |= dict(model.named_buffers(remove_duplicate=False))
     for name, tensor in tensors.items():
         if name not in model_tensors:
             raise unknown("tensor", name, model_tensors)
@@ -59,7 +61,7 @@ def call(
             raise UsageError(f"{name} has shape {list(tensor.shape)}; the model has {list(model_tensors[name].shape)}.")
     refuse_two_values(tensors, {name: id(model_tensors[name]) for name in tensors})
     args, kwargs = as_arguments(inputs)
-    placed = {f"model.{name}": tensor for name, tensor in _tensors_by_place(model, tensors, model_tensors).items()}
+    placed = {f"model.{name}": tensor for name, tensor in _tensors_by_place(modules, tensors, model_tensors).items()}
     norms = norms or (Norms() if training and world_size() > 1 else None)
     compute = compute or Compute()
     if norms and compute.compile:
@@ -80,12 +82,14 @@ def modes(model: nn.Module, training: Callable[[nn.Module], bool]) -> Iterator[N
     """Each module in train mode where `training(module)`, else in eval mode; restored on leaving."""
     previous = [(module, module.training) for module in model.modules()]
     try:
-        for module, _ in previous:
-            module.training = training(module)
+        for module, mode in previous:
+            if (wanted := training(module)) != mode:  # to set an attribute of a module takes longer than to ask
+                module.training = wanted
         yield
     finally:
         for module, mode in previous:
-            module.training = mode
+            if module.training != mode:
+                module.training = mode
 
 
 class _WithThen(nn.Module):
@@ -143,7 +147,7 @@ def filled_copy(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
 
 
 def _tensors_by_place(
-    model: nn.Module, tensors: Mapping[str, Tensor], model_tensors: Mapping[str, Tensor]
+    modules: Iterable[tuple[str, nn.Module]], tensors: Mapping[str, Tensor], model_tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """A value for every place that holds a tensor named in `tensors`, and a copy of every other buffer.
 
@@ -151,13 +155,20 @@ def _tensors_by_place(
     """
     values = {id(model_tensors[name]): tensor for name, tensor in tensors.items()}
     by_place: dict[str, Tensor] = {}
-    for prefix, module in model.named_modules():
-        for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and not isinstance(tensor, nn.Parameter) and id(tensor) not in values:
-                values[id(tensor)] = tensor.clone()  # the forward pass may write to it
-            if id(tensor) in values:
-                by_place[f"{prefix}.{attribute}" if prefix else attribute] = values[id(tensor)]
+    for place, tensor in _places(modules):
+        if not isinstance(tensor, nn.Parameter) and id(tensor) not in values:
+            values[id(tensor)] = tensor.clone()  # the forward pass may write to it
+        if id(tensor) in values:
+            by_place[place] = values[id(tensor)]
     return by_place
+
+
+def _places(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of each parameter and buffer of each module."""
+    for prefix, module in modules:
+        for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                yield f"{prefix}.{attribute}" if prefix else attribute, tensor
 
 
 def refuse_two_values(values: Mapping[str, Tensor], tensor_of: Mapping[str, int]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from allot.errors import PatternError, UsageError
 from allot.network.layers import Layer
+from allot.run.ranking import highest_each, highest_of_rows, rows_at_once
 
 
 class Pattern(Protocol):
@@ -107,8 +108,8 @@ class Rows:
         k, more = divmod(kept, layer.rows)
         counts = torch.full((layer.rows,), k, device=score.device)
         if more:
-            counts += select(_highest_of_rows(matrix, k + 1), more)
-        parts = zip(*(value.split(_rows_at_once(matrix)) for value in (matrix, counts)), strict=True)
+            counts += select(highest_of_rows(matrix, k + 1), more)
+        parts = zip(*(value.split(rows_at_once(matrix)) for value in (matrix, counts)), strict=True)
         return layer.unmatrix(torch.cat([_best_of_rows(part, count, k) for part, count in parts]))
 
     def order(self, layer: Layer, score: Tensor) -> Tensor:
@@ -246,43 +247,51 @@ def select(score: Shaped[Tensor, "*shape"], kept: int) -> Bool[Tensor, "*shape"]
     Raises:
         PatternError: `kept` out of range, or `score` holds nan.
     """
-    if not 0 <= kept <= score.numel():
-        raise PatternError(f"cannot keep {kept:,} of {score.numel():,} weights.")
-    if bool(score.isnan().any()):
+    (mask,) = _select_each(score, (kept,))
+    return mask
+
+
+def masks_of(pattern: Pattern, layer: Layer, score: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    """What `pattern.mask` returns for each of several counts; where any weight may be removed, ranked together.
+
+    Raises:
+        PatternError: as `pattern.mask`.
+    """
+    if not isinstance(pattern, Unstructured) or layer.min_per_row:
+        return [pattern.mask(layer, score, kept) for kept in counts]
+    try:
+        return _select_each(score, counts)
+    except PatternError as error:
+        raise PatternError(f"{layer.name}: {error}") from error
+
+
+def _select_each(score: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    """What `select` returns for each of the counts."""
+    for kept in counts:
+        if not 0 <= kept <= score.numel():
+            raise PatternError(f"cannot keep {kept:,} of {score.numel():,} weights.")
+    if score.numel() and bool(score.amax().isnan()):
         raise PatternError(_NAN)
     flat = score.flatten()
-    mask = torch.zeros_like(flat, dtype=torch.bool)
-    if kept:
-        # the kept-th highest value splits the entries; only those equal to it need the index rule
-        cut = _highest(flat, kept)
-        above = flat > cut
-        ties = (flat == cut).nonzero().flatten()[: kept - int(above.sum())]
-        mask = above.index_fill(0, ties, True)
-    return mask.view_as(score)
+    cuts = highest_each(flat, sorted({kept for kept in counts if kept}))
+    masks = {kept: _above(flat, cut, kept) for kept, cut in cuts.items()}
+    masks[0] = torch.zeros_like(flat, dtype=torch.bool)
+    return [masks[kept].view_as(score) for kept in counts]
 
 
-LARGE = 2**20  # entries of a tensor above which they are not all ranked at once
+def _above(flat: Tensor, cut: Tensor, kept: int) -> Tensor:
+    """Mask of the `kept` highest entries, `cut` being the lowest of them; of entries equal to it the first ones."""
+    mask = flat >= cut
+    if (excess := int(mask.count_nonzero()) - kept) > 0:
+        mask[(flat == cut).nonzero().flatten()[-excess:]] = False
+    return mask
 
 
-def _highest(flat: Shaped[Tensor, " N"], k: int) -> Tensor:
-    """The k-th highest of the entries.
-
-    Of many entries, a sample gives two bounds for the value, and only the entries between them are ranked: this takes a
-    twentieth of the memory that ranking all entries takes.
-    """
-    if flat.numel() > LARGE and flat.is_floating_point():
-        sample = flat[:: -(-flat.numel() // 65_536)].sort(descending=True).values
-        place, off = k * len(sample) // flat.numel(), len(sample) // 64  # eight standard deviations of a draw
-        high = sample[place - off] if place >= off else flat.new_tensor(float("inf"))
-        low = sample[place + off] if place + off < len(sample) else flat.new_tensor(float("-inf"))
-        rank, near = k, []
-        for part in flat.split(LARGE // 4):
-            rank -= int((part > high).sum())
-            near.append(part[(part <= high) & (part >= low)])
-        between = torch.cat(near)
-        if 1 <= rank <= len(between):  # sorted or periodic entries may mislead the sample
-            return _kth_highest(between[None], rank)[0]
-    return _kth_highest(flat[None], k)[0]
+def indices_of(mask: Tensor) -> Tensor:
+    """Flat indices of the entries that are True, ascending; on the CPU numpy finds them several times faster."""
+    if mask.device.type == "cpu":
+        return torch.from_numpy(numpy.flatnonzero(mask.numpy()))
+    return mask.flatten().nonzero().flatten()
 
 
 _NAN = "the score holds nan: weights cannot be ranked."
@@ -298,23 +307,6 @@ def _check_rows(layer: Layer, kept: int) -> None:
         )
 
 
-def _rows_at_once(matrix: Tensor) -> int:
-    return max(1, LARGE // matrix.shape[1])
-
-
-def _highest_of_rows(matrix: Shaped[Tensor, "rows cols"], k: int) -> Shaped[Tensor, " rows"]:
-    """The k-th highest entry of each row, 1 <= k <= cols."""
-    return torch.cat([_kth_highest(part, k) for part in matrix.split(_rows_at_once(matrix))])
-
-
-def _kth_highest(matrix: Shaped[Tensor, "rows cols"], k: int) -> Shaped[Tensor, " rows"]:
-    """The k-th highest entry of each row; on the CPU numpy selects several times faster than torch."""
-    place = matrix.shape[1] - k
-    if matrix.device.type == "cpu" and matrix.dtype in (torch.float32, torch.float64):
-        return torch.from_numpy(numpy.partition(matrix.detach().numpy(), place, axis=1)[:, place].copy())
-    return matrix.kthvalue(place + 1, dim=1).values
-
-
 def _best_of_rows(
     matrix: Shaped[Tensor, "rows cols"], counts: Shaped[Tensor, " rows"], k: int
 ) -> Bool[Tensor, "rows cols"]:
@@ -325,7 +317,7 @@ def _best_of_rows(
         if not count or not len(rows):
             continue
         part = matrix if len(rows) == len(matrix) else matrix[rows]
-        cut = _highest_of_rows(part, count)[:, None]
+        cut = highest_of_rows(part, count)[:, None]
         best = part >= cut
         if int(best.count_nonzero()) > count * len(rows):  # several scores equal the last one that is kept
             above, equal = part > cut, part == cut

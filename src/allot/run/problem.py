@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from allot.budget.allocation import Allocation
 from allot.budget.model_budget import ModelBudget
 from allot.errors import UsageError
-from allot.network.applied_masks import masked
+from allot.network.applied_masks import masked_values
 from allot.network.call import call
 from allot.network.compute import Compute
 from allot.network.layers import Scope, is_batch_norm
@@ -128,7 +128,7 @@ class Candidate:
         if self._effective.get("problem") is not problem:
             tensors = dict(self.tensors)
             for name, mask in self.masks.items():
-                tensors[name] = masked(self.tensor(problem, name), mask)
+                tensors[name] = masked_values(self.tensor(problem, name), mask)
             self._effective.update(problem=problem, tensors=tensors)
         return dict(self._effective["tensors"])
 
@@ -164,7 +164,7 @@ class _OneAtATime(Mapping[str, Tensor]):
         if name not in self.names:
             raise KeyError(name)
         tensor, mask = self.candidate.tensor(self.problem, name), self.candidate.masks.get(name)
-        return tensor if mask is None else masked(tensor, mask)
+        return tensor if mask is None else masked_values(tensor, mask)
 
     def __contains__(self, name: object) -> bool:
         return name in self.names

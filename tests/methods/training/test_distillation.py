@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from allot.errors import AllotError, UsageError
 from allot.methods.training.distillation import Training, trained
 from allot.methods.training.losses import LOSSES
 from allot.methods.training.schedule import Schedule, warm_cosine
+from allot.methods.training.selection import is_finite
 from allot.network.compute import Compute
 from allot.pruning.setup import make_problem
 from allot.run.calibration import Calibration
@@ -432,3 +434,43 @@ def test_every_schedule_ends_on_the_budget_itself(steps: int, freeze_at: float):
     assert all(factors[t] == factors[t - 1] for t in range(1, steps) if t not in due)  # it changes with the masks
     if len(due) > 1 and freeze_at == 0.8:
         assert factors[0] == 8.0
+
+
+def test_a_step_is_that_of_torchs_adam_to_the_bit():
+    problem = posed(nn.Linear(6, 5), torch.randn(8, 6))
+    training = Training(steps=9)
+    state = begun(training, problem)
+    theirs = {name: value.clone().requires_grad_() for name, value in state["tensors"].items()}
+    groups = [{"params": [theirs[name]], "lr": 0.02 * state["scale"][name]} for name in theirs]
+    optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-8)
+    for k in range(4):
+        draw = torch.Generator().manual_seed(k)
+        gradients = {name: torch.randn(value.shape, generator=draw) for name, value in theirs.items()}
+        training.descend(state, gradients, 0.02)
+        for name, value in theirs.items():
+            value.grad = gradients[name]
+        optimiser.step()
+    assert state["step"] == 4
+    assert all(torch.equal(state["tensors"][name], value.detach()) for name, value in theirs.items())
+
+
+def test_masks_of_several_counts_are_those_of_each_count_from_one_score():
+    problem = posed(nn.Linear(6, 5), torch.randn(8, 6))
+    state, counts = begun(Training(), problem), [{"weight": k} for k in (7, 30, 0, 29)]
+    asked = []
+
+    def score(layer: Any, weight: Tensor, evidence: Any) -> Tensor:
+        asked.append(layer.name)
+        return weight.abs()
+
+    problem = replace(problem, score=score)
+    masks = Training().select_each(problem, state, None, counts)
+    assert asked == ["weight"]
+    for found, kept in zip(masks, counts, strict=True):
+        assert torch.equal(found["weight"], Training().select(problem, state, None, kept)["weight"])
+
+
+@pytest.mark.parametrize("values", [[math.nan, 1.0], [math.inf, 1.0], [1.0, -math.inf]])
+def test_a_score_that_is_not_finite_is_seen_from_its_extremes(values: list[float]):
+    assert not is_finite(torch.tensor([*values, 0.0])) and is_finite(torch.tensor([1.0, -2.0]))
+    assert is_finite(torch.zeros(0)) and not is_finite(torch.tensor(values, dtype=torch.float16))

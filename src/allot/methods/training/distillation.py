@@ -16,25 +16,24 @@ outputs are kept where the calibration data gives the same inputs again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
 
 from allot.errors import check_number, unknown
 from allot.methods.training.batch_loss import Distance, Unseen, statistics
 from allot.methods.training.schedule import Schedule, warm_cosine
 from allot.methods.training.selection import CollectedEvidence, scored
-from allot.network.applied_masks import masked
+from allot.network.applied_masks import masked_values
 from allot.run.outputs import wide
+from allot.run.patterns import masks_of
 from allot.run.problem import Candidate, Problem
 from allot.run.scores import Evidence
 from allot.run.store import State
 
-_ADAM: Any = {"amsgrad": False, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0, "eps": 1e-8, "maximize": False}
+MEAN, SQUARE, EPS = 0.9, 0.99, 1e-8  # of Adam: how much of its averages stays in a step, and what is added to a root
 AUTO = "auto"
 Select = Callable[[Evidence, Mapping[str, int]], dict[str, Tensor]]
 
@@ -98,8 +97,20 @@ class Training(Distance):
 
     def select(self, problem: Problem, state: State, evidence: Evidence, kept: Mapping[str, int]) -> dict[str, Tensor]:
         """Layer -> mask of the `kept` best-scored of its current weights."""
-        scores = ((l, scored(problem, l, state["tensors"][l.name], evidence)) for l in problem.scope)
-        return {l.name: problem.pattern.mask(l, score, kept[l.name]) for l, score in scores}
+        (chosen,) = self.select_each(problem, state, evidence, (kept,))
+        return chosen
+
+    def select_each(
+        self, problem: Problem, state: State, evidence: Evidence, counts: Sequence[Mapping[str, int]]
+    ) -> list[dict[str, Tensor]]:
+        """What `select` returns for each of several numbers of kept weights; the score is computed once."""
+        chosen: list[dict[str, Tensor]] = [{} for _ in counts]
+        for l in problem.scope:
+            score = scored(problem, l, state["tensors"][l.name], evidence)
+            masks = masks_of(problem.pattern, l, score, [kept[l.name] for kept in counts])
+            for found, mask in zip(chosen, masks, strict=True):
+                found[l.name] = mask
+        return chosen
 
     def gradients(
         self, problem: Problem, state: State, masks: Mapping[str, Tensor]
@@ -116,7 +127,8 @@ class Training(Distance):
         def loss_of(late: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor], int]:
             leaves = {}
             for name in state["mean"]:
-                value = masked(tensors[name], masks[name]) if name in masks and name not in late else tensors[name]
+                early = name in masks and name not in late
+                value = masked_values(tensors[name], masks[name]) if early else tensors[name]
                 leaves[name] = value.to(dense[name].dtype).detach().requires_grad_()
             return self.loss_of(problem, state, leaves | buffers, late)
 
@@ -141,7 +153,11 @@ class Training(Distance):
         self.descend(state, gradients, scale * self.peak * warm_cosine(state["step"], self.steps))
 
     def descend(self, state: State, gradients: Mapping[str, Tensor], lr: float) -> None:
-        """One step of this learning rate on the state's tensors, in place."""
+        """One step of this learning rate on the state's tensors, in place.
+
+        Adam as in `torch.optim.Adam`, to the bit on the CPU. Tensor by tensor: each stays in the processor's cache.
+        """
+        state["step"] += 1
         t = state["step"]
         for name, gradient in gradients.items():
             value, mean = state["tensors"][name], state["mean"][name]
@@ -149,9 +165,11 @@ class Training(Distance):
                 mean.mul_(0.9).add_(gradient)
                 value.sub_(lr * mean)
                 continue
-            square, lr_of_tensor = state["square"][name], lr * state["scale"][name]
-            adam([value], [gradient], [mean], [square], [], [torch.tensor(float(t))], lr=lr_of_tensor, **_ADAM)
-        state["step"] = t + 1
+            square = state["square"][name]
+            mean.lerp_(gradient, 1 - MEAN)
+            square.mul_(SQUARE).addcmul_(gradient, gradient, value=1 - SQUARE)
+            root = square.sqrt().div_((1 - SQUARE**t) ** 0.5).add_(EPS)
+            value.addcdiv_(mean, root, value=-(lr * state["scale"][name] / (1 - MEAN**t)))
 
     def tensors(self, problem: Problem, candidate: Candidate, state: State) -> dict[str, Tensor]:
         """The candidate's tensors after training, in the model's dtypes; only those that differ from the model's."""
