@@ -136,6 +136,15 @@ class Budget(ModelBudget):
         """
         return replace(self, factor=factor)
 
+    @property
+    def widest(self) -> float:
+        """The factor from which on `widened` allows every weight in bounds.
+
+        >>> Budget(sparsity=0.75).on((Term("conv", 100), Term("fc", 300))).widest
+        4.0
+        """
+        return model_budget.widest(self.widened(1.0).limits, self, self.fixed_bytes)
+
     def prices(self, kept: Mapping[str, int]) -> dict[str, float]:
         """What one more weight of each layer costs, in units of the limit that `kept` is nearest to using up.
 

@@ -101,6 +101,10 @@ class ChannelBudget(ModelBudget):
     def widened(self, factor: float) -> ChannelBudget:
         return replace(self, factor=factor)
 
+    @property
+    def widest(self) -> float:
+        return model_budget.widest(self.weights.limits, self, self.header)
+
     def sizes(self, kept: Mapping[str, int]) -> dict[str, int]:
         """Remaining weights of each layer in scope."""
         return {extent.name: int(extent.size(kept)) for extent in self.extents if extent.counted}

@@ -57,6 +57,9 @@ class ModelBudget(Protocol):
 
     def widened(self, factor: float) -> ModelBudget: ...
 
+    @property
+    def widest(self) -> float: ...
+
     def _relaxed(self, wished: Mapping[str, float]) -> dict[str, float]: ...
 
     def to_json(self) -> dict[str, str]:
@@ -118,6 +121,15 @@ def widened(limits: Iterable[Limit], factor: float, budget: ModelBudget, fixed_b
         return max(limit.ceiling, fixed + math.floor(min(factor * (limit.ceiling - fixed), most - fixed)))
 
     return tuple(replace(limit, ceiling=ceiling(limit)) for limit in limits)
+
+
+def widest(limits: Iterable[Limit], budget: ModelBudget, fixed_bytes: int) -> float:
+    """The factor from which on `widened` limits allow everything in bounds, 1 or more."""
+    everything, factors = {term.name: term.upper for term in budget.terms}, [1.0]
+    for limit in limits:
+        fixed = fixed_bytes if limit.kind == "bytes" else 0
+        factors.append((budget.cost(limit.kind, everything) - fixed) / max(limit.ceiling - fixed, 1))
+    return max(factors)
 
 
 def check_floors(budget: ModelBudget, need: str) -> None:

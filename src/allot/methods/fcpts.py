@@ -125,7 +125,7 @@ class Fcpts:
             state |= self._begin_training(problem, candidate, state)
         training = state["training"]
         t, T = training["step"], training["steps"]
-        budget = problem.budget.widened(self.schedule.factor(t, T))
+        budget = self.schedule.budget(problem.budget, t, T)
         evidence = CollectedEvidence(problem, candidate, state["squares"])
         limits = {limit.kind: limit.ceiling for limit in budget.limits}
         allocation: Metrics = {f"limit.{kind}": ceiling for kind, ceiling in limits.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from allot.budget.budget import Budget
+from allot.budget.costs import Term
 from allot.errors import AllotError, UsageError
 from allot.methods.training.distillation import Training, trained
 from allot.methods.training.losses import LOSSES
@@ -474,3 +476,21 @@ def test_masks_of_several_counts_are_those_of_each_count_from_one_score():
 def test_a_score_that_is_not_finite_is_seen_from_its_extremes(values: list[float]):
     assert not is_finite(torch.tensor([*values, 0.0])) and is_finite(torch.tensor([1.0, -2.0]))
     assert is_finite(torch.zeros(0)) and not is_finite(torch.tensor(values, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("limits", [{"sparsity": 0.5}, {"macs": "30%"}, {"sparsity": 0.9, "params": "60%"}])
+def test_no_ramp_begins_wider_than_the_dense_net(limits: dict[str, Any]):
+    budget = Budget(**limits).on((Term("a", 200, macs=800), Term("b", 800, macs=800)))
+    schedule = Schedule(ramp=50.0)
+    everything, halves = {"a": 200, "b": 800}, {"a": 0.5, "b": 0.5}
+    first = schedule.budget(budget, 0, 1_000)
+    assert first.counts(halves) == everything and first.factor == budget.widest
+    later = [schedule.budget(budget, t, 1_000).counts(halves) for t in range(5, 600, 100)]
+    assert later[0] != everything and all(sum(a.values()) > sum(b.values()) for a, b in itertools.pairwise(later))
+    assert budget.widened(budget.widest * 0.9).counts(halves) != everything
+
+
+def test_a_ramp_below_the_dense_net_is_the_one_of_the_equation():
+    budget, schedule = Budget(sparsity=0.95).on((Term("a", 1_000),)), Schedule(ramp=8.0)
+    factors = [schedule.budget(budget, t, 250).factor for t in (0, 50, 149, 150)]
+    assert factors == [8.0, 1 + 7 * (1 - 50 / 150) ** 3, 1 + 7 * (1 - 145 / 150) ** 3, 1.0]

@@ -216,7 +216,7 @@ def distil(
     if problem.scope.groups:
         state["masks"] = dict(candidate.masks)  # channels are selected once: a wider budget would move them all
     elif schedule.due(t, T):
-        kept = problem.budget.widened(schedule.factor(t, T)).counts(candidate.allocation)
+        kept = schedule.budget(problem.budget, t, T).counts(candidate.allocation)
         state["masks"] = select(evidence, kept) if select else training.select(problem, inner, evidence, kept)
     gradients, metrics = training.gradients(problem, inner, state["masks"])
     training.update(inner, gradients, scale=scale)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from allot.budget.model_budget import ModelBudget
 from allot.errors import check_number
 
 
@@ -12,8 +13,9 @@ from allot.errors import check_number
 class Schedule:
     """When masks are selected again while weights train, and how many times the budget may be used on the way.
 
-    In step t of T the budget is `Budget.widened(1 + (ramp - 1) (1 - t / (ramp_until T))^3)`, from ramp_until T on the
-    budget itself. Masks change every `every` steps until step `freeze_at` T, the last one included.
+    In step t of T the budget is `Budget.widened(1 + (r - 1) (1 - t / (ramp_until T))^3)`, from ramp_until T on the
+    budget itself, where r is `ramp`, or `Budget.widest` where that is less: the dense net is the widest, and the budget
+    comes down from it at once. Masks change every `every` steps until step `freeze_at` T, the last one included.
 
     Args:
         every: steps, 1 or more.
@@ -57,11 +59,21 @@ class Schedule:
         total = math.fsum(falling.values())
         return falling[t] / total if total > 1e-9 else 1 / len(updates)  # a single update at the very end weighs 0
 
-    def factor(self, t: int, steps: int) -> float:
-        """How many times the budget may be used in step t; it changes where masks do."""
+    def budget(self, budget: ModelBudget, t: int, steps: int) -> ModelBudget:
+        """The budget of step t; it changes where masks do."""
+        return budget.widened(self.factor(t, steps, budget.widest))
+
+    def factor(self, t: int, steps: int, widest: float = math.inf) -> float:
+        """How many times the budget may be used in step t, where `widest` times it is the dense net.
+
+        >>> [round(Schedule(ramp=8.0).factor(t, 250, 5.0), 2) for t in (0, 50, 100, 150)]
+        [5.0, 2.19, 1.15, 1.0]
+        """
         end = self.ramp_until * steps
         t = t - t % self.every if t < self.last(steps) else t
-        return 1.0 if t >= min(end, self.last(steps)) else 1 + (self.ramp - 1) * (1 - t / end) ** 3
+        if t >= min(end, self.last(steps)):
+            return 1.0
+        return 1 + (min(self.ramp, widest) - 1) * (1 - t / end) ** 3
 
 
 def warm_cosine(t: int, steps: int, warm: int = 10) -> float:
