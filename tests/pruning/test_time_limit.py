@@ -113,3 +113,49 @@ def test_the_model_and_the_draws_of_the_caller_are_left_alone():
     measure_cut(problem, parts, 100)
     assert torch.equal(torch.rand(3), wanted)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+AUTO: dict[str, Any] = {"method": "uniform", "repair": "distill", "options": {"distill": {"steps": "auto", "first": 4}}}
+
+
+def many(**more: Any) -> Any:
+    chain = {**AUTO, "batch_size": 8, **more}
+    return allot.prune(CASE.make(), CASE.inputs(64), "sparsity=0.7", **chain)
+
+
+def test_training_that_continues_uses_the_time_that_is_left():
+    report = many(max_minutes=1).report()
+    found, (training,) = report["diagnostics"]["fit"], report["diagnostics"]["training"]
+    others = found["seconds"] - 4  # the first round
+    assert found["steps"] == {} and found["max_steps"] == int(fit.SHARE * 60 - others)
+    assert training["steps"] <= found["max_steps"]
+    if "allowed" in training["ended"]:
+        assert found["max_steps"] - training["steps"] < 4
+
+
+def test_a_first_round_that_does_not_fit_is_cut_and_is_the_only_one():
+    options = {"distill": {"steps": "auto", "first": 400}}
+    report = many(max_minutes=0.5, options=options).report()
+    found, (training,) = report["diagnostics"]["fit"], report["diagnostics"]["training"]
+    [(_, (asked, left))] = found["steps"].items()
+    assert asked == 400 and left <= found["max_steps"] <= fit.SHARE * 30
+    assert training["steps"] <= found["max_steps"]
+
+
+def test_steps_are_limited_by_number_too_and_only_where_training_continues():
+    (training,) = many(max_steps=9).report()["diagnostics"]["training"]
+    assert training["steps"] <= 9
+    with pytest.raises(UsageError, match="max_steps=9: it limits training with steps=auto, and no repair"):
+        many(max_steps=9, options={})
+    with pytest.raises(UsageError, match="max_steps=0: a whole number"):
+        many(max_steps=0)
+
+
+def test_a_run_of_limited_minutes_that_continues_resumes_to_the_bit(tmp_path: Path):
+    whole = many(max_minutes=1, save_to=tmp_path / "whole")
+    calls = iter(range(10**6))
+    with pytest.raises(Stopped):
+        many(max_minutes=1, save_to=tmp_path / "part", should_stop=lambda: next(calls) > 14)
+    again = many(max_minutes=1, save_to=tmp_path / "part")
+    assert again.report()["diagnostics"] == whole.report()["diagnostics"]
+    assert all(torch.equal(whole.state_dict()[name], value) for name, value in again.state_dict().items())

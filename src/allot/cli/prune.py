@@ -77,6 +77,8 @@ def _show(report: dict[str, Any], checks: list[dict[str, Any]], wanted: RecipeFi
     people.print(table.run_table(report))
     for stage, (requested, left) in report["diagnostics"].get("fit", {}).get("steps", {}).items():
         say(f"cut to fit {wanted.max_minutes:g} minutes: {stage} takes {left:,} of {requested:,} steps")
+    for entry in report["diagnostics"].get("training", []):
+        say(f"training: {entry['steps']:,} steps in rounds ({entry['rounds']}); the end: {entry['ended']}")
     _say_checks(checks, out)
     say(f"run directory: {out}")
     say(f"to look at: {out / 'report.html'}")

@@ -140,7 +140,13 @@ class RecipeFile(BaseModel):
     ] = False
     max_minutes: Annotated[
         Annotated[float, Field(gt=0)] | None,
-        Option("shorten training to fit into M minutes, by the step time measured here", "M", float),
+        Option(
+            "shorten training to fit into M minutes, by the step time measured here; steps=auto uses them", "M", float
+        ),
+    ] = None
+    max_steps: Annotated[
+        Annotated[int, Field(gt=0)] | None,
+        Option("most steps of a repair with steps=auto, which trains while it pays  [no limit]", "N", int),
     ] = None
     stream: Annotated[
         str | None,

@@ -120,7 +120,7 @@ class Dsa:
         """Importances of all channels, and logits at the uniform allocation that meets the budget."""
         evidence = CollectedEvidence(problem, candidate, {})
         state = self.begin(problem, evidence) | {"training": self.training.reading(problem)}
-        return state | {"step": 0, "steps": self.training.steps, "asked": [evidence.forward, evidence.backward]}
+        return state | {"step": 0, "steps": self.training.fixed_length, "asked": [evidence.forward, evidence.backward]}
 
     def begin(self, problem: Problem, evidence: ChannelEvidence) -> State:
         """The part of the state that `masks` and `learn` read."""

@@ -114,7 +114,7 @@ class Fcpts:
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
         start = self.start.init(problem, candidate)
-        return {"step": 0, "steps": start["steps"] + self.training.steps, "start": start}
+        return {"step": 0, "steps": start["steps"] + self.training.fixed_length, "start": start}
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         """One step of the start, or one calibration batch."""
@@ -259,7 +259,7 @@ class FcptsPaper:
         if problem.score is not magnitude:
             raise UsageError("fcpts-paper has thresholds on magnitudes: use --score magnitude, or --method fcpts.")
         start = self.start.init(problem, candidate)
-        return {"step": 0, "steps": start["steps"] + self.training.steps, "start": start}
+        return {"step": 0, "steps": start["steps"] + self.training.fixed_length, "start": start}
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         """One step of the start, or one calibration batch."""

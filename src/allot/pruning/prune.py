@@ -23,7 +23,7 @@ from allot.pruning.request import Prepared, Request
 from allot.pruning.result import Result
 from allot.pruning.setup import set_up
 from allot.pruning.stages import Run, run_stages
-from allot.pruning.time_limit import choose_cut, shorten
+from allot.pruning.time_limit import choose_cut, limit_steps, shorten
 from allot.run.driver import Progress
 from allot.run.evaluate import Score
 from allot.run.max_drop import MaxDrop
@@ -61,6 +61,7 @@ def prune(
     label: str | None = None,
     save_to: str | Path | None = None,
     max_minutes: float | None = None,
+    max_steps: int | None = None,
     stream: str | torch.device | None = None,
     compute: Compute | Mapping[str, Any] | None = None,
     max_memory: int | str | None = None,
@@ -98,7 +99,9 @@ def prune(
         min_fidelity: the least agreement with the dense model on the watch set, 0.95 or "95%" (`run.min_fidelity`).
         label: what reports call the model; None: its class.
         save_to: run directory. An unfinished one of the same configuration resumes; a finished one is opened.
-        max_minutes: training is cut until it fits (`allot.pruning.time_limit`); a resumed run keeps its cut.
+        max_minutes: training is cut until it fits (`allot.pruning.time_limit`), and with steps=auto uses the time that
+            is left, while it pays; a resumed run keeps its cut.
+        max_steps: most steps of each repair that trains with steps=auto, all its rounds together.
         stream: device that holds one block of the model at a time for layer-wise repairs; None: the whole net.
         compute: choices about memory and speed, like {"micro_batch": 8}; see `Compute`.
         max_memory: bytes, or like "6GB": the peak of one training step (`allot.pruning.memory_limit`).
@@ -126,7 +129,7 @@ def prune(
         min_fidelity=None if min_fidelity is None else MinFidelity.read(min_fidelity),
         dense_score=dense_score, runtime=Runtime.parse(runtime), compute=Compute.of(compute), stream=stream,
         comparison=Comparison(outputs, loss), batch_norm=batch_norm, default_repair=repair is None,
-        max_minutes=max_minutes, max_memory=max_memory, label=label or type(model).__name__,
+        max_minutes=max_minutes, max_steps=max_steps, max_memory=max_memory, label=label or type(model).__name__,
         directory=Path(save_to) if save_to else None, recipe=dict(recipe or {}), options=dict(options or {}),
         on_step=on_step, should_stop=should_stop,
     )  # fmt: skip
@@ -136,7 +139,7 @@ def prune(
 
 def _prepare(request: Request, problem: Problem) -> Prepared:
     """The request with the limits of time and memory applied; a resumed run keeps the choices it began with."""
-    chain = request.chain
+    chain = limit_steps(request.chain, request.max_steps, required=True)
     if request.default_repair:
         chain = fitted(chain, problem)
     requested = chain

@@ -61,6 +61,7 @@ class Request:
     default_repair: bool
     stream: str | torch.device | None
     max_minutes: float | None
+    max_steps: int | None
     max_memory: int | str | None
     label: str
     directory: Path | None

@@ -5,7 +5,8 @@ Every stage makes a few steps on a state that is thrown away; with n_i steps of 
     sum_i s_i n_i(f) <= SHARE * minutes * 60         n_i(f): steps, where training takes f times as many
 
 Steps that are no training, like the layers of a layer-wise repair, are not cut. The rest of the time is for scoring and
-writing, and for a machine that is busier later.
+writing, and for a machine that is busier later. Where all fits, training with steps=auto may use the time that is
+left: its `max_steps` is as many steps as that allows, the same number in each such stage.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
-from typing import Any
+from typing import Any, cast
 
-from allot.errors import UsageError
+from allot.errors import UsageError, check_number
 from allot.methods.rules import uniform
+from allot.methods.training.distillation import AUTO
 from allot.methods.training.selection import Selection
 from allot.processes import all_gather_object
 from allot.run.driver import drive, repeatable
@@ -43,7 +45,8 @@ def choose_cut(
 
 
 def measure_cut(problem: Problem, chain: Chain, minutes: float) -> dict[str, Any]:
-    """The factor by which steps are cut: `{"minutes", "factor", "seconds", "steps": {stage: [requested, left]}}`.
+    """The factor by which steps are cut: `{"minutes", "factor", "seconds", "steps": {stage: [requested, left]}}`, and
+    "max_steps" of training with steps=auto, where there is any.
 
     Args:
         minutes: above 0.
@@ -78,7 +81,11 @@ def measure_cut(problem: Problem, chain: Chain, minutes: float) -> dict[str, Any
             "here. Allow more, or take fewer --samples or a method that trains less."
         )
     cut = {name: [requested[name], left[name]] for name in stages if left[name] < requested[name]}
-    return {"minutes": minutes, "factor": factor, "seconds": round(expected, 1), "steps": cut}
+    found = {"minutes": minutes, "factor": factor, "seconds": round(expected, 1), "steps": cut}
+    if auto := [name for name, method in stages.items() if _continues(method)]:
+        others = expected - sum(seconds[name] * left[name] for name in auto)
+        found["max_steps"] = max(1, math.floor((allowed - others) / max(sum(seconds[name] for name in auto), 1e-9)))
+    return found
 
 
 def shorten(chain: Chain, cut: Mapping[str, Any] | None) -> Chain:
@@ -86,20 +93,53 @@ def shorten(chain: Chain, cut: Mapping[str, Any] | None) -> Chain:
     if not cut:
         return chain
     allocate, repair = scale_steps((chain.allocate, chain.repair), cut["factor"])
-    return replace(chain, allocate=allocate, repair=repair)
+    return limit_steps(replace(chain, allocate=allocate, repair=repair), cut.get("max_steps"))
+
+
+def limit_steps(chain: Chain, most: int | None, *, required: bool = False) -> Chain:
+    """The chain in which each training with steps=auto takes at most `most` steps; None: as it is.
+
+    Args:
+        required: whether there has to be such a training.
+    Raises:
+        UsageError: there is none, or `most` is no whole number above 0.
+    """
+    if most is None:
+        return chain
+    check_number("max_steps", most, 1, whole=True)
+    if required and not any(map(_continues, chain.repair)):
+        raise UsageError(
+            f"max_steps={most}: it limits training with steps=auto, and no repair of this run has that: give --set "
+            "options.distill.steps=auto, say."
+        )
+
+    def limited(method: Method) -> Method:
+        if not _continues(method):
+            return method
+        part: Any = method
+        training = replace(part.training, max_steps=min(most, part.training.max_steps or most))
+        return cast(Method, replace(part, training=training))
+
+    return replace(chain, repair=tuple(map(limited, chain.repair)))
 
 
 def scale_steps(value: Any, factor: float) -> Any:
-    """A method in which every part that trains takes `factor` times its `steps`, or `passes`, at least 1."""
+    """A method in which every part that trains takes `factor` times its `steps` (in its first round, if it continues
+    while it pays), or `passes`, at least 1.
+    """
     if isinstance(value, tuple):
         return tuple(scale_steps(part, factor) for part in value)
     if not is_dataclass(value) or isinstance(value, type) or factor == 1:
         return value
     changed = {f.name: scale_steps(getattr(value, f.name), factor) for f in fields(value) if f.init}
-    for name in ("steps", "passes"):
+    for name in ("first" if changed.get("steps") == AUTO else "steps", "passes"):
         if isinstance(count := changed.get(name), int):
             changed[name] = max(1, round(factor * count))
     return replace(value, **changed)
+
+
+def _continues(method: Method) -> bool:
+    return getattr(getattr(method, "training", None), "steps", None) == AUTO
 
 
 def _steps(method: Method, problem: Problem, candidate: Candidate, stage: str) -> int:

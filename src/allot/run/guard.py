@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import ReferenceType, ref
 
 from allot.network.trees import cloned
 from allot.run.calibration import SURE
@@ -35,7 +36,7 @@ class Guard:
     log: Log
 
     def __post_init__(self) -> None:
-        self._last: tuple[Candidate, Fidelity | None] | None = None
+        self._seen: list[tuple[ReferenceType[Candidate], Fidelity | None]] = []  # the last ones that were measured
 
     @property
     def watch(self) -> Watch | None:
@@ -44,9 +45,14 @@ class Guard:
 
     def fidelity(self, candidate: Candidate) -> Fidelity | None:
         """The fidelity of a candidate's net; None where nothing is watched or outputs cannot be compared."""
-        if self._last is None or self._last[0] is not candidate:
-            self._last = candidate, fidelity_of(self.problem, candidate)
-        return self._last[1]
+        for seen, fidelity in self._seen:
+            if seen() is candidate:
+                return fidelity
+        return self._remember(candidate, fidelity_of(self.problem, candidate))
+
+    def _remember(self, candidate: Candidate, fidelity: Fidelity | None) -> Fidelity | None:
+        self._seen = [*self._seen[-2:], (ref(candidate), fidelity)]  # a stage compares three: before, at its end, best
+        return fidelity
 
     def note(self, stage: str, step: int, candidate: Candidate, **more: Any) -> None:
         """Put the fidelity of a candidate on record."""
@@ -89,16 +95,18 @@ class Guard:
         self.note("guard", step, before)
         self.tell(f"{cause or _method(stage)} made it worse: {second.change(first)}; kept {_method(kept[-1])}.")
         before = replace(before, diagnostics=after.diagnostics)
-        self._last = before, first
+        self._remember(before, first)
         return before
 
     def best_of(self, stage: str, steps: int, looks: Looks, last: Candidate) -> Candidate:
         """`last`, the net at the end of training, or its best state where that is better; on record."""
-        candidate, final, best = looks.chosen(last)
-        if best and final:
+        candidate, fidelity, final = looks.chosen(last)
+        if fidelity and final and looks.best:
+            self._remember(last, final)
             self.note(stage, steps, last, undone=True)
-            change = fidelity_in(best).change(final)
-            self.tell(f"{_method(stage)}: kept the state after step {best['step']} of {steps}: {change}.")
+            change = fidelity.change(final)
+            self.tell(f"{_method(stage)}: kept the state after step {looks.best['step']} of {steps}: {change}.")
+        self._remember(candidate, fidelity)
         return candidate
 
     def tell(self, sentence: str) -> None:
@@ -130,14 +138,14 @@ class Looks:
             self.best = cloned(best) | {"kind": found.kind, "agreement": found.agreement}
         return {**as_metrics(found), "watched": watch.images}
 
-    def chosen(self, last: Candidate) -> tuple[Candidate, Fidelity | None, State | None]:
-        """(`last`, the net at the end, or its best state where that is better; fidelity of the net at the end; the best
-        state where that was chosen).
+    def chosen(self, last: Candidate) -> tuple[Candidate, Fidelity | None, Fidelity | None]:
+        """(`last`, the net at the end, or its best state where that is better; its fidelity; fidelity of `last` where
+        the best state was chosen).
         """
-        final = fidelity_of(self.problem, last) if self.best else None
+        final = fidelity_of(self.problem, last)
         if self.best is None or final is None or not final.is_worse_than(fidelity_in(self.best)):
             return last, final, None
-        return Candidate.from_state(self.best["candidate"], self.problem), final, self.best
+        return Candidate.from_state(self.best["candidate"], self.problem), fidelity_in(self.best), final
 
 
 def fidelity_of(problem: Problem, candidate: Candidate) -> Fidelity | None:

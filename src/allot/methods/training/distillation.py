@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from allot.errors import check_number, unknown
+from allot.errors import UsageError, check_number, unknown
 from allot.methods.training.batch_loss import Distance, Unseen, statistics
 from allot.methods.training.schedule import Schedule, warm_cosine
 from allot.methods.training.selection import CollectedEvidence, scored
@@ -43,10 +43,13 @@ class Training(Distance):
     """How weights are trained, and their outputs compared (`Distance`); frozen hyperparameters, functions of a state.
 
     Args:
-        steps: batches, 1 or more.
+        steps: batches, 1 or more. "auto", for repairs: in rounds, while the watch set says that training pays, see
+            `allot.methods.training.rounds`; where nothing is watched, `first` of them.
         learning_rate: peak step of Adam, as a fraction of the root mean square of each tensor in the dense net; of SGD,
             in absolute units. "auto": by trial, see `allot.methods.training.rounds`; 0.05 is tried first.
-        rounds: most rounds of training, each twice as long as the one before: training continues while it pays.
+        rounds: most rounds of training where `steps` is a number, each twice as long as the one before.
+        first: steps of the first round where `steps` is "auto".
+        max_steps: most steps of all rounds together where `steps` is "auto"; None: no limit.
         optimizer: "adam"; or "sgd" with momentum 0.9, as papers train.
     Raises:
         UsageError: a value out of its range.
@@ -58,15 +61,20 @@ class Training(Distance):
         late: whether masks are applied where the model uses a weight, not to a copy of all weights.
     """
 
-    steps: int = 250
+    steps: int | str = 250
     learning_rate: float | str = 0.05
     optimizer: str = "adam"
     rounds: int = 1
+    first: int = 250
+    max_steps: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("steps", self.steps, 1, whole=True)
-        check_number("rounds", self.rounds, 1, whole=True)
+        if self.steps != AUTO:
+            check_number("steps", self.steps, 1, whole=True)
+        for name in ("rounds", "first", "max_steps"):
+            if (value := getattr(self, name)) is not None:
+                check_number(name, value, 1, whole=True)
         if self.learning_rate != AUTO:
             check_number("learning_rate", self.learning_rate, 0)
         if self.optimizer not in ("adam", "sgd"):
@@ -78,9 +86,34 @@ class Training(Distance):
         return 0.05 if self.learning_rate == AUTO else float(self.learning_rate)
 
     @property
+    def length(self) -> int:
+        """The steps, or those of the first round.
+
+        >>> Training(steps=60).length, Training(steps="auto").length, Training(steps="auto", first=40).length
+        (60, 250, 40)
+        """
+        return min(self.first, self.max_steps or self.first) if self.steps == AUTO else int(self.steps)
+
+    @property
+    def fixed_length(self) -> int:
+        """The steps of a training that cannot continue.
+
+        Raises:
+            UsageError: `steps` is "auto".
+        """
+        if self.steps == AUTO:
+            raise UsageError("steps=auto: repairs that train continue while it pays; here a number is accepted.")
+        return self.length
+
+    @property
+    def in_rounds(self) -> bool:
+        """Whether there may be rounds after one that made the net better."""
+        return self.steps == AUTO or self.rounds > 1
+
+    @property
     def by_trial(self) -> bool:
         """Whether there may be several rounds."""
-        return self.learning_rate == AUTO or self.rounds > 1
+        return self.learning_rate == AUTO or self.in_rounds
 
     def begin(self, problem: Problem, candidate: Candidate) -> State:
         """The state before the first step: copies of the tensors that will change, in float32 or wider."""
@@ -88,7 +121,7 @@ class Training(Distance):
         buffers = {name: candidate.tensor(problem, name).clone() for name in statistics(problem.model)}
         return {
             **self.reading(problem),
-            "steps": self.steps,
+            "steps": self.length,
             "tensors": weights | buffers,
             "mean": {name: torch.zeros_like(value) for name, value in weights.items()},
             "square": {name: torch.zeros_like(value) for name, value in weights.items()},
@@ -150,7 +183,7 @@ class Training(Distance):
         Args:
             scale: factor on the loss. Adam does not see it in a gradient, so it is a factor on the step.
         """
-        self.descend(state, gradients, scale * self.peak * warm_cosine(state["step"], self.steps))
+        self.descend(state, gradients, scale * self.peak * warm_cosine(state["step"], self.length))
 
     def descend(self, state: State, gradients: Mapping[str, Tensor], lr: float) -> None:
         """One step of this learning rate on the state's tensors, in place.
@@ -211,7 +244,7 @@ def distil(
         scale: as in `Training.update`.
     """
     inner = state["training"]
-    t, T = inner["step"], training.steps
+    t, T = inner["step"], training.length
     evidence = CollectedEvidence(problem, candidate, state["squares"])
     if problem.scope.groups:
         state["masks"] = dict(candidate.masks)  # channels are selected once: a wider budget would move them all

@@ -6,8 +6,10 @@ large step looks bad until it shrinks. With eta the peak step and n the steps of
     trials      rounds from the same net with eta = eta_0, eta_0 / 3, eta_0 / 9 ..., until one is no better on the watch
                 set than the best before it; where one round is wanted, until one is better than the net at the start
     then        from the best net so far:   better: keep it, n = 2 n;   else: take it back, eta = eta / 3
-    end         after the last round; when two in a row were taken back; when no trial with eta > eta_0 / 27 was better;
-                a training from the dense weights is long: it has one trial
+    end         when two rounds in a row were taken back; when no trial with eta > eta_0 / 27 was better;
+                a training from the dense weights is long: it has one trial;
+                steps=auto: when fewer steps are left of `max_steps` than the first round had (the last round takes
+                those that are left); steps=N: after the last one of `rounds`
 
 Better: by more than the standard error of the difference, sample by sample. A budget that is widened at first is so in
 the first round only. Where nothing is watched there is one round, with the first step size.
@@ -15,10 +17,12 @@ the first round only. Where nothing is watched there is one round, with the firs
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 from allot.errors import AllotError
+from allot.methods.training.distillation import AUTO
 from allot.network.trees import cloned
 from allot.run.fidelity import Fidelity
 from allot.run.guard import Looks, as_metrics, fidelity_of, meets
@@ -46,6 +50,7 @@ class Rounds:
         best: state of the best candidate so far.
         values: its distances from the dense net, by sample; none where it does not meet the budget yet.
         look: as `Looks.best`, in the current round.
+        ended: why there is no further round; empty before the end.
     """
 
     method: Any
@@ -56,8 +61,8 @@ class Rounds:
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
         training = self.method.training
-        state: State = {"step": 0, "steps": training.steps, "rate": training.peak, "length": training.steps}
-        state |= {"trials": training.rounds > 1 and not self._fresh, "chosen": training.peak}
+        state: State = {"step": 0, "steps": training.length, "rate": training.peak, "length": training.length}
+        state |= {"trials": training.in_rounds and not self._fresh, "chosen": training.peak, "ended": ""}
         state |= {"tried": [], "inner": {}, "failed": 0, "best": {}, "values": None, "look": None}
         return state
 
@@ -67,15 +72,16 @@ class Rounds:
         if not state["inner"]:
             state["inner"] = method.init(problem, start)
             if not state["tried"] and problem.watch and meets(problem, candidate):
-                found = fidelity_of(problem, candidate)
-                state["values"], watched = found and found.values, problem.watch.images
+                before = fidelity_of(problem, candidate)
+                state["values"], watched = before and before.values, problem.watch.images
         looks = Looks(problem, method, start, state["look"])
         end: Candidate | None = None
+        found: Fidelity | None = None
         try:
             metrics: Metrics = method.step(problem, start, state["inner"])
             metrics |= looks.after_step(state["inner"])
             if finished(state["inner"]):
-                end, *_ = looks.chosen(method.finish(problem, start, state["inner"]))
+                end, found, _ = looks.chosen(method.finish(problem, start, state["inner"]))
             ended, state["look"] = end is not None, looks.best
         except AllotError as error:
             if type(error) is not AllotError or not problem.watch:
@@ -84,14 +90,16 @@ class Rounds:
             metrics = {"forward": len(problem.inputs().positions(state["inner"]["step"])), "backward": 0}
         state["step"] += 1
         if ended:
-            metrics |= self._end_round(problem, end, state)
+            metrics |= self._end_round(end, found, state)
             watched += problem.watch.images if problem.watch else 0
         return metrics | {"watched": metrics.get("watched", 0) + watched}
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         best = Candidate.from_state(state["best"], problem) if state["best"] else candidate
-        rounds = [*candidate.diagnostics.get("rounds", []), *state["tried"]]
-        return replace(best, diagnostics={**candidate.diagnostics, "rounds": rounds})
+        before = candidate.diagnostics
+        training = {"rounds": len(state["tried"]), "steps": state["step"], "ended": state["ended"]}
+        more = {"rounds": state["tried"], "training": [training]}
+        return replace(best, diagnostics={**before, **{key: [*before.get(key, []), *more[key]] for key in more}})
 
     def _method(self, state: State) -> Any:
         """The method as it trains in the current round."""
@@ -113,13 +121,13 @@ class Rounds:
     def _start(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         return Candidate.from_state(state["best"], problem) if self._continues(state) else candidate
 
-    def _end_round(self, problem: Problem, end: Candidate | None, state: State) -> Metrics:
+    def _end_round(self, end: Candidate | None, found: Fidelity | None, state: State) -> Metrics:
         """Keep the net at the end of a round or take it back, and choose the next round, in place.
 
         Args:
             end: None where the loss was not finite.
+            found: its fidelity; None where nothing is watched.
         """
-        found = fidelity_of(problem, end) if end else None
         before = None if state["values"] is None else Fidelity("", state["values"], None)
         kept = end is not None and (found is None or before is None or before.is_worse_than(found))
         tried: dict[str, Any] = {"rate": state["rate"], "steps": state["length"], "kept": kept}
@@ -135,15 +143,34 @@ class Rounds:
             state["length"] *= 2
         else:
             state["rate"] /= FACTOR
-        if (kept and found is None) or self._is_last(state):
-            state["steps"] = state["step"]
-        else:
-            state["steps"] = state["step"] + state["length"]
+        left = (self._most_steps or math.inf) - state["step"]
+        state["ended"] = "outputs cannot be compared" if kept and found is None else self._reason_to_end(state, left)
+        if not state["ended"]:
+            state["length"] = min(state["length"], left)
+        state["steps"] = state["step"] + (0 if state["ended"] else state["length"])
         return as_metrics(found) if found else {}
 
-    def _is_last(self, state: State) -> bool:
-        rounds, peak = self.method.training.rounds, self.method.training.peak
-        if state["trials"] or not state["best"]:
-            return bool(state["rate"] < SMALLEST * peak * (1 - 1e-9)) or (self._fresh and state["failed"] > 0)
-        longest = 2 ** (rounds - 1) * self.method.training.steps
-        return bool(state["length"] > longest or state["failed"] >= 2)
+    @property
+    def _most_steps(self) -> int | None:
+        training = self.method.training
+        most: int | None = training.max_steps if training.steps == AUTO else None
+        return most
+
+    def _reason_to_end(self, state: State, left: float) -> str:
+        """Why there is no further round; empty where there is one.
+
+        Args:
+            left: steps that are left of `max_steps`.
+        """
+        training, begun = self.method.training, bool(state["best"]) and not state["trials"]
+        if not begun and state["rate"] < SMALLEST * training.peak * (1 - 1e-9):
+            return "the smallest step size was the best" if state["best"] else "no step size made the net better"
+        if not begun and self._fresh and state["failed"]:
+            return "training from the dense weights made the net no better"
+        if begun and state["failed"] >= 2:
+            return "two rounds in a row made the net no better"
+        if begun and training.steps != AUTO and state["length"] > 2 ** (training.rounds - 1) * training.length:
+            return "all steps that were requested"
+        if left < (min(state["length"], training.length) if begun else state["length"]):
+            return f"of {self._most_steps:,} steps allowed, {left:,} are left: too few for a round"
+        return ""

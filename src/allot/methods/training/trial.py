@@ -54,7 +54,7 @@ class Trial:
         train, judge = halves(problem)
         statistics = self.statistics if train.batch_norm == "batch" else ()
         of_statistics = next((n for m in statistics if (n := m.init(train, candidate)["steps"])), 0)
-        return int(of_statistics) + judge.inputs().batches + (0 if self.one_shot else self.training.steps)
+        return int(of_statistics) + judge.inputs().batches + (0 if self.one_shot else self.training.fixed_length)
 
     def begin(self, problem: Problem, candidate: Candidate) -> State:
         """The state before the first step.
