@@ -78,7 +78,7 @@ def test_the_budget_of_every_step_is_met_and_not_one_more_weight_fits(case: str,
     totals = {layer.name: layer.total for layer in problem.scope}
     scheduled = []
     for t, progress in enumerate(steps[1:]):  # the first is the start's
-        budget_t = problem.budget.widened(method.schedule.factor(t, 24))
+        budget_t = method.schedule.budget(problem.budget, t, 24)
         if t % 2 == 0 and t <= method.schedule.last(24):
             kept = {name: round(progress.metrics[f"density.{name}"] * total) for name, total in totals.items()}
             assert budget_t.meets(kept)

@@ -111,7 +111,7 @@ def test_counts_are_exact_in_every_step(growth: str, ramp: float):
     method = Unipts(Training(steps=20), schedule, growth=growth, decay=0.1, base_decay=0.5)
     moved = set()
     for t, state in enumerate(states(method, problem)):
-        allowed = problem.budget.widened(schedule.factor(t, 20))
+        allowed = schedule.budget(problem.budget, t, 20)
         kept = {name: int(mask.sum()) for name, mask in state["masks"].items()}
         assert kept == allowed.counts(started(problem).allocation) and allowed.meets(kept)
         moved.add(tuple(bits(mask) for mask in state["masks"].values()))
