@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from allot.errors import UsageError
+from allot.pruning.prune import prune
 from allot.run import fidelity
 from allot.run.calibration import Calibration
 from allot.run.fidelity import Fidelity, Watch
@@ -208,3 +209,24 @@ def test_the_watch_set_is_drawn_by_the_seed_whatever_the_order_of_the_data():
 def test_a_single_input_is_used_and_watched():
     used, watch = Calibration.of(torch.zeros(1, 1)).parted()
     assert used.indices == watch.indices == (0,)
+
+
+def test_training_reads_outputs_as_the_watch_set_does():
+    """Outputs of these inputs are within 0 and 1, of the watched ones they are not: one of both decides."""
+
+    class Bounded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x).sigmoid() * x[:, :1]
+
+    scales = torch.ones(64)
+    inputs = torch.rand(64, 4)
+    problem = prune(Bounded(), torch.cat([scales[:, None], inputs[:, 1:]], 1), "sparsity=0.5", repair="none").problem
+    assert problem.reading().kind == problem.watch.kind == "values"
+    watched = list(problem.watch.inputs.indices)
+    scales[watched] = 5.0
+    problem = prune(Bounded(), torch.cat([scales[:, None], inputs[:, 1:]], 1), "sparsity=0.5", repair="none").problem
+    assert problem.reading().kind == problem.watch.kind == "logits"

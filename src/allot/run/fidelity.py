@@ -98,9 +98,14 @@ class Watch:
         return len(self.inputs)
 
     @property
+    def reading(self) -> Reading | None:
+        """How outputs are read, as seen from the dense net's; None where they cannot be compared."""
+        return self._dense.reading if isinstance(self._dense, _DenseAnswers) else None
+
+    @property
     def kind(self) -> str:
         """A key of `KINDS`: what the model's outputs are compared as; empty where they cannot be compared."""
-        return self._dense.reading.kind if isinstance(self._dense, _DenseAnswers) else ""
+        return self.reading.kind if self.reading else ""
 
     @property
     def reason(self) -> str:

@@ -70,7 +70,7 @@ class Problem:
         return self.calibration
 
     def reading(self, comparison: Comparison | None = None) -> Reading:
-        """How outputs are read, as seen from the dense net's outputs for the first samples.
+        """How outputs are read, as seen from the dense net's outputs: for the watch set, or else for the first samples.
 
         Args:
             comparison: choices of one method, before those of the run.
@@ -78,8 +78,8 @@ class Problem:
             UsageError: no calibration data, or outputs that cannot be compared.
         """
         comparison = (comparison or Comparison()).over(self.comparison)
-        of_run = self.readings.get(self.comparison)
-        if of_run and (comparison.outputs, comparison.loss) == (self.comparison.outputs, of_run.loss):
+        of_run = self.watch.reading if self.watch else self.readings.get(self.comparison)
+        if of_run and comparison in (self.comparison, replace(self.comparison, loss=of_run.loss)):
             return of_run
         if comparison not in self.readings:
             inputs = self.inputs()
@@ -195,7 +195,7 @@ class Method(Protocol):
 
     Attributes:
         role: "allocate" or "repair".
-        allocates: of an allocator, the units that it can allocate: "weights", "channels" or both; repairs have none.
+        allocates: of a method that allocates, the units that it can allocate: "weights", "channels" or both.
         needs_data: whether `problem.calibration` has to be there.
         parallel: optional. True: with several processes, all of them run this method, each on its part of every batch,
             and it sums its results over them (by `allot.processes.all_reduce`, or by `Training`, `Moments` or
