@@ -127,4 +127,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=0, help="of the CPU [as PyTorch chooses]")
     parser.add_argument("--out", type=Path, help="a JSON file of what was measured")
     parser.add_argument("--worker", choices=("plain", *METHODS), help=argparse.SUPPRESS)
+    parser.set_defaults(batch_norm="batch", sparsity=0.95)
     return parser

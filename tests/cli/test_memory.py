@@ -17,7 +17,7 @@ SHORT = "--samples 16 --batch-size 8 --set options.fcpts.steps=6"
 
 
 def test_choices_reach_the_run_and_its_recipe():
-    line = f"prune {MLP} --data {SAMPLES} --budget sparsity=0.5 --out RUN"
+    line = f"prune {MLP} --data {SAMPLES} --budget sparsity=0.5 --method erk --out RUN"
     done(f"{line} --micro-batch 4 --checkpoint --channels-last --amp bf16 --device cpu")
     recipe = yaml.safe_load(Path("RUN/recipe.yaml").read_text())
     assert recipe["compute"] == {"micro_batch": 4, "checkpoint": True, "channels_last": True, "amp": "bf16"}

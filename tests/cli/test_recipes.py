@@ -189,7 +189,7 @@ def test_a_recipe_that_cannot_be_read_is_refused():
         ("'seed=[1'", "not YAML"),
         ("sed=1", "did you mean 'seed'?"),
         ("seed=1.5", "seed=1.5"),
-        ("options.variance.limt=5", "did you mean 'limit'?"),
+        ("options.variance.limt=5 --method erk", "did you mean 'limit'?"),
         ("options.erk.densities=5", "densities"),
         ("options.lamp.x=1", "lamp"),
         ("options.fcpts.stepps=5 --method fcpts", "unknown option of fcpts 'stepps': did you mean 'steps'?"),

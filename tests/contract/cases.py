@@ -271,6 +271,8 @@ def short(method: Method) -> Method:
             changed[option.name] = min(value, FEW[option.name])
         elif is_dataclass(value) or hasattr(value, "role"):
             changed[option.name] = short(value)
+        elif isinstance(value, tuple) and value and all(hasattr(part, "role") for part in value):
+            changed[option.name] = tuple(map(short, value))
         elif option.name == "starts":
             changed["starts"] = tuple((name, short(start)) for name, start in value)
     return replace(method, **changed)
@@ -282,12 +284,12 @@ def by_blocks(method: Method) -> Method:
 
 
 ON_CHANNELS = " on channels"
-# every allocator for what it can allocate, every repair for both; what needs blocks as it is run on them
+# every method for what it can allocate, repairs that allocate nothing for both; what needs blocks as it is run on them
 METHODS = {
     name + suffix: by_blocks(short(method))
     for suffix, shared in (("", "weights"), (ON_CHANNELS, "channels"))
     for name, method in methods.METHODS.items()
-    if method.role == "repair" or shared in getattr(method, "allocates", ("weights",))
+    if shared in getattr(method, "allocates", ("weights", "channels") if method.role == "repair" else ("weights",))
 }
 
 

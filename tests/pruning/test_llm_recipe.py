@@ -61,10 +61,20 @@ def test_a_head_that_is_included_by_name_is_pruned():
 
 def test_other_recipes_and_models_without_a_head_are_as_before():
     llama()
-    assert "lm_head.weight" in allot.prune(load_model("hf:net").model, blocks(), "sparsity=0.5").allocation
+    assert (
+        "lm_head.weight" in allot.prune(load_model("hf:net").model, blocks(), "sparsity=0.5", method="erk").allocation
+    )
     plain = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
     assert len(allot.prune(plain, torch.randn(8, 6), "sparsity=0.5", method="llm").allocation) == 2
     assert assemble("llm").names.dense_head and not assemble("erk").names.dense_head
+
+
+def test_a_language_model_takes_it_where_no_method_is_named():
+    llama()
+    made = allot.prune(load_model("hf:net").model, blocks(), "sparsity=0.5")
+    assert made.method == "llm" and "lm_head.weight" not in made.allocation
+    parts = allot.prune(load_model("hf:net").model, blocks(), "sparsity=0.5", repair="none")
+    assert parts.method == "erk"
 
 
 def test_a_run_says_what_it_left_dense_and_its_recipe_repeats_it():

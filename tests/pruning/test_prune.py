@@ -337,8 +337,8 @@ def test_calibration_comes_in_any_form_and_the_same_samples_give_the_same_result
     data: Callable[[], Any], tmp_path: Path
 ):
     model = CASES["linear chain"].make().append(nn.BatchNorm1d(4)).eval()
-    expected = prune(model, rows(6)(), "sparsity=0.5")
-    result = prune(model, data(), "sparsity=0.5", save_to=tmp_path / "run")
+    expected = prune(model, rows(6)(), "sparsity=0.5", method="erk")
+    result = prune(model, data(), "sparsity=0.5", method="erk", save_to=tmp_path / "run")
     assert {key: bits(value) for key, value in result.state_dict().items()} == {
         key: bits(value) for key, value in expected.state_dict().items()
     }
@@ -347,7 +347,7 @@ def test_calibration_comes_in_any_form_and_the_same_samples_give_the_same_result
 
 def test_an_endless_source_is_read_as_far_as_samples_say():
     for data in (Endless(), iter(Endless())):
-        assert prune(nn.Linear(6, 6), data, "sparsity=0.5", samples=7).log.forward == 2 * 6
+        assert prune(nn.Linear(6, 6), data, "sparsity=0.5", method="erk", samples=7).log.forward == 2 * 6
 
 
 @pytest.mark.parametrize("data", [[], torch.zeros(0, 6), iter(()), 3, "words", [object()]])
@@ -500,7 +500,7 @@ def test_parts_that_do_not_fit_are_one_clear_line(parts: dict[str, Any], said: s
     budget = parts.pop("budget", "sparsity=0.5") if "budget" in parts else "sparsity=0.5"
     case = CASES["linear chain"]
     with pytest.raises((UsageError, BudgetError), match=said) as caught:
-        prune(case.make(), case.inputs(), budget, save_to=tmp_path / "run", **parts)
+        prune(case.make(), case.inputs(), budget, save_to=tmp_path / "run", **{"method": "erk"} | parts)
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 
@@ -549,3 +549,11 @@ def test_a_result_can_be_saved_later_and_verified_only_then(tmp_path: Path):
     assert allot.load(tmp_path / "later").keys() == result.state_dict().keys()
     report = json.loads((tmp_path / "later" / "report.json").read_text())
     assert report["bytes"]["file"] == (tmp_path / "later" / "model.bitmask.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize(("data", "parts", "method"), [
+    (torch.zeros(8, 6), {}, "best"), (None, {"repair": "none"}, "erk"), (torch.zeros(8, 6), {"repair": "bias"}, "erk"),
+    (torch.zeros(8, 6), {"method": "uniform"}, "uniform"),
+])  # fmt: skip
+def test_a_run_that_names_no_method_takes_best_where_there_is_data(data: Any, parts: dict[str, Any], method: str):
+    assert prune(CASES["linear chain"].make(), data, "sparsity=0.5", **parts).method == method

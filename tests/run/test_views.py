@@ -2,40 +2,46 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
 import allot
+from allot.errors import UsageError
+from allot.methods.distill import Distill
+from allot.methods.training.distillation import Training
 from allot.run.calibration import Calibration
-from allot.run.views import are_pictures, view, with_views
+from allot.run.views import Mixtures, Views, are_pictures, crop, with_crops, with_mixtures
 
 PICTURES = torch.rand(5, 3, 20, 24, generator=torch.Generator().manual_seed(0))
 
 
 def test_each_picture_is_followed_by_its_views():
     calibration = Calibration.of(TensorDataset(PICTURES, torch.arange(5)), samples=3, seed=2)
-    viewed = with_views(calibration, 2)
+    viewed = with_crops(calibration, 2)
     assert len(viewed) == 9
     batch = viewed.pick(range(9))
     assert batch.shape == (9, 3, 20, 24)
     assert torch.equal(batch[::3], calibration.pick(range(3)))
     views = [batch[i] for i in range(9) if i % 3]
     assert all(not torch.equal(one, other) for i, one in enumerate(views) for other in views[:i])
-    assert torch.equal(batch, with_views(calibration, 2).pick(range(9)))
-    assert not torch.equal(batch, with_views(Calibration.of(PICTURES, samples=3, seed=3), 2).pick(range(9)))
+    assert torch.equal(batch, with_crops(calibration, 2).pick(range(9)))
+    assert not torch.equal(batch, with_crops(Calibration.of(PICTURES, samples=3, seed=3), 2).pick(range(9)))
 
 
 def test_a_view_shows_a_part_of_the_picture_and_nothing_else():
     ramp = torch.linspace(0, 1, 24).expand(1, 20, 24)
     turned = 0
     for seed in range(40):
-        seen = view(ramp, seed)
+        seen = crop(ramp, seed)
         steps = seen[0].diff(dim=1)
         assert seen.shape == ramp.shape and seen.min() >= 0 and seen.max() <= 1
         assert bool((steps >= -1e-6).all()) or bool((steps <= 1e-6).all())
-        assert 0.5 <= float(seen.max() - seen.min()) <= 1
+        assert 0.2 <= float(seen.max() - seen.min()) <= 1
         turned += bool((steps <= 1e-6).all())
     assert 10 <= turned <= 30
 
@@ -62,3 +68,56 @@ def test_views_of_other_inputs_are_none_and_said(caplog: pytest.LogCaptureFixtur
     asked = {"repair": "admm", "options": {"admm": {"views": 2}}}
     allot.prune(nn.Linear(4, 4), torch.rand(40, 4), "sparsity=0.5", **asked)
     assert "views=2: inputs are no pictures" in caplog.text
+
+
+def test_views_of_a_run_enter_every_repair_that_reads_inputs(tmp_path: Path):
+    def run(views: int | None, **more: Any) -> allot.Result:
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 18 * 22, 5)).eval()
+        return allot.prune(net, PICTURES, "sparsity=0.5", views=views, batch_norm="batch", **more)
+
+    plain, viewed = (run(views, repair="bn,bias") for views in (None, 2))
+    assert viewed.log.forward == 3 * plain.log.forward
+    torch.manual_seed(0)
+    run(2, repair="bn", save_to=tmp_path / "run")
+    torch.manual_seed(0)
+    with pytest.raises(UsageError, match="views"):
+        run(1, repair="bn", save_to=tmp_path / "run")
+    with pytest.raises(UsageError, match="views=-1"):
+        run(-1)
+
+
+def test_a_mixture_is_half_of_an_input_or_more_and_the_rest_is_another_of_the_inputs_used():
+    source = torch.eye(6)[:, None].expand(6, 3, 6).contiguous()
+    calibration = Calibration.of(source, samples=4, seed=5)
+    mixed = with_mixtures(calibration, 3)
+    assert len(mixed) == 16
+    rows = mixed.pick(range(16)).mean(1)
+    for place, row in enumerate(rows):
+        index = calibration.indices[place // 4]
+        assert float(row.sum()) == pytest.approx(1) and float(row[index]) >= 0.5
+        assert set(row.nonzero().flatten().tolist()) <= set(calibration.indices)
+        assert place % 4 or float(row[index]) == 1
+    assert len({tuple(row.tolist()) for row in rows}) > 8
+    assert torch.equal(rows, with_mixtures(calibration, 3).pick(range(16)).mean(1))
+
+
+def test_inputs_of_other_shapes_are_not_mixed():
+    sizes = [torch.rand(3), torch.rand(5)]
+    mixed = with_mixtures(Calibration(sizes, (0, 1)), 4)
+    assert all(any(torch.equal(mixed.source[i][0], one) or len(mixed.source[i][0]) == len(one) for one in sizes)
+               for i in range(10))  # fmt: skip
+
+
+def test_training_on_mixtures_sees_no_watched_input(monkeypatch: pytest.MonkeyPatch):
+    seen: list[Mixtures] = []
+    monkeypatch.setattr(Mixtures, "__init__", lambda self, *a: (seen.append(self), Views.__init__(self, *a[:3]),
+                                                                setattr(self, "partners", a[3]))[0])  # fmt: skip
+    fit = Distill(Training(steps=2), mixtures=2)
+    made = allot.prune(nn.Linear(4, 4), torch.rand(40, 4), "sparsity=0.5", repair=(fit,))
+    watched = set(made.problem.watch.inputs.indices)
+    assert seen and not watched & set(seen[0].partners)
+    tokens = allot.prune(
+        nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4)), torch.zeros(40, 3, dtype=torch.int64), "sparsity=0.5",
+        repair=(fit,),
+    )  # fmt: skip
+    assert tokens.log.backward > 0 and len(seen) == 1

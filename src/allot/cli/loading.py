@@ -10,8 +10,7 @@ from allot.sources.origins import ModelSource
 
 _SAME = (  # keys of a recipe that are arguments of `prune` under the same name
     "allocate", "score", "pattern", "repair", "options", "samples", "batch_size", "workers", "runtime", "max_minutes",
-    "max_steps",
-    "stream", "compute", "max_memory", "outputs", "loss", "batch_norm", "metric",
+    "max_steps", "stream", "compute", "max_memory", "outputs", "loss", "batch_norm", "views", "metric",
 )  # fmt: skip
 
 

@@ -25,7 +25,9 @@ CHAIN = ("method", "allocate", "score", "pattern", "repair", "runtime")
 RULES = ("include", "exclude", "min_density", "max_density", "floor")
 SCORING = ("test", "metric", "max_drop")
 READING = ("samples", "batch_size", "workers", "skip_corrupt")
-LIMITS = ("outputs", "loss", "batch_norm", "max_minutes", "max_steps", "stream", "device", "max_memory", *COMPUTE)
+LIMITS = (
+    "outputs", "loss", "batch_norm", "views", "max_minutes", "max_steps", "stream", "device", "max_memory", *COMPUTE
+)  # fmt: skip
 
 
 def takes(*keys: str, file: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:

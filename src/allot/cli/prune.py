@@ -113,7 +113,11 @@ def plan_command(
     """Show how the budget would be allocated to the layers; needs no data."""
     model, budget = wanted.required_model(), wanted.parsed_budget()
     chain = assemble(
-        wanted.method, allocate=wanted.allocate, pattern=wanted.pattern, repair=wanted.repair, options=wanted.options
+        wanted.method or "erk",
+        allocate=wanted.allocate,
+        pattern=wanted.pattern,
+        repair=wanted.repair,
+        options=wanted.options,
     )
     if chain.allocate.needs_data:
         raise UsageError(

@@ -89,7 +89,13 @@ class RecipeFile(BaseModel):
             list[str],
         ),
     ] = ()
-    method: Annotated[str, Option("recipe to start from: see `allot methods`  [erk]", "NAME")] = "erk"
+    method: Annotated[
+        str | None,
+        Option(
+            "recipe to start from: see `allot methods`  [best; of a language model llm; without data erk]",
+            "NAME",
+        ),
+    ] = None
     allocate: Annotated[
         str | None, Option("allocator, an allocation.json, or a RUN to take it from  [that of --method]", "NAME|FILE")
     ] = None
@@ -168,6 +174,11 @@ class RecipeFile(BaseModel):
     batch_norm: Annotated[
         str, Option("statistics of batch norms in training: batch, frozen or auto  [auto: by the dense model]", "NAME")
     ] = "auto"
+    views: Annotated[
+        int | None,
+        Field(ge=0),
+        Option("random crops of each picture beside it in statistics and training  [of best: 3, on trial]", "N", int),
+    ] = None
     compute: dict[str, Any] = {}
     max_memory: Annotated[
         int | str | None,

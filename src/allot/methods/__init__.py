@@ -1,6 +1,9 @@
 """One paper or baseline a file; `METHODS` and `RECIPES` are dicts to read."""
 
+from dataclasses import replace
+
 from allot.methods.admm import Admm
+from allot.methods.anew import Anew
 from allot.methods.auto import Auto
 from allot.methods.batchnorm import BatchNorm
 from allot.methods.blocks import Blocks
@@ -19,12 +22,15 @@ from allot.methods.rules import erk, global_magnitude, global_normalised, lamp, 
 from allot.methods.training.distillation import Training
 from allot.methods.training.schedule import Schedule
 from allot.methods.training.trial import Trial
+from allot.methods.training.where_it_helps import Helps
 from allot.methods.unipts import Unipts
 from allot.methods.unipts_search import EXCESS, Search, equal_counts
 from allot.run.problem import Method, Rule
 from allot.run.recipes import RECIPES
 
 __all__ = ["METHODS", "RECIPES"]
+
+POLISH = Distill(Training(steps=40, learning_rate="auto", rounds=3), Schedule(freeze_at=0.0), frozen=True, mixtures=7)
 
 METHODS: dict[str, Method] = {
     # allocate: how much each layer keeps
@@ -69,6 +75,12 @@ METHODS: dict[str, Method] = {
     # repair: adjust the remaining weights
     "admm": Admm(),
     "admm-views": Admm(views=3),
+    "anew": Anew(
+        Fcpts(start=Rule(erk)),
+        then=(BatchNorm(), replace(POLISH, mixtures=0)),
+        mixtures=7,
+        helps=Helps(unfitted=1 / 8, far=1 / 8),
+    ),
     "bn": BatchNorm(),
     "bias": OutputMoments(scale=False),
     "variance": OutputMoments(scale=True),
@@ -77,7 +89,6 @@ METHODS: dict[str, Method] = {
     "lstsq": LeastSquares(),
     "blocks": Blocks(),
     "distill": Distill(Training(learning_rate="auto")),
-    "polish": Distill(Training(steps=40, learning_rate="auto", rounds=3), Schedule(freeze_at=0.0), frozen=True),
-    "retrain": Distill(Training(learning_rate="auto"), Schedule(ramp=8.0), fresh=True),
+    "polish": replace(POLISH, helps=Helps(unfitted=1 / 8)),
     "unipts": Unipts(Training(learning_rate="auto")),
 }

@@ -17,9 +17,10 @@ from allot.methods import METHODS, RECIPES
 from allot.methods.layerwise.streamed import WAYS, Streamed, by_blocks
 from allot.methods.layerwise.streamed_block import usable
 from allot.methods.rules import Given
-from allot.methods.training.rounds import Rounds
+from allot.methods.training.rounds import in_rounds
 from allot.methods.training.selection import Selection
 from allot.methods.training.viewed import Viewed
+from allot.methods.training.where_it_helps import Helps, WhereItHelps
 from allot.run import patterns
 from allot.run.driver import repeatable
 from allot.run.patterns import Pattern
@@ -68,6 +69,9 @@ def assemble(
         raise UsageError(f"{_name(allocate)} cannot share out {unit} (pattern {structure}): {', '.join(others)} can.")
     scores: Mapping[str, Any] = CHANNEL_SCORES if unit == "channels" else SCORES
     repairs = tuple(_method(part, "repair", settings) for part in repair)
+    for part, method_of_part in zip(repair, repairs, strict=True):
+        if unit not in getattr(method_of_part, "allocates", _BOTH):
+            raise UsageError(f"{_name(part)} cannot share out {unit} (pattern {structure}): leave this repair out.")
     if score is None:
         chosen = any(getattr(part, "chooses_masks", False) for part in repairs)
         score = recipe.score if chosen or unit == "channels" else recipe.score_alone or recipe.score
@@ -95,15 +99,15 @@ def assemble(
     )
 
 
-def fitted(chain: Chain, problem: Problem) -> Chain:
+def fitted(chain: Chain, problem: Problem, views: int | None) -> Chain:
     """The chain without those repairs of its recipe that do not suit the model or its inputs.
 
-    Statistics of a batch, where they mislead; views, where inputs are no pictures.
+    Statistics of a batch, where they mislead; a trial of views, where inputs are no pictures or `views` are given.
     """
     unsuitable = {"bn", "variance"} if problem.batch_norm == "frozen" else set[str]()
     pairs = zip(chain.names.repair, chain.repair, strict=True)
-    pictures = are_pictures(problem.example)
-    repairs = [(name, m) for name, m in pairs if name not in unsuitable and (pictures or not getattr(m, "views", 0))]
+    tried = are_pictures(problem.example) and views is None
+    repairs = [(name, m) for name, m in pairs if name not in unsuitable and (tried or not getattr(m, "views", 0))]
     names = replace(chain.names, repair=tuple(name for name, _ in repairs))
     return replace(chain, names=names, repair=tuple(method for _, method in repairs))
 
@@ -148,28 +152,27 @@ def repair_by_blocks(chain: Chain, problem: Problem) -> Chain:
         return replace(chain, repair=tuple(by_blocks(method, problem) for method in chain.repair))
 
 
-def train_in_rounds(chain: Chain, problem: Problem) -> Chain:
-    """The chain whose training takes its step size, and the number of its rounds, by trial where it says so."""
+def adapted(chain: Chain, problem: Problem, views: int | None) -> Chain:
+    """The chain whose repairs do what they ask for: see views of inputs, and train in rounds, and where it helps.
 
-    def in_rounds(method: Method) -> Method:
-        by_trial = getattr(getattr(method, "training", None), "by_trial", False)
-        return Rounds(method) if by_trial and method.role == "repair" and problem.watch else method
+    Args:
+        views: crops of each picture, in all repairs; None: where repairs ask for them.
+    """
+    pictures = are_pictures(problem.example)
 
-    return replace(chain, repair=tuple(map(in_rounds, chain.repair)))
+    def adapt(method: Method) -> Method:
+        helps, mixtures = getattr(method, "helps", Helps()), getattr(method, "mixtures", 0)
+        own = getattr(getattr(method, "method", method), "views", 0)
+        crops = views if views is not None and method.needs_data else own
+        if crops and not pictures:
+            log.warning("views=%d: inputs are no pictures [C, height, width] of %d pixels or more", crops, SIDE)
+            crops = 0
+        method = in_rounds(method, problem)
+        if crops or mixtures:
+            method = Viewed(method, crops, mixtures)
+        return WhereItHelps(method, helps) if problem.watch and helps != Helps() else method
 
-
-def look_at_views(chain: Chain, problem: Problem) -> Chain:
-    """The chain whose repairs see views of pictures where they ask for them."""
-
-    def viewed(method: Method) -> Method:
-        if not (views := getattr(getattr(method, "method", method), "views", 0)):
-            return method
-        if not are_pictures(problem.example):
-            log.warning("views=%d: inputs are no pictures [C, height, width] of %d pixels or more", views, SIDE)
-            return method
-        return Viewed(method, views)
-
-    return replace(chain, repair=tuple(map(viewed, chain.repair)))
+    return replace(chain, repair=tuple(map(adapt, chain.repair)))
 
 
 def options_of(method: Any) -> dict[str, Any]:

@@ -55,6 +55,7 @@ def identity(prepared: Prepared) -> dict[str, Any]:
         "runtime": str(request.runtime) if request.budget.latency is not None else None,
         "stream": str(request.stream) if request.stream else None,
         "batch_norm": problem.batch_norm if problem.batch_norm != "batch" else None,
+        "views": request.views,
         "comparison": settings(problem.comparison.to_json()),
         "fit": prepared.cut,
         "compute": problem.compute.identity(),

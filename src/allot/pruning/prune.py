@@ -16,10 +16,10 @@ from allot.export.timing.latency import Runtime
 from allot.network.compute import Compute
 from allot.network.layers import Rules
 from allot.processes import on_first_process
-from allot.pruning.assemble import assemble, fitted, look_at_views, repair_by_blocks, stream_repairs, train_in_rounds
+from allot.pruning.assemble import adapted, assemble, fitted, repair_by_blocks, stream_repairs
 from allot.pruning.identity import identity, notes
 from allot.pruning.memory_limit import choose_compute
-from allot.pruning.request import Prepared, Request
+from allot.pruning.request import Prepared, Request, default_method
 from allot.pruning.result import Result
 from allot.pruning.setup import set_up
 from allot.pruning.stages import Run, run_stages
@@ -41,7 +41,7 @@ def prune(
     calibration: Any,
     budget: Budget | str,
     *,
-    method: str = "erk",
+    method: str | None = None,
     allocate: str | Method | Mapping[str, float] | None = None,
     score: str | WeightScore | ChannelScore | None = None,
     pattern: str | Pattern | None = None,
@@ -68,6 +68,7 @@ def prune(
     outputs: str | Outputs | None = None,
     loss: str | None = None,
     batch_norm: str = "auto",
+    views: int | None = None,
     recipe: Mapping[str, Any] | None = None,
     dense_score: Score | None = None,
     on_step: Callable[[Progress], None] | None = None,
@@ -80,7 +81,8 @@ def prune(
         calibration: a tensor `[N, ...]`, Dataset, DataLoader (of batches), iterable (of samples, or of batches where
             only these fit the model), `Readable` or `Calibration`; labels are ignored. None where nothing needs inputs.
         budget: `Budget(sparsity=0.9)` or text like "macs=50%".
-        method: recipe to start from, a key of `RECIPES`; the next four replace single parts of it.
+        method: recipe to start from, a key of `RECIPES`; the next four replace single parts of it. None: see
+            `default_method`.
         allocate: name in `METHODS`, a method, densities by layer name, or the path of an allocation.json.
         score: name in `SCORES` or a function `(layer, weight, evidence) -> tensor`.
         pattern: "unstructured", "rows", "2:4" or a `Pattern`.
@@ -110,6 +112,8 @@ def prune(
         loss: "kl" or "mse"; None: see `Comparison`.
         batch_norm: in training, batch norms normalise by the "batch", or by their running statistics, which stay
             ("frozen"); "auto": by the batch, unless the dense model answers otherwise with statistics of the batch.
+        views: of each picture among the inputs, how many random crops, half of them mirrored, stand beside it in
+            statistics and training; None: as repairs ask for them (of `best`, 3 on trial).
         recipe: further entries of recipe.yaml, like the origin of the model.
         dense_score: `evaluate` of the dense model on `test`, where it was computed already.
     Raises:
@@ -121,6 +125,7 @@ def prune(
     >>> prune(nn.Linear(4, 4), None, "sparsity=0.5", repair="none").report()["kept"]
     8
     """
+    method = method or default_method(model, calibration, allocate, score, pattern, repair, stream)
     chain = assemble(method, allocate=allocate, score=score, pattern=pattern, repair=repair, options=options)
     request = Request(
         model=model, budget=Budget.parse(budget) if isinstance(budget, str) else budget, chain=chain, rules=rules,
@@ -128,7 +133,7 @@ def prune(
         test=test, metric=metric, max_drop=None if max_drop is None else MaxDrop.read(max_drop),
         min_fidelity=None if min_fidelity is None else MinFidelity.read(min_fidelity),
         dense_score=dense_score, runtime=Runtime.parse(runtime), compute=Compute.of(compute), stream=stream,
-        comparison=Comparison(outputs, loss), batch_norm=batch_norm, default_repair=repair is None,
+        comparison=Comparison(outputs, loss), batch_norm=batch_norm, views=views, default_repair=repair is None,
         max_minutes=max_minutes, max_steps=max_steps, max_memory=max_memory, label=label or type(model).__name__,
         directory=Path(save_to) if save_to else None, recipe=dict(recipe or {}), options=dict(options or {}),
         on_step=on_step, should_stop=should_stop,
@@ -141,7 +146,7 @@ def _prepare(request: Request, problem: Problem) -> Prepared:
     """The request with the limits of time and memory applied; a resumed run keeps the choices it began with."""
     chain = limit_steps(request.chain, request.max_steps, required=True)
     if request.default_repair:
-        chain = fitted(chain, problem)
+        chain = fitted(chain, problem, request.views)
     requested = chain
     chain = stream_repairs(chain, problem, request.stream) if request.stream else repair_by_blocks(chain, problem)
     earlier = on_first_process(request.earlier)
@@ -151,7 +156,7 @@ def _prepare(request: Request, problem: Problem) -> Prepared:
         problem = replace(problem, compute=Compute.of(memory["picked"]))
     cut = choose_cut(problem, chain, request.max_minutes, earlier.get("configuration", {}).get("fit"))
     chain, requested = (shorten(parts, cut) for parts in (chain, requested))
-    chain = look_at_views(train_in_rounds(chain, problem), problem)
+    chain = adapted(chain, problem, request.views)
     return Prepared(request, problem, chain, requested, cut, memory, earlier.get("state") == "done")
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from allot.budget.budget import Budget
-from allot.errors import UsageError, unknown
+from allot.errors import UsageError, check_number, unknown
 from allot.export.timing.latency import Runtime
 from allot.network.compute import Compute
 from allot.network.layers import Rules, Scope
@@ -58,6 +58,7 @@ class Request:
     compute: Compute
     comparison: Comparison
     batch_norm: str
+    views: int | None
     default_repair: bool
     stream: str | torch.device | None
     max_minutes: float | None
@@ -73,6 +74,8 @@ class Request:
     def __post_init__(self) -> None:
         if self.batch_norm not in (*BATCH_NORMS, "auto"):
             raise unknown("batch_norm", str(self.batch_norm), (*BATCH_NORMS, "auto"))
+        if self.views is not None:
+            check_number("views", self.views, 0, whole=True)
         check_plain(self.model)
         # errors of the model come before a forward pass, which would fill lazy layers
         Scope.of(self.model, None if isinstance(self.chain.pattern, Channels) else self.rules)
@@ -132,16 +135,34 @@ class Prepared:
     done: bool
 
 
+def default_method(model: nn.Module, calibration: Any, *parts: Any) -> str:
+    """The recipe of a run that names none: `best`, of a language model `llm`.
+
+    Without data, and where parts of a recipe (an allocator, a score, a pattern, repairs, a device to stream to) are
+    given, `erk`: its parts are the plainest, to be replaced.
+
+    >>> default_method(nn.Linear(2, 2), torch.zeros(4, 2)), default_method(nn.Linear(2, 2), None)
+    ('best', 'erk')
+    """
+    if calibration is None or any(part is not None for part in parts):
+        return "erk"
+    return "llm" if _output_head(model) is not None else "best"
+
+
+def _output_head(model: nn.Module) -> nn.Parameter | None:
+    """The weight of a language model's output head, as models of transformers name it."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    weight = getattr(head, "weight", None)
+    return weight if isinstance(weight, nn.Parameter) else None
+
+
 def left_dense(model: nn.Module, recipe: Recipe, rules: Rules | None) -> dict[str, str]:
     """Parameters that a recipe leaves dense, with the reason; none where `rules` include layers by name."""
     if not recipe.dense_head or (rules and rules.include):
         return {}
-    heads, embeddings = (
-        getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("output", "input")
-    )  # of transformers
-    weight = getattr(heads, "weight", None)
-    if not isinstance(weight, nn.Parameter):
+    if (weight := _output_head(model)) is None:
         return {}
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     tied = ", which is the embedding as well" if weight is getattr(embeddings, "weight", None) else ""
     reason = f"output head of a language model{tied}: the recipe leaves it dense unless --include names it"
     return {name: reason for name, parameter in model.named_parameters() if parameter is weight}

@@ -8,6 +8,7 @@ and the later net is kept.
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import ReferenceType, ref
@@ -151,6 +152,21 @@ class Looks:
 def fidelity_of(problem: Problem, candidate: Candidate) -> Fidelity | None:
     """The fidelity of a candidate's net, which keeps no masked copy of the model; None without a watch set."""
     return problem.watch.fidelity(replace(candidate).effective(problem)) if problem.watch else None
+
+
+def fitted_share(problem: Problem, candidate: Candidate) -> float | None:
+    """The distance from the dense net on inputs that a net was fitted to, over that on the watch set.
+
+    As many inputs are looked at as are watched. None where outputs cannot be compared, 0 for the dense net.
+    """
+    if not problem.watch or not (found := fidelity_of(problem, candidate)):
+        return None
+    inputs = problem.inputs()
+    used = replace(inputs, indices=inputs.indices[: len(problem.watch)])
+    fitted = Watch(problem.model, used, problem.comparison).fidelity(replace(candidate).effective(problem))
+    if fitted is None or not math.isfinite(fitted.mean) or not math.isfinite(found.mean):
+        return None
+    return fitted.mean / found.mean if found.mean else 0.0
 
 
 def fidelity_in(best: State) -> Fidelity:

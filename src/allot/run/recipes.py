@@ -34,7 +34,7 @@ RECIPES: dict[str, Recipe] = {
     "pot": Recipe("global-normalised", repair=("weight-moments", "layerwise", "bn", "bias")),
     "uniform": Recipe("uniform", repair=("bn", "variance")),
     "erk": Recipe("erk", repair=("bn", "variance")),
-    "best": Recipe("erk", repair=("admm", "admm-views", "polish", "retrain")),
+    "best": Recipe("erk", repair=("admm", "admm-views", "polish", "anew")),
     "admm": Recipe("layer-errors", repair=("admm",)),
     "llm": Recipe(
         "uniform",

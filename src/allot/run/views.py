@@ -1,11 +1,16 @@
-"""Views of pictures: random crops, brought back to size, half of them mirrored.
+"""More inputs from a few: random crops of pictures, and mixtures of two inputs.
 
-Statistics of a few hundred pictures fit those pictures; views of them stand for the others. Every view is a function of
-(seed, sample, number), so that batches stay a function of (seed, k).
+Statistics of a few hundred inputs, and weights trained on them, fit those inputs; others like them stand for the rest:
+
+    crop       a part of a picture, brought back to its size, half of them mirrored
+    mixture    a x + (1 - a) x',  x' another input, a even in [1/2, 1]     (mixup, Zhang et al. 2018; of no labels here)
+
+Each is a function of (seed, sample, number), so that batches stay a function of (seed, k).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +22,7 @@ from torch.nn import functional as F
 from allot.network.draws import generator, numbered
 from allot.run.calibration import Calibration, inputs_of
 
-LEAST = 0.6  # of each side, that a crop has
+LEAST = 0.3  # of each side, that a crop has; nets are usually trained on crops of a twelfth of the area and more
 SIDE = 16  # least height and width of a picture
 
 
@@ -33,10 +38,29 @@ def are_pictures(inputs: Any) -> bool:
     )  # fmt: skip
 
 
-def with_views(calibration: Calibration, count: int) -> Calibration:
-    """The calibration with `count` views of every picture beside it."""
-    indices = (index for i in calibration.indices for index in range(i * (count + 1), (i + 1) * (count + 1)))
-    return replace(calibration, source=Views(calibration.source, count, calibration.seed), indices=tuple(indices))
+def can_be_mixed(inputs: Any) -> bool:
+    """Whether a batch of inputs is one tensor of numbers, not of tokens or the like.
+
+    >>> can_be_mixed(torch.zeros(2, 100)), can_be_mixed(torch.zeros(2, 9, dtype=torch.int64)), can_be_mixed({})
+    (True, False, False)
+    """
+    return isinstance(inputs, Tensor) and inputs.is_floating_point()
+
+
+def with_crops(calibration: Calibration, count: int) -> Calibration:
+    """The calibration with `count` crops of every picture beside it."""
+    return _with(Crops(calibration.source, count, calibration.seed), calibration)
+
+
+def with_mixtures(calibration: Calibration, count: int) -> Calibration:
+    """The calibration with `count` mixtures of every input, with others of its inputs, beside it."""
+    return _with(Mixtures(calibration.source, count, calibration.seed, calibration.indices), calibration)
+
+
+def _with(views: Views, calibration: Calibration) -> Calibration:
+    places = views.count + 1
+    indices = (index for i in calibration.indices for index in range(i * places, (i + 1) * places))
+    return replace(calibration, source=views, indices=tuple(indices))
 
 
 class Views:
@@ -51,18 +75,46 @@ class Views:
     def __getitem__(self, place: int) -> Any:
         index, number = divmod(place, self.count + 1)
         inputs = inputs_of(self.source[index])
-        if not number:
-            return (inputs,)
-        return (view(torch.as_tensor(inputs), numbered(numbered(self.seed, index), number)),)
+        return (self.view(torch.as_tensor(inputs), numbered(numbered(self.seed, index), number)) if number else inputs,)
+
+    def view(self, inputs: Tensor, seed: int) -> Tensor:
+        """A view of one sample's inputs."""
+        raise NotImplementedError
 
 
-def view(picture: Float[Tensor, "C H W"], seed: int) -> Float[Tensor, "C H W"]:
+class Crops(Views):
+    """Pictures and crops of them."""
+
+    def view(self, inputs: Tensor, seed: int) -> Tensor:
+        return crop(inputs, seed)
+
+
+class Mixtures(Views):
+    """Inputs and mixtures of them.
+
+    Args:
+        partners: the samples that others are mixed with.
+    """
+
+    def __init__(self, source: Any, count: int, seed: int, partners: Sequence[int]) -> None:
+        super().__init__(source, count, seed)
+        self.partners = partners
+
+    def view(self, inputs: Tensor, seed: int) -> Tensor:
+        place, a = torch.rand(2, generator=generator(seed)).tolist()
+        other = torch.as_tensor(inputs_of(self.source[self.partners[int(place * len(self.partners))]]))
+        if other.shape != inputs.shape:
+            return inputs
+        return torch.lerp(other.to(inputs.dtype), inputs, 0.5 + a / 2)
+
+
+def crop(picture: Float[Tensor, "C H W"], seed: int) -> Float[Tensor, "C H W"]:
     """A random crop of a picture, brought back to its size; mirrored or not."""
     height, width = picture.shape[1:]
     share, down, right, turn = torch.rand(4, generator=generator(seed)).tolist()
     share = LEAST + (1 - LEAST) * share
     h, w = max(1, round(share * height)), max(1, round(share * width))
     top, left = round(down * (height - h)), round(right * (width - w))
-    crop = picture[None, :, top : top + h, left : left + w]
-    crop = F.interpolate(crop.float(), (height, width), mode="bilinear", align_corners=False).to(picture.dtype)[0]
-    return crop.flip(2) if turn < 0.5 else crop
+    part = picture[None, :, top : top + h, left : left + w]
+    part = F.interpolate(part.float(), (height, width), mode="bilinear", align_corners=False).to(picture.dtype)[0]
+    return part.flip(2) if turn < 0.5 else part

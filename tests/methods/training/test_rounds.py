@@ -22,12 +22,10 @@ CASE = CASES["attention"]
 INPUTS = torch.randn(64, *CASE.inputs().shape[1:], generator=torch.Generator().manual_seed(3))
 
 
-def trained(
-    steps: int | str = 6, rate: float | str = 0.05, rounds: int = 1, *, fresh: bool = False, **more: Any
-) -> Result:
+def trained(steps: int | str = 6, rate: float | str = 0.05, rounds: int = 1, **more: Any) -> Result:
     limits = {"first": 6, "max_steps": more.pop("most", None)} if steps == "auto" else {}
     training = Training(steps=steps, learning_rate=rate, rounds=rounds, **limits)
-    repair = more.pop("repair", (Distill(training, more.pop("schedule", Schedule()), fresh),))
+    repair = more.pop("repair", (Distill(training, more.pop("schedule", Schedule())),))
     return prune(CASE.make(), INPUTS, "sparsity=0.6", repair=repair, batch_size=16, **more)
 
 
@@ -75,20 +73,11 @@ def test_auto_is_one_round_of_the_usual_step_where_that_helps():
     assert [one["rate"] for one in rounds_of(trained(rate="auto"))] == [0.05]
 
 
-def test_a_fresh_training_begins_with_the_dense_weights():
-    chain: dict[str, Any] = {"allocate": "uniform"}
-    alone = rounds_of(trained(rate="auto", fresh=True, **chain))
-    fresh = Distill(Training(steps=6, learning_rate="auto"), fresh=True)
-    after = rounds_of(trained(repair=("admm", fresh), **chain))
-    assert after[0]["kl"] == pytest.approx(alone[0]["kl"])
-
-
 def test_the_budget_is_wider_in_the_first_round_only():
-    rounds = Rounds(Distill(Training(rounds=3, learning_rate="auto"), Schedule(ramp=8.0), fresh=True))
+    rounds = Rounds(Distill(Training(rounds=3, learning_rate="auto"), Schedule(ramp=8.0)))
     begun = {"length": 5, "rate": 0.01, "best": {}, "trials": False}
     first, later = (rounds._method(begun | {"best": best}) for best in ({}, {"density": {}}))
     assert (first.schedule.ramp, later.schedule.ramp) == (8.0, 1.0)
-    assert (first.fresh, later.fresh) == (True, False)
     assert first.training.steps == 5 and first.training.peak == 0.01
 
 
@@ -123,14 +112,6 @@ def test_auto_takes_no_more_steps_than_are_allowed_and_uses_them_where_they_are_
 def test_rounds_of_auto_begin_as_those_of_a_number():
     of_number, of_auto = (rounds_of(trained(steps, rate=0.4, rounds=3)) for steps in (6, "auto"))
     assert of_auto[: len(of_number)] == of_number
-
-
-def test_auto_from_the_dense_weights_has_one_trial_and_continues_where_that_helped():
-    helped = rounds_of(trained("auto", rate="auto", fresh=True))
-    assert [(one["steps"], one["rate"], one["kept"]) for one in helped[:2]] == [(6, 0.05, True), (12, 0.05, True)]
-    spoilt = trained("auto", rate=30.0, fresh=True)
-    assert [one["kept"] for one in rounds_of(spoilt)] == [False]
-    assert training_of(spoilt)["ended"] == "training from the dense weights made the net no better"
 
 
 def test_why_training_ended_is_in_the_report():

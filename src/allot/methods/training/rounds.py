@@ -7,7 +7,6 @@ large step looks bad until it shrinks. With eta the peak step and n the steps of
                 set than the best before it; where one round is wanted, until one is better than the net at the start
     then        from the best net so far:   better: keep it, n = 2 n;   else: take it back, eta = eta / 3
     end         when two rounds in a row were taken back; when no trial with eta > eta_0 / 27 was better;
-                a training from the dense weights is long: it has one trial;
                 steps=auto: when fewer steps are left of `max_steps` than the first round had (the last round takes
                 those that are left); steps=N: after the last one of `rounds`
 
@@ -26,11 +25,17 @@ from allot.methods.training.distillation import AUTO
 from allot.network.trees import cloned
 from allot.run.fidelity import Fidelity
 from allot.run.guard import Looks, as_metrics, fidelity_of, meets
-from allot.run.problem import Candidate, Metrics, Problem, finished
+from allot.run.problem import Candidate, Method, Metrics, Problem, finished
 from allot.run.store import State
 
 FACTOR = 3.0  # between step sizes
 SMALLEST = 1 / 27  # of the first step size
+
+
+def in_rounds(method: Method, problem: Problem) -> Method:
+    """The method in rounds, where it is a training that takes its step size, or the number of its rounds, by trial."""
+    by_trial = getattr(getattr(method, "training", None), "by_trial", False)
+    return Rounds(method) if by_trial and method.role == "repair" and problem.watch else method
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class Rounds:
     def init(self, problem: Problem, candidate: Candidate) -> State:
         training = self.method.training
         state: State = {"step": 0, "steps": training.length, "rate": training.peak, "length": training.length}
-        state |= {"trials": training.in_rounds and not self._fresh, "chosen": training.peak, "ended": ""}
+        state |= {"trials": training.in_rounds, "chosen": training.peak, "ended": ""}
         state |= {"tried": [], "inner": {}, "failed": 0, "best": {}, "values": None, "look": None}
         return state
 
@@ -107,16 +112,12 @@ class Rounds:
         method = replace(self.method, training=training)
         if self._continues(state):
             method = replace(method, schedule=replace(method.schedule, ramp=1.0))
-        return replace(method, fresh=False) if self._continues(state) and self._fresh else method
+        return method
 
     @staticmethod
     def _continues(state: State) -> bool:
         """Whether the current round begins with the best net so far."""
         return bool(state["best"]) and not state["trials"]
-
-    @property
-    def _fresh(self) -> bool:
-        return getattr(self.method, "fresh", False)
 
     def _start(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         return Candidate.from_state(state["best"], problem) if self._continues(state) else candidate
@@ -165,8 +166,6 @@ class Rounds:
         training, begun = self.method.training, bool(state["best"]) and not state["trials"]
         if not begun and state["rate"] < SMALLEST * training.peak * (1 - 1e-9):
             return "the smallest step size was the best" if state["best"] else "no step size made the net better"
-        if not begun and self._fresh and state["failed"]:
-            return "training from the dense weights made the net no better"
         if begun and state["failed"] >= 2:
             return "two rounds in a row made the net no better"
         if begun and training.steps != AUTO and state["length"] > 2 ** (training.rounds - 1) * training.length:
