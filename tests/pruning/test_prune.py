@@ -18,8 +18,10 @@ import allot
 from allot.errors import BudgetError, PatternError, UsageError
 from allot.methods import METHODS
 from allot.network.layers import Rules
+from allot.pruning.assemble import assemble
 from allot.pruning.prune import prune
 from allot.pruning.result import Result
+from allot.pruning.time_limit import limit_steps
 from allot.run.problem import Problem, Rule
 from contract.cases import CASES, bits
 
@@ -557,3 +559,31 @@ def test_a_result_can_be_saved_later_and_verified_only_then(tmp_path: Path):
 ])  # fmt: skip
 def test_a_run_that_names_no_method_takes_best_where_there_is_data(data: Any, parts: dict[str, Any], method: str):
     assert prune(CASES["linear chain"].make(), data, "sparsity=0.5", **parts).method == method
+
+
+def test_outputs_that_cannot_be_compared_leave_best_without_its_training():
+    class Labelled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            logits = self.linear(x)
+            return logits, logits.argmax(1)
+
+    made = prune(Labelled(), torch.randn(40, 6), "sparsity=0.5")
+    assert made.report()["repair"] == ["admm"] and made.log.backward == 0
+
+
+def test_a_limit_of_steps_reaches_every_training_of_best(tmp_path: Path):
+    model, inputs = CASES["linear chain"].make(), torch.randn(40, 6)
+    limited = limit_steps(assemble("best"), 7, required=True)
+    trainings = [limited.repair[2].training, limited.repair[3].then[1].training]
+    assert [training.max_steps for training in trainings] == [7, 7]
+    far = {"polish": {"unfitted": 0}, "anew": {"unfitted": 100}}
+    made = prune(model, inputs, "sparsity=0.9", max_steps=7, options=far)
+    assert 0 < made.report()["diagnostics"]["training"][0]["steps"] <= 7
+    with pytest.raises(UsageError, match=r"give --set options\.distill\.steps=auto"):
+        prune(model, inputs, "sparsity=0.5", repair="distill", max_steps=7)
+    with pytest.raises(UsageError, match="none of its repairs trains"):
+        prune(model, inputs, "sparsity=0.5", repair="bias", max_steps=7)

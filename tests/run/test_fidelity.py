@@ -230,3 +230,9 @@ def test_training_reads_outputs_as_the_watch_set_does():
     scales[watched] = 5.0
     problem = prune(Bounded(), torch.cat([scales[:, None], inputs[:, 1:]], 1), "sparsity=0.5", repair="none").problem
     assert problem.reading().kind == problem.watch.kind == "logits"
+
+
+def test_the_divergence_of_equal_outputs_is_never_below_zero():
+    logits = 30 * torch.randn(500, 7, generator=torch.Generator().manual_seed(0))
+    shifted = logits + 1e-6 * torch.randn(500, 7, generator=torch.Generator().manual_seed(1))
+    assert float(fidelity.distance(shifted, logits, None).min()) >= 0

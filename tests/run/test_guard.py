@@ -201,3 +201,14 @@ def test_watched_inputs_are_no_inputs_of_methods():
     used, watched = (set(part.indices) for part in (result.problem.inputs(), result.problem.watch.inputs))
     assert len(watched) == 16 and not used & watched
     assert result.report()["watch"]["images"] == 16 * (1 + len(entries(result)))  # and once the dense net
+
+
+def test_a_net_that_is_no_better_than_a_constant_is_said():
+    """Weights that cancel out on the inputs: without one of them the outputs are far off."""
+    net, x = nn.Linear(2, 3, bias=False), torch.randn(64, 1, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([[10.0, -9.0], [8.0, -7.0], [-5.0, 6.0]]))
+    inputs = torch.cat([x, x], 1)
+    useless, fine = (prune(net, inputs, "sparsity=0.5", loss="mse", repair=repair) for repair in ("none", "admm"))
+    assert useless.report()["guard"][-1].startswith("the net is no better than a constant: relative error ")
+    assert not any("constant" in sentence for sentence in fine.report()["guard"])

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 from allot.errors import UsageError, check_number
 from allot.methods.rules import uniform
@@ -83,8 +83,9 @@ def measure_cut(problem: Problem, chain: Chain, minutes: float) -> dict[str, Any
     cut = {name: [requested[name], left[name]] for name in stages if left[name] < requested[name]}
     found = {"minutes": minutes, "factor": factor, "seconds": round(expected, 1), "steps": cut}
     if auto := [name for name, method in stages.items() if _continues(method)]:
-        others = expected - sum(seconds[name] * left[name] for name in auto)
-        found["max_steps"] = max(1, math.floor((allowed - others) / max(sum(seconds[name] for name in auto), 1e-9)))
+        rounds = sum(seconds[name] * left[name] for name in auto if hasattr(stages[name], "training"))  # the first ones
+        time_left = allowed - expected + rounds
+        found["max_steps"] = max(1, math.floor(time_left / max(sum(seconds[name] for name in auto), 1e-9)))
     return found
 
 
@@ -108,38 +109,48 @@ def limit_steps(chain: Chain, most: int | None, *, required: bool = False) -> Ch
         return chain
     check_number("max_steps", most, 1, whole=True)
     if required and not any(map(_continues, chain.repair)):
+        pairs = zip(chain.names.repair, chain.repair, strict=True)
+        trains = next((name for name, method in pairs if hasattr(method, "training")), None)
+        advice = f"give --set options.{trains}.steps=auto" if trains else "none of its repairs trains"
         raise UsageError(
-            f"max_steps={most}: it limits training with steps=auto, and no repair of this run has that: give --set "
-            "options.distill.steps=auto, say."
+            f"max_steps={most}: it limits training with steps=auto, and no repair of this run has that: {advice}."
         )
 
-    def limited(method: Method) -> Method:
-        if not _continues(method):
-            return method
-        part: Any = method
-        training = replace(part.training, max_steps=min(most, part.training.max_steps or most))
-        return cast(Method, replace(part, training=training))
-
-    return replace(chain, repair=tuple(map(limited, chain.repair)))
+    return replace(
+        chain, repair=_changed(chain.repair, lambda f: {"max_steps": most} if f.get("steps") == AUTO else {})
+    )
 
 
 def scale_steps(value: Any, factor: float) -> Any:
     """A method in which every part that trains takes `factor` times its `steps` (in its first round, if it continues
     while it pays), or `passes`, at least 1.
     """
+
+    def scaled(options: Mapping[str, Any]) -> dict[str, int]:
+        names = ("first" if options.get("steps") == AUTO else "steps", "passes")
+        return {name: max(1, round(factor * options[name])) for name in names if isinstance(options.get(name), int)}
+
+    return value if factor == 1 else _changed(value, scaled)
+
+
+def _changed(value: Any, change: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> Any:
+    """A method, or a tuple of them, in which every part has the fields that `change` makes of its fields."""
     if isinstance(value, tuple):
-        return tuple(scale_steps(part, factor) for part in value)
-    if not is_dataclass(value) or isinstance(value, type) or factor == 1:
+        return tuple(_changed(part, change) for part in value)
+    if not is_dataclass(value) or isinstance(value, type):
         return value
-    changed = {f.name: scale_steps(getattr(value, f.name), factor) for f in fields(value) if f.init}
-    for name in ("first" if changed.get("steps") == AUTO else "steps", "passes"):
-        if isinstance(count := changed.get(name), int):
-            changed[name] = max(1, round(factor * count))
-    return replace(value, **changed)
+    options = {f.name: _changed(getattr(value, f.name), change) for f in fields(value) if f.init}
+    return replace(value, **{**options, **change(options)})
 
 
-def _continues(method: Method) -> bool:
-    return getattr(getattr(method, "training", None), "steps", None) == AUTO
+def _continues(value: Any) -> bool:
+    """Whether a part of a method trains with steps=auto."""
+    if isinstance(value, tuple):
+        return any(map(_continues, value))
+    if not is_dataclass(value) or isinstance(value, type):
+        return False
+    parts = {f.name: getattr(value, f.name) for f in fields(value)}
+    return parts.get("steps") == AUTO or any(map(_continues, parts.values()))
 
 
 def _steps(method: Method, problem: Problem, candidate: Candidate, stage: str) -> int:

@@ -10,7 +10,7 @@ Each is a function of (seed, sample, number), so that batches stay a function of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -49,25 +49,35 @@ def can_be_mixed(inputs: Any) -> bool:
 
 def with_crops(calibration: Calibration, count: int) -> Calibration:
     """The calibration with `count` crops of every picture beside it."""
-    return _with(Crops(calibration.source, count, calibration.seed), calibration)
+    return _with_views(calibration, count, crop)
 
 
 def with_mixtures(calibration: Calibration, count: int) -> Calibration:
     """The calibration with `count` mixtures of every input, with others of its inputs, beside it."""
-    return _with(Mixtures(calibration.source, count, calibration.seed, calibration.indices), calibration)
+    source, partners = calibration.source, calibration.indices
+
+    def mixture(inputs: Tensor, seed: int) -> Tensor:
+        place, a = torch.rand(2, generator=generator(seed)).tolist()
+        other = torch.as_tensor(inputs_of(source[partners[int(place * len(partners))]]))
+        return torch.lerp(other.to(inputs.dtype), inputs, 0.5 + a / 2) if other.shape == inputs.shape else inputs
+
+    return _with_views(calibration, count, mixture)
 
 
-def _with(views: Views, calibration: Calibration) -> Calibration:
-    places = views.count + 1
-    indices = (index for i in calibration.indices for index in range(i * places, (i + 1) * places))
-    return replace(calibration, source=views, indices=tuple(indices))
+def _with_views(calibration: Calibration, count: int, view: Callable[[Tensor, int], Tensor]) -> Calibration:
+    indices = (index for i in calibration.indices for index in range(i * (count + 1), (i + 1) * (count + 1)))
+    return replace(calibration, source=Views(calibration.source, count, calibration.seed, view), indices=tuple(indices))
 
 
 class Views:
-    """The samples of `source`, each followed by views of it: sample i has the places i (count + 1) and after."""
+    """The samples of `source`, each followed by views of it: sample i has the places i (count + 1) and after.
 
-    def __init__(self, source: Any, count: int, seed: int) -> None:
-        self.source, self.count, self.seed = source, count, seed
+    Args:
+        view: (inputs of one sample, seed) -> a view of them.
+    """
+
+    def __init__(self, source: Any, count: int, seed: int, view: Callable[[Tensor, int], Tensor]) -> None:
+        self.source, self.count, self.seed, self.view = source, count, seed, view
 
     def __len__(self) -> int:
         return len(self.source) * (self.count + 1)
@@ -75,37 +85,9 @@ class Views:
     def __getitem__(self, place: int) -> Any:
         index, number = divmod(place, self.count + 1)
         inputs = inputs_of(self.source[index])
-        return (self.view(torch.as_tensor(inputs), numbered(numbered(self.seed, index), number)) if number else inputs,)
-
-    def view(self, inputs: Tensor, seed: int) -> Tensor:
-        """A view of one sample's inputs."""
-        raise NotImplementedError
-
-
-class Crops(Views):
-    """Pictures and crops of them."""
-
-    def view(self, inputs: Tensor, seed: int) -> Tensor:
-        return crop(inputs, seed)
-
-
-class Mixtures(Views):
-    """Inputs and mixtures of them.
-
-    Args:
-        partners: the samples that others are mixed with.
-    """
-
-    def __init__(self, source: Any, count: int, seed: int, partners: Sequence[int]) -> None:
-        super().__init__(source, count, seed)
-        self.partners = partners
-
-    def view(self, inputs: Tensor, seed: int) -> Tensor:
-        place, a = torch.rand(2, generator=generator(seed)).tolist()
-        other = torch.as_tensor(inputs_of(self.source[self.partners[int(place * len(self.partners))]]))
-        if other.shape != inputs.shape:
-            return inputs
-        return torch.lerp(other.to(inputs.dtype), inputs, 0.5 + a / 2)
+        if not number:
+            return (inputs,)
+        return (self.view(torch.as_tensor(inputs), numbered(numbered(self.seed, index), number)),)
 
 
 def crop(picture: Float[Tensor, "C H W"], seed: int) -> Float[Tensor, "C H W"]:

@@ -82,6 +82,15 @@ def test_a_run_stopped_anywhere_ends_as_an_uninterrupted_one(steps: int, tmp_pat
     assert {n: bits(v) for n, v in resumed.state_dict().items()} == {n: bits(v) for n, v in whole.state_dict().items()}
 
 
+def test_what_is_left_out_is_said_with_the_reason():
+    near, fitted_inputs = (trained(when).report() for when in (Helps(far=1e9), Helps(unfitted=100.0)))
+    assert near["guard"] == [
+        f"Distill left out: the net is near enough ({near['diagnostics']['helps'][0]['distance']:.3g})."
+    ]
+    assert "Distill left out: the net fits its inputs" in fitted_inputs["guard"][0]
+    assert trained(Helps(far=1e-9)).report()["guard"] == []
+
+
 def test_values_out_of_range_are_refused():
     with pytest.raises(UsageError, match="far"):
         Helps(far=-1)
