@@ -1,8 +1,8 @@
 """A training from the dense weights that learns the densities as well, as one repair among others.
 
-What repairs before it made is set aside, and so is the allocation: both are learned anew. The guard then keeps this net
-or the one before, whichever comes closer to the dense net on the watch set: at mild budgets the weights that `admm`
-refits layer by layer, at hard ones those that were trained through the whole net.
+The net that earlier repairs made is set aside, and so is its allocation: weights and densities are learned anew. The
+guard then keeps this net, unless the earlier one is closer to the dense net on the watch set: at mild budgets these are
+often the weights that `admm` refits layer by layer, at hard ones those that were trained through the whole net.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Anew:
     Raises:
         UsageError: a value out of its range.
     State:
-        part: which part runs: 0 the allocator, 1 the selection, and those after it.
+        part: which part runs: 0 the allocator, 1 the selection, from 2 on those of `then`.
         candidate: as `Candidate.to_state`, the net that the part begins with.
         inner: the state of the part; empty where its loss was not finite.
     """
