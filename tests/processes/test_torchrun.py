@@ -9,6 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from allot.errors import Lost
+from allot.run.driver import interruptible
 from cli.command import done
 
 ASKED = (
@@ -55,3 +59,16 @@ def test_a_killed_process_ends_all_with_one_error_and_one_process_goes_on(tmp_pa
     assert not any(os.path.exists(f"/proc/{pid}") for pid in ranks.values())
     assert done(f"{ASKED} --out {out} --json").json["kept"] > 0
     assert done(f"verify {out} --json").json["passed"]
+
+
+def test_the_end_that_torchrun_sends_does_not_cut_off_the_error():
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(Lost), interruptible():
+            raise Lost("gone")
+        os.kill(os.getpid(), signal.SIGTERM)  # would end this process
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    with pytest.raises(ValueError, match="mine"), interruptible():
+        raise ValueError("mine")
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from allot.errors import Stopped
+from allot.errors import Lost, Stopped
 from allot.network.draws import numbered, seeded
 from allot.processes import any_process, check_equal, on_first_process, world_size
 from allot.run.guard import Guard, Looks
@@ -177,7 +177,11 @@ def repeatable(model: nn.Module, seed: int, stage: str, step: int = -1) -> Itera
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """A `should_stop` that the first Ctrl-C (or SIGTERM) turns on; the second one interrupts at once."""
+    """A `should_stop` that the first Ctrl-C (or SIGTERM) turns on; the second one interrupts at once.
+
+    Where another process is lost, SIGTERM is ignored from then on: torchrun sends it at once to the processes that are
+    left, and the error is still to be reported.
+    """
     stop = threading.Event()
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -191,6 +195,9 @@ def interruptible() -> Iterator[Callable[[], bool]]:
     handlers: dict[int, Any] = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop.is_set
+    except Lost:
+        handlers[signal.SIGTERM] = signal.SIG_IGN
+        raise
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
