@@ -151,6 +151,8 @@ def test_a_model_that_makes_tensors_when_it_first_runs_says_so():
     model = Growing()
     with pytest.raises(UsageError, match="made place when it first ran"):
         pruned(model)
+    assert not hasattr(model, "place")  # as before the call
+    model(INPUTS)
     assert pruned(model).report()["kept"]
 
 

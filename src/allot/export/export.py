@@ -38,6 +38,7 @@ from allot.network.channels import copied, shapes_of
 from allot.network.layers import Layer, Scope
 from allot.network.macs import measured
 from allot.network.trees import cloned
+from allot.network.untouched import untouched
 from allot.run.calibration import moved
 from allot.run.driver import give_back, phase
 from allot.run.store import write
@@ -67,7 +68,7 @@ def export(model: nn.Module, example: Any, path: str | Path, *, to: str | None =
     if to not in FORMS:
         raise unknown("form of export", to, FORMS)
     check_inputs(example)
-    with staging(path, directory=not FORMS[to].ending) as place:
+    with untouched(model), staging(path, directory=not FORMS[to].ending) as place:
         opened, answers = write_and_reopen(model, example, place, to)
         save_probe(place, to, opened, example, answers)
     return FORMS[to].open(path)
@@ -136,7 +137,8 @@ def export_run(
     if to not in EVERY:
         raise unknown("form of export", to, EVERY)
     try:
-        return _export_run(dense, run, report, example, to, out)
+        with untouched(dense):
+            return _export_run(dense, run, report, example, to, out)
     except (AllotError, OSError):
         raise
     except Exception as error:  # a model may raise whatever it likes

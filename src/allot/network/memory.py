@@ -121,7 +121,7 @@ class Memory:
         self.by_storage: dict[int, list[Held]] = {}
 
     def add(self, held: Held, tensor: Tensor) -> None:
-        place = _storage_of(tensor)
+        place = storage_of(tensor)
         self.by_storage[place] = [*filter(_is_alive, self.by_storage.get(place, ())), held]
 
     def find(self, tensor: Any) -> list[Held]:
@@ -129,7 +129,7 @@ class Memory:
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or not tensor.numel():
             return []
         offset = tensor.storage_offset()
-        near = self.by_storage.get(_storage_of(tensor), ())
+        near = self.by_storage.get(storage_of(tensor), ())
         return [held for held in near if held.start <= offset < held.stop and _is_alive(held)]
 
 
@@ -178,7 +178,7 @@ def _step(tensor: Tensor, dims: Sequence[int]) -> int | None:
     return max(step, 1)
 
 
-def _storage_of(tensor: Tensor) -> int:
+def storage_of(tensor: Tensor) -> int:
     """The same number for tensors that share memory; on the meta device, for those that would share it."""
     storage = tensor.untyped_storage()
     return storage.data_ptr() or storage._cdata

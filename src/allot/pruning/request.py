@@ -16,6 +16,7 @@ from allot.errors import UsageError, check_number, unknown
 from allot.export.timing.latency import Runtime
 from allot.network.compute import Compute
 from allot.network.layers import Rules, Scope
+from allot.network.shared_memory import check_shared_memory
 from allot.run.driver import Progress
 from allot.run.evaluate import Score, evaluate
 from allot.run.max_drop import MaxDrop
@@ -170,10 +171,11 @@ def left_dense(model: nn.Module, recipe: Recipe, rules: Rules | None) -> dict[st
 
 def check_plain(model: nn.Module) -> None:
     """Raises:
-    UsageError: the model is compiled, or wrapped in something.
+    UsageError: the model is compiled, or wrapped in something, or parameters share memory.
     """
     wrappers = torch.jit.ScriptModule, nn.DataParallel, nn.parallel.DistributedDataParallel
     if isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
         raise UsageError(
             f"a compiled or wrapped model ({type(model).__name__}): pass the module that it was made from."
         )
+    check_shared_memory(model)

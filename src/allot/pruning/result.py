@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import tempfile
 from collections.abc import Mapping
@@ -23,8 +22,10 @@ from allot.export.files import formats as files
 from allot.export.files.writing import Later, Value
 from allot.network.call import write_into
 from allot.network.channels import ChannelPlan, slimmed
+from allot.network.copies import deep_copy
 from allot.network.coupling.dead import without_dead_channels
 from allot.network.layers import plain_state
+from allot.network.untouched import untouched
 from allot.report.data import histograms, report
 from allot.report.exports import add_export, exports_of
 from allot.report.page import write_run
@@ -117,7 +118,7 @@ class Result:
             UsageError: the model holds something that Python cannot copy.
         """
         try:
-            model = copy.deepcopy(self.problem.model)
+            model = deep_copy(self.problem.model)
         except Exception as error:
             raise UsageError(
                 f"{self.label} cannot be copied ({error}): load result.state_dict() into a model of your own."
@@ -140,7 +141,8 @@ class Result:
         """
         plan = self.plan()
         if plan is None:
-            return without_dead_channels(self.model(), self.problem.inputs().example())[0]
+            with untouched(self.problem.model):  # hooks of a copy refer to what those of the model refer to
+                return without_dead_channels(self.model(), self.problem.inputs().example())[0]
         return slimmed(self.model(), plan)
 
     def state_dict(self) -> dict[str, Any]:

@@ -26,12 +26,13 @@ from allot.export.files.formats import TABLES
 from allot.export.files.latency_tables import load_tables
 from allot.export.timing.latency import Runtime, latency_of
 from allot.methods.training.selection import Selection
-from allot.network.call import attempt
+from allot.network.call import attempt, dtype_for
 from allot.network.compute import check_divisible
 from allot.network.coupling.find import find_groups
 from allot.network.kinds import INSIDE
 from allot.network.layers import Group, Rules, Scope, matches, plain_state
 from allot.network.macs import measured
+from allot.network.untouched import refused_writes
 from allot.processes import all_gather_object, on_first_process, world_size
 from allot.pruning.request import Request, check_plain
 from allot.run.batch_norm_mode import MOVED, batch_norm_error
@@ -142,7 +143,8 @@ def make_problem(
             raise UsageError(f"{name} holds nan: the model cannot be pruned as it is.")
     example = calibration.example() if example is None and calibration else example
     if example is not None:
-        scope = measured(scope, model, lambda: attempt(model, example, {}))
+        with refused_writes(model):
+            scope = measured(scope, model, lambda: attempt(model, example, {}))
     check_no_new_tensors(model, before)
     if isinstance(pattern, Channels):
         if example is None:
@@ -283,7 +285,7 @@ def check_no_new_tensors(model: nn.Module, before: set[str]) -> None:
     """
     if made := sorted(tensor_names(model) - before):
         raise UsageError(
-            f"the model made {', '.join(made[:3])} when it first ran: prune it again now that it has them."
+            f"the model made {', '.join(made[:3])} when it first ran: run one batch through it, and then prune it."
         )
 
 
@@ -304,10 +306,12 @@ def _calibration(request: Request) -> Calibration | None:
         calibration = Calibration.of(
             data, samples=samples, batch_size=BATCH if request.batch_size is None else request.batch_size,
             seed=request.seed, workers=request.workers, batched=batched, device=reference.device,
-            dtype=reference.dtype, channels_last=channels_last,
+            channels_last=channels_last,
         )  # fmt: skip
-        example = calibration.example()
-        attempt(model, example, {})
+        with refused_writes(model):
+            calibration = replace(calibration, dtype=dtype_for(model, calibration.example()))
+            example = calibration.example()
+            attempt(model, example, {})
         check_no_new_tensors(model, before)
         return _of_text(calibration, request, example)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,9 +24,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from allot.errors import UsageError, check_number
-from allot.network.call import attempt, filled_copy, modes
+from allot.network.call import attempt, dtype_for, filled_copy, modes
 from allot.network.compute import check_divisible
 from allot.network.trees import map_tensors
+from allot.network.untouched import refused_writes, untouched
 from allot.processes import all_gather_object, on_first_process, world_size
 from allot.run.calibration import moved
 from allot.run.labelled import described, labelled_batches, token_ids
@@ -125,11 +127,13 @@ def evaluate(
     total = len(counted) if hasattr(counted, "__len__") else None
     sums: Sums = {}
     samples = 0
-    device = reference.device
-    with torch.no_grad():
-        for batch in labelled_batches(data, batch_size, workers):
-            inputs = moved(batch.inputs, device, reference.dtype)
-            output = attempt(model, inputs, tensors or {})
+    device, dtype = reference.device, None
+    with untouched(model), torch.no_grad():
+        for number, batch in enumerate(labelled_batches(data, batch_size, workers)):
+            with nullcontext() if number else refused_writes(model):
+                dtype = dtype if number else dtype_for(model, moved(batch.inputs, device, None), tensors)
+                inputs = moved(batch.inputs, device, dtype)
+                output = attempt(model, inputs, tensors or {})
             if own:
                 targets = inputs if batch.targets is None else map_tensors(lambda t: t.to(device), batch.targets)
                 found = {name: (batch.samples * x, batch.samples) for name, x in own(output, targets).items()}
@@ -175,7 +179,7 @@ def _score_of_all(model: nn.Module, data: Any, metric: Metric, tensors: Mapping[
 
     def measure() -> dict[str, float]:
         scored = filled_copy(model, tensors) if tensors else model
-        with modes(scored, lambda module: False), torch.no_grad():
+        with untouched(model), modes(scored, lambda module: False), torch.no_grad():
             return metric(scored, data)
 
     values = on_first_process(measure)
