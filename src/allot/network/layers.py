@@ -219,6 +219,12 @@ class Scope:
                 return layer
         raise unknown("layer", name, [layer.name for layer in self.layers])
 
+    def without(self, reasons: Mapping[str, str]) -> Scope:
+        """The scope without these layers, which stay dense for the reasons given."""
+        left = {layer.name: reasons[layer.name] for layer in self.layers if layer.name in reasons}
+        layers = tuple(layer for layer in self.layers if layer.name not in left)
+        return replace(self, layers=layers, skipped={**self.skipped, **left})
+
     @classmethod
     def of(cls, model: nn.Module, rules: Rules | None = None, *, shapes_only: bool = False) -> Scope:
         """Every parameter of `model`, as a `Layer` or with the reason why it stays dense.
@@ -235,6 +241,7 @@ class Scope:
         skipped: dict[str, str] = {}
         matched: set[str] = set()
         prunable: list[str] = []
+        frozen = frozen_beside_trained(model)
         for name, holders in places.items():
             parameter = holders[0].parameter
             lazy = isinstance(parameter, nn.parameter.UninitializedParameter)
@@ -250,6 +257,8 @@ class Scope:
             matched.update(pattern for pattern in rules.patterns if matches(pattern, names))
             if rules.include and not included:
                 skipped[name] = "no include rule matches it"
+            elif name in frozen and not included:
+                skipped[name] = FROZEN
             elif excluding := [pattern for pattern in rules.exclude if matches(pattern, names)]:
                 skipped[name] = f"excluded by rule {excluding[0]!r}"
             else:
@@ -267,6 +276,7 @@ class Scope:
         return cls(tuple(layers), skipped, undecided=tuple(undecided))
 
 
+FROZEN = "frozen (requires_grad=False) beside trained weights: it stays as it is"
 UNDECIDED = "without inputs (3 dimensions)"
 
 
@@ -305,6 +315,14 @@ def places_by_parameter(model: nn.Module) -> dict[str, list[Place]]:
                 by_tensor.setdefault(id(parameter), []).append(place)
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     return {first[key]: sorted(places, key=lambda place: place.name != first[key]) for key, places in by_tensor.items()}
+
+
+def frozen_beside_trained(model: nn.Module) -> set[str]:
+    """Names of the parameters without `requires_grad`, where some of the weights that could be pruned have it."""
+    places = [place for holders in places_by_parameter(model).values() for place in holders]
+    if not any(place.certainty == 2 and place.parameter.requires_grad for place in places):
+        return set()
+    return {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
 
 
 def matches(pattern: str, names: Iterable[str]) -> bool:

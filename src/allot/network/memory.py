@@ -6,7 +6,7 @@ order of dimensions, and stacks of matrices that were picked from the experts of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from allot.network.kinds import EXPERTS
 from allot.network.layers import Layer
+from allot.network.trees import tensors_in
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,21 @@ class Memory:
         offset = tensor.storage_offset()
         near = self.by_storage.get(storage_of(tensor), ())
         return [held for held in near if held.start <= offset < held.stop and _is_alive(held)]
+
+    def forget(self, tensor: Tensor) -> None:
+        """Copies in the memory of `tensor` are copies no longer: something was written there."""
+        place = storage_of(tensor)
+        self.by_storage[place] = [held for held in self.by_storage.get(place, ()) if held.copy is None]
+
+
+def written_by(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    """The tensors that an operator of torch writes into."""
+    if not func._schema.is_mutable:
+        return
+    arguments = {argument.name: argument for argument in func._schema.arguments}
+    for name, value in {**dict(zip(arguments, args, strict=False)), **kwargs}.items():
+        if arguments[name].alias_info is not None and arguments[name].alias_info.is_write:
+            yield from (tensor for tensor in tensors_in(value) if tensor.layout == torch.strided)
 
 
 def extent(tensor: Tensor) -> tuple[int, int]:

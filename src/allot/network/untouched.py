@@ -22,8 +22,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from allot.errors import UsageError
-from allot.network.memory import storage_of
-from allot.network.trees import tensors_in
+from allot.network.memory import storage_of, written_by
 
 NESTED = 2  # objects inside of objects that are followed: a collector, a cache and its layers
 _LIBRARIES = ("torch", "numpy", "builtins", "collections", "functools")  # whose objects and functions are not followed
@@ -226,12 +225,7 @@ class _Writes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func._schema.is_mutable:
-            named = {argument.name: argument for argument in func._schema.arguments}
-            given = {**dict(zip(named, args, strict=False)), **kwargs}
-            for name, value in given.items():
-                if named[name].alias_info is not None and named[name].alias_info.is_write:
-                    for tensor in tensors_in(value):
-                        if tensor.layout == torch.strided and (place := storage_of(tensor)) in self.storages:
-                            self.before.setdefault(place, tensor.untyped_storage().clone())
+        for tensor in written_by(func, args, kwargs):
+            if (place := storage_of(tensor)) in self.storages and place not in self.before:
+                self.before[place] = tensor.untyped_storage().clone()
         return func(*args, **kwargs)

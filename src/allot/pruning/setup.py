@@ -30,10 +30,10 @@ from allot.network.call import attempt, dtype_for
 from allot.network.compute import check_divisible
 from allot.network.coupling.find import find_groups
 from allot.network.kinds import INSIDE
-from allot.network.layers import Group, Rules, Scope, matches, plain_state
-from allot.network.macs import measured
+from allot.network.layers import FROZEN, Group, Rules, Scope, matches, plain_state
 from allot.network.untouched import refused_writes
 from allot.processes import all_gather_object, on_first_process, world_size
+from allot.pruning.measured_scope import measured_scope
 from allot.pruning.request import Request, check_plain
 from allot.run.batch_norm_mode import MOVED, batch_norm_error
 from allot.run.calibration import BATCH, SAMPLES, TEXTS, Calibration, texts_at_a_time
@@ -129,9 +129,7 @@ def make_problem(
     # rules on channels choose groups, below
     scope = Scope.of(model, None if isinstance(pattern, Channels) else rules, shapes_only=shapes_only)
     scope = _without_channels(scope) if isinstance(pattern, Channels) else scope
-    if left := {layer.name: left_dense[layer.name] for layer in scope if left_dense and layer.name in left_dense}:
-        layers = tuple(layer for layer in scope if layer.name not in left)
-        scope = replace(scope, layers=layers, skipped={**scope.skipped, **left})
+    scope = scope.without(left_dense or {})
     before = tensor_names(model)
     for name, parameter in model.named_parameters():
         has_numbers = parameter.is_floating_point() and not parameter.is_meta
@@ -143,8 +141,7 @@ def make_problem(
             raise UsageError(f"{name} holds nan: the model cannot be pruned as it is.")
     example = calibration.example() if example is None and calibration else example
     if example is not None:
-        with refused_writes(model):
-            scope = measured(scope, model, lambda: attempt(model, example, {}))
+        scope = measured_scope(scope, model, example, calibration, weights=not isinstance(pattern, Channels))
     check_no_new_tensors(model, before)
     if isinstance(pattern, Channels):
         if example is None:
@@ -180,8 +177,7 @@ def _without_channels(scope: Scope) -> Scope:
     """`scope` without the layers that stay whole where channels are removed."""
     whole = {layer.name: layer.kind.partition("_")[0] for layer in scope if layer.kind in INSIDE}
     reasons = {name: f"{kind} weights stay whole where channels are removed" for name, kind in whole.items()}
-    layers = tuple(layer for layer in scope if layer.name not in whole)
-    return replace(scope, layers=layers, skipped={**scope.skipped, **reasons}, undecided=())
+    return replace(scope.without(reasons), undecided=())
 
 
 def _channel_budget(
@@ -189,6 +185,7 @@ def _channel_budget(
 ) -> tuple[Scope, ChannelBudget]:
     """The scope with its groups, and the budget on them."""
     found, whole = find_groups(model, example)
+    found, whole = _without_frozen(found, whole, scope)
     groups, skipped = _apply_rules(found, whole, rules)
     scope = replace(scope, groups=groups, skipped={**scope.skipped, **skipped})
     if not groups:
@@ -220,6 +217,16 @@ def _channel_budget(
     full = {"full_bytes": files.layout(state, metadata).plain, "full_latency": tables.dense if tables else 0}
     header = files.slim_header(state, metadata, groups)
     return scope, ChannelBudget(budget.with_terms(weights, **full), terms, tuple(extents), header, tables)
+
+
+def _without_frozen(
+    groups: Sequence[Group], whole: Mapping[str, str], scope: Scope
+) -> tuple[tuple[Group, ...], dict[str, str]]:
+    """The groups of channels that no frozen weight holds, and the reasons with those of the others."""
+    frozen = {name for name, reason in scope.skipped.items() if reason == FROZEN}
+    holders = {group.name: {member.tensor for member in group.members} & frozen for group in groups}
+    reasons = {name: f"{min(held)} is {FROZEN}" for name, held in holders.items() if held}
+    return tuple(group for group in groups if group.name not in reasons), {**whole, **reasons}
 
 
 def _apply_rules(
