@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import allot
-from allot.network.layers import FROZEN, Rules, Scope
+from allot.network.kinds import FROZEN
+from allot.network.layers import Rules, Scope
 
 IMAGES = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 FEW = {"steps": 2}

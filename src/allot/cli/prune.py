@@ -26,7 +26,7 @@ from allot.pruning.prune import prune
 from allot.pruning.request import left_dense
 from allot.pruning.setup import make_problem
 from allot.report import table
-from allot.report.data import layer_rows, weights_of
+from allot.report.data import layer_rows, of_whole_model, weights_of
 from allot.run.driver import drive, interruptible, phase
 from allot.run.patterns import Channels
 from allot.run.problem import Candidate, Chain, Problem, Rule
@@ -138,6 +138,7 @@ def plan_command(
         "layers": layer_rows(problem, allocation),
         "skipped": dict(problem.scope.skipped),
         "weights": weights_of(problem.model),
+        "whole": of_whole_model(problem, allocation.kept),
     }
     if as_json:
         print_json(plan)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from allot.errors import UsageError
 from allot.network.applied_masks import masked
 from allot.network.computed import Computed
 from allot.network.draws import generator
@@ -37,10 +38,15 @@ def without_lost_zeros(scope: Scope, model: nn.Module, uses: Uses, run: Callable
     Args:
         uses: as `measured` filled it.
         run: runs the model on the same inputs as `measured` did, with these tensors in place of its own.
+    Raises:
+        UsageError: parameters hold no values, and a layer is in doubt.
     """
     reasons = dict.fromkeys(uses.unseen, UNSEEN)
+    parameters = dict(model.named_parameters())
     doubtful = uses.computed | referenced_elsewhere(model)
     layers = [layer for layer in scope if layer.name in doubtful and layer.name not in reasons]
+    if any(parameters[layer.name].is_meta for layer in layers):
+        raise UsageError(f"{layers[0].name}: whether zeros arrive cannot be seen without values: load weights.")
     if layers:
         first, second = (_probe(model, layers, run, other=other) for other in (False, True))
         for layer in layers:

@@ -28,10 +28,13 @@ class Computed:
     Args:
         meets: called where a computed weight meets the inputs: in a product, or, as large as the parameter itself or
             larger, in any other operator.
+    Attributes:
+        macs: multiply-accumulates of all products so far, of activations with activations included.
     """
 
     def __init__(self, meets: Meets) -> None:
         self.meets = meets
+        self.macs = 0
         self.memory = Memory()
         self._inputs: dict[int, StorageWeakRef] = {}
         self._weights: dict[int, tuple[StorageWeakRef, frozenset[str]]] = {}
@@ -47,6 +50,8 @@ class Computed:
 
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """An operator ran."""
+        product = _PRODUCTS.get(func._overloadpacket)
+        self.macs += _macs(func, args, out)
         given = [tensor for tensor in tensors_in((args, kwargs)) if _has_storage(tensor)]
         weights = [(tensor, names) for tensor in given if (names := self._names(tensor))]
         written = [tensor for tensor in written_by(func, args, kwargs) if _has_storage(tensor)]
@@ -54,13 +59,12 @@ class Computed:
             self.memory.forget(tensor)
         made = [*filter(_has_storage, tensors_in(out)), *written]
         if any(self._is_input(tensor) for tensor in given):
-            product = _PRODUCTS.get(func._overloadpacket)
             operands = [] if product is None else [args[place] for place in product if place < len(args)]
             for tensor, names in weights:
                 if not self.memory.find(tensor):
                     is_operand = any(tensor is operand for operand in operands)
                     if is_operand or tensor.numel() >= min(self._size(name) for name in names):
-                        self.meets(names, tensor, _macs(func, args, tensor, out) if is_operand else 0)
+                        self.meets(names, tensor, _macs(func, args, out, tensor) if is_operand else 0)
             for tensor in made:
                 self._inputs[storage_of(tensor)] = _reference(tensor)
         elif weights:
@@ -95,16 +99,21 @@ _PRODUCTS = {  # operator -> places of the tensors that it multiplies
 }
 
 
-def _macs(func: Any, args: tuple[Any, ...], weight: Tensor, out: Any) -> int:
-    """Multiply-accumulates of a product in which `weight` is an operand."""
+def _macs(func: Any, args: tuple[Any, ...], out: Any, weight: Tensor | None = None) -> int:
+    """Multiply-accumulates of an operator; of the recurrent one, those of `weight` alone where it is given."""
     operator = func._overloadpacket
     if operator in (_aten.convolution, _aten._convolution):
         inputs, kernel, transposed = args[0], args[1], args[6]
-        return (inputs if transposed else out).numel() // kernel.shape[0] * kernel.numel()
+        return int((inputs if transposed else out).numel() // kernel.shape[0] * kernel.numel())
     if operator is _aten.mkldnn_rnn_layer:
-        return math.prod(args[0].shape[:2]) * weight.numel()
-    left = args[_PRODUCTS[operator][0]]
-    return int(out.numel() * left.shape[-1])
+        weights = args[1:3] if weight is None else (weight,)
+        return math.prod(args[0].shape[:2]) * sum(tensor.numel() for tensor in weights)
+    if operator in _PRODUCTS:
+        return int(out.numel() * args[_PRODUCTS[operator][0]].shape[-1])
+    if "scaled_dot_product" in str(operator):  # one operator for each kind of device
+        query, key, value = args[:3]
+        return int(query.shape[:-1].numel() * key.shape[-2] * (key.shape[-1] + value.shape[-1]))
+    return 0
 
 
 def _has_storage(tensor: Tensor) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from allot.errors import BudgetError, UsageError, unknown
-from allot.network.kinds import EXPERTS, STACK, kind_of, reason_to_skip
+from allot.network.kinds import EXPERTS, FROZEN, STACK, UNDECIDED, kind_of, reason_to_skip
 
 
 @dataclass(frozen=True)
@@ -196,6 +196,7 @@ class Scope:
         groups: coupled channels, where channels are pruned and not single weights.
         undecided: weights of 3 dimensions, each in both forms of a stack of experts: `allot.network.macs.measured`
             finds out which form the model uses, if any. Until then they are in `skipped`.
+        macs: of the whole model, out of scope included; None until measured.
 
     >>> scope = Scope.of(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)))
     >>> [layer.name for layer in scope], scope.skipped["1.weight"]
@@ -206,6 +207,7 @@ class Scope:
     skipped: Mapping[str, str]
     groups: tuple[Group, ...] = ()
     undecided: tuple[Layer, ...] = ()
+    macs: int | None = None
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -274,10 +276,6 @@ class Scope:
             shown = ", ".join(prunable[:6]) + (f" and {len(prunable) - 6} more" if len(prunable) > 6 else "")
             raise UsageError(f"rule {unmatched[0]!r} matches no prunable layer; there are {shown}.")
         return cls(tuple(layers), skipped, undecided=tuple(undecided))
-
-
-FROZEN = "frozen (requires_grad=False) beside trained weights: it stays as it is"
-UNDECIDED = "without inputs (3 dimensions)"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from allot.network.computed import Computed
 from allot.network.hooks import hooked, module_places, watched_norms
-from allot.network.layers import UNDECIDED, Layer, Place, Scope, places_by_parameter
+from allot.network.kinds import UNDECIDED
+from allot.network.layers import Layer, Place, Scope, places_by_parameter
 from allot.network.products import Product, observed
 
 
@@ -72,11 +73,12 @@ def measured(scope: Scope, model: nn.Module, forward: Callable[[], Any], uses: U
             channels = layer.shape[0] if transposed else layer.rows
             by_module[layer.name] = by_module.get(layer.name, 0) + layer.total * (tensor.numel() // channels)
 
+    computed = Computed(count_computed)
     hooks = [(place.module, partial(count_output, layer, place)) for layer, place in module_places(scope, places)]
     with (
         hooked(hooks),
         watched_norms(model, scope, normalised),
-        observed(model, watched, count_product, Computed(count_computed)),
+        observed(model, watched, count_product, computed),
     ):
         forward()
     decided = [layer for layer in scope.undecided if forms.get(layer.name) == layer.kind]
@@ -89,7 +91,8 @@ def measured(scope: Scope, model: nn.Module, forward: Callable[[], Any], uses: U
     layers = tuple(replace(layer, macs=macs[layer.name], normalised=layer.name in normalised) for layer in layers)
     skipped = {name: reason.removesuffix(f" {UNDECIDED}") for name, reason in scope.skipped.items()}
     skipped = {name: reason for name, reason in skipped.items() if name not in {layer.name for layer in decided}}
-    return replace(scope, layers=layers, skipped=skipped, undecided=())
+    whole = max(computed.macs, sum(macs.values()))  # where products cannot be seen, those of layers are counted alone
+    return replace(scope, layers=layers, skipped=skipped, undecided=(), macs=whole)
 
 
 def _watched(scope: Scope, places: Mapping[str, list[Place]]) -> list[Layer]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from typing import Any
 
 from torch import nn
@@ -12,7 +14,10 @@ from allot.network.layers import Scope
 from allot.network.macs import Uses, measured
 from allot.network.products import observed
 from allot.network.untouched import refused_writes
+from allot.report.data import weights_of
 from allot.run.calibration import Calibration
+
+log = logging.getLogger("allot")
 
 
 def measured_scope(
@@ -31,6 +36,18 @@ def measured_scope(
     if weights:
         scope = without_lost_zeros(scope, model, uses, lambda tensors: attempt(model, example, tensors))
     return scope.without(dict.fromkeys(_never_run(scope, model, uses.idle, calibration), IDLE))
+
+
+def warn_small_scope(model: nn.Module, scope: Scope) -> None:
+    """Log a warning where less than half of the model's weights are in scope: a budget holds for these alone."""
+    total, weights = sum(layer.total for layer in scope), weights_of(model)
+    if 2 * total < weights:
+        reasons = Counter(scope.skipped.values()).most_common(3)
+        log.warning(
+            "in scope: %.1f %% of the model's weights (%s of %s): the budget holds for these alone; %s",
+            100 * total / weights, f"{total:,}", f"{weights:,}",
+            "; ".join(f"{count} x {reason}" for reason, count in reasons) or "see the rules",
+        )  # fmt: skip
 
 
 def _never_run(scope: Scope, model: nn.Module, idle: set[str], calibration: Calibration | None) -> set[str]:

@@ -29,11 +29,11 @@ from allot.methods.training.selection import Selection
 from allot.network.call import attempt, dtype_for
 from allot.network.compute import check_divisible
 from allot.network.coupling.find import find_groups
-from allot.network.kinds import INSIDE
-from allot.network.layers import FROZEN, Group, Rules, Scope, matches, plain_state
+from allot.network.kinds import FROZEN, INSIDE
+from allot.network.layers import Group, Rules, Scope, matches, plain_state
 from allot.network.untouched import refused_writes
 from allot.processes import all_gather_object, on_first_process, world_size
-from allot.pruning.measured_scope import measured_scope
+from allot.pruning.measured_scope import measured_scope, warn_small_scope
 from allot.pruning.request import Request, check_plain
 from allot.run.batch_norm_mode import MOVED, batch_norm_error
 from allot.run.calibration import BATCH, SAMPLES, TEXTS, Calibration, texts_at_a_time
@@ -71,6 +71,7 @@ def set_up(request: Request, log: Log) -> Problem:
             example=None if inputs else request.example, seed=request.seed, latency=_timing(request, log),
             left_dense=request.left_dense, comparison=request.comparison,
         )  # fmt: skip
+    warn_small_scope(request.model, problem.scope)
     if any(part.needs_data for part in (chain.allocate, *chain.repair)):
         problem.inputs()
     if world_size() > 1:

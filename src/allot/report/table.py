@@ -48,6 +48,8 @@ def plan_table(plan: Report) -> RenderableType:
         table.add_row(*cells)
     kept, total = plan["kept"], plan["total"]
     table.add_row("weights kept in scope", f"{kept:,} of {total:,}", _percent_of(kept, total))
+    for name, pair in _of_whole_model(plan):
+        table.add_row(name, f"{pair['sparse']:,} of {pair['dense']:,}" if pair else "unknown", _share(pair))
     return Group(title, table, layer_table(plan["layers"]), *_skipped_lines(plan))
 
 
@@ -249,6 +251,8 @@ def _summary_table(report: Report) -> Table:
     size = report["bytes"]
     if size["file"]:
         _add_counts(table, "bytes on disk", size["dense"], size["file"])
+    for name, pair in _of_whole_model(report):
+        table.add_row(name, *((f"{pair[net]:,}" for net in pair) if pair else ("unknown", "unknown")), _share(pair))
     _add_ideal(table, size["file"], size.get("with_ideal_mask"))
     if scores := report["scores"]:
         for name, pair in scores.get("values", {scores["metric"]: scores}).items():
@@ -317,6 +321,16 @@ def _skipped_lines(report: Report) -> list[Text]:
         half = "; less than half: the budget holds for these weights alone" if 2 * total < weights else ""
         lines.append(Text(share + half, style="bold yellow" if half else "dim"))
     return lines
+
+
+def _of_whole_model(report: Report) -> list[tuple[str, Mapping[str, int] | None]]:
+    """(name, {dense, sparse}) of weights, MACs and bytes, None where MACs are unknown; reports of before have none."""
+    whole = report.get("whole", {})
+    return [(f"{'MACs' if kind == 'macs' else kind} of the whole model", pair) for kind, pair in whole.items()]
+
+
+def _share(pair: Mapping[str, int] | None) -> str:
+    return _percent_of(pair["sparse"], pair["dense"]) if pair else "no input to count on"
 
 
 def _percent_of(part: int, whole: int) -> str:
