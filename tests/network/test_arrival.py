@@ -48,6 +48,7 @@ LOST = {
     "softmax": lambda layer, w: w.softmax(1),
     "cumulated": lambda layer, w: w.cumsum(1),
     "transformed": lambda layer, w: dct(w),
+    "normalised by batch norm": lambda layer, w: F.batch_norm(w[None], None, None, training=True)[0],
     "shifted": lambda layer, w: w + 0.1,
 }
 ARRIVE = {
@@ -131,6 +132,26 @@ class Autoencoder(nn.Module):
 def test_a_second_use_through_a_computed_copy_counts_its_macs():
     result = pruned(Autoencoder())
     assert result.problem.scope["encoder.weight"].macs == 2 * 24
+
+
+class OneProduct(nn.Module):
+    """Computes three projections in one product, and reads a head as a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(6, 6, bias=False) for _ in range(3))
+        self.table, self.out = nn.Linear(6, 2, bias=False), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = torch.cat([self.q.weight, self.k.weight, self.v.weight])
+        q, k, v = F.linear(x + F.embedding((x[:, 0] > 0).long(), self.table.weight), weight).chunk(3, -1)
+        return self.out(q * k + v)
+
+
+def test_weights_that_are_put_together_for_one_product_are_pruned_with_the_macs_of_each():
+    scope = pruned(OneProduct()).problem.scope
+    assert [scope[f"{name}.weight"].macs for name in "qkv"] == [36, 36, 36]
+    assert "table.weight" in {layer.name for layer in scope} and scope.macs == 3 * 36 + 24
 
 
 class ByAttribute(nn.Module):

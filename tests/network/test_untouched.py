@@ -114,6 +114,21 @@ def test_what_a_model_kept_before_is_kept():
     assert model.last is last and torch.equal(last, values) and len(model.log) == 1
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_arrays_that_cannot_be_written_and_tensors_of_any_type_are_no_trouble():
+    model = nn.Linear(4, 4)
+    model.table = np.zeros(3)
+    model.table.flags.writeable = False
+    model.eighths = torch.zeros(4).to(torch.float8_e4m3fn)
+    model.whole = torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)
+    model.sparse, model.waves = torch.eye(3).to_sparse(), torch.ones(3, dtype=torch.complex64).conj()
+    model.unknown = torch.full((2,), float("nan"))
+    with untouched(model):
+        model.eighths = model.waves = None
+        model.unknown.zero_()
+    assert model.eighths is not None and model.waves is not None and bool(model.unknown.isnan().all())
+
+
 def test_hooks_classes_and_modules_are_put_back():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     first = model[0]

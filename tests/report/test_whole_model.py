@@ -14,6 +14,7 @@ from torch import nn
 import allot
 from allot.network.layers import Rules
 from allot.report import table
+from allot.report.page import comparison_page
 
 INPUTS = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
 
@@ -66,6 +67,13 @@ def test_tables_say_what_is_left_of_the_whole_model(tmp_path: Path):
     assert "MACs of the whole model" in text and "bytes of the whole model" in text
     page = (tmp_path / "run" / "report.html").read_text()
     assert "of the whole model: weights kept" in page and "1,216 of 1,408; MACs 1,216 of 1,408" in page
+
+
+def test_runs_side_by_side_show_the_share_of_the_whole_model(tmp_path: Path):
+    reports = [(name, pruned(rules).report()) for name, rules in (("few", FEW), ("all", None))]
+    text = printed(table.comparison_table(reports))
+    assert "of model" in text and "0.1364" in text
+    assert comparison_page(reports).count("of the whole model") == 1
 
 
 def test_macs_that_nobody_counted_are_unknown_and_not_left_out():

@@ -23,7 +23,7 @@ from allot.network.computed import Computed
 from allot.network.draws import generator
 from allot.network.layers import Layer, Scope
 from allot.network.macs import Uses
-from allot.network.memory import storage_of
+from allot.network.memory import has_memory, storage_of
 from allot.network.products import Product, observed
 
 COMPUTED = "computed anew before use: its zeros do not arrive where it meets the inputs"
@@ -62,7 +62,7 @@ def referenced_elsewhere(model: nn.Module) -> set[str]:
     """Names of the parameters in whose memory a tensor lies that an attribute, a list or a dict of a module holds."""
     by_memory: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters():
-        if parameter.layout == torch.strided:
+        if has_memory(parameter):
             by_memory.setdefault(storage_of(parameter), set()).add(name)
     found: set[str] = set()
     for module in model.modules():
@@ -72,8 +72,8 @@ def referenced_elsewhere(model: nn.Module) -> set[str]:
         seen: set[int] = set()
         while pending:
             value = pending.pop()
-            if isinstance(value, Tensor) and value.layout == torch.strided:
-                found |= by_memory.get(storage_of(value), set())
+            if isinstance(value, Tensor):
+                found |= by_memory.get(storage_of(value), set()) if has_memory(value) else set()
             elif isinstance(value, dict | list | tuple | set) and id(value) not in seen:
                 seen.add(id(value))
                 pending += value.values() if isinstance(value, dict) else value

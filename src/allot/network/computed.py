@@ -29,12 +29,14 @@ class Computed:
         meets: called where a computed weight meets the inputs: in a product, or, as large as the parameter itself or
             larger, in any other operator.
     Attributes:
+        touched: layers whose weight met the inputs as it is.
         macs: multiply-accumulates of all products so far, of activations with activations included.
     """
 
     def __init__(self, meets: Meets) -> None:
         self.meets = meets
         self.macs = 0
+        self.touched: set[str] = set()
         self.memory = Memory()
         self._inputs: dict[int, StorageWeakRef] = {}
         self._weights: dict[int, tuple[StorageWeakRef, frozenset[str]]] = {}
@@ -61,7 +63,9 @@ class Computed:
         if any(self._is_input(tensor) for tensor in given):
             operands = [] if product is None else [args[place] for place in product if place < len(args)]
             for tensor, names in weights:
-                if not self.memory.find(tensor):
+                if self.memory.find(tensor):
+                    self.touched |= names
+                else:
                     is_operand = any(tensor is operand for operand in operands)
                     if is_operand or tensor.numel() >= min(self._size(name) for name in names):
                         self.meets(names, tensor, _macs(func, args, out, tensor) if is_operand else 0)

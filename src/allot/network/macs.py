@@ -62,8 +62,9 @@ def measured(scope: Scope, model: nn.Module, forward: Callable[[], Any], uses: U
 
     def count_computed(names: frozenset[str], weight: Tensor, macs: int) -> None:
         uses.computed.update(names)
-        largest = max(sorted(names), key=lambda name: sizes[name])
-        by_weight[largest] = by_weight.get(largest, 0) + macs
+        weights = sum(sizes[name] for name in names)
+        for name in names:  # put together from several weights, as in one product for three projections
+            by_weight[name] = by_weight.get(name, 0) + round(macs * sizes[name] / weights)
 
     def count_output(layer: Layer, place: Place, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         transposed = place.kind == "conv_transposed"
@@ -86,7 +87,7 @@ def measured(scope: Scope, model: nn.Module, forward: Callable[[], Any], uses: U
     layers = sorted([*scope, *decided], key=lambda layer: order[layer.name]) if decided else scope.layers
     # a weight whose products cannot be seen is counted from its module's output instead
     macs = {layer.name: by_weight.get(layer.name) or by_module.get(layer.name, 0) for layer in layers}
-    unused = {layer.name for layer in layers if layer.kind != "lookup"} - by_weight.keys() - uses.computed
+    unused = {layer.name for layer in layers if layer.kind != "lookup"} - by_weight.keys() - computed.touched
     uses.unseen, uses.idle = unused & ran, unused - ran
     layers = tuple(replace(layer, macs=macs[layer.name], normalised=layer.name in normalised) for layer in layers)
     skipped = {name: reason.removesuffix(f" {UNDECIDED}") for name, reason in scope.skipped.items()}

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from allot.network.kinds import EXPERTS
 from allot.network.layers import Layer
@@ -147,6 +149,12 @@ def written_by(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Ite
     for name, value in {**dict(zip(arguments, args, strict=False)), **kwargs}.items():
         if arguments[name].alias_info is not None and arguments[name].alias_info.is_write:
             yield from (tensor for tensor in tensors_in(value) if tensor.layout == torch.strided)
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether a tensor's values lie in one storage of its own or shared; not of lazy, sparse and wrapping tensors."""
+    plain = tensor.layout == torch.strided and not is_lazy(tensor) and not is_traceable_wrapper_subclass(tensor)
+    return plain and tensor.numel() > 0
 
 
 def extent(tensor: Tensor) -> tuple[int, int]:

@@ -6,10 +6,9 @@ import itertools
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from allot.errors import UsageError
-from allot.network.memory import extent, storage_of
+from allot.network.memory import extent, has_memory, storage_of
 
 
 def check_shared_memory(model: nn.Module) -> None:
@@ -33,7 +32,7 @@ parameter, model.leave.weight = model.enter.weight.
     by_storage: dict[int, list[str]] = {}
     tensors = parameters | buffers
     for name, tensor in tensors.items():
-        if _has_memory(tensor):
+        if has_memory(tensor):
             by_storage.setdefault(storage_of(tensor), []).append(name)
             if name in parameters and _overlaps_itself(tensor):
                 raise UsageError(
@@ -76,15 +75,6 @@ def _spelled(name: str) -> str:
     'model.blocks[0].fc.weight'
     """
     return "model" + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in name.split("."))
-
-
-def _has_memory(tensor: Tensor) -> bool:
-    return (
-        not is_lazy(tensor)
-        and tensor.layout == torch.strided
-        and tensor.numel() > 0
-        and tensor.untyped_storage().nbytes() > 0
-    )
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:

@@ -18,11 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from allot.errors import UsageError
-from allot.network.memory import storage_of, written_by
+from allot.network.memory import has_memory, storage_of, written_by
 
 NESTED = 2  # objects inside of objects that are followed: a collector, a cache and its layers
 _LIBRARIES = ("torch", "numpy", "builtins", "collections", "functools")  # whose objects and functions are not followed
@@ -54,7 +53,7 @@ class _Snapshot:
         self.tensors: list[_TensorBefore] = []
         self.arrays: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
         self.generators: list[tuple[torch.Generator, Tensor]] = []
-        self.weights = {storage_of(p) for p in model.parameters() if _is_plain(p)}
+        self.weights = {storage_of(p) for p in model.parameters() if _has_values(p)}
         seen: set[int] = set()
         pending: list[tuple[Any, int]] = [(model, 0)]
         while pending:
@@ -69,13 +68,14 @@ class _Snapshot:
             self.classes.append((value, type(value)))
             return self._container(vars(value), depth)
         if isinstance(value, Tensor):
-            if _is_plain(value):
+            if _has_values(value):
                 self.tensors.append(_TensorBefore(value, is_weight=storage_of(value) in self.weights))
             return iter(())
         if isinstance(value, dict | list | set | deque | tuple | frozenset):
             return self._container(value, depth)
         if isinstance(value, np.ndarray):
-            self.arrays.append((value, value.copy()))
+            if value.flags.writeable:
+                self.arrays.append((value, value.copy()))
         elif isinstance(value, torch.Generator):
             self.generators.append((value, value.get_state()))
         elif isinstance(value, MethodType | partial | FunctionType):
@@ -160,17 +160,18 @@ def _of_library(value: Any) -> bool:
     return module.partition(".")[0] in _LIBRARIES
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor has values in one memory that can be compared and put back."""
-    return not is_lazy(tensor) and not tensor.is_meta and tensor.layout == torch.strided
+def _has_values(tensor: Tensor) -> bool:
+    return has_memory(tensor) and not tensor.is_meta
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors hold the same values; nan is nan."""
-    if torch.equal(one, other):
-        return True
-    both_nan = one.isnan() & other.isnan()
-    return bool(both_nan.any() and (both_nan | (one == other)).all())
+    """Whether two tensors hold the same bits."""
+    return torch.equal(_bytes(one), _bytes(other))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    plain = tensor.int_repr() if tensor.is_quantized else tensor.resolve_conj().resolve_neg()
+    return plain.contiguous().flatten().view(torch.uint8)
 
 
 @contextmanager
@@ -182,7 +183,7 @@ def refused_writes(model: nn.Module) -> Iterator[None]:
     Raises:
         UsageError: it leaves other values in a parameter.
     """
-    parameters = {name: p for name, p in model.named_parameters() if _is_plain(p)}
+    parameters = {name: p for name, p in model.named_parameters() if _has_values(p)}
     memory = {name: parameter.detach() for name, parameter in parameters.items()}
     writes = _Writes({storage_of(parameter) for parameter in memory.values()})
     changed: list[str] = []
