@@ -154,6 +154,27 @@ def test_weights_that_are_put_together_for_one_product_are_pruned_with_the_macs_
     assert "table.weight" in {layer.name for layer in scope} and scope.macs == 3 * 36 + 24
 
 
+class LearnedQueries(nn.Module):
+    """Queries are parameters: what the projection makes of them comes from weights alone, and is no weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.norm = nn.Parameter(torch.randn(3, 6)), nn.LayerNorm(6)
+        self.ask, self.key, self.out = (nn.Linear(6, 6) for _ in range(3))
+        self.attend = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        asked = self.ask(self.norm(self.queries))
+        weights = (self.key(x) @ asked.t()).softmax(-1)
+        attended, _ = self.attend(self.queries.expand(len(x), -1, -1), x[:, None], x[:, None])
+        return self.out(weights @ asked + attended.mean(1))
+
+
+def test_what_a_layer_makes_of_learned_queries_is_no_computed_weight():
+    scope = pruned(LearnedQueries()).problem.scope
+    assert {layer.name.partition(".")[0] for layer in scope} == {"ask", "key", "out", "attend"}
+
+
 class ByAttribute(nn.Module):
     """Multiplies by a tensor that it took from a parameter when it was made."""
 

@@ -1,8 +1,8 @@
 """Weights that a model computes from its parameters before use, and the operators where these meet the inputs.
 
-While a model runs, every tensor is computed from the inputs, from parameters alone, or from neither. Where a tensor of
-the first kind meets one of the second, that one is a computed weight: a standardised kernel, a sum with a low-rank
-update, twice the transpose.
+While a model runs, every tensor is computed from the inputs, from weights of layers alone, or from neither. Inputs are
+those of every module that is called. Where a tensor of the first kind meets one of the second, that one is a computed
+weight: a standardised kernel, a sum with a low-rank update, twice the transpose.
 """
 
 from __future__ import annotations
@@ -41,14 +41,19 @@ class Computed:
         self._inputs: dict[int, StorageWeakRef] = {}
         self._weights: dict[int, tuple[StorageWeakRef, frozenset[str]]] = {}
 
-    def begin(self, memory: Memory, inputs: Any) -> None:
+    def begin(self, memory: Memory) -> None:
         """A pass begins.
 
         Args:
             memory: where the parameters lie.
         """
-        self.memory, self._weights = memory, {}
-        self._inputs = {storage_of(t): _reference(t) for t in tensors_in(inputs) if _has_storage(t)}
+        self.memory, self._inputs, self._weights = memory, {}, {}
+
+    def enter(self, arguments: Any) -> None:
+        """A module is called: constants that it is called with, as learned queries, are inputs like others."""
+        for tensor in filter(_has_storage, tensors_in(arguments)):
+            if not self._names(tensor):
+                self._inputs[storage_of(tensor)] = _reference(tensor)
 
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """An operator ran."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,14 +135,20 @@ def observed(model: nn.Module, scope: Iterable[Layer], seen: Seen, computed: Com
             tensor = getattr(place.module, place.attribute).detach()
             mode.memory.add(Held(layer, *extent(tensor), tensor.stride()), tensor)
         if computed:
-            computed.begin(mode.memory, (args, kwargs))
+            computed.begin(mode.memory)
 
-    handle = model.register_forward_pre_hook(register, with_kwargs=True)
-    try:
-        with _Plain(), torch.no_grad(), mode:
-            yield
-    finally:
-        handle.remove()
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if computed:
+            computed.enter((args, kwargs))
+
+    with ExitStack() as stack:
+        stack.callback(model.register_forward_pre_hook(register, with_kwargs=True).remove)
+        for module in model.modules() if computed else ():
+            stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        stack.enter_context(_Plain())
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(mode)
+        yield
 
 
 class _Plain(BaseTorchFunctionMode):
