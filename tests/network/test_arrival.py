@@ -82,6 +82,12 @@ def test_a_layer_whose_zeros_arrive_is_pruned_with_its_macs(case):
     assert result.problem.scope["0.weight"].macs == 36
 
 
+def test_an_update_that_is_still_zero_counts_as_one():
+    layer = Computes(LOST["low-rank update"])
+    nn.init.zeros_(layer.up)
+    assert pruned(nn.Sequential(layer, nn.Linear(6, 4))).problem.scope.skipped["0.weight"] == COMPUTED
+
+
 class Convolution(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)

@@ -143,6 +143,7 @@ def test_a_model_that_writes_its_parameters_is_refused_and_as_before(layer):
         lambda: allot.prune(model, IMAGES, "sparsity=0.5"),
         lambda: allot.prune(model, None, "sparsity=0.5", example=IMAGES[:1], repair="none"),
         lambda: allot.evaluate(model, [(x, 0) for x in IMAGES]),
+        lambda: allot.export(model, IMAGES[:1], "never.pt2"),
     ):
         with pytest.raises(UsageError, match=r"writes into its parameter 0\.weight"):
             call()

@@ -21,6 +21,7 @@ from allot.errors import UsageError
 from allot.network.applied_masks import masked
 from allot.network.computed import Computed
 from allot.network.draws import generator
+from allot.network.kinds import FLOATS
 from allot.network.layers import Layer, Scope
 from allot.network.macs import Uses
 from allot.network.memory import has_memory, storage_of
@@ -108,13 +109,19 @@ class _Seen:
 def _probe(
     model: nn.Module, layers: Iterable[Layer], run: Callable[[Mapping[str, Tensor]], Any], *, other: bool
 ) -> dict[str, _Seen]:
-    """What is seen of each layer with half of its weights masked; with `other`, the other half."""
+    """What is seen of each layer with half of its weights masked; with `other`, the other half.
+
+    Parameters that are all zero, as those of an update before it is trained, would show nothing: they are drawn.
+    """
     found = {layer.name: _Seen() for layer in layers}
     parameters, draw = dict(model.named_parameters()), generator(0)
-    placed = {}
+    placed: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        if parameter.dtype in FLOATS and not bool(parameter.any()):
+            placed[name] = torch.randn(parameter.shape, generator=draw).to(parameter)
     for layer in layers:
         mask = torch.rand(layer.shape, generator=draw).lt(0.5).to(parameters[layer.name].device)
-        placed[layer.name] = masked(parameters[layer.name].detach(), mask != other)
+        placed[layer.name] = masked(placed.get(layer.name, parameters[layer.name].detach()), mask != other)
 
     def direct(product: Product | None, cost: tuple[str, int]) -> None:
         found[cost[0]].direct += cost[1]

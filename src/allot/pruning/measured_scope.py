@@ -12,8 +12,8 @@ from allot.network.arrival import IDLE, conditional, without_lost_zeros
 from allot.network.call import attempt
 from allot.network.layers import Scope
 from allot.network.macs import Uses, measured
+from allot.network.preserved import refused_writes
 from allot.network.products import observed
-from allot.network.untouched import refused_writes
 from allot.report.data import weights_of
 from allot.run.calibration import Calibration
 

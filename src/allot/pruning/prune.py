@@ -15,7 +15,7 @@ from allot.errors import GuaranteeMissed
 from allot.export.timing.latency import Runtime
 from allot.network.compute import Compute
 from allot.network.layers import Rules
-from allot.network.untouched import untouched
+from allot.network.preserved import preserved
 from allot.processes import on_first_process
 from allot.pruning.assemble import adapted, assemble, fitted, repair_by_blocks, stream_repairs
 from allot.pruning.identity import identity, notes
@@ -140,7 +140,7 @@ def prune(
         on_step=on_step, should_stop=should_stop,
     )  # fmt: skip
     log = Log()
-    with untouched(model):
+    with preserved(model):
         return _run(_prepare(request, set_up(request, log)), log)
 
 

@@ -25,7 +25,7 @@ from allot.network.channels import ChannelPlan, slimmed
 from allot.network.copies import deep_copy
 from allot.network.coupling.dead import without_dead_channels
 from allot.network.layers import plain_state
-from allot.network.untouched import untouched
+from allot.network.preserved import preserved
 from allot.report.data import histograms, report
 from allot.report.exports import add_export, exports_of
 from allot.report.page import write_run
@@ -141,7 +141,7 @@ class Result:
         """
         plan = self.plan()
         if plan is None:
-            with untouched(self.problem.model):  # hooks of a copy refer to what those of the model refer to
+            with preserved(self.problem.model):  # hooks of a copy refer to what those of the model refer to
                 return without_dead_channels(self.model(), self.problem.inputs().example())[0]
         return slimmed(self.model(), plan)
 

@@ -31,7 +31,7 @@ from allot.network.compute import check_divisible
 from allot.network.coupling.find import find_groups
 from allot.network.kinds import FROZEN, INSIDE
 from allot.network.layers import Group, Rules, Scope, matches, plain_state
-from allot.network.untouched import refused_writes
+from allot.network.preserved import refused_writes
 from allot.processes import all_gather_object, on_first_process, world_size
 from allot.pruning.measured_scope import measured_scope, warn_small_scope
 from allot.pruning.request import Request, check_plain

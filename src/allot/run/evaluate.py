@@ -26,8 +26,8 @@ from torch.utils.data import DataLoader
 from allot.errors import UsageError, check_number
 from allot.network.call import attempt, dtype_for, filled_copy, modes
 from allot.network.compute import check_divisible
+from allot.network.preserved import preserved, refused_writes
 from allot.network.trees import map_tensors
-from allot.network.untouched import refused_writes, untouched
 from allot.processes import all_gather_object, on_first_process, world_size
 from allot.run.calibration import moved
 from allot.run.labelled import described, labelled_batches, token_ids
@@ -128,7 +128,7 @@ def evaluate(
     sums: Sums = {}
     samples = 0
     device, dtype = reference.device, None
-    with untouched(model), torch.no_grad():
+    with preserved(model), torch.no_grad():
         for number, batch in enumerate(labelled_batches(data, batch_size, workers)):
             with nullcontext() if number else refused_writes(model):
                 dtype = dtype if number else dtype_for(model, moved(batch.inputs, device, None), tensors)
@@ -179,7 +179,7 @@ def _score_of_all(model: nn.Module, data: Any, metric: Metric, tensors: Mapping[
 
     def measure() -> dict[str, float]:
         scored = filled_copy(model, tensors) if tensors else model
-        with untouched(model), modes(scored, lambda module: False), torch.no_grad():
+        with preserved(model), modes(scored, lambda module: False), torch.no_grad():
             return metric(scored, data)
 
     values = on_first_process(measure)

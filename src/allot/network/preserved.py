@@ -28,11 +28,11 @@ _LIBRARIES = ("torch", "numpy", "builtins", "collections", "functools")  # whose
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
+def preserved(model: nn.Module) -> Iterator[None]:
     """On leaving, every attribute, container, buffer, hook, mode and `requires_grad` of `model` is as it was.
 
     >>> model = nn.Linear(2, 2)
-    >>> with untouched(model):
+    >>> with preserved(model):
     ...     model.seen = model.eval()(torch.ones(2))
     >>> hasattr(model, "seen"), model.training
     (False, True)

@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 
 from allot.errors import UsageError
 from allot.network.copies import deep_copy
-from allot.network.untouched import refused_writes, untouched
+from allot.network.preserved import preserved, refused_writes
 
 SEEN_BY_HOOKS: list[torch.Tensor] = []
 
@@ -68,7 +68,7 @@ def held(model: Keeps) -> list:
 def test_everything_that_a_pass_keeps_is_put_back():
     model = Keeps()
     before, mean = held(model), model.mean
-    with untouched(model):
+    with preserved(model):
         model.eval().requires_grad_(False)
         model(torch.ones(2, 4))
     assert held(model) == before and model.mean is mean
@@ -78,7 +78,7 @@ def test_it_is_put_back_where_the_pass_raises():
     model = Keeps()
     before = held(model)
     twice = nn.Sequential(model, nn.Linear(5, 5))
-    with pytest.raises(RuntimeError), untouched(twice):
+    with pytest.raises(RuntimeError), preserved(twice):
         twice(torch.ones(2, 4))
     assert held(model) == before
 
@@ -97,7 +97,7 @@ def test_what_hooks_collect_is_put_back():
     model[0].register_forward_hook(collector.hook)
     model[0].register_forward_hook(functools.partial(appends_to, with_arguments))
     model[1].register_forward_hook(lambda module, args, output: SEEN_BY_HOOKS.append(output))
-    with untouched(model):
+    with preserved(model):
         model(torch.ones(2, 4))
         assert local and collector.outputs and with_arguments and SEEN_BY_HOOKS
     assert not (local or collector.outputs or with_arguments or SEEN_BY_HOOKS)
@@ -108,7 +108,7 @@ def test_what_a_model_kept_before_is_kept():
     with torch.no_grad():
         model(torch.ones(2, 4))
     last, values = model.last, model.last.clone()
-    with untouched(model):
+    with preserved(model):
         model.last.zero_()
         model(torch.zeros(2, 4))
     assert model.last is last and torch.equal(last, values) and len(model.log) == 1
@@ -123,7 +123,7 @@ def test_arrays_that_cannot_be_written_and_tensors_of_any_type_are_no_trouble():
     model.whole = torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)
     model.sparse, model.waves = torch.eye(3).to_sparse(), torch.ones(3, dtype=torch.complex64).conj()
     model.unknown = torch.full((2,), float("nan"))
-    with untouched(model):
+    with preserved(model):
         model.eighths = model.waves = None
         model.unknown.zero_()
     assert model.eighths is not None and model.waves is not None and bool(model.unknown.isnan().all())
@@ -132,7 +132,7 @@ def test_arrays_that_cannot_be_written_and_tensors_of_any_type_are_no_trouble():
 def test_hooks_classes_and_modules_are_put_back():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     first = model[0]
-    with untouched(model):
+    with preserved(model):
         first.register_forward_hook(lambda *_: None)
         first.__class__ = type("Other", (nn.Linear,), {})
         model[0] = nn.Linear(4, 2)
