@@ -129,6 +129,15 @@ def test_arrays_that_cannot_be_written_and_tensors_of_any_type_are_no_trouble():
     assert model.eighths is not None and model.waves is not None and bool(model.unknown.isnan().all())
 
 
+def test_a_tensor_to_which_an_output_was_added_has_no_graph_afterwards():
+    model = nn.Linear(4, 4)
+    model.total = torch.zeros(4)
+    with preserved(model):
+        model.total += model(torch.ones(4))
+    assert model.total.is_leaf and not model.total.requires_grad and not model.total.any()
+    copy.deepcopy(model)
+
+
 def test_hooks_classes_and_modules_are_put_back():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     first = model[0]

@@ -109,10 +109,12 @@ class _TensorBefore:
     def __init__(self, tensor: Tensor, *, is_weight: bool) -> None:
         self.tensor, self.memory, self.gradient = tensor, tensor.detach(), tensor.grad if tensor.is_leaf else None
         self.values = None if is_weight else self.memory.clone()
-        self.requires_grad = tensor.requires_grad
+        self.requires_grad, self.is_leaf = tensor.requires_grad, tensor.is_leaf
 
     def restore(self) -> None:
         tensor, memory = self.tensor, self.memory
+        if self.is_leaf and not tensor.is_leaf:  # something with a graph was added in place
+            tensor.detach_()
         if tensor.data_ptr() != memory.data_ptr() or tensor.shape != memory.shape:
             tensor.data = memory
         if self.values is not None and not _same(memory, self.values):
