@@ -97,7 +97,7 @@ def test_the_resolved_recipe_of_a_run_makes_the_same_run():
     saved = yaml.safe_load(Path("A/recipe.yaml").read_text())
     assert saved["allocate"] == "lamp" and saved["score"] == "random" and saved["pattern"] == "unstructured"
     assert saved["repair"] == "bias,variance" and saved["seed"] == 7 and saved["options"]
-    again = done("prune --recipe A/recipe.yaml --out B --json").json
+    again = done(f"prune {MLP} --data {SAMPLES} --test {SAMPLES} --recipe A/recipe.yaml --out B --json").json
     for said in (first, again):
         for key in ("run", "seconds", "exports", "sha256"):
             del said[key]
@@ -107,7 +107,7 @@ def test_the_resolved_recipe_of_a_run_makes_the_same_run():
 
 def test_a_run_without_repair_is_made_again_without_repair():
     done(f"prune {MLP} --budget sparsity=0.6 --repair none --out A")
-    done("prune --recipe A/recipe.yaml --out B")
+    done(f"prune {MLP} --recipe A/recipe.yaml --out B")
     assert digest("B") == digest("A")
 
 

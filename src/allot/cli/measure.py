@@ -8,11 +8,12 @@ from typing import Annotated
 import typer
 
 from allot.cli.console import people, print_json, progress, say
-from allot.cli.finished_run import read_recipe
+from allot.cli.finished_run import RecordedRecipe
 from allot.cli.loading import load_inputs, prune_arguments
-from allot.cli.options import LIMITS, READING, Json, takes
+from allot.cli.options import LIMITS, READING, Json, RunModel, takes
 from allot.cli.recipe import RecipeFile
 from allot.errors import UsageError
+from allot.export.files.formats import PLAIN
 from allot.export.timing.latency import Runtime
 from allot.pruning.advise import advise
 from allot.pruning.sweep import budgets_of, cells_of, sweep
@@ -95,6 +96,7 @@ def evaluate_command(
     wanted: RecipeFile,
     target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help=f"a run directory, or {MODEL_FORMS}")],
     split: Annotated[str, typer.Option(help="of zoo data: test, validation or calibration")] = "test",
+    model: RunModel = None,
     *,
     as_json: Json = False,
 ) -> None:
@@ -103,15 +105,14 @@ def evaluate_command(
     if Path(target).is_dir():
         if wanted.weights:
             raise UsageError(f"{target} has its own weights: leave --weights out, or name a MODEL.")
-        recipe = read_recipe(Path(target))
-        weights = str(Path(target) / "model.safetensors")
-        source = load_model(
-            recipe.required_model(), weights=weights, shape=wanted.input or recipe.input, device=wanted.device
-        )
-        workers, skip_corrupt = workers or recipe.workers, skip_corrupt or recipe.skip_corrupt
-        metric = metric or recipe.metric
-        data = data or recipe.test or (recipe.data if (recipe.data or "").startswith("zoo:") else None)
+        recipe = RecordedRecipe.read(Path(target), wanted, model)
+        source = recipe.load(weights=str(Path(target) / PLAIN), device=wanted.device)
+        zoo = (recipe.recorded.data or "").startswith("zoo:")
+        data = data or recipe.value("test") or (recipe.recorded.data if zoo else None)
+        workers, skip_corrupt, metric = (recipe.value(key) for key in ("workers", "skip_corrupt", "metric"))
     else:
+        if model:
+            raise UsageError(f"--model {model}: {target} is no run directory, and evaluate takes one model.")
         source = load_model(target, weights=wanted.weights, shape=wanted.input, device=wanted.device)
     if data is None:
         raise UsageError(f"no data to score on: give --data {DATA_FORMS}.")
