@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from allot.budget.allocation import Allocation
 from allot.errors import AllotError, BudgetError, UsageError, VerificationError, first_line
 from allot.export.certificate import certificate
+from allot.export.certificate.records import record
 from allot.export.certificate.rows import sealed
+from allot.export.certificate.structure import structure_of
 from allot.export.export import export_run, form_of
 from allot.export.files import formats as files
 from allot.export.files.writing import Later, Value
@@ -229,7 +231,8 @@ class Result:
                 files.save_bitmask(directory / files.BITMASK, state, metadata)
         with phase("re-opening and recounting", self.log.finish):
             write_json(directory / "allocation.json", {**self.allocation.to_json(), "budget": budget.to_json()})
-            certified = certificate.certify(directory, budget.sizes(kept), kept)
+            structure = structure_of(self.problem.pattern, self.problem.scope)
+            certified = certificate.certify(directory, budget.sizes(kept), kept, structure)
             write_json(directory / "certificate.json", certified)
         object.__setattr__(self, "directory", directory)
         with phase("writing the report", self.log.finish):
@@ -241,6 +244,7 @@ class Result:
                     f"{failed['file']}: {failed['check']}: promised {failed['promised']}, found {failed['found']}."
                 )
             write_run(directory, content)
+            record(directory)
         return certified
 
     def _state_to_write(self) -> dict[str, Value]:

@@ -135,14 +135,18 @@ class Store:
             raise UsageError(f"cannot write {self.directory / 'steps.jsonl'}: {error.strerror}.") from error
 
     def describe(self, state: str, log: Log) -> None:
-        """Write run.json; `state` is "running", "stopped" or "done"."""
-        finish = {"finish": log.finish} if log.finish else {}
-        content = {**self.asked, **self.notes, "seconds": log.seconds, **finish, "state": state}
-        write_json(self.directory / "run.json", content)
+        """Write run.json; `state` is "running" or "stopped"."""
+        write(self.directory / "run.json", self.description(state, log))
 
-    def finish(self, log: Log) -> None:
-        self.describe("done", log)
-        self._forget()
+    def description(self, state: str, log: Log) -> str:
+        """The text of run.json; `state` is "running", "stopped" or "done"."""
+        finish = {"finish": log.finish} if log.finish else {}
+        return json_text({**self.asked, **self.notes, "seconds": log.seconds, **finish, "state": state})
+
+    def forget(self) -> None:
+        """Remove the saved state of a run that is done."""
+        for path in self.directory.glob("state-*.pt"):
+            path.unlink()
 
     def close(self) -> None:
         """Release the lock on the directory."""
@@ -161,7 +165,7 @@ class Store:
         self.done = bool(earlier and earlier["state"] == "done")
         self.saved = None
         if self.done:
-            self._forget()
+            self.forget()
             return
         self.saved, steps_bytes = self._load(device)
         # run.json first: a directory that holds other files and no run.json is refused
@@ -169,10 +173,6 @@ class Store:
         steps = self.directory / "steps.jsonl"
         steps.touch()
         os.truncate(steps, steps_bytes)
-
-    def _forget(self) -> None:
-        for path in self.directory.glob("state-*.pt"):
-            path.unlink()
 
     def _read(self) -> dict[str, Any] | None:
         """run.json of an earlier start, which must have the same identity; None without one, or without a step."""
@@ -184,7 +184,7 @@ class Store:
         earlier = read_run(self.directory)
         steps = self.directory / "steps.jsonl"
         if earlier["state"] != "done" and steps.exists() and not steps.stat().st_size:
-            self._forget()  # that run made no step, so nothing is lost
+            self.forget()  # that run made no step, so nothing is lost
             return None
         earlier_flat, asked_flat = flatten_keys(earlier), flatten_keys(self.asked)
         differing = sorted(
@@ -304,7 +304,12 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         UsageError: as `write`.
     """
-    write(path, json.dumps(content, indent=2) + "\n")
+    write(path, json_text(content))
+
+
+def json_text(content: Mapping[str, Any]) -> str:
+    """The text of a JSON file, which ends with a line end."""
+    return json.dumps(content, indent=2) + "\n"
 
 
 @contextmanager
