@@ -154,7 +154,7 @@ def test_ctrl_c_while_the_model_is_made_ends_with_130_and_leaves_nothing():
     assert not Path("RUN").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stopped_run_says_how_to_go_on_and_ends_like_one_that_was_not_stopped(number):
     words = f"prune {FACTORIES}:slow --data {FACTORIES}:samples --budget sparsity=0.5 --batch-size 8 --repair bias"
     process = started(f"{words} --out A --json")

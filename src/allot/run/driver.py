@@ -175,9 +175,15 @@ def repeatable(model: nn.Module, seed: int, stage: str, step: int = -1) -> Itera
         yield
 
 
+_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """A `should_stop` that the first Ctrl-C (or SIGTERM) turns on; the second one interrupts at once."""
+    """A `should_stop` that the first Ctrl-C (SIGTERM, or SIGHUP) turns on; the second one interrupts at once.
+
+    A signal that is ignored stays ignored, as SIGHUP under nohup.
+    """
     stop = threading.Event()
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -188,7 +194,8 @@ def interruptible() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield stop.is_set
         return
-    handlers: dict[int, Any] = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [number for number in _STOPS if signal.getsignal(number) != signal.SIG_IGN]
+    handlers: dict[int, Any] = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield stop.is_set
     finally:

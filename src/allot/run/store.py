@@ -6,16 +6,16 @@ Every file is written to a temporary path and then renamed, so that a killed run
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import io
 import json
 import os
-import pickle
 import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -23,6 +23,8 @@ from allot.errors import UsageError
 from allot.processes import on_first_process
 
 State = dict[str, Any]
+_NO_COMMENT = b"\0\0"  # the end of a zip archive without a comment: its length
+_LENGTH = (64).to_bytes(2, "little")
 FORMAT = 4  # of saved states: counts up where the state of any method gets other keys
 
 
@@ -87,6 +89,7 @@ class Store:
         self.directory = Path(directory)
         self.content: bytes | None = None  # bytes of the saved state
         self.asked = json.loads(json.dumps(asked))
+        self._identity = json.dumps(self.asked, sort_keys=True).encode()
         self.notes = dict(notes)
         if self.directory.exists() and not self.directory.is_dir():
             raise UsageError(f"{self.directory} is a file, not a run directory.")
@@ -107,22 +110,22 @@ class Store:
 
     def save(self, stage: str, candidate: State, state: State, log: Log, best: State | None = None) -> None:
         """Write the state file from which the run can resume; older state files are removed."""
-        steps = self.directory / "steps.jsonl"
-        content = {
-            "stage": stage,
-            "candidate": candidate,
-            "state": state,
-            "format": FORMAT,
-            "log": log.to_state(),
-            "best": best,
-            "steps_bytes": steps.stat().st_size,
-        }
         path = self.directory / f"state-{stage}.pt"
-        with replacing(path) as temporary, temporary.open("wb") as file:
+        with replacing(path) as temporary, temporary.open("w+b") as file:
+            content = {
+                "stage": stage,
+                "candidate": candidate,
+                "state": state,
+                "format": FORMAT,
+                "log": log.to_state(),
+                "best": best,
+                "steps_bytes": (self.directory / "steps.jsonl").stat().st_size,
+            }
             try:
                 torch.save(content, file)  # straight to the disk: the state is several times as large as the weights
             except RuntimeError as error:  # torch's writer raises it after an OSError of the disk
                 raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+            _seal(file, self._identity)
         for older in self.directory.glob("state-*.pt"):
             if older != path:
                 older.unlink()
@@ -211,12 +214,17 @@ class Store:
         try:
             self.content = paths[-1].read_bytes()
             saved, steps_bytes, written_as = _parse_saved(self.content, device)
-        except (RuntimeError, KeyError, TypeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
+        except Exception as error:  # a damaged file makes torch and pickle raise almost anything
             raise UsageError(f"{paths[-1]} cannot be read: delete {self.directory} and start again.") from error
         if written_as != FORMAT:
             raise UsageError(
                 f"{paths[-1]} was saved by another version of allot (states of format {written_as}, this one reads "
                 f"{FORMAT}): resume with that version, or delete {self.directory} and start again."
+            )
+        if not _is_sealed(self.content, self._identity):
+            raise UsageError(
+                f"{paths[-1]} cannot be read: it was changed, or comes from another run. Delete {self.directory} and "
+                "start again."
             )
         return saved, steps_bytes
 
@@ -252,6 +260,27 @@ def open_store(
         return result
     done, content = result
     return _FollowerStore(Path(directory), notes, done, _parse_saved(content, device)[0] if content else None)
+
+
+def _seal(file: BinaryIO, run: bytes) -> None:
+    """Append the SHA-256 of a run and its state, as the comment of its zip archive: torch checks no sum.
+
+    Args:
+        run: the identity of the run.
+    """
+    digest = hashlib.sha256(run)
+    file.seek(0)
+    while piece := file.read(2**20):
+        digest.update(piece)
+    file.seek(-len(_NO_COMMENT), os.SEEK_END)
+    file.write(_LENGTH + digest.hexdigest().encode())
+
+
+def _is_sealed(content: bytes, run: bytes) -> bool:
+    digest, end = hashlib.sha256(run), max(0, len(content) - len(_LENGTH) - 64)
+    digest.update(memoryview(content)[:end])
+    digest.update(_NO_COMMENT)
+    return content[end:] == _LENGTH + digest.hexdigest().encode()
 
 
 def _parse_saved(content: bytes, device: str | torch.device) -> tuple[Saved, int, int]:
