@@ -283,7 +283,7 @@ def commands(count: int, seed: int) -> Tally:
             _command(LINES[0].replace("NEW", "RUN").split())
             for _ in range(count):
                 words = shlex.split(draw.choice(LINES))
-                for _ in range(draw.randint(1, 2)):
+                for _ in range(min(draw.randint(1, 2), len(words) - 1)):
                     place, word = draw.randrange(1, len(words)), draw.choice(WORDS)
                     replaced = ([word], [], [words[place]] * 2, [words[place], word])
                     words[place : place + 1] = draw.choice(replaced)
