@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from allot.errors import AllotError, UsageError, first_line, unknown
+from allot.errors import AllotError, ModelFailed, UsageError, first_line, unknown
 from allot.network.applied_masks import Masking
 from allot.network.batch_norms import Norms
 from allot.network.checkpointing import checkpointed
@@ -213,7 +213,7 @@ def attempt(model: nn.Module, inputs: Any, tensors: Mapping[str, Tensor]) -> Any
     """The result of `call`, without gradients.
 
     Raises:
-        UsageError: the model does not take these inputs.
+        ModelFailed: the model does not take these inputs.
     """
     try:
         with torch.no_grad():
@@ -222,4 +222,4 @@ def attempt(model: nn.Module, inputs: Any, tensors: Mapping[str, Tensor]) -> Any
         raise
     except Exception as error:
         shape = map_leaves(lambda leaf: list(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__, inputs)
-        raise UsageError(f"the model does not run on inputs of shape {shape}: {first_line(error)}") from error
+        raise ModelFailed(f"the model does not run on inputs of shape {shape}: {first_line(error)}") from error

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from allot.budget.budget import Budget
-from allot.errors import GuaranteeMissed
+from allot.errors import CannotWrite, GuaranteeMissed, Lost, Stopped, VerificationError, users_errors
 from allot.export.timing.latency import Runtime
 from allot.network.compute import Compute
 from allot.network.layers import Rules
@@ -36,6 +36,7 @@ from allot.run.scores import ChannelScore, WeightScore
 from allot.run.store import Log, open_store
 
 
+@users_errors("allot.prune")
 @torch.inference_mode(mode=False)
 def prune(
     model: nn.Module,
@@ -120,6 +121,8 @@ def prune(
     Raises:
         UsageError, BudgetError, PatternError: the input cannot be used; the message says why, in one line.
         Stopped: `should_stop` returned True; with `save_to` the same call resumes.
+        Exception: what the model or the data raise themselves, with a note. A run directory that was begun goes, unless
+            it holds seconds of work from which the same call resumes.
         GuaranteeMissed: the score dropped by more than `max_drop`, or fidelity is below `min_fidelity`. The run is
             finished and saved; the error holds its `result`.
 
@@ -176,6 +179,12 @@ def _run(prepared: Prepared, log: Log) -> Result:
         store = open_store(request.directory, identified, notes(prepared, identified), device)
     try:
         result = run_stages(Run(prepared, store, log, dense_score))
+    except (Stopped, Lost, CannotWrite, VerificationError):  # no fault of model, data or options: the state stays
+        raise
+    except Exception as error:
+        if store and store.abandon():
+            error.add_note(f"{store.directory} holds the work before it: the same call resumes")
+        raise
     finally:
         if store:
             store.close()

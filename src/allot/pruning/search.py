@@ -85,7 +85,6 @@ def search(
             on_run(len(rows) + 1, runs, f"{kind}={text}")
         row: dict[str, Any] = {"budget": f"{kind}={text}", "removed": removed}
         name = f"{kind}-{text}"
-        out.mkdir(parents=True, exist_ok=True)
         chosen = {**settings, "test": test, "dense_score": dense, "max_drop": max_drop, "save_to": out / name}
         try:
             report = _report_of(model, calibration, row["budget"], chosen)
@@ -102,6 +101,7 @@ def search(
     kept = [row for row in rows if row["met"]]
     best = max(kept, key=lambda row: row["removed"])["run"] if kept else None
     table = {"kind": kind, "max_drop": drop.asked, "cells": rows, "best": best}
+    out.mkdir(parents=True, exist_ok=True)  # where no run made it
     on_first_process(lambda: write_json(out / "results.json", table))
     if not reports:
         raise UsageError(f"no run met its budget; the first: {rows[0]['error']}")

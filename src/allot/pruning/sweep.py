@@ -122,7 +122,6 @@ def sweep(
             on_cell(number, len(cells), cell)
         directory = cell.directory(out)
         row = {"method": cell.method, "budget": cell.budget, "seed": cell.seed}
-        directory.parent.mkdir(parents=True, exist_ok=True)
         try:
             chosen = {**settings, "method": cell.method, "seed": cell.seed, "save_to": directory}
             chosen |= {"options": taken[cell.method], "test": test, "dense_score": dense}
@@ -133,6 +132,7 @@ def sweep(
         reports.append((str(directory.relative_to(out)), report))
         rows.append({**row, "run": str(directory.relative_to(out)), **_results(report)})
     table = {"cells": rows, "means": list(_means(rows))}
+    out.mkdir(parents=True, exist_ok=True)  # where no cell made it
     on_first_process(lambda: write_json(out / "results.json", table))
     if not reports:
         raise UsageError(f"no cell met its budget; the first: {rows[0]['error']}")

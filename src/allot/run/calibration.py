@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +20,7 @@ from allot.run.reading import Readable, read, read_readable
 
 SAMPLES, TEXTS = 512, 128  # calibration samples, and blocks of text, where the user gives no number
 BATCH, TOKENS = 64, 1024  # samples in a batch, and most tokens: each token has a logit for every word
+LISTED = 2**24  # samples of a data set of which a permutation is made
 SURE = 32  # inputs; of fewer, so few are watched that comparisons are unsure
 LABEL_KEYS = frozenset({"label", "labels", "target", "targets"})
 
@@ -89,13 +91,10 @@ class Calibration:
             raise UsageError(f"samples={samples}: a whole number above 0 is accepted.")
         with seeded(seed):  # a shuffling DataLoader draws from torch's generator
             source = _indexable(data, samples, batched=batched)
-        if len(source) > samples:
-            order = torch.randperm(len(source), generator=generator(seed)).tolist()
-        else:
-            order = list(range(len(source)))
+        order: Iterable[int] = _drawn(len(source), seed) if len(source) > samples else range(len(source))
         if isinstance(source, Readable):  # the next in the draw takes the place of one that cannot be read
-            order = [i for i, _ in itertools.islice(read_readable(source, order, workers), samples)]
-        indices, device = tuple(order[:samples]), device or torch.device("cpu")
+            order = (i for i, _ in read_readable(source, order, workers))
+        indices, device = tuple(itertools.islice(order, samples)), device or torch.device("cpu")
         return cls(source, indices, batch_size, seed, device, dtype, workers, channels_last)
 
     def __len__(self) -> int:
@@ -252,11 +251,25 @@ def _channels_last(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.channels_last).copy_(tensor)
 
 
+def _drawn(length: int, seed: int) -> Iterator[int]:
+    """The indices below `length`, each once, in an order by the seed; without a list of them where they are many."""
+    if length <= LISTED:
+        yield from torch.randperm(length, generator=generator(seed)).tolist()
+        return
+    draw, seen = random.Random(seed), set[int]()
+    while len(seen) < length:
+        if (index := draw.randrange(length)) not in seen:
+            seen.add(index)
+            yield index
+
+
 def _indexable(data: Any, samples: int, *, batched: bool) -> Any:
     if isinstance(data, str | bytes | Mapping):
         raise UsageError(
             f"calibration data of type {type(data).__name__}: a tensor, Dataset, DataLoader or iterable is accepted."
         )
+    if getattr(data, "shape", None) == ():
+        raise UsageError(f"calibration data is one number ({data}): a tensor of samples [N, ...] is accepted.")
     if isinstance(data, DataLoader) and data.batch_size is None and data.batch_sampler is None:
         data = data.dataset if not isinstance(data.dataset, IterableDataset) else iter(data)
     elif isinstance(data, DataLoader):

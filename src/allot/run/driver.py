@@ -23,7 +23,7 @@ from allot.network.draws import numbered, seeded
 from allot.processes import any_process, check_equal, on_first_process, world_size
 from allot.run.guard import Guard, Looks
 from allot.run.problem import Candidate, Method, Metrics, Problem, finished
-from allot.run.store import Log, Store
+from allot.run.store import SAVE_SECONDS, Log, Store
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def drive(
     log: Log | None = None,
     on_step: Callable[[Progress], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
-    save_seconds: float = 5.0,
+    save_seconds: float = SAVE_SECONDS,
     guard: Guard | None = None,
 ) -> Candidate:
     """The candidate that `method` makes of `candidate`; resumes where `store` holds this stage unfinished.

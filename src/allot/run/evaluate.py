@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from allot.errors import UsageError, check_number
+from allot.errors import UsageError, check_number, users_errors
 from allot.network.call import attempt, dtype_for, filled_copy, modes
 from allot.network.compute import check_divisible
 from allot.network.preserved import preserved, refused_writes
@@ -77,6 +77,7 @@ class Score:
         return content | ({"unreadable": self.unreadable} if self.unreadable else {})
 
 
+@users_errors("allot.evaluate")
 def evaluate(
     model: nn.Module,
     data: Any,

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,12 +20,13 @@ from typing import Any, BinaryIO
 
 import torch
 
-from allot.errors import UsageError
+from allot.errors import CannotWrite, UsageError
 from allot.processes import on_first_process
 
 State = dict[str, Any]
 _NO_COMMENT = b"\0\0"  # the end of a zip archive without a comment: its length
 _LENGTH = (64).to_bytes(2, "little")
+SAVE_SECONDS = 5.0  # of work that is worth saving
 FORMAT = 4  # of saved states: counts up where the state of any method gets other keys
 
 
@@ -91,25 +93,29 @@ class Store:
         self.asked = json.loads(json.dumps(asked))
         self._identity = json.dumps(self.asked, sort_keys=True).encode()
         self.notes = dict(notes)
+        self._saved_seconds = 0.0  # of work in the saved state
+        self._made = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
         if self.directory.exists() and not self.directory.is_dir():
             raise UsageError(f"{self.directory} is a file, not a run directory.")
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.directory, os.O_RDONLY)
         except OSError as error:
-            raise UsageError(f"cannot make {self.directory}: {error.strerror}.") from error
+            raise CannotWrite(f"cannot make {self.directory}: {error.strerror}.") from error
+        self._new = not any(self.directory.iterdir())  # there is nothing of an earlier start
         try:
             self._begin(device)
         except BaseException as error:
             self.close()
             if isinstance(error, OSError):
-                raise UsageError(f"cannot write {error.filename or self.directory}: {error.strerror}.") from error
+                raise CannotWrite(f"cannot write {error.filename or self.directory}: {error.strerror}.") from error
             raise
 
     leads = True  # whether this process writes
 
     def save(self, stage: str, candidate: State, state: State, log: Log, best: State | None = None) -> None:
         """Write the state file from which the run can resume; older state files are removed."""
+        self._saved_seconds = sum(log.seconds.values())
         path = self.directory / f"state-{stage}.pt"
         with replacing(path) as temporary, temporary.open("w+b") as file:
             content = {
@@ -135,7 +141,7 @@ class Store:
             with (self.directory / "steps.jsonl").open("a") as file:
                 file.write(json.dumps({"stage": stage, "step": step, **metrics}) + "\n")
         except OSError as error:
-            raise UsageError(f"cannot write {self.directory / 'steps.jsonl'}: {error.strerror}.") from error
+            raise CannotWrite(f"cannot write {self.directory / 'steps.jsonl'}: {error.strerror}.") from error
 
     def describe(self, state: str, log: Log) -> None:
         """Write run.json; `state` is "running" or "stopped"."""
@@ -150,6 +156,22 @@ class Store:
         """Remove the saved state of a run that is done."""
         for path in self.directory.glob("state-*.pt"):
             path.unlink()
+
+    def abandon(self) -> bool:
+        """After an error: remove what this process made, where little work is lost; returns whether a state is kept.
+
+        A directory that held files before stays, and one whose saved state is worth `SAVE_SECONDS` of work.
+        """
+        if not self._new:
+            return any(self.directory.glob("state-*.pt"))
+        if self._saved_seconds >= SAVE_SECONDS:
+            return True
+        for path in self.directory.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        with suppress(OSError):  # someone else put files into a parent
+            for folder in self._made:
+                folder.rmdir()
+        return False
 
     def close(self) -> None:
         """Release the lock on the directory."""
@@ -246,6 +268,10 @@ class _FollowerStore(Store):
     def describe(self, state: str, log: Log) -> None:
         """Nothing: the first process writes."""
 
+    def abandon(self) -> bool:
+        """Nothing: the first process removes."""
+        return False
+
 
 def open_store(
     directory: str | Path, asked: Mapping[str, Any], notes: Mapping[str, Any], device: str | torch.device = "cpu"
@@ -321,7 +347,7 @@ def write(path: Path, content: str | bytes | memoryview) -> None:
     """Write a whole file or nothing.
 
     Raises:
-        UsageError: the disk is full, or the path cannot be written.
+        CannotWrite: the disk is full, or the path cannot be written.
     """
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -331,7 +357,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON, whole or not at all.
 
     Raises:
-        UsageError: as `write`.
+        CannotWrite: as `write`.
     """
     write(path, json_text(content))
 
@@ -354,7 +380,7 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror or error}.") from error
+        raise CannotWrite(f"cannot write {path}: {error.strerror or error}.") from error
     finally:
         with suppress(OSError):  # the parent may not be a folder
             temporary.unlink(missing_ok=True)
