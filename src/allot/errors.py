@@ -164,6 +164,7 @@ def users_errors(doing: str) -> Iterator[None]:
     ...     raise KeyError("label")
     Traceback (most recent call last):
     KeyError: 'label'
+    in allot.prune
     """
     own = None
     try:
