@@ -221,3 +221,21 @@ def test_a_function_that_gives_what_cannot_be_compared_is_named(outputs: Any, ga
 def test_a_part_that_is_no_recipe_says_where_it_belongs(name: str, flag: str):
     with pytest.raises(UsageError, match=flag):
         allot.prune(net(), INPUTS, "sparsity=0.5", method=name)
+
+
+@pytest.mark.parametrize(
+    ("positional", "keywords"),
+    [((0.75,), {}), (({"sparsity": 0.75},), {}), ((), {"sparsity": 0.75}), ((), {"sparsity": "75%", "params": "25%"})],
+)
+def test_a_number_a_dict_and_keywords_are_budgets(positional: tuple[Any, ...], keywords: dict[str, Any]):
+    result = allot.prune(nn.Linear(8, 8), None, *positional, repair="none", **keywords)
+    assert result.report()["kept"] == 16
+
+
+def test_no_budget_two_budgets_and_misspelt_keywords_are_refused():
+    with pytest.raises(UsageError, match="no budget"):
+        allot.prune(net(), INPUTS)
+    with pytest.raises(UsageError, match="two budgets"):
+        allot.prune(net(), INPUTS, 0.5, sparsity=0.5)
+    with pytest.raises(TypeError, match="'alocate'"):
+        allot.prune(net(), INPUTS, 0.5, alocate="erk")

@@ -210,9 +210,9 @@ class RecipeFile(BaseModel):
     def _budget_in_any_form(cls, value: Any) -> Any:
         if isinstance(value, Mapping):
             return tuple(f"{kind}={amount}" for kind, amount in value.items())
-        if not isinstance(value, str | list | tuple):
+        if isinstance(value, bool) or not isinstance(value, str | int | float | list | tuple):
             raise ValueError("KIND=VALUE is accepted, like sparsity=0.9")
-        return (value,) if isinstance(value, str) else value
+        return value if isinstance(value, list | tuple) else (str(value),)
 
     @field_validator("repair", mode="before")
     @classmethod

@@ -17,7 +17,7 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from allot.errors import BudgetError, UsageError, unknown
+from allot.errors import InvalidBudget, UsageError, unknown
 from allot.network.kinds import EXPERTS, FROZEN, STACK, UNDECIDED, kind_of, reason_to_skip
 
 
@@ -148,7 +148,7 @@ class Rules:
         for bounds in (self.min_density, self.max_density):
             for pattern, value in bounds.items():
                 if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
-                    raise BudgetError(f"density bound {pattern}={value!r}: a number from 0 to 1 is accepted.")
+                    raise InvalidBudget(f"density bound {pattern}={value!r}: a number from 0 to 1 is accepted.")
         for pattern in self.patterns:
             if pattern.startswith("re:"):
                 try:
@@ -157,7 +157,7 @@ class Rules:
                     raise UsageError(f"{pattern!r} is not a regular expression: {error}.") from error
         floor = str(self.floor)
         if not re.fullmatch(r"\d+(/row)?|\d+(\.\d+)?%", floor) or (floor.endswith("%") and float(floor[:-1]) > 100):
-            raise BudgetError(
+            raise InvalidBudget(
                 f'floor={self.floor!r}: weights per layer (1), per row ("1/row") or a share ("5%") is accepted.'
             )
 

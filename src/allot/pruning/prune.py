@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from allot.budget.budget import Budget
-from allot.errors import CannotWrite, GuaranteeMissed, Lost, Stopped, VerificationError, users_errors
+from allot.budget.units import KINDS
+from allot.errors import AllotError, CannotWrite, GuaranteeMissed, UsageError, users_errors
 from allot.export.timing.latency import Runtime
 from allot.network.compute import Compute
 from allot.network.layers import Rules
@@ -41,7 +42,7 @@ from allot.run.store import Log, open_store
 def prune(
     model: nn.Module,
     calibration: Any,
-    budget: Budget | str,
+    budget: Budget | str | float | Mapping[str, float | int | str] | None = None,
     *,
     method: str | None = None,
     allocate: str | Method | Mapping[str, float] | None = None,
@@ -75,6 +76,7 @@ def prune(
     dense_score: Score | None = None,
     on_step: Callable[[Progress], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    **limits: float | str,
 ) -> Result:
     """A sparse version of `model` that meets `budget` exactly; the model passed in is untouched.
 
@@ -82,7 +84,7 @@ def prune(
         model: any trained module.
         calibration: a tensor `[N, ...]`, Dataset, DataLoader (of batches), iterable (of samples, or of batches where
             only these fit the model), `Readable` or `Calibration`; labels are ignored. None where nothing needs inputs.
-        budget: `Budget(sparsity=0.9)` or text like "macs=50%".
+        budget: `Budget(sparsity=0.9)`, text like "macs=50%", a dict of limits by kind, or a number: a sparsity.
         method: recipe to start from, a key of `RECIPES`; the next four replace single parts of it. None: see
             `default_method`.
         allocate: name in `METHODS`, a method, densities by layer name, or the path of an allocation.json.
@@ -118,6 +120,7 @@ def prune(
             statistics and training; None: as repairs ask for them (of `best`, 3 on trial).
         recipe: further entries of recipe.yaml, like the origin of the model.
         dense_score: `evaluate` of the dense model on `test`, where it was computed already.
+        limits: the budget as keywords, like sparsity=0.9, macs="50%".
     Raises:
         UsageError, BudgetError, PatternError: the input cannot be used; the message says why, in one line.
         Stopped: `should_stop` returned True; with `save_to` the same call resumes.
@@ -132,7 +135,7 @@ def prune(
     method = method or default_method(model, calibration, allocate, score, pattern, repair, stream)
     chain = assemble(method, allocate=allocate, score=score, pattern=pattern, repair=repair, options=options)
     request = Request(
-        model=model, budget=Budget.parse(budget) if isinstance(budget, str) else budget, chain=chain, rules=rules,
+        model=model, budget=_budget(budget, limits), chain=chain, rules=rules,
         seed=seed, calibration=calibration, samples=samples, batch_size=batch_size, workers=workers, example=example,
         test=test, metric=metric, max_drop=None if max_drop is None else MaxDrop.read(max_drop),
         min_fidelity=None if min_fidelity is None else MinFidelity.read(min_fidelity),
@@ -145,6 +148,20 @@ def prune(
     log = Log()
     with preserved(model):
         return _run(_prepare(request, set_up(request, log)), log)
+
+
+def _budget(budget: Any, limits: Mapping[str, float | str]) -> Budget:
+    """The budget, given as one value or as keywords.
+
+    Raises:
+        TypeError: a keyword that `prune` does not have.
+        UsageError: no budget, or two.
+    """
+    if other := sorted(limits.keys() - set(KINDS)):
+        raise TypeError(f"prune() got an unexpected keyword argument {other[0]!r}")
+    if (budget is None) == (not limits):
+        raise UsageError(f"{'two budgets' if limits else 'no budget'}: give one, like 'macs=50%' or sparsity=0.9.")
+    return Budget.of(limits if budget is None else budget)
 
 
 def _prepare(request: Request, problem: Problem) -> Prepared:
@@ -179,10 +196,8 @@ def _run(prepared: Prepared, log: Log) -> Result:
         store = open_store(request.directory, identified, notes(prepared, identified), device)
     try:
         result = run_stages(Run(prepared, store, log, dense_score))
-    except (Stopped, Lost, CannotWrite, VerificationError):  # no fault of model, data or options: the state stays
-        raise
     except Exception as error:
-        if store and store.abandon():
+        if store and _blames_input(error) and store.abandon():
             error.add_note(f"{store.directory} holds the work before it: the same call resumes")
         raise
     finally:
@@ -191,3 +206,8 @@ def _run(prepared: Prepared, log: Log) -> Result:
     if missed := [row["text"] for row in result.guarantees if not row["met"]]:
         raise GuaranteeMissed(f"{'; '.join(missed)}.", result)
     return result
+
+
+def _blames_input(error: Exception) -> bool:
+    """Whether model, data or options are at fault: with others in their place, the directory would be in the way."""
+    return not isinstance(error, AllotError) or (isinstance(error, UsageError) and not isinstance(error, CannotWrite))

@@ -48,8 +48,10 @@ class Cell:
 def budgets_of(texts: Sequence[str]) -> list[str]:
     """Budgets to try: `sparsity=0.5,0.9` is two, `macs=50% and bytes=3MB` is one, and so is `sparsity=0.9,90%`.
 
+    Numbers alone are sparsities.
+
     Raises:
-        BudgetError: a limit that cannot be read.
+        InvalidBudget: a limit that cannot be read.
     """
     budgets: list[str] = []
     for text in texts:
@@ -57,7 +59,7 @@ def budgets_of(texts: Sequence[str]) -> list[str]:
         for part in (piece.strip() for piece in text.split(",")):
             if "=" in part:
                 kind = part.partition("=")[0].strip()
-            budgets.append(part if "=" in part else f"{kind}={part}")
+            budgets.append(part if "=" in part else f"{kind or 'sparsity'}={part}")
     return _unique(budgets, _meaning)
 
 
@@ -65,7 +67,7 @@ def cells_of(methods: Sequence[str], budgets: Sequence[str], seeds: int) -> list
     """Every cell once, seed by seed: the first comparison is complete soonest.
 
     Raises:
-        BudgetError: a budget that cannot be read.
+        InvalidBudget: a budget that cannot be read.
 
     >>> [cell.budget for cell in cells_of(["erk"], budgets_of(["sparsity=0.5,0.9"]), seeds=1)]
     ['sparsity=0.5', 'sparsity=0.9']
@@ -95,7 +97,7 @@ def sweep(
         seeds of a method at a budget, mean and standard deviation.
     Raises:
         UsageError, Stopped: as `prune`; the same call resumes.
-        BudgetError: a budget that cannot be read.
+        InvalidBudget: a budget that cannot be read.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as out:
