@@ -11,7 +11,7 @@ import typer
 
 from allot.cli.console import people, print_json, say
 from allot.cli.finished_run import RecordedRecipe, describe_method, find_runs, read_report
-from allot.cli.options import Json, RunModel, takes
+from allot.cli.options import Json, RunModel, place, takes
 from allot.cli.recipe import RecipeFile, gallery
 from allot.errors import UsageError, VerificationError, unknown
 from allot.export.certificate.certificate import place_of, verify
@@ -20,6 +20,7 @@ from allot.methods import METHODS, RECIPES
 from allot.report import table
 from allot.report.exports import add_export
 from allot.report.page import comparison_page, write_run
+from allot.run.places import check_file_place
 from allot.run.recipes import Recipe
 from allot.run.store import write
 from allot.sources.load import example_of, load_model
@@ -66,7 +67,7 @@ def export_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run directory")],
     to: Annotated[str, typer.Option(metavar="FORM", help=", ".join(EVERY))],
     out: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="of slim, openvino and hf a directory  [in RUN]")
+        Path | None, typer.Option(parser=place, metavar="PATH", help="of slim, openvino and hf a directory  [in RUN]")
     ] = None,
     model: RunModel = None,
     *,
@@ -90,12 +91,15 @@ def export_command(
 def report_command(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="finished run directories, or those of sweeps")],
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE.html", help="the page  [RUN/report.html; of several: report.html]")
+        Path | None,
+        typer.Option(parser=place, metavar="FILE.html", help="the page  [RUN/report.html; of several: report.html]"),
     ] = None,
     *,
     as_json: Json = False,
 ) -> None:
     """Show one run, or several side by side, here and as one offline page."""
+    if out is not None:
+        check_file_place(out)
     runs = [run for path in runs for run in find_runs(path)]
     reports = [(str(run), read_report(run)) for run in runs]
     name, report = reports[0]

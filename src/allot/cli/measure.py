@@ -10,7 +10,7 @@ import typer
 from allot.cli.console import people, print_json, progress, say
 from allot.cli.finished_run import RecordedRecipe
 from allot.cli.loading import load_inputs, prune_arguments
-from allot.cli.options import LIMITS, READING, Json, RunModel, takes
+from allot.cli.options import LIMITS, READING, Json, RunModel, place, takes
 from allot.cli.recipe import RecipeFile
 from allot.errors import UsageError
 from allot.export.files.formats import PLAIN
@@ -22,6 +22,7 @@ from allot.report.page import advice_page
 from allot.run.driver import Progress as Step
 from allot.run.driver import interruptible
 from allot.run.evaluate import Score, evaluate
+from allot.run.places import check_directory_place, check_file_place
 from allot.run.store import write
 from allot.sources.load import DATA_FORMS, MODEL_FORMS, example_of, load_data, load_model
 
@@ -31,7 +32,9 @@ from allot.sources.load import DATA_FORMS, MODEL_FORMS, example_of, load_data, l
 )
 def sweep_command(
     wanted: RecipeFile,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="a run for each cell, and the comparison")] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=place, metavar="DIR", help="a run for each cell, and the comparison")
+    ] = None,
     budget: Annotated[
         list[str] | None,
         typer.Option(
@@ -48,6 +51,7 @@ def sweep_command(
     methods = [name.strip() for name in (method or "erk").split(",")]
     if out is None or wanted.model is None or not budgets:
         raise UsageError("a sweep needs MODEL, --budget KIND=LIMITS and --out DIR.")
+    check_directory_place(out)
     source, calibration = load_inputs(wanted)
     with interruptible() as should_stop, progress() as on_step:
         results = sweep(
@@ -66,12 +70,15 @@ def sweep_command(
 @takes("model", "data", "runtime", "weights", "input")
 def advise_command(
     wanted: RecipeFile,
-    out: Annotated[Path, typer.Option(metavar="FILE.html", help="the page with the curves")] = Path("advice.html"),
+    out: Annotated[Path, typer.Option(parser=place, metavar="FILE.html", help="the page with the curves")] = Path(
+        "advice.html"
+    ),
     pattern: Annotated[str, typer.Option(metavar="PATTERN", help="in what multiples channels go")] = "channels:8",
     *,
     as_json: Json = False,
 ) -> None:
     """Measure layers of MODEL here, and say which sparsity pays on this machine, if any."""
+    check_file_place(out)
     model = wanted.required_model()
     source = load_model(model, weights=wanted.weights, shape=wanted.input)
     example = example_of(source, wanted.data, skip_corrupt=wanted.skip_corrupt)

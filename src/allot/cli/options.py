@@ -12,6 +12,14 @@ import typer
 from allot.cli.named_code import check_recipe
 from allot.cli.recipe import COMPUTE, Option, RecipeFile
 
+
+def place(text: str) -> Path:
+    """A path that the user typed: not an empty text, which `Path` reads as the current directory."""
+    if not text.strip():
+        raise typer.BadParameter("an empty text is no path")
+    return Path(text)
+
+
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
 RunModel = Annotated[
     str | None,

@@ -32,6 +32,7 @@ from allot.run.max_drop import MaxDrop
 from allot.run.min_fidelity import MinFidelity
 from allot.run.outputs import Comparison, Outputs
 from allot.run.patterns import Pattern
+from allot.run.places import check_directory_place
 from allot.run.problem import Method, Problem
 from allot.run.scores import ChannelScore, WeightScore
 from allot.run.store import Log, open_store
@@ -142,8 +143,8 @@ def prune(
         dense_score=dense_score, runtime=Runtime.parse(runtime), compute=Compute.of(compute), stream=stream,
         comparison=Comparison(outputs, loss), batch_norm=batch_norm, views=views, default_repair=repair is None,
         max_minutes=max_minutes, max_steps=max_steps, max_memory=max_memory, label=label or type(model).__name__,
-        directory=Path(save_to) if save_to else None, recipe=dict(recipe or {}), options=dict(options or {}),
-        on_step=on_step, should_stop=should_stop,
+        directory=None if save_to is None else check_directory_place(save_to),
+        recipe=dict(recipe or {}), options=dict(options or {}), on_step=on_step, should_stop=should_stop,
     )  # fmt: skip
     log = Log()
     with preserved(model):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from allot.export.timing.latency import Runtime
 from allot.network.compute import Compute
 from allot.network.layers import Rules, Scope
 from allot.network.shared_memory import check_shared_memory
+from allot.processes import on_first_process
 from allot.run.driver import Progress
 from allot.run.evaluate import Score, evaluate
 from allot.run.max_drop import MaxDrop
@@ -24,6 +25,7 @@ from allot.run.metric import Metric
 from allot.run.min_fidelity import MinFidelity
 from allot.run.outputs import Comparison
 from allot.run.patterns import Channels
+from allot.run.places import check_run_place
 from allot.run.problem import BATCH_NORMS, Chain, Problem
 from allot.run.recipes import Recipe
 from allot.run.store import read_run
@@ -37,7 +39,7 @@ class Request:
         default_repair: whether the repairs are those of the recipe.
     Raises:
         UsageError: a compiled or wrapped model, a rule that matches no layer, a choice of `compute` that this model
-            or device does not allow, or a metric or guarantee without data to score on.
+            or device does not allow, a metric or guarantee without data to score on, or a directory of other files.
     """
 
     model: nn.Module
@@ -77,6 +79,8 @@ class Request:
             raise unknown("batch_norm", str(self.batch_norm), (*BATCH_NORMS, "auto"))
         if self.views is not None:
             check_number("views", self.views, 0, whole=True)
+        if self.directory is not None:
+            on_first_process(partial(check_run_place, self.directory))
         check_plain(self.model)
         # errors of the model come before a forward pass, which would fill lazy layers
         Scope.of(self.model, None if isinstance(self.chain.pattern, Channels) else self.rules)

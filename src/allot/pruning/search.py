@@ -22,6 +22,7 @@ from allot.report.page import comparison_page
 from allot.run.calibration import SAMPLES, readable_again
 from allot.run.evaluate import evaluate
 from allot.run.max_drop import MaxDrop
+from allot.run.places import check_directory_place
 from allot.run.store import write, write_json
 
 KINDS = ("sparsity", "macs")
@@ -66,7 +67,7 @@ def search(
     >>> [cell["budget"] for cell in found["cells"]][0]
     'sparsity=0.5'
     """
-    out = Path(out)
+    out = check_directory_place(out)
     if kind not in KINDS:
         raise UsageError(f"kind={kind!r}: {' or '.join(KINDS)} is accepted.")
     check_number("runs", runs, 1, whole=True)

@@ -27,6 +27,7 @@ from allot.report.page import comparison_page
 from allot.report.table import speed
 from allot.run.calibration import SAMPLES, readable_again
 from allot.run.evaluate import evaluate
+from allot.run.places import check_directory_place
 from allot.run.store import write, write_json
 
 T = TypeVar("T")
@@ -105,7 +106,7 @@ def sweep(
     ...     sweep(nn.Linear(4, 4), None, cells, out, repair="none")["cells"][0]["kept"]
     8
     """
-    out, cells = Path(out), _unique_cells(cells)
+    out, cells = check_directory_place(out), _unique_cells(cells)
     if not cells:
         raise UsageError("a sweep of no cells: methods, budgets and a number of seeds are accepted.")
     options = dict(settings.pop("options", None) or {})

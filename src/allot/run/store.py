@@ -22,6 +22,7 @@ import torch
 
 from allot.errors import CannotWrite, UsageError
 from allot.processes import on_first_process
+from allot.run.places import check_file_place, check_run_place
 
 State = dict[str, Any]
 _NO_COMMENT = b"\0\0"  # the end of a zip archive without a comment: its length
@@ -95,8 +96,7 @@ class Store:
         self.notes = dict(notes)
         self._saved_seconds = 0.0  # of work in the saved state
         self._made = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
-        if self.directory.exists() and not self.directory.is_dir():
-            raise UsageError(f"{self.directory} is a file, not a run directory.")
+        check_run_place(self.directory)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.directory, os.O_RDONLY)
@@ -203,8 +203,7 @@ class Store:
         """run.json of an earlier start, which must have the same identity; None without one, or without a step."""
         path = self.directory / "run.json"
         if not path.exists():
-            if any(not entry.name.endswith(".tmp") for entry in self.directory.iterdir()):
-                raise UsageError(f"{self.directory} holds other files and no run.json: choose another directory.")
+            check_run_place(self.directory)  # again: now the directory is locked
             return None
         earlier = read_run(self.directory)
         steps = self.directory / "steps.jsonl"
@@ -370,6 +369,7 @@ def json_text(content: Mapping[str, Any]) -> str:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path, renamed to `path` when the block ends without an exception, else removed."""
+    check_file_place(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
