@@ -220,6 +220,11 @@ class Result:
         budget, kept = self.problem.budget, self.allocation.kept
         metadata = files.metadata_of(self.problem.model, self.problem.scope, budget)
         state = self._state_to_write()
+        if others := [n for n, value in self.problem.model.state_dict().items() if not isinstance(value, Tensor)]:
+            log.warning(
+                "not saved, because no tensor: %s: copy it from the model, or load the files with strict=False",
+                ", ".join(others[:4]) + (f" and {len(others) - 4} more" if len(others) > 4 else ""),
+            )
         with phase(f"writing {files.PLAIN}", self.log.finish):
             files.save_tensors(directory / files.PLAIN, state, "plain", metadata)
         plan, smaller = self.plan(), files.SLIM if self.problem.scope.groups else files.BITMASK
