@@ -231,7 +231,7 @@ def bomb(levels: int, link: str) -> str:
         ("options: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
         ("options: " + "{a: " * 5000 + "1" + "}" * 5000, "nested too deeply"),
         ("\n".join(" " * i + "a:" for i in range(900)), "nested too deeply"),
-        ("options: " + "x" * 10_000, "options='[...]"[:9]),
+        ("options: " + "x" * 10_000, "options="),
     ],
 )
 def test_a_recipe_that_grows_or_has_no_end_is_refused_at_once(text: str, says: str):

@@ -16,8 +16,8 @@ from allot.errors import UsageError, check_number, unknown
 from allot.export.timing.latency import Runtime
 from allot.network.compute import Compute
 from allot.network.layers import Rules, Scope
-from allot.network.shared_memory import check_shared_memory
 from allot.processes import on_first_process
+from allot.pruning.checks import check_plain
 from allot.run.driver import Progress
 from allot.run.evaluate import Score, evaluate
 from allot.run.max_drop import MaxDrop
@@ -171,15 +171,3 @@ def left_dense(model: nn.Module, recipe: Recipe, rules: Rules | None) -> dict[st
     tied = ", which is the embedding as well" if weight is getattr(embeddings, "weight", None) else ""
     reason = f"output head of a language model{tied}: the recipe leaves it dense unless --include names it"
     return {name: reason for name, parameter in model.named_parameters() if parameter is weight}
-
-
-def check_plain(model: nn.Module) -> None:
-    """Raises:
-    UsageError: the model is compiled, or wrapped in something, or parameters share memory.
-    """
-    wrappers = torch.jit.ScriptModule, nn.DataParallel, nn.parallel.DistributedDataParallel
-    if isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
-        raise UsageError(
-            f"a compiled or wrapped model ({type(model).__name__}): pass the module that it was made from."
-        )
-    check_shared_memory(model)

@@ -20,7 +20,7 @@ from allot.budget.budget import Budget
 from allot.budget.channels import ChannelBudget, Dimension, Extent, channel_terms
 from allot.budget.costs import Term
 from allot.budget.latency import Latency
-from allot.errors import AllotError, BudgetError, PatternError, Stopped, UsageError
+from allot.errors import AllotError, BudgetError, NothingInScope, PatternError, Stopped, UsageError
 from allot.export.files import formats as files
 from allot.export.files.formats import TABLES
 from allot.export.files.latency_tables import load_tables
@@ -29,16 +29,18 @@ from allot.methods.training.selection import Selection
 from allot.network.call import attempt, dtype_for
 from allot.network.compute import check_divisible
 from allot.network.coupling.find import find_groups
-from allot.network.kinds import FROZEN, INSIDE
+from allot.network.kinds import FLOATS, FROZEN, INSIDE
 from allot.network.layers import Group, Rules, Scope, matches, plain_state
 from allot.network.preserved import refused_writes
 from allot.processes import all_gather_object, on_first_process, world_size
+from allot.pruning.checks import check_followed, check_numbers, check_plain, nothing_in_scope, packed_weights
 from allot.pruning.measured_scope import measured_scope, warn_small_scope
-from allot.pruning.request import Request, check_plain
+from allot.pruning.request import Request
 from allot.run.batch_norm_mode import MOVED, batch_norm_error
-from allot.run.calibration import BATCH, SAMPLES, TEXTS, Calibration, texts_at_a_time
+from allot.run.calibration import BATCH, SAMPLES, TEXTS, Calibration, inputs_of, texts_at_a_time
 from allot.run.driver import Progress, repeatable
 from allot.run.fidelity import Watch
+from allot.run.input_advice import with_advice
 from allot.run.outputs import Comparison
 from allot.run.patterns import Channels, Pattern
 from allot.run.problem import Candidate, Problem
@@ -131,20 +133,17 @@ def make_problem(
     scope = Scope.of(model, None if isinstance(pattern, Channels) else rules, shapes_only=shapes_only)
     scope = _without_channels(scope) if isinstance(pattern, Channels) else scope
     scope = scope.without(left_dense or {})
+    scope = replace(scope, skipped={**scope.skipped, **packed_weights(model)})
     before = tensor_names(model)
-    for name, parameter in model.named_parameters():
-        has_numbers = parameter.is_floating_point() and not parameter.is_meta
-        if has_numbers and not bool(torch.isfinite(parameter.detach()).all()):
-            raise UsageError(f"{name} holds nan or infinite values: the model cannot be pruned as it is.")
-    for name, buffer in model.named_buffers():
-        # infinite is what attention masks hold
-        if buffer.is_floating_point() and not buffer.is_meta and bool(torch.isnan(buffer).any()):
-            raise UsageError(f"{name} holds nan: the model cannot be pruned as it is.")
+    check_numbers(model)
     example = calibration.example() if example is None and calibration else example
     if example is not None:
         scope = measured_scope(scope, model, example, calibration, weights=not isinstance(pattern, Channels))
     check_no_new_tensors(model, before)
+    if not scope.layers:
+        raise NothingInScope(nothing_in_scope(scope, rules))
     if isinstance(pattern, Channels):
+        check_followed(model)
         if example is None:
             raise UsageError("channels are found by running the model: give --data or --input (example= in Python).")
         timing = latency or partial(latency_of, runtime=Runtime.parse(None), seed=seed)
@@ -304,7 +303,7 @@ def _calibration(request: Request) -> Calibration | None:
         return replace(data, channels_last=data.channels_last or channels_last)
     if data is None:
         return None
-    reference = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    reference = next((p for p in model.parameters() if p.dtype in FLOATS), torch.zeros(()))
     before = tensor_names(model)
     samples = SAMPLES if request.samples is None else request.samples
     if isinstance(data, Iterable) and not hasattr(data, "__len__") and not hasattr(data, "dataset"):
@@ -316,10 +315,14 @@ def _calibration(request: Request) -> Calibration | None:
             seed=request.seed, workers=request.workers, batched=batched, device=reference.device,
             channels_last=channels_last,
         )  # fmt: skip
-        with refused_writes(model):
-            calibration = replace(calibration, dtype=dtype_for(model, calibration.example()))
-            example = calibration.example()
-            attempt(model, example, {})
+        try:
+            with refused_writes(model):
+                calibration = replace(calibration, dtype=dtype_for(model, calibration.example()))
+                example = calibration.example()
+                attempt(model, example, {})
+        except UsageError as error:
+            inputs = inputs_of(calibration.source[calibration.indices[0]])
+            raise with_advice(error, model, inputs) from error.__cause__
         check_no_new_tensors(model, before)
         return _of_text(calibration, request, example)
 

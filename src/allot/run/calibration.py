@@ -130,6 +130,12 @@ class Calibration:
         """Number of batches in one pass over the samples; their sizes differ by one at most."""
         return -(-len(self.indices) // self.batch_size)
 
+    @property
+    def for_more(self) -> str:
+        """What makes batches larger, for an error."""
+        alone = "There is one sample" if len(self) == 1 else f"There are {len(self)} samples in all"
+        return f"{alone}: give more (--samples, --data)" if len(self) <= self.batch_size else "Use a larger batch_size"
+
     def batch(self, k: int) -> tuple[Any, int]:
         """Batch k of an endless sequence of passes, each in another order: a function of (seed, k).
 
@@ -265,8 +271,10 @@ def _drawn(length: int, seed: int) -> Iterator[int]:
 
 def _indexable(data: Any, samples: int, *, batched: bool) -> Any:
     if isinstance(data, str | bytes | Mapping):
+        rows = " Of columns give the rows: [dict(zip(data, row)) for row in zip(*data.values())]."
         raise UsageError(
             f"calibration data of type {type(data).__name__}: a tensor, Dataset, DataLoader or iterable is accepted."
+            + rows * isinstance(data, Mapping)
         )
     if getattr(data, "shape", None) == ():
         raise UsageError(f"calibration data is one number ({data}): a tensor of samples [N, ...] is accepted.")
@@ -290,7 +298,29 @@ def _indexable(data: Any, samples: int, *, batched: bool) -> Any:
 def _unbatched(batches: Iterable[Any]) -> Iterator[Any]:
     for batch in batches:
         inputs = inputs_of(batch)
+        _check_batch(inputs)
         yield from (_sample_at(inputs, i) for i in range(_batch_size(inputs)))
+
+
+def _check_batch(inputs: Any) -> None:
+    """Raises:
+    UsageError: inputs of a batch that are no tensors [batch, ...], or that differ in length.
+    """
+    several = isinstance(inputs, Mapping | tuple)
+    parts = dict(inputs) if isinstance(inputs, Mapping) else dict(enumerate(inputs if several else (inputs,)))
+    for name, value in parts.items():
+        if not getattr(value, "shape", ()):
+            where = f"input {name!r} of a batch" if several else "a batch"
+            raise UsageError(
+                f"{where} is a {type(value).__name__}: tensors [batch, ...] are accepted. Lists of numbers have to be "
+                "tensors in every sample, as of dataset.with_format('torch'), and a collate_fn has to stack them."
+            )
+    if len({len(value) for value in parts.values()}) > 1:
+        shapes = ", ".join(str(list(value.shape)) for value in parts.values())
+        raise UsageError(
+            f"the inputs of a batch differ in length ({shapes}): tensors [batch, ...] are accepted. A collate_fn has "
+            "to stack samples, like torch.stack, and gives (inputs, labels)."
+        )
 
 
 def _batch_size(inputs: Any) -> int:

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from allot.errors import UsageError, check_number, users_errors
 from allot.network.call import attempt, dtype_for, filled_copy, modes
 from allot.network.compute import check_divisible
+from allot.network.kinds import FLOATS
 from allot.network.preserved import preserved, refused_writes
 from allot.network.trees import map_tensors
 from allot.processes import all_gather_object, on_first_process, world_size
@@ -123,7 +124,7 @@ def evaluate(
         return _score_of_all(model, data, own, tensors or {})
     if world_size() > 1:
         check_divisible(model)
-    reference = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    reference = next((p for p in model.parameters() if p.dtype in FLOATS), torch.zeros(()))
     counted: Any = data.dataset if isinstance(data, DataLoader) else data
     total = len(counted) if hasattr(counted, "__len__") else None
     sums: Sums = {}
