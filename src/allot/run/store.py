@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import torch
 
 from allot.errors import CannotWrite, UsageError
+from allot.network.trees import flatten_keys
 from allot.processes import on_first_process
 from allot.run.places import check_file_place, check_run_place
 
@@ -384,20 +385,3 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # the parent may not be a folder
             temporary.unlink(missing_ok=True)
-
-
-def flatten_keys(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings, and lists of mappings, as one mapping; keys are joined with dots, list indices count from 0.
-
-    >>> flatten_keys({"a": {"b": 1}, "c": [{"d": 2}]})
-    {'a.b': 1, 'c.0.d': 2}
-    """
-    flattened: dict[str, Any] = {}
-    for key, value in content.items():
-        if isinstance(value, list) and value and all(isinstance(part, Mapping) for part in value):
-            value = {str(i): part for i, part in enumerate(value)}
-        if isinstance(value, Mapping) and value:
-            flattened |= flatten_keys(value, f"{prefix}{key}.")
-        else:
-            flattened[prefix + key] = value
-    return flattened
