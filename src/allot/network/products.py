@@ -143,7 +143,9 @@ def observed(model: nn.Module, scope: Iterable[Layer], seen: Seen, computed: Com
 
     with ExitStack() as stack:
         stack.callback(model.register_forward_pre_hook(register, with_kwargs=True).remove)
-        for module in model.modules() if computed else ():
+        for module in model.modules():
+            if not computed or isinstance(module, torch.jit.ScriptModule):  # a scripted module takes no such hook
+                continue
             stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
         stack.enter_context(_Plain())
         stack.enter_context(torch.no_grad())
