@@ -30,7 +30,7 @@ from allot.run.recipes import RECIPES
 
 __all__ = ["METHODS", "RECIPES"]
 
-POLISH = Distill(Training(steps=40, learning_rate="auto", rounds=3), Schedule(freeze_at=0.0), frozen=True, mixtures=7)
+POLISH = Distill(Training(steps=40, learning_rate="auto", rounds=3), Schedule(freeze_at=0.0), frozen=True, mixtures=1)
 
 METHODS: dict[str, Method] = {
     # allocate: how much each layer keeps
@@ -77,8 +77,8 @@ METHODS: dict[str, Method] = {
     "admm-views": Admm(views=3),
     "anew": Anew(
         Fcpts(start=Rule(erk)),
-        then=(BatchNorm(), replace(POLISH, mixtures=0)),
-        mixtures=7,
+        then=(BatchNorm(), POLISH),
+        mixtures=1,
         helps=Helps(unfitted=1 / 8, far=1 / 8),
     ),
     "bn": BatchNorm(),

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from allot.errors import AllotError, check_number
 from allot.methods.training.rounds import in_rounds
 from allot.methods.training.selection import Selection
-from allot.methods.training.viewed import Viewed
 from allot.methods.training.where_it_helps import Helps
 from allot.run.problem import Candidate, Method, Metrics, Problem, finished
 from allot.run.store import State
@@ -27,7 +26,8 @@ class Anew:
     Args:
         allocate: the allocator.
         then: repairs that follow; where batch norms are frozen, trainings alone.
-        mixtures: of each input, how many mixtures with another one it trains on beside it, where inputs are numbers.
+        mixtures: of each input, how many mixtures with another one all parts see beside it, where inputs are numbers:
+            statistics of batch norms have to be those that weights were trained with.
         helps: when it runs at all.
     Raises:
         UsageError: a value out of its range.
@@ -88,7 +88,4 @@ class Anew:
 
     def _parts(self, problem: Problem) -> list[Method]:
         follow = [m for m in self.then if problem.batch_norm == "batch" or hasattr(m, "training")]
-        parts = [self.allocate, Selection(), *follow]
-        mixtures = [self.mixtures if hasattr(part, "training") else 0 for part in parts]
-        parts = [in_rounds(part, problem) for part in parts]
-        return [Viewed(part, mixtures=m) if m else part for part, m in zip(parts, mixtures, strict=True)]
+        return [self.allocate, Selection(), *(in_rounds(method, problem) for method in follow)]
