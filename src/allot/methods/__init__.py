@@ -78,7 +78,7 @@ METHODS: dict[str, Method] = {
     "anew": Anew(
         Fcpts(start=Rule(erk)),
         then=(BatchNorm(), POLISH),
-        mixtures=7,
+        mixtures=1,
         helps=Helps(unfitted=1 / 8, far=1 / 8),
     ),
     "bn": BatchNorm(),
