@@ -166,7 +166,7 @@ def test_an_allocation_that_does_not_fit_is_refused(change, told):
         ("min_density: 5", "LAYERS=DENSITY is accepted"),
         ("!!python/object/apply:os.system ['touch made']", "not YAML"),
         ("seed: many", "seed='many'"),
-        ("budget: 0.5", "KIND=VALUE"),
+        ("budget: [[0.5]]", "budget"),
         ("options: {bn: 3}", "options.bn=3"),
         ("min_density: fc", "LAYERS=DENSITY"),
         ("input: [3, 0, 8]", "input.1=0"),

@@ -69,7 +69,7 @@ def test_a_finished_run_is_shown_again_and_not_made_again(pruned):
 
 def test_plan_needs_no_data_and_says_what_prune_would_keep():
     said = done(f"plan {NET} --budget sparsity=0.9 --json").json
-    keys = {"model", "method", "pattern", "budget", "kept", "total", "layers", "skipped", "weights"}
+    keys = {"model", "method", "pattern", "budget", "kept", "total", "layers", "skipped", "weights", "whole"}
     assert said.keys() == keys and said["budget"][0]["met"] is True
     done(f"prune {NET} --budget sparsity=0.9 --repair none --out RUN")
     assert said["layers"] == done("report RUN --json").json["layers"]

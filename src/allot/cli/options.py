@@ -13,9 +13,9 @@ from allot.cli.named_code import check_recipe
 from allot.cli.recipe import COMPUTE, Option, RecipeFile
 
 
-def place(text: str) -> Path:
+def place(text: str | Path) -> Path:
     """A path that the user typed: not an empty text, which `Path` reads as the current directory."""
-    if not text.strip():
+    if not str(text).strip():
         raise typer.BadParameter("an empty text is no path")
     return Path(text)
 

@@ -81,7 +81,7 @@ _SHORT = {AS_DENSE: "as dense"}  # in a column of a narrow terminal
 
 def comparison_table(reports: Sequence[tuple[str, Report]]) -> Table:
     """Several runs side by side: (label, report) each."""
-    figures = map(_whole_column, ("sparsity", "of model", "MACs", "bytes", "dense", "sparse", "speed"))
+    figures = map(_whole_column, ("sparsity\nof model", "MACs", "bytes", "dense", "sparse", "speed"))
     table = _table(*map(_text_column, ("run", "model", "method")), *figures, title="runs")
     for label, report in reports:
         macs, scores, size = report["macs"], report["scores"], report["bytes"]["file"]
@@ -91,8 +91,7 @@ def comparison_table(reports: Sequence[tuple[str, Report]]) -> Table:
             escape(label),
             escape(report["model"]),
             escape(" + ".join((report["method"], *report["repair"]))),
-            f"{report['sparsity']:.4f}",
-            f"{1 - weights['sparse'] / weights['dense']:.4f}" if weights else "",
+            f"{report['sparsity']:.4f}" + (f"\n{1 - weights['sparse'] / weights['dense']:.4f}" if weights else ""),
             _percent_of(macs["sparse"], macs["dense"]) if macs else "not counted",
             "not saved" if size is None else f"{size:,}",
             _score_text(scores["dense"], scores) if scores else "not scored",

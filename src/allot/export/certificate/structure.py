@@ -40,6 +40,7 @@ def structure_row(file: str, promised: Mapping[str, Any], kept: Mapping[str, int
 def fits(pattern: Pattern, layer: Layer, weight: Tensor, kept: int) -> bool:
     """Whether a mask of this pattern that keeps `kept` weights can cover every nonzero of the layer.
 
+    >>> import torch
     >>> layer = Layer("fc.weight", (1, 4), "linear")
     >>> [fits(NM(2, 4), layer, torch.tensor([row]), 2) for row in ([1.0, 0.0, 0.0, 2.0], [1.0, 3.0, 0.0, 2.0])]
     [True, False]
