@@ -252,6 +252,8 @@ def _dead_rows(weight: Tensor) -> None:
 
 FEW = {
     "steps": 6,
+    "first": 6,
+    "max_steps": 18,
     "passes": 2,
     "rounds": 6,
     "generations": 2,
@@ -267,7 +269,7 @@ def short(method: Method) -> Method:
     changed: dict[str, Any] = {}
     for option in fields(method):
         value = getattr(method, option.name)
-        if option.name in FEW:
+        if option.name in FEW and isinstance(value, int):
             changed[option.name] = min(value, FEW[option.name])
         elif is_dataclass(value) or hasattr(value, "role"):
             changed[option.name] = short(value)

@@ -30,7 +30,12 @@ from allot.run.recipes import RECIPES
 
 __all__ = ["METHODS", "RECIPES"]
 
-POLISH = Distill(Training(steps=40, learning_rate="auto", rounds=3), Schedule(freeze_at=0.0), frozen=True, mixtures=1)
+POLISH = Distill(
+    Training(steps="auto", first=40, max_steps=320, learning_rate="auto"),
+    Schedule(freeze_at=0.0),
+    frozen=True,
+    mixtures=1,
+)
 
 METHODS: dict[str, Method] = {
     # allocate: how much each layer keeps

@@ -126,7 +126,7 @@ def _macs(func: Any, args: tuple[Any, ...], out: Any, weight: Tensor | None = No
 
 
 def _has_storage(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and tensor.numel() > 0
+    return tensor.layout == torch.strided and tensor.numel() > 0 and storage_of(tensor) != 0
 
 
 def _reference(tensor: Tensor) -> StorageWeakRef:

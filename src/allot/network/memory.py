@@ -203,6 +203,12 @@ def _step(tensor: Tensor, dims: Sequence[int]) -> int | None:
 
 
 def storage_of(tensor: Tensor) -> int:
-    """The same number for tensors that share memory; on the meta device, for those that would share it."""
-    storage = tensor.untyped_storage()
+    """The same number for tensors that share memory; on the meta device, for those that would share it.
+
+    0 where a tensor has no storage of its own, like a batch of `torch.vmap`, or a sparse one.
+    """
+    try:
+        storage = tensor.untyped_storage()
+    except (RuntimeError, NotImplementedError):
+        return 0
     return storage.data_ptr() or storage._cdata

@@ -102,12 +102,18 @@ def assemble(
 def fitted(chain: Chain, problem: Problem, views: int | None) -> Chain:
     """The chain without those repairs of its recipe that do not suit the model or its inputs.
 
-    Statistics of a batch, where they mislead; a trial of views, where inputs are no pictures or `views` are given.
+    Statistics of a batch, where they mislead; a trial of views, where inputs are no pictures or `views` are given;
+    training that the watch set decides about, where outputs cannot be compared.
     """
     unsuitable = {"bn", "variance"} if problem.batch_norm == "frozen" else set[str]()
     pairs = zip(chain.names.repair, chain.repair, strict=True)
     tried = are_pictures(problem.example) and views is None
-    repairs = [(name, m) for name, m in pairs if name not in unsuitable and (tried or not getattr(m, "views", 0))]
+    compared = not (problem.watch and problem.watch.reason)
+
+    def suits(method: Method) -> bool:
+        return (tried or not getattr(method, "views", 0)) and (compared or getattr(method, "helps", Helps()) == Helps())
+
+    repairs = [(name, method) for name, method in pairs if name not in unsuitable and suits(method)]
     names = replace(chain.names, repair=tuple(name for name, _ in repairs))
     return replace(chain, names=names, repair=tuple(method for _, method in repairs))
 

@@ -179,6 +179,8 @@ def _prepare(request: Request, problem: Problem) -> Prepared:
         problem = replace(problem, compute=Compute.of(memory["picked"]))
     cut = choose_cut(problem, chain, request.max_minutes, earlier.get("configuration", {}).get("fit"))
     chain, requested = (shorten(parts, cut) for parts in (chain, requested))
+    if request.max_steps and cut and cut.get("max_steps", 0) > request.max_steps:
+        chain, requested = (limit_steps(parts, request.max_steps) for parts in (chain, requested))
     chain = adapted(chain, problem, request.views)
     return Prepared(request, problem, chain, requested, cut, memory, earlier.get("state") == "done")
 

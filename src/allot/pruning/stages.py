@@ -20,6 +20,7 @@ from allot.export.files import formats as files
 from allot.export.files.latency_tables import save_tables
 from allot.export.runtimes.answers import SLIM_TOLERANCE, allowed, off
 from allot.methods.training.selection import Selection, channel_masks
+from allot.methods.training.where_it_helps import WhereItHelps
 from allot.network.call import attempt, write_into
 from allot.network.channels import ChannelPlan, slimmed
 from allot.network.trees import floats_in
@@ -80,8 +81,11 @@ def run_stages(run: Run) -> Result:
             candidate = _select_stage(run, method, candidate, guard)
         else:
             candidate = _drive_stage(run, name, method, candidate, guard)
+            if (trainings := candidate.diagnostics.get("helps")) and isinstance(method, WhereItHelps):
+                guard.note_left_out(name, trainings[-1]["left_out"])
         if name.startswith("latency"):
             problem = guard.problem = slow_tables(problem, candidate.diagnostics)
+    guard.note_useless(candidate)
     scores, score_of = None, run.prepared.request.score_of
     if score_of and run.dense_score:
         scores = compared_scores(problem, candidate, score_of, run.dense_score)

@@ -108,16 +108,18 @@ def limit_steps(chain: Chain, most: int | None, *, required: bool = False) -> Ch
         return chain
     check_number("max_steps", most, 1, whole=True)
     if required and not any(map(_continues, chain.repair)):
+        pairs = zip(chain.names.repair, chain.repair, strict=True)
+        trains = next((name for name, method in pairs if hasattr(method, "training")), None)
+        advice = f"give --set options.{trains}.steps=auto" if trains else "none of its repairs trains"
         raise UsageError(
-            f"max_steps={most}: it limits training with steps=auto, and no repair of this run has that: give --set "
-            "options.distill.steps=auto, say."
+            f"max_steps={most}: it limits training with steps=auto, and no repair of this run has that: {advice}."
         )
 
     def limited(method: Method) -> Method:
         if not _continues(method):
             return method
         part: Any = method
-        training = replace(part.training, max_steps=min(most, part.training.max_steps or most))
+        training = replace(part.training, max_steps=most)
         return cast(Method, replace(part, training=training))
 
     return replace(chain, repair=tuple(map(limited, chain.repair)))

@@ -226,7 +226,7 @@ def distance(ours: Tensor, theirs: Tensor, scale: Tensor | None) -> Float[Tensor
         dim = classes(theirs)
         ours, theirs = (wide(tensor).log_softmax(dim) for tensor in (ours, theirs))
         rows = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(dim)  # [samples, ...]
-        values = rows.flatten(1).mean(1).double() if rows.dim() > 1 else rows.double()
+        values = (rows.flatten(1).mean(1) if rows.dim() > 1 else rows).double().clamp_min(0)  # rounding may go below
     else:
         values = (ours.double() - theirs.double()).square().reshape(len(ours), -1).sum(1) / scale
     return values.where(torch.isfinite(values), math.inf)

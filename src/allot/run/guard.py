@@ -16,6 +16,7 @@ from weakref import ReferenceType, ref
 from allot.network.trees import cloned
 from allot.run.calibration import SURE
 from allot.run.fidelity import Fidelity, Watch
+from allot.run.outputs import NAMES
 from allot.run.problem import Candidate, Method, Metrics, Problem, finished
 from allot.run.store import Log, State
 
@@ -109,6 +110,17 @@ class Guard:
             self.tell(f"{_method(stage)}: kept the state after step {looks.best['step']} of {steps}: {change}.")
         self._remember(candidate, fidelity)
         return candidate
+
+    def note_left_out(self, stage: str, reason: str) -> None:
+        """Put on record that a training did not run; nothing where there is no reason."""
+        if reason:
+            self.tell(f"{_method(stage)} left out: {reason}.")
+
+    def note_useless(self, candidate: Candidate) -> None:
+        """Put on record that the outputs of a net are no closer to the dense net's than a constant is."""
+        found = self.fidelity(candidate)
+        if found and found.kind == "error" and not found.mean < 1:
+            self.tell(f"the net is no better than a constant: {NAMES['error']} {found.mean:.3g}.")
 
     def tell(self, sentence: str) -> None:
         """Put a sentence on record, and into the log."""

@@ -69,16 +69,25 @@ class WhereItHelps:
             state["steps"] = state["step"] + state["inner"]["steps"] - state["inner"]["step"]
             return metrics
         earlier = candidate.diagnostics.get("helps")
-        share = state["share"] = earlier[0]["share"] if earlier else fitted_share(problem, candidate)
+        state["share"] = earlier[0]["share"] if earlier else fitted_share(problem, candidate)
         found = fidelity_of(problem, candidate)
-        distance = state["distance"] = found.mean if found else None
-        if (share is not None and share < self.when.unfitted) or (distance is not None and distance <= self.when.far):
+        state["distance"] = found.mean if found else None
+        if self._left_out(state):
             state |= {"inner": {}, "steps": 1}
         return {"forward": 0, "backward": 0, "watched": len(problem.watch or ()) * (1 if earlier else 4)}
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
         ran = bool(state["inner"])
         made = self.method.finish(problem, candidate, state["inner"]) if ran else candidate
-        row = {"share": state["share"], "distance": state["distance"], "ran": ran}
+        row = {"share": state["share"], "distance": state["distance"], "ran": ran, "left_out": self._left_out(state)}
         rows = [*candidate.diagnostics.get("helps", []), row]
         return replace(made, diagnostics={**made.diagnostics, "helps": rows})
+
+    def _left_out(self, state: State) -> str:
+        """Why the method does not run; empty where it does."""
+        share, distance = state["share"], state["distance"]
+        if distance is not None and distance <= self.when.far:
+            return f"the net is near enough ({distance:.3g})"
+        if share is not None and share < self.when.unfitted:
+            return f"the net fits its inputs: its distance there is {share:.0%} of that on the watch set"
+        return ""
