@@ -512,9 +512,11 @@ def test_a_layer_that_is_never_reached_keeps_its_weights_and_its_mask_by_score()
             self.one, self.two = nn.Linear(8, 4), nn.Linear(8, 4)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.one(x)
+            return self.one(x) + (self.two(x) if float(x.max()) > 1e6 else 0)
 
-    problem, candidate = posed(Half(), correlated(20, 8))
+    x = correlated(20, 8)
+    problem, candidate = posed(Half(), torch.cat([x, torch.full((1, 8), 1e7)]))  # else it leaves the scope
+    problem = replace(problem, calibration=Calibration.of(x, batch_size=8))
     result = finite(problem, candidate)
     assert set(result.tensors) == {"one.weight"} == set(result.diagnostics["admm"]["errors"])
     assert torch.equal(result.masks["two.weight"], candidate.masks["two.weight"])

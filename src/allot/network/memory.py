@@ -7,6 +7,7 @@ order of dimensions, and stacks of matrices that were picked from the experts of
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,6 +140,17 @@ class Memory:
         """Copies in the memory of `tensor` are copies no longer: something was written there."""
         place = storage_of(tensor)
         self.by_storage[place] = [held for held in self.by_storage.get(place, ()) if held.copy is None]
+
+
+@contextmanager
+def copies_made_anew() -> Iterator[None]:
+    """While open, autocast copies a weight at each use: a copy that it made before would be no known memory."""
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
 
 
 def written_by(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from allot.network.computed import Computed
 from allot.network.kinds import EXPERTS
 from allot.network.layers import Layer, places_by_parameter
-from allot.network.memory import Held, Memory, extent
+from allot.network.memory import Held, Memory, copies_made_anew, extent
 
 COLUMNS = 2**24  # entries of the unrolled inputs that exist at once
 
@@ -143,10 +143,10 @@ def observed(model: nn.Module, scope: Iterable[Layer], seen: Seen, computed: Com
 
     with ExitStack() as stack:
         stack.callback(model.register_forward_pre_hook(register, with_kwargs=True).remove)
-        for module in model.modules():
-            if not computed or isinstance(module, torch.jit.ScriptModule):  # a scripted module takes no such hook
-                continue
-            stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        for module in model.modules() if computed else ():
+            if not isinstance(module, torch.jit.ScriptModule):  # which takes no such hook
+                stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        stack.enter_context(copies_made_anew())
         stack.enter_context(_Plain())
         stack.enter_context(torch.no_grad())
         stack.enter_context(mode)
