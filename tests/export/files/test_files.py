@@ -192,10 +192,13 @@ def test_views_of_one_memory_are_tensors_of_their_own(tmp_path: Path):
             super().__init__()
             self.linear = nn.Linear(6, 6)
             self.other = nn.Linear(6, 6)
-            self.other.weight = nn.Parameter(self.linear.weight.data)  # one memory, two parameters
-            self.register_buffer("transposed", self.linear.weight.data.t())
-            self.register_buffer("row", self.linear.weight.data[0])
-            self.register_buffer("flat", self.linear.bias.data)
+            both, buffer = torch.randn(12, 6), torch.randn(6, 6)
+            # one memory, two parameters: that their entries overlap is refused
+            self.linear.weight, self.other.weight = nn.Parameter(both[:6]), nn.Parameter(both[6:])
+            self.register_buffer("plain", buffer)
+            self.register_buffer("transposed", buffer.t())
+            self.register_buffer("row", buffer[0])
+            self.register_buffer("flat", buffer.view(-1)[:6])
 
         def forward(self, x: Tensor) -> Tensor:
             return self.other(self.linear(x) @ self.transposed + self.row + self.flat)
