@@ -323,6 +323,18 @@ PARTS: dict[str, Callable[[int, int], Tally]] = {
 }
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """While open, the library warns of nothing."""
+    log = logging.getLogger("allot")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
 def main() -> None:
     """Run the parts that are named; exit code 1 if anything was missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -332,11 +344,11 @@ def main() -> None:
     parser.add_argument("--fill", type=Path, metavar="PAGE", help="write the counts into this page")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    logging.getLogger("allot").setLevel(logging.ERROR)
     missed = 0
     for name in arguments.parts or PARTS:
         started = time.monotonic()
-        tally = PARTS[name](arguments.count or COUNTS[name], arguments.seed)
+        with _quiet():
+            tally = PARTS[name](arguments.count or COUNTS[name], arguments.seed)
         lines = tally.lines(arguments.seed, time.monotonic() - started)
         sys.stdout.write(f"{name}: " + "\n".join(lines) + "\n")
         sys.stdout.flush()
