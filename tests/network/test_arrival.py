@@ -263,3 +263,12 @@ def test_experts_that_other_samples_reach_stay_in_scope():
 def test_experts_stay_in_scope_where_only_an_example_is_known():
     result = allot.prune(Routed().eval(), None, "sparsity=0.5", repair="none", example=ROWS[:1])
     assert len(result.problem.scope) == 3
+
+
+def test_copies_that_autocast_keeps_hide_no_weight():
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(ROWS)  # from here on autocast reads its copies of both weights
+        result = allot.prune(model, ROWS, "sparsity=0.5", method="erk", repair="none")
+        assert torch.is_autocast_cache_enabled()
+    assert [layer.name for layer in result.problem.scope] == ["0.weight", "2.weight"]
