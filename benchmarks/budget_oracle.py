@@ -28,7 +28,7 @@ def random_terms(draw: random.Random) -> tuple[Term, ...]:
 
 def random_limits(draw: random.Random) -> list[str]:
     """One to three limits, as a user writes them."""
-    share = f"{draw.uniform(0.01, 99.9):.{draw.randint(1, 6)}f}%"
+    share = f"{draw.uniform(0.06, 99.9):.{draw.randint(1, 6)}f}%"
     kinds = draw.sample(("sparsity", "params", "macs", "bytes"), draw.choice((1, 1, 2, 3)))
     return [
         f"{kind}={share if draw.random() < 0.8 or kind == 'sparsity' else draw.randint(1, 10**6)}" for kind in kinds
