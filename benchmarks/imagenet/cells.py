@@ -18,9 +18,10 @@ from torch import nn
 
 import allot
 from allot.errors import BudgetError, Stopped, UsageError
+from allot.network.trees import flatten_keys
 from allot.run.evaluate import Score
 from allot.run.problem import Chain, Method
-from allot.run.store import flatten_keys, write
+from allot.run.store import write
 from allot.sources.load import ModelSource, load_data
 from benchmarks.imagenet import recipes
 from benchmarks.imagenet.epochs import TRAINING, Epochs, Judge

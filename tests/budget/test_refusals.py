@@ -11,7 +11,7 @@ from hypothesis import given, settings
 
 from allot.budget.budget import Budget
 from allot.budget.costs import Term
-from allot.errors import BudgetError, UsageError
+from allot.errors import BudgetError, InvalidBudget, UsageError
 
 NEAREST = "Nearest that can be met: "
 
@@ -155,6 +155,60 @@ def test_many_differing_layers_are_not_all_listed():
     budget = Budget(sparsity=0.5).on(tuple(Term(f"layer{i}", 10) for i in range(20)))
     with pytest.raises(UsageError, match=r"\(and 15 more\)"):
         budget.counts({})
+
+
+@pytest.mark.parametrize(
+    "given", [0.9, np.float32(0.9), "0.9", ".9", {"sparsity": 0.9}, {"Sparsity": "90%"}, "Sparsity=0.9"]
+)
+def test_numbers_dicts_and_capitals_are_budgets(given):
+    (limit,) = Budget.of(given).on((Term("a", 1000),)).limits
+    assert (limit.kind, limit.ceiling) == ("sparsity", 100)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [1.5, 0, 1, True, None, [0.9], "9", "90%", "1.5", "0.9,macs=50%", {}, {"speed": 2}, {"macs": None}, 1j, {1: 2}],
+)
+def test_what_is_no_budget_is_wrong_usage(given):
+    with pytest.raises(InvalidBudget) as refused:
+        Budget.of(given)
+    assert isinstance(refused.value, UsageError) and refused.value.exit_code == 2
+
+
+@pytest.mark.parametrize("wished", [1.7e308, 1e300, 5e-324, 1e308])
+def test_wishes_near_the_largest_float_are_proportions_like_others(wished):
+    budget = Budget(sparsity=0.5).on((Term("a", 10), Term("b", 1000), Term("c", 7)))
+    expected = budget.counts({"a": 1.0, "b": 1.0, "c": 0.0})
+    assert budget.counts({"a": wished, "b": wished, "c": 0.0}) == expected
+    with pytest.raises(UsageError, match="density of a is 1"):
+        budget.counts({"a": 10**400, "b": 1.0, "c": 0.0})
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 40), st.integers(0, 40), st.integers(0, 40), st.sampled_from([1, 3, 16])),
+        min_size=1,
+        max_size=3,
+    ),
+    st.dictionaries(st.sampled_from(["params", "macs", "bytes", "sparsity"]), st.floats(1e-6, 0.999999), min_size=1),
+)
+def test_every_budget_that_is_offered_is_met(drawn, shares):
+    """Bounds that leave one count only among them: floors, caps and several limits move together."""
+    terms = tuple(
+        Term(
+            f"layer{i}", step * n, *sorted((step * (low % (n + 1)), step * (high % (n + 1)))), step, 7 * n + low,
+            dense_bytes=4 * step * n, value_bytes=4,
+        )
+        for i, (n, low, high, step) in enumerate(drawn)
+    )  # fmt: skip
+    budget = Budget(**{kind: share if kind == "sparsity" else f"{100 * share:.5f}%" for kind, share in shares.items()})
+    try:
+        budget.on(terms, fixed_bytes=50, full_bytes=5000)
+    except BudgetError as error:
+        offered = nearest(error).on(terms, fixed_bytes=50, full_bytes=5000)
+        assert offered.meets(offered.counts({term.name: 1.0 for term in terms}))
+        assert offered.asked.keys() == shares.keys()
 
 
 @settings(max_examples=80, deadline=None)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 
 def mlp() -> nn.Module:
@@ -139,3 +140,59 @@ def talkative_data():
     for number in range(3):
         print("sample made")  # noqa: T201
         yield torch.zeros(6), number
+
+
+class BadSample(Dataset):
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        if index == 40:
+            raise RuntimeError("disk read\nfailed")
+        return torch.zeros(6)
+
+
+def bad_sample():
+    return BadSample()
+
+
+def bad_sample_in_a_worker():
+    return DataLoader(BadSample(), batch_size=8, num_workers=1)
+
+
+class Dies(BadSample):
+    def __getitem__(self, index):
+        os._exit(3)
+
+
+def dying_worker():
+    return DataLoader(Dies(), batch_size=8, num_workers=1)
+
+
+class Leaves(BadSample):
+    def __getitem__(self, index):
+        raise SystemExit(0)
+
+
+def leaving_sample():
+    return Leaves()
+
+
+def scalar():
+    return torch.tensor(3.0)
+
+
+class Midway(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.calls = mlp(), 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls > 4:
+            raise RuntimeError("out of coffee")
+        return self.inner(x)
+
+
+def midway() -> nn.Module:
+    return Midway()

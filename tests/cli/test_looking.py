@@ -97,13 +97,13 @@ def test_a_sweep_ends_in_a_table_and_goes_on():
     assert Path("all.html").read_text().count("SWEEP/erk/sparsity=0.5/seed-0") >= 1
     assert "needs MODEL" in refused(f"sweep {MLP} --budget sparsity=0.5")
     assert "nothere" in refused(f"sweep {MLP} --budget sparsity=0.5 --method nothere --out S")
-    assert "out of range" in refused(f"sweep {MLP} --budget sparsity=0.5,2 --out S", 3)
+    assert "out of range" in refused(f"sweep {MLP} --budget sparsity=0.5,2 --out S")
 
 
 def test_exported_weights_are_asked_with_the_code_of_their_model():
     done(f"prune {MLP} --data {SAMPLES} --budget sparsity=0.5 --repair none --out RUN")
     assert done(f"verify RUN --model {MLP} --json").json["rows"][-1]["check"] == "outputs on the probe"
-    done("export RUN --to bitmask --out away.safetensors")
+    done(f"export RUN --model {MLP} --data {SAMPLES} --to bitmask --out away.safetensors")
     assert done(f"verify away.safetensors --model {MLP} --json").json["rows"][-1]["check"] == "outputs on the probe"
     assert "another model" in refused("verify away.safetensors --model cli.factories:conv")
     said = done("report RUN").err
@@ -225,7 +225,7 @@ def test_a_model_whose_channels_stay_gets_its_own_reason():
 def test_a_run_goes_on_to_be_one_when_its_exports_are_gone():
     line = f"prune {MLP} --data {SAMPLES} --budget sparsity=0.5 --repair none --out RUN"
     done(line)
-    done("export RUN --to program")
+    done(f"export RUN --model {MLP} --data {SAMPLES} --to program")
     Path("RUN/model.pt2").unlink()
     assert "note: model.pt2: exists: promised yes, found no" in done(line).err
     refused_by_verify = run("verify RUN")

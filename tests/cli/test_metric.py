@@ -39,7 +39,9 @@ def test_a_run_remembers_its_metric():
     line = f"prune {MLP} --data {SAMPLES} --test {SAMPLES} --metric mine.py:left --budget sparsity=0.5 --out RUN"
     scores = done(f"{line} --json").json["scores"]
     assert (scores["metric"], scores["dense"], scores["sparse"]) == ("left", 1, 0.5)
-    assert done("evaluate RUN --json").json["score"] == 0.5
+    line = f"evaluate RUN --model {MLP} --data {SAMPLES}"
+    assert "give --metric mine.py:left if you trust it" in refused(line)
+    assert done(f"{line} --metric mine.py:left --json").json["score"] == 0.5
     shown = done("report RUN").err
     assert "left on held-out data" in shown and "(-50.0 %)" in shown
     assert "left went from 1 to 0.5" in Path("RUN/report.html").read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,7 @@ def test_the_resolved_recipe_of_a_run_makes_the_same_run():
     saved = yaml.safe_load(Path("A/recipe.yaml").read_text())
     assert saved["allocate"] == "lamp" and saved["score"] == "random" and saved["pattern"] == "unstructured"
     assert saved["repair"] == "bias,variance" and saved["seed"] == 7 and saved["options"]
-    again = done("prune --recipe A/recipe.yaml --out B --json").json
+    again = done(f"prune {MLP} --data {SAMPLES} --test {SAMPLES} --recipe A/recipe.yaml --out B --json").json
     for said in (first, again):
         for key in ("run", "seconds", "exports", "sha256"):
             del said[key]
@@ -107,7 +108,7 @@ def test_the_resolved_recipe_of_a_run_makes_the_same_run():
 
 def test_a_run_without_repair_is_made_again_without_repair():
     done(f"prune {MLP} --budget sparsity=0.6 --repair none --out A")
-    done("prune --recipe A/recipe.yaml --out B")
+    done(f"prune {MLP} --recipe A/recipe.yaml --out B")
     assert digest("B") == digest("A")
 
 
@@ -165,7 +166,7 @@ def test_an_allocation_that_does_not_fit_is_refused(change, told):
         ("min_density: 5", "LAYERS=DENSITY is accepted"),
         ("!!python/object/apply:os.system ['touch made']", "not YAML"),
         ("seed: many", "seed='many'"),
-        ("budget: 0.5", "KIND=VALUE"),
+        ("budget: [[0.5]]", "budget"),
         ("options: {bn: 3}", "options.bn=3"),
         ("min_density: fc", "LAYERS=DENSITY"),
         ("input: [3, 0, 8]", "input.1=0"),
@@ -208,3 +209,50 @@ def test_a_recipe_that_cannot_be_read_is_refused():
 def test_a_setting_that_does_not_fit_is_refused(setting, told):
     assert told in refused(f"prune {MLP} --data {SAMPLES} --budget sparsity=0.5 --out RUN --set {setting}")
     assert not Path("RUN").exists()
+
+
+def bomb(levels: int, link: str) -> str:
+    first = f"options:\n  a0: &a0 {'{x: 1}' if link else '[x, x, x, x, x, x, x, x, x]'}\n"
+    return first + "".join(
+        f"  a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n"
+        if link
+        else f"  a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n"
+        for i in range(1, levels + 1)
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (bomb(8, ""), "holds 490,3"),
+        (bomb(8, "<<"), "aliases written out"),
+        ("options: &a {erk: *a}", "refers to itself"),
+        ("budget: &a [*a]", "refers to itself"),
+        ("options: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+        ("options: " + "{a: " * 5000 + "1" + "}" * 5000, "nested too deeply"),
+        ("\n".join(" " * i + "a:" for i in range(900)), "nested too deeply"),
+        ("options: " + "x" * 10_000, "options="),
+    ],
+)
+def test_a_recipe_that_grows_or_has_no_end_is_refused_at_once(text: str, says: str):
+    Path("r.yaml").write_text(text)
+    started = time.process_time()
+    error = refused(f"plan {NET} --recipe r.yaml --budget 0.9")
+    assert says in error and len(error) < 1000
+    assert time.process_time() - started < 5
+
+
+def test_a_recipe_is_read_no_further_than_recipes_are_long():
+    assert "longer than" in refused(f"plan {NET} --recipe /dev/zero --budget 0.9")
+
+
+def test_aliases_of_modest_size_are_read():
+    Path("r.yaml").write_text("min_density: &d {classify: 0.5}\nmax_density: *d\n")
+    layers = done(f"plan {NET} --recipe r.yaml --budget 0.9 --json").json["layers"]
+    assert next(layer["density"] for layer in layers if layer["name"] == "classify.weight") == 0.5
+
+
+@pytest.mark.parametrize("budget", ["0.9", "{Sparsity: 0.9}", "[sparsity=0.9]", "'0.9'"])
+def test_a_budget_in_a_recipe_is_a_number_a_mapping_or_text(budget: str):
+    Path("r.yaml").write_text(f"budget: {budget}\n")
+    assert done(f"plan {NET} --recipe r.yaml --json").json["kept"] == 27061

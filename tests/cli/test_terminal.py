@@ -48,7 +48,7 @@ def test_a_terminal_sees_bars_with_time_left(terminal):
     assert "allocate" in sent.getvalue() and "select" in sent.getvalue() and "repair-2-variance" in sent.getvalue()
     assert "0:00:00" in sent.getvalue()
     sent = terminal()
-    done(f"evaluate RUN --data {SAMPLES} --json")
+    done(f"evaluate RUN --model {MLP} --data {SAMPLES} --json")
     assert "evaluate" in sent.getvalue()
 
 
@@ -62,7 +62,8 @@ def test_every_phase_of_the_finish_is_a_line_with_its_seconds():
 
 
 def test_a_log_sees_no_bars_and_no_colours():
-    for line in (f"prune {MLP} --data {SAMPLES} --budget sparsity=0.5 --out RUN", f"evaluate RUN --data {SAMPLES}"):
+    words = f"--data {SAMPLES} --budget sparsity=0.5 --out RUN"
+    for line in (f"prune {MLP} {words}", f"evaluate RUN --model {MLP} --data {SAMPLES}"):
         err = done(line).err
         assert "\x1b" not in err and "\r" not in err and "━" not in err
     assert "\x1b" not in run("plan zoo:none --budget sparsity=0.5").err
@@ -73,7 +74,7 @@ def test_what_models_and_data_print_stays_out_of_the_answer():
     for words in (f"plan {line} --budget macs=50%", f"prune {line} --budget sparsity=0.5 --repair bias --out RUN"):
         outcome = done(f"{words} --json")
         assert outcome.json["total"] == 160 and "model made" in outcome.err and "forward" in outcome.err
-    assert done("evaluate RUN --data cli.factories:talkative_data --json").json["samples"] == 3
+    assert done(f"evaluate RUN --model {line} --json").json["samples"] == 3
 
 
 def test_a_log_loses_no_figures():
@@ -118,7 +119,7 @@ def test_paths_may_look_like_anything(place):
     Path(place).parent.mkdir(parents=True, exist_ok=True)
     made = done(f"prune {MLP} --data {SAMPLES} --budget sparsity=0.5 --out {quoted} --json").json
     assert made["run"] == str(Path(place))
-    for line in (f"verify {quoted}", f"report {quoted}", f"evaluate {quoted} --data {SAMPLES}"):
+    for line in (f"verify {quoted}", f"report {quoted}", f"evaluate {quoted} --model {MLP} --data {SAMPLES}"):
         done(line)
     assert [run["run"] for run in done(f"report {quoted} {quoted} --json").json["runs"]] == [str(Path(place))] * 2
     shutil.copy(Path(place) / "model.safetensors", "my weights.safetensors")
@@ -135,7 +136,7 @@ def test_a_factory_in_a_file_and_a_run_are_found_from_any_directory(tmp_path, mo
     done(f"prune '{spec}' --data {SAMPLES} --budget sparsity=0.5 --out {tmp_path}/RUN")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert done(f"evaluate ../RUN --data {SAMPLES} --json").json["samples"] == 40
+    assert done(f"evaluate ../RUN --model '{spec}' --data {SAMPLES} --json").json["samples"] == 40
     assert os.listdir() == []
 
 
@@ -153,7 +154,7 @@ def test_ctrl_c_while_the_model_is_made_ends_with_130_and_leaves_nothing():
     assert not Path("RUN").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stopped_run_says_how_to_go_on_and_ends_like_one_that_was_not_stopped(number):
     words = f"prune {FACTORIES}:slow --data {FACTORIES}:samples --budget sparsity=0.5 --batch-size 8 --repair bias"
     process = started(f"{words} --out A --json")

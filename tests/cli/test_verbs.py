@@ -69,7 +69,7 @@ def test_a_finished_run_is_shown_again_and_not_made_again(pruned):
 
 def test_plan_needs_no_data_and_says_what_prune_would_keep():
     said = done(f"plan {NET} --budget sparsity=0.9 --json").json
-    keys = {"model", "method", "pattern", "budget", "kept", "total", "layers", "skipped", "weights"}
+    keys = {"model", "method", "pattern", "budget", "kept", "total", "layers", "skipped", "weights", "whole"}
     assert said.keys() == keys and said["budget"][0]["met"] is True
     done(f"prune {NET} --budget sparsity=0.9 --repair none --out RUN")
     assert said["layers"] == done("report RUN --json").json["layers"]
@@ -84,7 +84,7 @@ def test_plan_counts_macs_on_data_where_the_model_says_nothing_about_its_inputs(
 
 
 def test_evaluate_prints_metric_score_and_samples(pruned):
-    for target in (MLP, pruned):
+    for target in (MLP, f"{pruned} --model {MLP}"):
         said = done(f"evaluate {target} --data {SAMPLES} --json").json
         assert said.keys() == {"metric", "score", "samples"}
         assert said["metric"] == "top1" and said["samples"] == 40 and 0 <= said["score"] <= 1
@@ -93,7 +93,8 @@ def test_evaluate_prints_metric_score_and_samples(pruned):
 
 
 def test_evaluate_of_a_run_is_the_score_in_its_report(pruned):
-    assert done("evaluate RUN --json").json["score"] == done("report RUN --json").json["scores"]["sparse"]
+    said = done(f"evaluate RUN --model {MLP} --data {SAMPLES} --json").json
+    assert said["score"] == done("report RUN --json").json["scores"]["sparse"]
 
 
 def test_evaluate_of_a_zoo_run_needs_no_data_option():
@@ -110,8 +111,8 @@ def test_evaluate_takes_no_other_weights_for_a_run(pruned):
 @pytest.mark.parametrize("factory", ["generator", "loader"])
 def test_data_factories_may_return_a_generator_or_a_loader(factory):
     done(f"prune {MLP} --data cli.factories:{factory} --budget sparsity=0.5 --out RUN")
-    expected = done(f"evaluate RUN --data {SAMPLES} --json").json
-    assert done(f"evaluate RUN --data cli.factories:{factory} --json").json == expected
+    expected = done(f"evaluate RUN --model {MLP} --data {SAMPLES} --json").json
+    assert done(f"evaluate RUN --model {MLP} --data cli.factories:{factory} --json").json == expected
 
 
 def test_verify_prints_whether_it_passed_and_every_row(pruned):
@@ -142,7 +143,7 @@ def flip(path):
 
 
 def test_the_error_of_verify_names_the_file_that_is_wrong(pruned, tmp_path):
-    done("export RUN --to program --out away.pt2")
+    done(f"export RUN --model {MLP} --data {SAMPLES} --to program --out away.pt2")
     flip(tmp_path / "away.pt2.probe.safetensors")
     assert refused_json("verify away.pt2 --json").startswith("error: away.pt2.probe.safetensors: untouched: promised")
     flip(tmp_path / "RUN" / "model.bitmask.safetensors.probe.safetensors")  # a run ends with this export

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
 from allot.export.certificate.certificate import verify
 
+TIMED = ("run.json", "report.html")
 DAMAGES = ("removed", "empty", "half", "longer", "nonsense")
 
 
@@ -29,6 +31,13 @@ def any_flipped_bit_fails(run: Path, name: str, times: int) -> None:
         assert not passed(run)
     (run / name).write_bytes(whole)
     assert passed(run)
+
+
+def timeless(run: Path) -> bytes:
+    """The certificate of a run without the digests of files that hold times: run.json, and the page."""
+    content = json.loads((run / "certificate.json").read_bytes())
+    assert content.pop("sha256") and {len(content["promised"]["records"].pop(name)) for name in TIMED} == {1}
+    return json.dumps(content).encode()
 
 
 def damage(path: Path, how: str) -> None:

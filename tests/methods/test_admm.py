@@ -512,9 +512,11 @@ def test_a_layer_that_is_never_reached_keeps_its_weights_and_its_mask_by_score()
             self.one, self.two = nn.Linear(8, 4), nn.Linear(8, 4)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.one(x)
+            return self.one(x) + (self.two(x) if float(x.max()) > 1e6 else 0)
 
-    problem, candidate = posed(Half(), correlated(20, 8))
+    x = correlated(20, 8)
+    problem, candidate = posed(Half(), torch.cat([x, torch.full((1, 8), 1e7)]))  # else it leaves the scope
+    problem = replace(problem, calibration=Calibration.of(x, batch_size=8))
     result = finite(problem, candidate)
     assert set(result.tensors) == {"one.weight"} == set(result.diagnostics["admm"]["errors"])
     assert torch.equal(result.masks["two.weight"], candidate.masks["two.weight"])
@@ -631,9 +633,13 @@ class Choosing(TwoLayers):
         return self.b(torch.relu(self.a(x) + self.c(x) if both else self.c(x)))
 
 
+FAR = 1e6  # a sample beyond it reaches layers that others do not
+
+
 class Wider(TwoLayers):
     def forward(self, x: Tensor) -> Tensor:
-        return self.b(torch.relu(nn.functional.linear(x.double(), self.a.weight.double())).float())
+        y = torch.relu(nn.functional.linear(x.double(), self.a.weight.double())).float()
+        return self.b(y + self.c(x) if float(x.max()) > FAR else y)
 
 
 class Picking(TwoLayers):
@@ -671,8 +677,10 @@ def test_layers_that_share_an_input_in_some_batches_only_have_a_gram_each():
 
 def test_a_pass_in_another_precision_than_the_weights_and_batches_without_a_sample_are_accepted():
     x = correlated(40, 16)
-    assert "c.weight" in repaired(Wider(), x).diagnostics["admm"]["not_repaired"]
-    assert "a.weight" in repaired(Wider(), x).diagnostics["admm"]["errors"]
+    problem, candidate = posed(Wider(), torch.cat([x, torch.full((1, 16), 10 * FAR)]))  # else `c` leaves the scope
+    report = drive(Admm(iterations=8), replace(problem, calibration=Calibration.of(x, batch_size=8)), candidate)
+    assert "c.weight" in report.diagnostics["admm"]["not_repaired"]
+    assert "a.weight" in report.diagnostics["admm"]["errors"]
     assert repaired(Picking(), x, batch_size=2).diagnostics["admm"]["errors"].keys() >= {"a.weight", "b.weight"}
 
 

@@ -131,11 +131,13 @@ class Unused(nn.Module):
         self.used, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.used(x)
+        return self.used(self.unused(x) if float(x.max()) > 50 else x)
 
 
 def test_a_layer_without_inputs_has_the_share_of_squared_weights_that_goes_as_error():
-    problem = make_problem(Unused(), Budget(params=20), Unstructured(), calibration=Calibration.of(torch.randn(8, 4)))
+    reaches = Calibration.of(torch.cat([torch.randn(8, 4), torch.full((1, 4), 99.0)]))  # else it leaves the scope
+    problem = make_problem(Unused(), Budget(params=20), Unstructured(), calibration=reaches)
+    problem = replace(problem, calibration=Calibration.of(torch.randn(8, 4)))
     _, report = report_of(LayerErrors(densities=(0.0, 0.25, 0.5)), problem)
     squares = problem.dense["unused.weight"].square().flatten().sort().values
     for density, error in report["error"]["unused.weight"]:

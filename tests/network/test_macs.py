@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from allot.network.layers import Scope
+from allot.network.layers import Rules, Scope
 from allot.network.macs import measured
 
 
@@ -289,3 +289,30 @@ def test_counting_leaves_nothing_behind_even_when_the_forward_raises():
     assert hooks(model) == 0
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(8, 24), nn.Linear(8, 4)
+
+    def forward(self, x):
+        q, k, v = self.into(x).unflatten(-1, (3, 2, 4)).movedim(2, 0).transpose(2, 3)  # each [B, heads, T, 4]
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_macs_of_the_whole_model_hold_those_of_attention_and_of_weights_out_of_scope():
+    model = Attends().eval()
+    scope = Scope.of(model, Rules(exclude=("out",)))
+    assert scope.macs is None
+    found = measured(scope, model, lambda: run(model, (rand(2, 5, 8),)))
+    projections, attention = 10 * 8 * 24, 2 * 2 * (5 * 5 * 4 + 5 * 5 * 4)
+    assert [layer.macs for layer in found] == [projections] and found.macs == projections + attention + 10 * 8 * 4
+
+
+@pytest.mark.parametrize("case", ["cnn", "functional", "tied weights", "transposed"])
+def test_macs_of_a_model_without_other_products_are_those_of_its_layers(case):
+    make, inputs = MODELS[case]
+    model = make().eval()
+    scope = measured(Scope.of(model), model, lambda: run(model, inputs))
+    assert scope.macs == sum(layer.macs for layer in scope)

@@ -151,6 +151,8 @@ def test_a_model_that_makes_tensors_when_it_first_runs_says_so():
     model = Growing()
     with pytest.raises(UsageError, match="made place when it first ran"):
         pruned(model)
+    assert not hasattr(model, "place")  # as before the call
+    model(INPUTS)
     assert pruned(model).report()["kept"]
 
 
@@ -195,14 +197,14 @@ def test_a_run_that_ended_before_its_first_step_does_not_hold_its_directory(tmp_
     assert (tmp_path / "run" / "steps.jsonl").read_text()
 
 
-def test_a_run_that_failed_after_its_first_step_holds_its_directory(tmp_path):
+def test_a_run_that_failed_leaves_no_directory(tmp_path):
     def wrong(output: Tensor) -> Tensor:
         raise KeyError("logits")
 
     with pytest.raises(UsageError, match=r"outputs failed on a model output of type Tensor: KeyError\('logits'\)"):
         pruned(net(), name="distill", options={"distill": {"outputs": wrong}}, save_to=tmp_path / "run")
-    with pytest.raises(UsageError, match=r"belongs to another configuration: .*outputs was"):
-        pruned(net(), name="distill", save_to=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    pruned(net(), name="distill", save_to=tmp_path / "run")
     with pytest.raises(UsageError, match="outputs failed"):
         pruned(net(), options={"fcpts": {"steps": 2, "start": "uniform", "outputs": wrong}})
 
@@ -219,3 +221,21 @@ def test_a_function_that_gives_what_cannot_be_compared_is_named(outputs: Any, ga
 def test_a_part_that_is_no_recipe_says_where_it_belongs(name: str, flag: str):
     with pytest.raises(UsageError, match=flag):
         allot.prune(net(), INPUTS, "sparsity=0.5", method=name)
+
+
+@pytest.mark.parametrize(
+    ("positional", "keywords"),
+    [((0.75,), {}), (({"sparsity": 0.75},), {}), ((), {"sparsity": 0.75}), ((), {"sparsity": "75%", "params": "25%"})],
+)
+def test_a_number_a_dict_and_keywords_are_budgets(positional: tuple[Any, ...], keywords: dict[str, Any]):
+    result = allot.prune(nn.Linear(8, 8), None, *positional, repair="none", **keywords)
+    assert result.report()["kept"] == 16
+
+
+def test_no_budget_two_budgets_and_misspelt_keywords_are_refused():
+    with pytest.raises(UsageError, match="no budget"):
+        allot.prune(net(), INPUTS)
+    with pytest.raises(UsageError, match="two budgets"):
+        allot.prune(net(), INPUTS, 0.5, sparsity=0.5)
+    with pytest.raises(TypeError, match="'alocate'"):
+        allot.prune(net(), INPUTS, 0.5, alocate="erk")

@@ -55,14 +55,14 @@ def test_several_arrays_are_inputs_by_name():
 def test_arrays_without_labels_calibrate_and_do_not_score():
     spec = arrays(x=X)
     done(f"prune {MLP} --data {spec} --budget sparsity=0.5 --out RUN")
-    assert "labels" in refused(f"evaluate RUN --data {spec}")
+    assert "labels" in refused(f"evaluate RUN --model {MLP} --data {spec}")
 
 
 @pytest.mark.parametrize("labels", [Y + 0.5, np.eye(4)[Y], np.eye(4, dtype=int)[Y]])
 def test_labels_that_are_no_whole_numbers_calibrate_and_do_not_score(labels):
     spec = arrays(x=X, y=labels)
     done(f"prune {MLP} --data {spec} --budget sparsity=0.5 --out RUN")
-    assert "labels" in refused(f"evaluate RUN --data {spec}")
+    assert "labels" in refused(f"evaluate RUN --model {MLP} --data {spec}")
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_folders_serve_to_calibrate_and_to_score():
     line = f"prune cli.factories:conv --input 3,16,16 --data {folder('RGB')} --test folder:pictures"
     said = done(f"{line} --budget sparsity=0.5 --out RUN --json").json
     assert said["scores"]["samples"] == 6
-    assert done("evaluate RUN --json").json["score"] == said["scores"]["sparse"]
+    assert done("evaluate RUN --model cli.factories:conv --json").json["score"] == said["scores"]["sparse"]
 
 
 def test_folders_that_cannot_be_used_are_refused():

@@ -153,7 +153,7 @@ def test_folders_read_by_workers_give_the_same_run(pictures):
     assert "workers: 2" in Path("TWO/recipe.yaml").read_text()
     # how many read is no part of what was asked
     assert done(f"{line} ONE --workers 3").json["kept"] == alone["kept"]
-    assert done("evaluate TWO --workers 2 --json").json["score"] == alone["scores"]["sparse"]
+    assert done(f"evaluate TWO --model {CONV} --workers 2 --json").json["score"] == alone["scores"]["sparse"]
 
 
 def test_a_number_of_workers_below_none_is_refused(pictures):
@@ -188,7 +188,7 @@ def test_broken_pictures_are_left_out_by_choice_and_told_once(pictures):
     assert told["unreadable"] == 1 and told["scores"]["samples"] == 5 and told["scores"]["unreadable"] == 1
     assert "samples that cannot be read" in done("report RUN").err
     # the run says how it was made, so that it is scored, and made again, in the same way
-    scored = done("evaluate RUN --json").json
+    scored = done(f"evaluate RUN --model {CONV} --json").json
     assert scored["score"] == told["scores"]["sparse"] and scored["unreadable"] == 1
     Path(name).unlink()
     done(f"{line.replace(' --skip-corrupt', '')} CLEAN")

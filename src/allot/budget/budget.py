@@ -16,12 +16,16 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Number
+from typing import Any
 
 from allot.budget import model_budget
 from allot.budget.costs import PRICES, REAL_PRICES, Ledger, Term, breakpoints, proportions
 from allot.budget.model_budget import Limit, ModelBudget
 from allot.budget.units import KINDS, Amount
-from allot.errors import BudgetError, UsageError, unknown
+from allot.errors import BudgetError, InvalidBudget, NothingInScope, UsageError, unknown
+
+_FORMS = 'text like "macs=50%", a dict like {"macs": "50%"} or a Budget'
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Budget(ModelBudget):
         latency: longest time of one batch in a runtime, "5ms", "300us", or a fraction of the dense model's time,
             "50%"; for channels only.
     Raises:
-        BudgetError: no limit, or one that is not in its range.
+        InvalidBudget: no limit, or one that is not in its range.
 
     `on(terms)` ties a budget to the layers of one model; `project` and `counts` need that.
 
@@ -61,26 +65,62 @@ class Budget(ModelBudget):
 
     def __post_init__(self) -> None:
         if not self.asked:
-            raise BudgetError(
+            raise InvalidBudget(
                 'an empty budget: give at least one of sparsity=0.9, params="10%", macs="50%", bytes="3MB".'
             )
         for kind, value in self.asked.items():
             Amount.read(kind, value)
 
     @classmethod
+    def of(cls, given: Budget | str | float | Mapping[str, float | int | str]) -> Budget:
+        """The budget itself, or from text, from a mapping of limits by kind, or from a number: a sparsity.
+
+        Raises:
+            InvalidBudget: nothing that says what the sparse model may cost.
+
+        >>> Budget.of(0.9) == Budget.of({"sparsity": 0.9}) == Budget(sparsity=0.9)
+        True
+        """
+        if isinstance(given, Budget):
+            return given
+        if isinstance(given, str):
+            return cls.parse(given)
+        if isinstance(given, Mapping):
+            return cls._of_limits((str(kind), amount) for kind, amount in given.items())
+        if isinstance(given, Number) and not isinstance(given, bool):
+            return cls(sparsity=given)
+        raise InvalidBudget(f"budget {given!r}: a sparsity like 0.9, {_FORMS} is accepted.")
+
+    @classmethod
     def parse(cls, *texts: str) -> Budget:
-        """The budget from text: `parse("sparsity=0.9")`, `parse("macs=50%", "bytes=3MB")`, or with commas."""
-        asked: dict[str, str] = {}
-        for part in (part for text in texts for part in re.split(r",|\band\b", text)):
+        """The budget from text: `parse("sparsity=0.9")`, `parse("macs=50%", "bytes=3MB")`, or with commas.
+
+        A single number below 1 is a sparsity, and kinds may be written in capitals.
+
+        Raises:
+            InvalidBudget: text that is no budget.
+        """
+        limits = []
+        for part in (part.strip() for text in texts for part in re.split(r",|\band\b", text)):
             kind, equals, value = (piece.strip() for piece in part.partition("="))
+            if re.fullmatch(r"0?\.[0-9]+", part) and len(texts) == 1 and part == texts[0].strip():
+                kind, equals, value = "sparsity", "=", part
             if not equals or not value:
-                raise BudgetError(f"budget {part.strip()!r}: write KIND=VALUE, like sparsity=0.9 or macs=50%.")
+                raise InvalidBudget(f"budget {part!r}: write KIND=VALUE, like sparsity=0.9 or macs=50%.")
+            limits.append((kind, value))
+        return cls._of_limits(limits)
+
+    @classmethod
+    def _of_limits(cls, limits: Iterable[tuple[str, Any]]) -> Budget:
+        asked: dict[str, Any] = {}
+        for written, value in limits:
+            kind = written.lower()
             if kind not in KINDS:
-                raise BudgetError(str(unknown("budget", kind, KINDS)))
+                raise InvalidBudget(str(unknown("budget", written, KINDS)))
             if kind in asked:
-                raise BudgetError(f"budget {kind} is given twice: {asked[kind]} and {value}.")
+                raise InvalidBudget(f"budget {kind} is given twice: {asked[kind]} and {value}.")
             asked[kind] = value
-        return cls(**asked)  # type: ignore[arg-type]
+        return cls(**asked)
 
     @property
     def asked(self) -> dict[str, float | int | str]:
@@ -103,7 +143,7 @@ class Budget(ModelBudget):
                 "What a latency budget can share out are channels: give --pattern channels, or --method dsa."
             )
         if not terms:
-            raise BudgetError("nothing in scope: no weight can be pruned. Widen the include rules.")
+            raise NothingInScope("nothing in scope: no weight can be pruned. Widen the include rules.")
         bound = self.with_terms(terms, fixed_bytes=fixed_bytes, full_bytes=full_bytes)
         bound._check_reachable()
         return bound
@@ -144,6 +184,11 @@ class Budget(ModelBudget):
         4.0
         """
         return model_budget.widest(self.widened(1.0).limits, self, self.fixed_bytes)
+
+    def with_limits(self, limits: Mapping[str, float | int | str]) -> Budget:
+        """This budget for the same model with other limits, by kind, which are not checked."""
+        asked: dict[str, Any] = {kind: limits.get(kind) for kind in KINDS}
+        return replace(self, **asked)
 
     def prices(self, kept: Mapping[str, int]) -> dict[str, float]:
         """What one more weight of each layer costs, in units of the limit that `kept` is nearest to using up.
@@ -198,10 +243,11 @@ class Budget(ModelBudget):
             BudgetError, UsageError: as in `project`.
         """
         relaxed = self._relaxed(wished)
-        sizes = {term.name: wished[term.name] * term.total for term in self.terms}
-        rounded = {name: round(size) for name, size in sizes.items()}
-        if all(math.isclose(sizes[name], rounded[name], abs_tol=1e-6) for name in sizes) and self._uses_up(rounded):
-            return rounded
+        if max(wished.values()) <= 1 + 1e-9:  # densities, and no other proportions
+            sizes = {term.name: wished[term.name] * term.total for term in self.terms}
+            rounded = {name: round(size) for name, size in sizes.items()}
+            if all(math.isclose(sizes[name], rounded[name], abs_tol=1e-6) for name in sizes) and self._uses_up(rounded):
+                return rounded
         # a whole number less a rounding error is not floored to the number below
         steps = {term.name: relaxed[term.name] / term.step * (1 + 1e-13) + 1e-9 for term in self.terms}
         kept = {term.name: max(term.step * math.floor(steps[term.name]), term.lower) for term in self.terms}
@@ -255,13 +301,11 @@ class Budget(ModelBudget):
     def _check_reachable(self) -> None:
         model_budget.check_floors(self, "floors, rules and pattern need at least")
         most = {term.name: term.upper for term in self.terms}
-        for limit in self.limits:
-            cost = self.cost(limit.kind, most)
-            if limit.kind == "sparsity" and cost < limit.ceiling and self.fits(most):
-                raise BudgetError(
-                    f"sparsity={limit.asked} keeps {limit.ceiling:,} weights; maximum densities and pattern allow only "
-                    f"{cost:,}. Nearest that can be met: {model_budget.nearest(self, most, limit.kind)}."
-                )
+        if limit := model_budget.out_of_reach(self, most):
+            raise BudgetError(
+                f"sparsity={limit.asked} keeps {limit.ceiling:,} weights; maximum densities and pattern allow only "
+                f"{self.cost('sparsity', most):,}.{model_budget.nearest(self, most, 'sparsity')}"
+            )
 
     def _relaxed(self, wished: Mapping[str, float]) -> dict[str, float]:
         ceilings = [(limit.kind, limit.ceiling) for limit in self.limits]

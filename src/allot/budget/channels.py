@@ -105,6 +105,9 @@ class ChannelBudget(ModelBudget):
     def widest(self) -> float:
         return model_budget.widest(self.weights.limits, self, self.header)
 
+    def with_limits(self, limits: Mapping[str, float | int | str]) -> ChannelBudget:
+        return replace(self, weights=self.weights.with_limits(limits))
+
     def sizes(self, kept: Mapping[str, int]) -> dict[str, int]:
         """Remaining weights of each layer in scope."""
         return {extent.name: int(extent.size(kept)) for extent in self.extents if extent.counted}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -180,7 +181,7 @@ def proportions(wished: Mapping[str, float], terms: Iterable[Term], noun: str) -
     if wished.keys() != total.keys():
         raise UsageError(f"an allocation for other {noun}: {_different_names(wished, total)}")
     for name, value in wished.items():
-        if not (isinstance(value, Real) and value >= 0 and math.isfinite(value)):
+        if not (isinstance(value, Real) and 0 <= value <= sys.float_info.max):
             raise UsageError(f"density of {name} is {value!r}: a finite number, 0 or more, is accepted.")
     top = max(wished.values()) or 1.0
     return {name: max(wished[name] / top, 1e-12) * n for name, n in total.items()}

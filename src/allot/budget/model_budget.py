@@ -60,6 +60,8 @@ class ModelBudget(Protocol):
     @property
     def widest(self) -> float: ...
 
+    def with_limits(self, limits: Mapping[str, float | int | str]) -> ModelBudget: ...
+
     def _relaxed(self, wished: Mapping[str, float]) -> dict[str, float]: ...
 
     def to_json(self) -> dict[str, str]:
@@ -144,20 +146,36 @@ def check_floors(budget: ModelBudget, need: str) -> None:
     for limit in budget.limits:
         if (cost := budget.cost(limit.kind, least)) > limit.ceiling:
             raise BudgetError(
-                f"{limit.kind}={limit.asked} allows {limit.ceiling:,} {unit(limit.kind)}; {need} {cost:,}. "
-                f"Nearest that can be met: {nearest(budget, least)}."
+                f"{limit.kind}={limit.asked} allows {limit.ceiling:,} {unit(limit.kind)}; {need} {cost:,}."
+                f"{nearest(budget, least)}"
             )
 
 
 def nearest(budget: ModelBudget, kept: Mapping[str, int], moved: str = "") -> str:
-    """The limits, as `Budget.parse` reads them; those that `kept` breaks, and `moved`, become what `kept` costs."""
-    texts = []
+    """The sentence that offers limits which this model meets, as `Budget.parse` reads them; "" where none is found.
+
+    Limits that `kept` breaks, and `moved`, become what `kept` costs. They are tried: bounds that allow no other count
+    move the sparsity as well, and an offer that `counts` does not meet is not made.
+    """
+    texts = {}
     for limit in budget.limits:
         cost = budget.cost(limit.kind, kept)
         if cost <= limit.ceiling and limit.kind != moved:
-            texts.append(f"{limit.kind}={limit.asked}")
+            texts[limit.kind] = limit.asked
         elif limit.kind == "sparsity":
-            texts.append(f"sparsity={sparsity_keeping(cost, budget.total)}")
+            texts["sparsity"] = sparsity_keeping(cost, budget.total)
         else:
-            texts.append(f"{limit.kind}={amount_text(limit.kind, cost)}")
-    return ",".join(texts)
+            texts[limit.kind] = amount_text(limit.kind, cost)
+    offered = budget.with_limits(texts)
+    most = {term.name: term.upper for term in budget.terms}
+    if out_of_reach(offered, most) and moved != "sparsity":
+        return nearest(offered, most, "sparsity")
+    if not offered.meets(offered.counts(dict.fromkeys(most, 1.0))):
+        return ""
+    return f" Nearest that can be met: {','.join(f'{kind}={text}' for kind, text in texts.items())}."
+
+
+def out_of_reach(budget: ModelBudget, most: Mapping[str, int]) -> Limit | None:
+    """The limit of sparsity where even `most` keeps fewer weights, though the other limits allow more."""
+    limit = next((limit for limit in budget.limits if limit.kind == "sparsity"), None)
+    return limit if limit and budget.cost("sparsity", most) < limit.ceiling and budget.fits(most) else None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 
-from allot.errors import BudgetError, UsageError
+from allot.errors import InvalidBudget, UsageError
 
 KINDS = ("sparsity", "params", "macs", "bytes", "latency")
 _COUNTS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
@@ -28,7 +28,7 @@ class Amount:
         """The amount that a user wrote.
 
         Raises:
-            BudgetError: no number, an unknown unit, or a value out of range.
+            InvalidBudget: no number, an unknown unit, or a value out of range.
 
         >>> Amount.read("bytes", "3kB")
         Amount(value=Fraction(3000, 1), relative=False)
@@ -41,21 +41,21 @@ class Amount:
             number = Decimal("nan")
         suffix = match[2].lower() if match else ""
         if not number.is_finite():
-            raise BudgetError(f"{kind}={limit!r} is not a number. {_ACCEPTED[kind]}")
+            raise InvalidBudget(f"{kind}={limit!r} is not a number. {_ACCEPTED[kind]}")
         # beyond every float, or every time; 10**999999999 would take all memory
         if abs(number.adjusted()) > (20 if kind == "latency" else 400):
-            raise BudgetError(f"{kind}={limit} is out of range. {_ACCEPTED[kind]}")
+            raise InvalidBudget(f"{kind}={limit} is out of range. {_ACCEPTED[kind]}")
         value = Fraction(number) / (100 if suffix == "%" else 1)
         relative = suffix == "%" or kind == "sparsity"
         if relative and (suffix not in ("", "%") or not 0 < value < 1):
-            raise BudgetError(f"{kind}={limit} is out of range. {_ACCEPTED[kind]}")
+            raise InvalidBudget(f"{kind}={limit} is out of range. {_ACCEPTED[kind]}")
         if not relative:
             units = _NANOSECONDS if kind == "latency" else _UNITS
             if suffix not in units or (suffix.endswith("b") and kind != "bytes"):
-                raise BudgetError(f"{kind}={limit}: unknown unit {match[2] if match else ''!r}. {_ACCEPTED[kind]}")
+                raise InvalidBudget(f"{kind}={limit}: unknown unit {match[2] if match else ''!r}. {_ACCEPTED[kind]}")
             value *= units[suffix]
             if value < 1 or (value.denominator != 1 and suffix == ""):
-                raise BudgetError(f"{kind}={limit} is not a whole number of {unit(kind)}. {_ACCEPTED[kind]}")
+                raise InvalidBudget(f"{kind}={limit} is not a whole number of {unit(kind)}. {_ACCEPTED[kind]}")
         return cls(value, relative)
 
 
@@ -89,7 +89,7 @@ def memory(name: str, size: int | str) -> int:
         return size
     try:
         amount = Amount.read("bytes", str(size))
-    except BudgetError:
+    except InvalidBudget:
         amount = Amount(Fraction(0), relative=True)
     if amount.relative or amount.value < 1:
         raise UsageError(f"{name}={size}: a number of bytes, like 800MB or 6GB, is accepted.")

@@ -6,31 +6,91 @@ import inspect
 import json
 import logging
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from allot.cli.named_code import names_code
 from allot.cli.recipe import RecipeFile
 from allot.errors import UsageError
 from allot.methods import METHODS
 from allot.pruning.assemble import options_of
 from allot.run.problem import Rule
 from allot.run.store import read_finished, read_run
+from allot.sources.load import load_model
+from allot.sources.origins import ModelSource
 
 log = logging.getLogger("allot")
 # the section of a docstring that describes a method's state, which is for developers
 _STATE = re.compile(r"^State:\n(?:(?: .*)?\n)*(?: .*\Z)?", re.MULTILINE)
 
 
-def read_recipe(run: Path) -> RecipeFile:
-    """The recipe of a finished run.
+_ANSWERED = ("model", "weights", "input", "data", "test", "metric", "workers", "skip_corrupt")
 
-    Raises:
-        UsageError: it is not finished, or was made in Python.
+
+@dataclass(frozen=True)
+class RecordedRecipe:
+    """What a finished run says of its model and data, and what the command line says instead.
+
+    No value of the run names code: a run directory may come from anybody.
+
+    Attributes:
+        run: the run directory.
+        recorded: the recipe in run.json.
+        given: the recipe of the command line.
+        model: MODEL of the command line, if any.
     """
-    content = read_finished(run)
-    if not content.get("recipe", {}).get("model"):
-        raise UsageError(f"{run} was made in Python and does not say where its model comes from: use result.model().")
-    return RecipeFile.resolve(None, content["recipe"], ())
+
+    run: Path
+    recorded: RecipeFile
+    given: RecipeFile
+    model: str | None
+
+    @classmethod
+    def read(cls, run: Path, given: RecipeFile, model: str | None) -> RecordedRecipe:
+        """The recipe of the run in a directory.
+
+        Raises:
+            UsageError: it is not finished, or its recipe cannot be read.
+        """
+        content = read_finished(run).get("recipe", {})
+        if not isinstance(content, dict):
+            raise UsageError(f"{run}/run.json holds no recipe: {content!r}.")
+        return cls(run, RecipeFile.resolve(None, {key: content.get(key) for key in _ANSWERED}, ()), given, model)
+
+    def value(self, key: str) -> Any:
+        """The value of the command line, else that of the run.
+
+        Raises:
+            UsageError: it is that of the run, and names code.
+        """
+        if key in self.given.model_fields_set:
+            return getattr(self.given, key)
+        if key == "model" and self.model is not None:
+            return self.model
+        value = getattr(self.recorded, key)
+        if names_code(key, value):
+            option = {"test": "data"}.get(key, key)
+            raise UsageError(
+                f"{self.run} names code as its {key} ({value}), and no command runs code that a run directory names: "
+                f"give --{option} {value} if you trust it."
+            )
+        return value
+
+    def load(self, *, weights: str | None = None, device: str | None = None) -> ModelSource:
+        """The dense model of the run.
+
+        Args:
+            weights: a file of weights in place of those that the run began with.
+        Raises:
+            UsageError: the run does not say where its model comes from, or it cannot be loaded.
+        """
+        model = self.value("model")
+        if model is None:
+            raise UsageError(
+                f"{self.run} was made in Python and does not say where its model comes from: give --model."
+            )
+        return load_model(model, weights=weights or self.value("weights"), shape=self.value("input"), device=device)
 
 
 def read_report(run: Path) -> dict[str, Any]:
@@ -42,7 +102,7 @@ def read_report(run: Path) -> dict[str, Any]:
     read_finished(run)
     try:
         return dict(json.loads((run / "report.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UsageError(f"{run}/report.json cannot be read: {error}") from error
 
 
@@ -63,9 +123,14 @@ def find_runs(path: Path) -> list[Path]:
     if not table.exists():
         return [path]
     try:
-        if runs := [path / row["run"] for row in json.loads(table.read_text())["cells"] if "run" in row]:
+        runs = [path / row["run"] for row in json.loads(table.read_text())["cells"] if "run" in row]
+        if outside := [run for run in runs if not run.resolve().is_relative_to(path.resolve())]:
+            raise UsageError(f"{table} names {outside[0]}, which is no run of that sweep.")
+        if runs:
             return runs
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except UsageError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UsageError(f"{table} cannot be read: {error}") from error
     raise UsageError(f"{path} holds no run: no cell of that sweep met its budget.")
 

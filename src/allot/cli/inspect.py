@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from allot.cli.console import people, print_json, say
-from allot.cli.finished_run import describe_method, find_runs, read_recipe, read_report
-from allot.cli.options import Json, takes
+from allot.cli.finished_run import RecordedRecipe, describe_method, find_runs, read_report
+from allot.cli.options import Json, RunModel, place, takes
 from allot.cli.recipe import RecipeFile, gallery
 from allot.errors import UsageError, VerificationError, unknown
 from allot.export.certificate.certificate import place_of, verify
@@ -20,6 +20,7 @@ from allot.methods import METHODS, RECIPES
 from allot.report import table
 from allot.report.exports import add_export
 from allot.report.page import comparison_page, write_run
+from allot.run.places import check_file_place
 from allot.run.recipes import Recipe
 from allot.run.store import write
 from allot.sources.load import example_of, load_model
@@ -60,21 +61,23 @@ def verify_command(
             raise VerificationError(f"{place_of(path, row)}: {check}: promised {promised}, found {found}.")
 
 
-@takes("data", "input")
+@takes("data", "weights", "input")
 def export_command(
     wanted: RecipeFile,
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run directory")],
     to: Annotated[str, typer.Option(metavar="FORM", help=", ".join(EVERY))],
     out: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="of slim, openvino and hf a directory  [in RUN]")
+        Path | None, typer.Option(parser=place, metavar="PATH", help="of slim, openvino and hf a directory  [in RUN]")
     ] = None,
+    model: RunModel = None,
     *,
     as_json: Json = False,
 ) -> None:
     """Write what a runtime reads, open it again, compare it with the run and time it beside the dense model."""
-    report, recipe = read_report(run), read_recipe(run)
-    source = load_model(recipe.required_model(), weights=recipe.weights, shape=wanted.input or recipe.input)
-    example = example_of(source, wanted.data or recipe.data, skip_corrupt=recipe.skip_corrupt)
+    report, recipe = read_report(run), RecordedRecipe.read(run, wanted, model)
+    source = recipe.load()
+    data = recipe.value("data") if source.example is None else None
+    example = example_of(source, data, skip_corrupt=recipe.value("skip_corrupt"))
     if example is None:
         raise UsageError("no input to run the model on: give --input or --data.")
     row = export_run(source.model, run, report, example, to, out)
@@ -88,12 +91,15 @@ def export_command(
 def report_command(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="finished run directories, or those of sweeps")],
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE.html", help="the page  [RUN/report.html; of several: report.html]")
+        Path | None,
+        typer.Option(parser=place, metavar="FILE.html", help="the page  [RUN/report.html; of several: report.html]"),
     ] = None,
     *,
     as_json: Json = False,
 ) -> None:
     """Show one run, or several side by side, here and as one offline page."""
+    if out is not None:
+        check_file_place(out)
     runs = [run for path in runs for run in find_runs(path)]
     reports = [(str(run), read_report(run)) for run in runs]
     name, report = reports[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from importlib import metadata
@@ -12,8 +13,8 @@ import typer
 
 from allot.cli import inspect, measure, prune, search
 from allot.cli.console import notes, people, say, say_error
-from allot.errors import AllotError, Stopped
-from allot.processes import first_to_report, rank, sharing
+from allot.errors import AllotError, Stopped, in_one_line, raised_at
+from allot.processes import rank, sharing
 
 SHARED = ("prune", "sweep", "search", "evaluate")  # verbs that several processes run together
 app = typer.Typer(name="allot", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -27,6 +28,7 @@ def allot_command(
     context: typer.Context,
     *,
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; with any verb.")] = False,
 ) -> None:
     """Budgeted sparsification: a trained model and a budget in, a sparse model that meets it exactly out."""
     if version:
@@ -56,28 +58,36 @@ for _verb, _command in _VERBS.items():
 
 def main() -> None:
     """Run the command line; errors are one line on standard error and an exit code."""
+    debug, arguments = "--debug" in sys.argv[1:], [word for word in sys.argv[1:] if word != "--debug"]
     try:
-        with sharing() if sys.argv[1:2] and sys.argv[1] in SHARED else nullcontext(), notes():
+        with sharing() if arguments[:1] and arguments[0] in SHARED else nullcontext(), notes():
             people.quiet = rank() > 0
-            code = app(prog_name="allot", standalone_mode=False) or 0
-    except Stopped as stop:
-        say(f"{stop}: saved; the same command goes on from here." if stop.saved else f"{stop}.")
-        sys.exit(stop.exit_code)
-    except AllotError as error:
-        say_error(str(error))
-        sys.exit(error.exit_code)
-    except _Misuse as error:
-        verb = error.ctx.command_path if error.ctx else "allot"
-        say_error(f"{error.format_message()} (`{verb} --help` lists what is accepted)")
-        sys.exit(2)
-    except OSError as error:
-        say_error(f"{error.filename or ''} {error.strerror or error}")
-        sys.exit(2)
-    except (KeyboardInterrupt, typer.Abort):
-        code = 130
-    except Exception:
-        first_to_report()  # the traceback reports it: other processes need not
-        raise
-    if code == 130:
-        say_error("interrupted.")
+            code = app(args=arguments, prog_name="allot", standalone_mode=False) or 0
+            if code == 130:  # what some releases of click make of Ctrl-C
+                raise KeyboardInterrupt
+    except BaseException as error:  # noqa: BLE001 - a model or data may raise anything, SystemExit too
+        if debug:
+            traceback.print_exc()
+        code = _reported(error)
     sys.exit(code)
+
+
+def _reported(error: BaseException) -> int:
+    """Print one line about an error; returns its exit code."""
+    code, line = 2, ""
+    if isinstance(error, Stopped):
+        say(f"{error}: saved; the same command goes on from here." if error.saved else f"{error}.")
+        return error.exit_code
+    if isinstance(error, AllotError):
+        code, line = error.exit_code, "; ".join([str(error), *getattr(error, "__notes__", ())])
+    elif isinstance(error, _Misuse):
+        verb = error.ctx.command_path if error.ctx else "allot"
+        line = f"{error.format_message()} (`{verb} --help` lists what is accepted)"
+    elif isinstance(error, KeyboardInterrupt | typer.Abort):
+        code, line = 130, "interrupted."
+    elif isinstance(error, OSError) and not raised_at(error):
+        line = f"{error.filename or ''} {error.strerror or error}"
+    else:
+        line = f"{in_one_line(error)}; --debug shows the traceback."
+    say_error(line)
+    return code

@@ -8,11 +8,12 @@ from typing import Annotated
 import typer
 
 from allot.cli.console import people, print_json, progress, say
-from allot.cli.finished_run import read_recipe
+from allot.cli.finished_run import RecordedRecipe
 from allot.cli.loading import load_inputs, prune_arguments
-from allot.cli.options import LIMITS, READING, Json, takes
+from allot.cli.options import LIMITS, READING, Json, RunModel, place, takes
 from allot.cli.recipe import RecipeFile
 from allot.errors import UsageError
+from allot.export.files.formats import PLAIN
 from allot.export.timing.latency import Runtime
 from allot.pruning.advise import advise
 from allot.pruning.sweep import budgets_of, cells_of, sweep
@@ -21,6 +22,7 @@ from allot.report.page import advice_page
 from allot.run.driver import Progress as Step
 from allot.run.driver import interruptible
 from allot.run.evaluate import Score, evaluate
+from allot.run.places import check_directory_place, check_file_place
 from allot.run.store import write
 from allot.sources.load import DATA_FORMS, MODEL_FORMS, example_of, load_data, load_model
 
@@ -30,7 +32,9 @@ from allot.sources.load import DATA_FORMS, MODEL_FORMS, example_of, load_data, l
 )
 def sweep_command(
     wanted: RecipeFile,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="a run for each cell, and the comparison")] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=place, metavar="DIR", help="a run for each cell, and the comparison")
+    ] = None,
     budget: Annotated[
         list[str] | None,
         typer.Option(
@@ -47,6 +51,7 @@ def sweep_command(
     methods = [name.strip() for name in (method or "erk").split(",")]
     if out is None or wanted.model is None or not budgets:
         raise UsageError("a sweep needs MODEL, --budget KIND=LIMITS and --out DIR.")
+    check_directory_place(out)
     source, calibration = load_inputs(wanted)
     with interruptible() as should_stop, progress() as on_step:
         results = sweep(
@@ -65,12 +70,15 @@ def sweep_command(
 @takes("model", "data", "runtime", "weights", "input")
 def advise_command(
     wanted: RecipeFile,
-    out: Annotated[Path, typer.Option(metavar="FILE.html", help="the page with the curves")] = Path("advice.html"),
+    out: Annotated[Path, typer.Option(parser=place, metavar="FILE.html", help="the page with the curves")] = Path(
+        "advice.html"
+    ),
     pattern: Annotated[str, typer.Option(metavar="PATTERN", help="in what multiples channels go")] = "channels:8",
     *,
     as_json: Json = False,
 ) -> None:
     """Measure layers of MODEL here, and say which sparsity pays on this machine, if any."""
+    check_file_place(out)
     model = wanted.required_model()
     source = load_model(model, weights=wanted.weights, shape=wanted.input)
     example = example_of(source, wanted.data, skip_corrupt=wanted.skip_corrupt)
@@ -95,6 +103,7 @@ def evaluate_command(
     wanted: RecipeFile,
     target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help=f"a run directory, or {MODEL_FORMS}")],
     split: Annotated[str, typer.Option(help="of zoo data: test, validation or calibration")] = "test",
+    model: RunModel = None,
     *,
     as_json: Json = False,
 ) -> None:
@@ -103,15 +112,14 @@ def evaluate_command(
     if Path(target).is_dir():
         if wanted.weights:
             raise UsageError(f"{target} has its own weights: leave --weights out, or name a MODEL.")
-        recipe = read_recipe(Path(target))
-        weights = str(Path(target) / "model.safetensors")
-        source = load_model(
-            recipe.required_model(), weights=weights, shape=wanted.input or recipe.input, device=wanted.device
-        )
-        workers, skip_corrupt = workers or recipe.workers, skip_corrupt or recipe.skip_corrupt
-        metric = metric or recipe.metric
-        data = data or recipe.test or (recipe.data if (recipe.data or "").startswith("zoo:") else None)
+        recipe = RecordedRecipe.read(Path(target), wanted, model)
+        source = recipe.load(weights=str(Path(target) / PLAIN), device=wanted.device)
+        zoo = (recipe.recorded.data or "").startswith("zoo:")
+        data = data or recipe.value("test") or (recipe.recorded.data if zoo else None)
+        workers, skip_corrupt, metric = (recipe.value(key) for key in ("workers", "skip_corrupt", "metric"))
     else:
+        if model:
+            raise UsageError(f"--model {model}: {target} is no run directory, and evaluate takes one model.")
         source = load_model(target, weights=wanted.weights, shape=wanted.input, device=wanted.device)
     if data is None:
         raise UsageError(f"no data to score on: give --data {DATA_FORMS}.")

@@ -9,9 +9,22 @@ from typing import Annotated, Any
 
 import typer
 
+from allot.cli.named_code import check_recipe
 from allot.cli.recipe import COMPUTE, Option, RecipeFile
 
+
+def place(text: str | Path) -> Path:
+    """A path that the user typed: not an empty text, which `Path` reads as the current directory."""
+    if not str(text).strip():
+        raise typer.BadParameter("an empty text is no path")
+    return Path(text)
+
+
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
+RunModel = Annotated[
+    str | None,
+    typer.Option("--model", metavar="MODEL", help="the model of the run, if it is code: the same forms as in prune"),
+]
 _FILE = Annotated[
     Path | None,
     typer.Option(
@@ -44,7 +57,11 @@ def takes(*keys: str, file: bool = False) -> Callable[[Callable[..., None]], Cal
             path, settings = arguments.pop("recipe", None), arguments.pop("settings", None)
             compute = [f"compute.{key}={given[key]}" for key in COMPUTE.keys() & keys if given[key] is not None]
             fields = {key: value for key, value in given.items() if key not in COMPUTE}
-            command(RecipeFile.resolve(path, fields, [*compute, *(settings or ())]), **arguments)
+            settings = [*compute, *(settings or ())]
+            wanted = RecipeFile.resolve(path, fields, settings)
+            if path is not None:
+                check_recipe(path, wanted, RecipeFile.resolve(None, fields, settings))
+            command(wanted, **arguments)
 
         others = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
         parameters = [_parameter(key, _annotation(key)) for key in keys]

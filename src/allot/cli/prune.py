@@ -13,7 +13,7 @@ import typer
 from allot.cli.console import people, print_json, progress, say
 from allot.cli.finished_run import read_report
 from allot.cli.loading import load_inputs, prune_arguments
-from allot.cli.options import CHAIN, LIMITS, READING, RULES, SCORING, Json, takes
+from allot.cli.options import CHAIN, LIMITS, READING, RULES, SCORING, Json, place, takes
 from allot.cli.recipe import RecipeFile
 from allot.errors import GuaranteeMissed, UsageError, VerificationError
 from allot.export.files.formats import OWN
@@ -26,9 +26,11 @@ from allot.pruning.prune import prune
 from allot.pruning.request import left_dense
 from allot.pruning.setup import make_problem
 from allot.report import table
-from allot.report.data import layer_rows, weights_of
+from allot.report.data import layer_rows, of_whole_model, weights_of
 from allot.run.driver import drive, interruptible, phase
+from allot.run.named import import_from
 from allot.run.patterns import Channels
+from allot.run.places import check_file_place, check_run_place
 from allot.run.problem import Candidate, Chain, Problem, Rule
 from allot.run.store import write_json
 from allot.sources.load import REMOTE, example_of, load_model, load_shapes
@@ -40,13 +42,16 @@ from allot.sources.load import REMOTE, example_of, load_model, load_shapes
 )  # fmt: skip
 def prune_command(
     wanted: RecipeFile,
-    out: Annotated[Path | None, typer.Option(metavar="RUN", help="run directory; an unfinished one resumes")] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=place, metavar="RUN", help="run directory; an unfinished one resumes")
+    ] = None,
     *,
     as_json: Json = False,
 ) -> None:
     """Prune MODEL to a budget and write a run directory; resumes if RUN is unfinished."""
     if out is None:
         raise UsageError("no place for the run: give --out RUN.")
+    check_run_place(out)
     wanted.required_model()
     budget = wanted.parsed_budget()
     source, calibration = load_inputs(wanted)
@@ -105,13 +110,16 @@ def _say_checks(rows: list[dict[str, Any]], out: Path) -> None:
 def plan_command(
     wanted: RecipeFile,
     save: Annotated[
-        Path | None, typer.Option(metavar="FILE.json", help="write the allocation, to edit and replay")
+        Path | None, typer.Option(parser=place, metavar="FILE.json", help="write the allocation, to edit and replay")
     ] = None,
     *,
     as_json: Json = False,
 ) -> None:
     """Show how the budget would be allocated to the layers; needs no data."""
     model, budget = wanted.required_model(), wanted.parsed_budget()
+    if save:
+        check_file_place(save)
+    import_from(Path.cwd())  # functions that options name
     chain = assemble(
         wanted.method or "erk",
         allocate=wanted.allocate,
@@ -138,6 +146,7 @@ def plan_command(
         "layers": layer_rows(problem, allocation),
         "skipped": dict(problem.scope.skipped),
         "weights": weights_of(problem.model),
+        "whole": of_whole_model(problem, allocation.kept),
     }
     if as_json:
         print_json(plan)

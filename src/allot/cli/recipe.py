@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,10 @@ from allot.network.layers import Rules
 from allot.run.max_drop import MaxDrop
 from allot.run.min_fidelity import MinFidelity
 from allot.sources.load import DATA_FORMS, MODEL_FORMS
+
+LONGEST = 2**22  # characters of a recipe
+LARGEST = 100_000  # values in it, aliases written out
+DEEPEST = 100  # brackets inside of one another
 
 
 @dataclass(frozen=True)
@@ -210,9 +216,9 @@ class RecipeFile(BaseModel):
     def _budget_in_any_form(cls, value: Any) -> Any:
         if isinstance(value, Mapping):
             return tuple(f"{kind}={amount}" for kind, amount in value.items())
-        if not isinstance(value, str | list | tuple):
+        if isinstance(value, bool) or not isinstance(value, str | int | float | list | tuple):
             raise ValueError("KIND=VALUE is accepted, like sparsity=0.9")
-        return (value,) if isinstance(value, str) else value
+        return value if isinstance(value, list | tuple) else (str(value),)
 
     @field_validator("repair", mode="before")
     @classmethod
@@ -268,7 +274,8 @@ class RecipeFile(BaseModel):
             first_error = error.errors()[0]
             where = ".".join(str(part) for part in first_error["loc"])
             reason = first_error["msg"].removeprefix("Value error, ").rstrip(".")
-            raise UsageError(f"recipe: {where}={first_error['input']!r}: {reason}.") from error
+            value = textwrap.shorten(repr(first_error["input"]), 200)
+            raise UsageError(f"recipe: {where}={value}: {reason}.") from error
 
     def required_model(self) -> str:
         """The model.
@@ -303,6 +310,11 @@ def gallery() -> dict[str, Path]:
 class _Yaml(yaml.SafeLoader):
     """YAML in which `2:4` is text (YAML 1.1 reads 124, as in minutes and seconds) and `1e-3` is a number."""
 
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        if self.flow_level >= DEEPEST:  # here, since the time of the scanner is quadratic in them
+            raise RecursionError
+        super().fetch_flow_collection_start(token)
+
 
 _NUMBERS = {
     "tag:yaml.org,2002:int": re.compile(r"[-+]?(0|[1-9][0-9]*)$"),
@@ -325,9 +337,12 @@ def _read(path: Path) -> dict[str, Any]:
     elif path.suffix == "" and not path.exists():
         raise unknown("recipe", str(path), named)
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(LONGEST + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the recipe {path}: {getattr(error, 'strerror', None) or error}.") from error
+    if len(text) > LONGEST:
+        raise UsageError(f"the recipe {path} is longer than {LONGEST:,} characters.")
     content = _parsed(text, f"the recipe {path}")
     if content is None:
         return {}
@@ -338,9 +353,28 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _parsed(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, _Yaml)
+        loader = _Yaml(text)
+        node = loader.get_single_node()
+        if node is not None and (count := _values_in(node, {})) > LARGEST:
+            size = "refers to itself" if count == math.inf else f"holds {count:,} values with its aliases written out"
+            raise UsageError(f"{where} {size}: at most {LARGEST:,} values are accepted.")
+        return None if node is None else loader.construct_document(node)
+    except UsageError:
+        raise
+    except RecursionError as error:
+        raise UsageError(f"{where} is nested too deeply.") from error
     except (yaml.YAMLError, ValueError) as error:
         raise UsageError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
+
+
+def _values_in(node: yaml.Node, counts: dict[int, float]) -> float:
+    """Values in a node when every alias is written out, counted without doing so; infinite where it holds itself."""
+    if id(node) not in counts:
+        counts[id(node)] = math.inf  # until all parts are counted: then a part is the node itself
+        parts = node.value if isinstance(node, yaml.CollectionNode) else []
+        pairs = (part if isinstance(part, tuple) else (part,) for part in parts)
+        counts[id(node)] = 1 + sum(_values_in(child, counts) for pair in pairs for child in pair)
+    return counts[id(node)]
 
 
 def _by_kind(budget: Any) -> Any:

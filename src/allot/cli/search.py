@@ -9,19 +9,22 @@ import typer
 
 from allot.cli.console import people, print_json, progress, say
 from allot.cli.loading import load_inputs, prune_arguments
-from allot.cli.options import CHAIN, LIMITS, READING, RULES, SCORING, Json, takes
+from allot.cli.options import CHAIN, LIMITS, READING, RULES, SCORING, Json, place, takes
 from allot.cli.recipe import RecipeFile
 from allot.errors import UsageError, VerificationError
 from allot.pruning.search import KINDS, search
 from allot.report.table import search_table
 from allot.run.driver import Progress as Step
 from allot.run.driver import interruptible
+from allot.run.places import check_directory_place
 
 
 @takes("model", "data", *SCORING, *CHAIN, "weights", *RULES, *LIMITS, "seed", *READING, "input", file=True)
 def search_command(
     wanted: RecipeFile,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="a run for each share that is tried")] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=place, metavar="DIR", help="a run for each share that is tried")
+    ] = None,
     kind: Annotated[str, typer.Option(metavar="KIND", help=f"what is removed: {' or '.join(KINDS)}")] = "sparsity",
     runs: Annotated[int, typer.Option(metavar="N", min=1, help="runs at most; the answer is within 2^-N")] = 6,
     *,
@@ -32,6 +35,7 @@ def search_command(
         raise UsageError("a search needs --max-drop DROP, like 1pt, and --out DIR.")
     if wanted.budget:
         raise UsageError("a search finds the budget: leave budget out, and say --kind sparsity or --kind macs.")
+    check_directory_place(out)
     wanted.required_model()
     source, calibration = load_inputs(wanted)
     arguments = prune_arguments(wanted, source)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from allot.network.call import attempt, write_into
 from allot.network.channels import copied, shapes_of
 from allot.network.layers import Layer, Scope
 from allot.network.macs import measured
+from allot.network.preserved import preserved, refused_writes
 from allot.network.trees import cloned
 from allot.run.calibration import moved
 from allot.run.driver import give_back, phase
@@ -67,7 +68,9 @@ def export(model: nn.Module, example: Any, path: str | Path, *, to: str | None =
     if to not in FORMS:
         raise unknown("form of export", to, FORMS)
     check_inputs(example)
-    with staging(path, directory=not FORMS[to].ending) as place:
+    with preserved(model), staging(path, directory=not FORMS[to].ending) as place:
+        with refused_writes(model), suppress(Exception):  # a model that does not run is told so below
+            attempt(model, cloned(example), {})
         opened, answers = write_and_reopen(model, example, place, to)
         save_probe(place, to, opened, example, answers)
     return FORMS[to].open(path)
@@ -136,7 +139,8 @@ def export_run(
     if to not in EVERY:
         raise unknown("form of export", to, EVERY)
     try:
-        return _export_run(dense, run, report, example, to, out)
+        with preserved(dense):
+            return _export_run(dense, run, report, example, to, out)
     except (AllotError, OSError):
         raise
     except Exception as error:  # a model may raise whatever it likes

@@ -62,8 +62,9 @@ class BatchNorm:
             try:
                 call(problem.model, tensors, inputs, training=is_batch_norm)
             except ValueError as error:
+                more = problem.inputs().for_more
                 raise UsageError(
-                    f"no batch statistics from {samples} samples: {error}. Use a larger batch_size, or leave bn out."
+                    f"no batch statistics from {samples} samples: {error}. {more}, or leave bn out."
                 ) from error
         state["step"] += 1
         return {"forward": samples, "backward": 0}

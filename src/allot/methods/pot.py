@@ -175,8 +175,9 @@ class Layerwise:
     ) -> Callable[[Layer, Apply, Tensor], None]:
         """The visit of a layer: compare its output with a target, and add up the gradients of its weight and bias."""
         tensors = state["training"]["tensors"]
-        # a tied weight may be used beside several biases: these stay as they are
+        # a tied weight may be used beside several biases: these stay as they are, and so do frozen ones
         biases = biases_of(problem.model, [layer for layer in problem.scope if not layer.aliases])
+        biases = {layer: bias for layer, bias in biases.items() if bias[0] in tensors}
 
         def rebuild(layer: Layer, apply: Apply, target: Tensor) -> None:
             mask = candidate.masks[layer.name]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -12,13 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from allot.errors import AllotError, UsageError, first_line, unknown
+from allot.errors import AllotError, ModelFailed, UsageError, first_line, unknown
 from allot.network.applied_masks import Masking
 from allot.network.batch_norms import Norms
 from allot.network.checkpointing import checkpointed
 from allot.network.compute import Compute
-from allot.network.trees import as_arguments, map_leaves
+from allot.network.copies import deep_copy
+from allot.network.kinds import FLOATS
+from allot.network.trees import as_arguments, floats_in, map_leaves, map_tensors
 from allot.processes import world_size
+
+log = logging.getLogger("allot")
 
 
 def call(
@@ -139,7 +143,7 @@ def filled_copy(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
         UsageError: the model holds something that Python cannot copy.
     """
     try:
-        copied = copy.deepcopy(model)
+        copied = deep_copy(model)
     except Exception as error:
         raise UsageError(f"the model cannot be copied: {first_line(error)}.") from error
     write_into(copied, tensors)
@@ -182,11 +186,34 @@ def refuse_two_values(values: Mapping[str, Tensor], tensor_of: Mapping[str, int]
             raise UsageError(f"{first_name} and {name} are one tied weight: give it once.")
 
 
+def dtype_for(model: nn.Module, inputs: Any, tensors: Mapping[str, Tensor] | None = None) -> torch.dtype | None:
+    """The dtype that floating-point inputs are cast to; None: the model runs on them as they are.
+
+    They are cast to the dtype of the model's first floating-point parameter, and only where that lets the model run.
+    """
+    dtype = next((p.dtype for p in model.parameters() if p.dtype in FLOATS), torch.float32)
+    others = {tensor.dtype for tensor in floats_in(inputs)} - {dtype}
+    if not others:
+        return None
+    try:
+        attempt(model, inputs, tensors or {})
+        return None
+    except UsageError as error:
+        cast = map_tensors(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, inputs)
+        try:
+            attempt(model, cast, tensors or {})
+        except UsageError:
+            return None  # the error of the inputs as they are is the one to show
+        names = ", ".join(sorted(str(other)[6:] for other in others))
+        log.warning("inputs are cast from %s to %s: %s", names, str(dtype)[6:], error)
+        return dtype
+
+
 def attempt(model: nn.Module, inputs: Any, tensors: Mapping[str, Tensor]) -> Any:
     """The result of `call`, without gradients.
 
     Raises:
-        UsageError: the model does not take these inputs.
+        ModelFailed: the model does not take these inputs.
     """
     try:
         with torch.no_grad():
@@ -195,4 +222,4 @@ def attempt(model: nn.Module, inputs: Any, tensors: Mapping[str, Tensor]) -> Any
         raise
     except Exception as error:
         shape = map_leaves(lambda leaf: list(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__, inputs)
-        raise UsageError(f"the model does not run on inputs of shape {shape}: {first_line(error)}") from error
+        raise ModelFailed(f"the model does not run on inputs of shape {shape}: {first_line(error)}") from error

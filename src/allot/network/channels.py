@@ -10,7 +10,6 @@ so that weights and MACs of a layer, products of its sizes, are multilinear in n
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from allot.errors import UsageError
+from allot.network.copies import deep_copy
 from allot.network.layers import Group
 
 
@@ -126,7 +126,7 @@ def copied(model: nn.Module, *, sharing_parameters: bool = False) -> nn.Module:
         UsageError: the model holds an object that Python cannot copy.
     """
     try:
-        return copy.deepcopy(model, {id(p): p for p in model.parameters()} if sharing_parameters else {})
+        return deep_copy(model, {id(p): p for p in model.parameters()} if sharing_parameters else {})
     except Exception as error:
         raise UsageError(f"{type(model).__name__} cannot be copied: {error}") from error
 

@@ -10,6 +10,8 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 ATTENTION_INPUTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 STACK = "stack"  # of matrices, one an expert: only inputs tell which dimension a product sums over
 EXPERTS = ("experts", "experts_transposed")  # the two forms of a stack
+UNDECIDED = "without inputs (3 dimensions)"
+FROZEN = "frozen (requires_grad=False) beside trained weights: it stays as it is"
 INSIDE = ("recurrent", "lookup", *EXPERTS)  # no module's output is the product of its input and the weight alone
 
 

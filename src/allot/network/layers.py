@@ -17,8 +17,8 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from allot.errors import BudgetError, UsageError, unknown
-from allot.network.kinds import EXPERTS, STACK, kind_of, reason_to_skip
+from allot.errors import InvalidBudget, UsageError, unknown
+from allot.network.kinds import EXPERTS, FROZEN, STACK, UNDECIDED, kind_of, reason_to_skip
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Rules:
         for bounds in (self.min_density, self.max_density):
             for pattern, value in bounds.items():
                 if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
-                    raise BudgetError(f"density bound {pattern}={value!r}: a number from 0 to 1 is accepted.")
+                    raise InvalidBudget(f"density bound {pattern}={value!r}: a number from 0 to 1 is accepted.")
         for pattern in self.patterns:
             if pattern.startswith("re:"):
                 try:
@@ -157,7 +157,7 @@ class Rules:
                     raise UsageError(f"{pattern!r} is not a regular expression: {error}.") from error
         floor = str(self.floor)
         if not re.fullmatch(r"\d+(/row)?|\d+(\.\d+)?%", floor) or (floor.endswith("%") and float(floor[:-1]) > 100):
-            raise BudgetError(
+            raise InvalidBudget(
                 f'floor={self.floor!r}: weights per layer (1), per row ("1/row") or a share ("5%") is accepted.'
             )
 
@@ -196,6 +196,7 @@ class Scope:
         groups: coupled channels, where channels are pruned and not single weights.
         undecided: weights of 3 dimensions, each in both forms of a stack of experts: `allot.network.macs.measured`
             finds out which form the model uses, if any. Until then they are in `skipped`.
+        macs: of the whole model, out of scope included; None until measured.
 
     >>> scope = Scope.of(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)))
     >>> [layer.name for layer in scope], scope.skipped["1.weight"]
@@ -206,6 +207,7 @@ class Scope:
     skipped: Mapping[str, str]
     groups: tuple[Group, ...] = ()
     undecided: tuple[Layer, ...] = ()
+    macs: int | None = None
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -218,6 +220,12 @@ class Scope:
             if layer.name == name:
                 return layer
         raise unknown("layer", name, [layer.name for layer in self.layers])
+
+    def without(self, reasons: Mapping[str, str]) -> Scope:
+        """The scope without these layers, which stay dense for the reasons given."""
+        left = {layer.name: reasons[layer.name] for layer in self.layers if layer.name in reasons}
+        layers = tuple(layer for layer in self.layers if layer.name not in left)
+        return replace(self, layers=layers, skipped={**self.skipped, **left})
 
     @classmethod
     def of(cls, model: nn.Module, rules: Rules | None = None, *, shapes_only: bool = False) -> Scope:
@@ -235,6 +243,7 @@ class Scope:
         skipped: dict[str, str] = {}
         matched: set[str] = set()
         prunable: list[str] = []
+        frozen = frozen_beside_trained(model)
         for name, holders in places.items():
             parameter = holders[0].parameter
             lazy = isinstance(parameter, nn.parameter.UninitializedParameter)
@@ -250,6 +259,8 @@ class Scope:
             matched.update(pattern for pattern in rules.patterns if matches(pattern, names))
             if rules.include and not included:
                 skipped[name] = "no include rule matches it"
+            elif name in frozen and not included:
+                skipped[name] = FROZEN
             elif excluding := [pattern for pattern in rules.exclude if matches(pattern, names)]:
                 skipped[name] = f"excluded by rule {excluding[0]!r}"
             else:
@@ -265,9 +276,6 @@ class Scope:
             shown = ", ".join(prunable[:6]) + (f" and {len(prunable) - 6} more" if len(prunable) > 6 else "")
             raise UsageError(f"rule {unmatched[0]!r} matches no prunable layer; there are {shown}.")
         return cls(tuple(layers), skipped, undecided=tuple(undecided))
-
-
-UNDECIDED = "without inputs (3 dimensions)"
 
 
 @dataclass(frozen=True)
@@ -305,6 +313,14 @@ def places_by_parameter(model: nn.Module) -> dict[str, list[Place]]:
                 by_tensor.setdefault(id(parameter), []).append(place)
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     return {first[key]: sorted(places, key=lambda place: place.name != first[key]) for key, places in by_tensor.items()}
+
+
+def frozen_beside_trained(model: nn.Module) -> set[str]:
+    """Names of the parameters without `requires_grad`, where some of the weights that could be pruned have it."""
+    places = [place for holders in places_by_parameter(model).values() for place in holders]
+    if not any(place.certainty == 2 and place.parameter.requires_grad for place in places):
+        return set()
+    return {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
 
 
 def matches(pattern: str, names: Iterable[str]) -> bool:

@@ -6,16 +6,20 @@ order of dimensions, and stacks of matrices that were picked from the experts of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from allot.network.kinds import EXPERTS
 from allot.network.layers import Layer
+from allot.network.trees import tensors_in
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,7 @@ class Memory:
         self.by_storage: dict[int, list[Held]] = {}
 
     def add(self, held: Held, tensor: Tensor) -> None:
-        place = _storage_of(tensor)
+        place = storage_of(tensor)
         self.by_storage[place] = [*filter(_is_alive, self.by_storage.get(place, ())), held]
 
     def find(self, tensor: Any) -> list[Held]:
@@ -129,8 +133,40 @@ class Memory:
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or not tensor.numel():
             return []
         offset = tensor.storage_offset()
-        near = self.by_storage.get(_storage_of(tensor), ())
+        near = self.by_storage.get(storage_of(tensor), ())
         return [held for held in near if held.start <= offset < held.stop and _is_alive(held)]
+
+    def forget(self, tensor: Tensor) -> None:
+        """Copies in the memory of `tensor` are copies no longer: something was written there."""
+        place = storage_of(tensor)
+        self.by_storage[place] = [held for held in self.by_storage.get(place, ()) if held.copy is None]
+
+
+@contextmanager
+def copies_made_anew() -> Iterator[None]:
+    """While open, autocast copies a weight at each use: a copy that it made before would be no known memory."""
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+
+
+def written_by(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    """The tensors that an operator of torch writes into."""
+    if not func._schema.is_mutable:
+        return
+    arguments = {argument.name: argument for argument in func._schema.arguments}
+    for name, value in {**dict(zip(arguments, args, strict=False)), **kwargs}.items():
+        if arguments[name].alias_info is not None and arguments[name].alias_info.is_write:
+            yield from (tensor for tensor in tensors_in(value) if tensor.layout == torch.strided)
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether a tensor's values lie in one storage of its own or shared; not of lazy, sparse and wrapping tensors."""
+    plain = tensor.layout == torch.strided and not is_lazy(tensor) and not is_traceable_wrapper_subclass(tensor)
+    return plain and tensor.numel() > 0
 
 
 def extent(tensor: Tensor) -> tuple[int, int]:
@@ -178,7 +214,13 @@ def _step(tensor: Tensor, dims: Sequence[int]) -> int | None:
     return max(step, 1)
 
 
-def _storage_of(tensor: Tensor) -> int:
-    """The same number for tensors that share memory; on the meta device, for those that would share it."""
-    storage = tensor.untyped_storage()
+def storage_of(tensor: Tensor) -> int:
+    """The same number for tensors that share memory; on the meta device, for those that would share it.
+
+    0 where a tensor has no storage of its own, like a batch of `torch.vmap`, or a sparse one.
+    """
+    try:
+        storage = tensor.untyped_storage()
+    except (RuntimeError, NotImplementedError):
+        return 0
     return storage.data_ptr() or storage._cdata

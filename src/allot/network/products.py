@@ -3,7 +3,7 @@
 A pass of any module comes down to a few operators of torch: matrix products, convolutions, and the LSTM kernel. A
 weight is recognised among their operands by its memory, so that functional use, subclasses with a forward of their own,
 attention, experts and shared weights all count. A weight that is recomputed before use (standardised, say) is not
-recognised.
+recognised here, but in `allot.network.computed`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from allot.network.computed import Computed
 from allot.network.kinds import EXPERTS
 from allot.network.layers import Layer, places_by_parameter
-from allot.network.memory import Held, Memory, extent
+from allot.network.memory import Held, Memory, copies_made_anew, extent
 
 COLUMNS = 2**24  # entries of the unrolled inputs that exist at once
 
@@ -114,29 +115,42 @@ Seen = Callable[["Product | None", tuple[str, int]], None]
 
 
 @contextmanager
-def observed(model: nn.Module, scope: Iterable[Layer], seen: Seen) -> Iterator[None]:
+def observed(model: nn.Module, scope: Iterable[Layer], seen: Seen, computed: Computed | None = None) -> Iterator[None]:
     """While open, `seen(product, (layer name, MACs))` runs at each operator that multiplies by a layer's weight.
 
     `product` is None where the operator uses the weight in a form that is not a product of its rows.
+
+    Args:
+        computed: follows weights that are computed from those of the layers.
     """
     layers = list(scope)
     places = places_by_parameter(model)
-    mode = _Operators(seen)
+    mode = _Operators(seen, computed)
 
-    def register(module: nn.Module, args: Any) -> None:
+    def register(module: nn.Module, args: Any, kwargs: Any) -> None:
         """Tensors may be put in place for one pass: they are looked up when it starts."""
         mode.memory = Memory()
         for layer in layers:
             place = places[layer.name][0]
             tensor = getattr(place.module, place.attribute).detach()
             mode.memory.add(Held(layer, *extent(tensor), tensor.stride()), tensor)
+        if computed:
+            computed.begin(mode.memory)
 
-    handle = model.register_forward_pre_hook(register)
-    try:
-        with _Plain(), torch.no_grad(), mode:
-            yield
-    finally:
-        handle.remove()
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if computed:
+            computed.enter((args, kwargs))
+
+    with ExitStack() as stack:
+        stack.callback(model.register_forward_pre_hook(register, with_kwargs=True).remove)
+        for module in model.modules() if computed else ():
+            if not isinstance(module, torch.jit.ScriptModule):  # which takes no such hook
+                stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        stack.enter_context(copies_made_anew())
+        stack.enter_context(_Plain())
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(mode)
+        yield
 
 
 class _Plain(BaseTorchFunctionMode):
@@ -153,9 +167,9 @@ _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 
 
 class _Operators(TorchDispatchMode):
-    def __init__(self, seen: Seen) -> None:
+    def __init__(self, seen: Seen, computed: Computed | None) -> None:
         super().__init__()
-        self.seen = seen
+        self.seen, self.computed = seen, computed
         self.memory = Memory()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -172,6 +186,8 @@ class _Operators(TorchDispatchMode):
         out = func(*args, **kwargs)
         if react is not None:
             react(self, (*args, *kwargs.values()), out)
+        if self.computed:
+            self.computed.follow(func, args, kwargs, out)
         return out
 
     def report(self, weights: list[Held], operand: Tensor, inputs: Tensor, version: int) -> None:

@@ -78,3 +78,20 @@ def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
+
+
+def flatten_keys(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings, and lists of mappings, as one mapping; keys are joined with dots, list indices count from 0.
+
+    >>> flatten_keys({"a": {"b": 1}, "c": [{"d": 2}]})
+    {'a.b': 1, 'c.0.d': 2}
+    """
+    flattened: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, list) and value and all(isinstance(part, Mapping) for part in value):
+            value = {str(i): part for i, part in enumerate(value)}
+        if isinstance(value, Mapping) and value:
+            flattened |= flatten_keys(value, f"{prefix}{key}.")
+        else:
+            flattened[prefix + key] = value
+    return flattened

@@ -38,6 +38,7 @@ from allot.network.channels import copied
 from allot.network.draws import generator
 from allot.network.layers import Scope
 from allot.network.macs import measured
+from allot.network.preserved import preserved, refused_writes
 from allot.pruning.setup import make_problem
 from allot.run.calibration import moved
 from allot.run.patterns import Channels, parse
@@ -81,7 +82,22 @@ def advise(
     """
     if not isinstance(parse(pattern), Channels):
         raise UsageError(f"pattern {pattern!r}: channels, or channels:8 for multiples of 8, is accepted.")
-    scope = measured(Scope.of(model), model, lambda: attempt(model, example, {}))
+    with preserved(model):
+        return _advise(model, example, pattern, runtime, seed, label, data, on_step)
+
+
+def _advise(
+    model: nn.Module,
+    example: Any,
+    pattern: str,
+    runtime: Runtime | None,
+    seed: int,
+    label: str,
+    data: str,
+    on_step: Callable[[int, int], None] | None,
+) -> dict[str, Any]:
+    with refused_writes(model):
+        scope = measured(Scope.of(model), model, lambda: attempt(model, example, {}))
     runtime = _usable_runtime(model, example, runtime)
     channels, why_not = _channels(model, example, pattern, runtime, seed, on_step)
     linear, net = _linear(copied(model).eval(), repeated(example, runtime.batch), scope)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,7 +115,7 @@ class TrainedNet:
 def train(
     model: nn.Module,
     batches: Batches,
-    budget: Budget | str,
+    budget: Budget | str | float | Mapping[str, float | int | str],
     *,
     recipe: JointTraining | None = None,
     score: str = "scale",
@@ -137,7 +137,7 @@ def train(
         raise unknown("score", score, CHANNEL_SCORES)
     started = time.monotonic()
     net = copied(model).train()
-    budget = Budget.parse(budget) if isinstance(budget, str) else budget
+    budget = Budget.of(budget)
     structure = parse(pattern) if isinstance(pattern, str) else pattern
     if budget.latency is not None:
         raise UsageError("a budget of latency is measured after training: use macs=, and allot.prune for latency=.")

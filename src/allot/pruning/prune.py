@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from allot.budget.budget import Budget
-from allot.errors import GuaranteeMissed
+from allot.budget.units import KINDS
+from allot.errors import AllotError, CannotWrite, GuaranteeMissed, UsageError, users_errors
 from allot.export.timing.latency import Runtime
 from allot.network.compute import Compute
 from allot.network.layers import Rules
+from allot.network.preserved import preserved
 from allot.processes import on_first_process
 from allot.pruning.assemble import adapted, assemble, fitted, repair_by_blocks, stream_repairs
 from allot.pruning.identity import identity, notes
@@ -30,16 +32,18 @@ from allot.run.max_drop import MaxDrop
 from allot.run.min_fidelity import MinFidelity
 from allot.run.outputs import Comparison, Outputs
 from allot.run.patterns import Pattern
+from allot.run.places import check_directory_place
 from allot.run.problem import Method, Problem
 from allot.run.scores import ChannelScore, WeightScore
 from allot.run.store import Log, open_store
 
 
+@users_errors("allot.prune")
 @torch.inference_mode(mode=False)
 def prune(
     model: nn.Module,
     calibration: Any,
-    budget: Budget | str,
+    budget: Budget | str | float | Mapping[str, float | int | str] | None = None,
     *,
     method: str | None = None,
     allocate: str | Method | Mapping[str, float] | None = None,
@@ -73,6 +77,7 @@ def prune(
     dense_score: Score | None = None,
     on_step: Callable[[Progress], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    **limits: float | str,
 ) -> Result:
     """A sparse version of `model` that meets `budget` exactly; the model passed in is untouched.
 
@@ -80,7 +85,7 @@ def prune(
         model: any trained module.
         calibration: a tensor `[N, ...]`, Dataset, DataLoader (of batches), iterable (of samples, or of batches where
             only these fit the model), `Readable` or `Calibration`; labels are ignored. None where nothing needs inputs.
-        budget: `Budget(sparsity=0.9)` or text like "macs=50%".
+        budget: `Budget(sparsity=0.9)`, text like "macs=50%", a dict of limits by kind, or a number: a sparsity.
         method: recipe to start from, a key of `RECIPES`; the next four replace single parts of it. None: see
             `default_method`.
         allocate: name in `METHODS`, a method, densities by layer name, or the path of an allocation.json.
@@ -116,9 +121,12 @@ def prune(
             statistics and training; None: as repairs ask for them (of `best`, 3 on trial).
         recipe: further entries of recipe.yaml, like the origin of the model.
         dense_score: `evaluate` of the dense model on `test`, where it was computed already.
+        limits: the budget as keywords, like sparsity=0.9, macs="50%".
     Raises:
         UsageError, BudgetError, PatternError: the input cannot be used; the message says why, in one line.
         Stopped: `should_stop` returned True; with `save_to` the same call resumes.
+        Exception: what the model or the data raise themselves, with a note. A run directory that was begun goes, unless
+            it holds seconds of work from which the same call resumes.
         GuaranteeMissed: the score dropped by more than `max_drop`, or fidelity is below `min_fidelity`. The run is
             finished and saved; the error holds its `result`.
 
@@ -128,18 +136,33 @@ def prune(
     method = method or default_method(model, calibration, allocate, score, pattern, repair, stream)
     chain = assemble(method, allocate=allocate, score=score, pattern=pattern, repair=repair, options=options)
     request = Request(
-        model=model, budget=Budget.parse(budget) if isinstance(budget, str) else budget, chain=chain, rules=rules,
+        model=model, budget=_budget(budget, limits), chain=chain, rules=rules,
         seed=seed, calibration=calibration, samples=samples, batch_size=batch_size, workers=workers, example=example,
         test=test, metric=metric, max_drop=None if max_drop is None else MaxDrop.read(max_drop),
         min_fidelity=None if min_fidelity is None else MinFidelity.read(min_fidelity),
         dense_score=dense_score, runtime=Runtime.parse(runtime), compute=Compute.of(compute), stream=stream,
         comparison=Comparison(outputs, loss), batch_norm=batch_norm, views=views, default_repair=repair is None,
         max_minutes=max_minutes, max_steps=max_steps, max_memory=max_memory, label=label or type(model).__name__,
-        directory=Path(save_to) if save_to else None, recipe=dict(recipe or {}), options=dict(options or {}),
-        on_step=on_step, should_stop=should_stop,
+        directory=None if save_to is None else check_directory_place(save_to),
+        recipe=dict(recipe or {}), options=dict(options or {}), on_step=on_step, should_stop=should_stop,
     )  # fmt: skip
     log = Log()
-    return _run(_prepare(request, set_up(request, log)), log)
+    with preserved(model):
+        return _run(_prepare(request, set_up(request, log)), log)
+
+
+def _budget(budget: Any, limits: Mapping[str, float | str]) -> Budget:
+    """The budget, given as one value or as keywords.
+
+    Raises:
+        TypeError: a keyword that `prune` does not have.
+        UsageError: no budget, or two.
+    """
+    if other := sorted(limits.keys() - set(KINDS)):
+        raise TypeError(f"prune() got an unexpected keyword argument {other[0]!r}")
+    if (budget is None) == (not limits):
+        raise UsageError(f"{'two budgets' if limits else 'no budget'}: give one, like 'macs=50%' or sparsity=0.9.")
+    return Budget.of(limits if budget is None else budget)
 
 
 def _prepare(request: Request, problem: Problem) -> Prepared:
@@ -176,9 +199,18 @@ def _run(prepared: Prepared, log: Log) -> Result:
         store = open_store(request.directory, identified, notes(prepared, identified), device)
     try:
         result = run_stages(Run(prepared, store, log, dense_score))
+    except Exception as error:
+        if store and _blames_input(error) and store.abandon():
+            error.add_note(f"{store.directory} holds the work before it: the same call resumes")
+        raise
     finally:
         if store:
             store.close()
     if missed := [row["text"] for row in result.guarantees if not row["met"]]:
         raise GuaranteeMissed(f"{'; '.join(missed)}.", result)
     return result
+
+
+def _blames_input(error: Exception) -> bool:
+    """Whether model, data or options are at fault: with others in their place, the directory would be in the way."""
+    return not isinstance(error, AllotError) or (isinstance(error, UsageError) and not isinstance(error, CannotWrite))

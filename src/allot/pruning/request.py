@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from allot.errors import UsageError, check_number, unknown
 from allot.export.timing.latency import Runtime
 from allot.network.compute import Compute
 from allot.network.layers import Rules, Scope
+from allot.processes import on_first_process
+from allot.pruning.checks import check_plain
 from allot.run.driver import Progress
 from allot.run.evaluate import Score, evaluate
 from allot.run.max_drop import MaxDrop
@@ -23,6 +25,7 @@ from allot.run.metric import Metric
 from allot.run.min_fidelity import MinFidelity
 from allot.run.outputs import Comparison
 from allot.run.patterns import Channels
+from allot.run.places import check_run_place
 from allot.run.problem import BATCH_NORMS, Chain, Problem
 from allot.run.recipes import Recipe
 from allot.run.store import read_run
@@ -36,7 +39,7 @@ class Request:
         default_repair: whether the repairs are those of the recipe.
     Raises:
         UsageError: a compiled or wrapped model, a rule that matches no layer, a choice of `compute` that this model
-            or device does not allow, or a metric or guarantee without data to score on.
+            or device does not allow, a metric or guarantee without data to score on, or a directory of other files.
     """
 
     model: nn.Module
@@ -76,6 +79,8 @@ class Request:
             raise unknown("batch_norm", str(self.batch_norm), (*BATCH_NORMS, "auto"))
         if self.views is not None:
             check_number("views", self.views, 0, whole=True)
+        if self.directory is not None:
+            on_first_process(partial(check_run_place, self.directory))
         check_plain(self.model)
         # errors of the model come before a forward pass, which would fill lazy layers
         Scope.of(self.model, None if isinstance(self.chain.pattern, Channels) else self.rules)
@@ -166,14 +171,3 @@ def left_dense(model: nn.Module, recipe: Recipe, rules: Rules | None) -> dict[st
     tied = ", which is the embedding as well" if weight is getattr(embeddings, "weight", None) else ""
     reason = f"output head of a language model{tied}: the recipe leaves it dense unless --include names it"
     return {name: reason for name, parameter in model.named_parameters() if parameter is weight}
-
-
-def check_plain(model: nn.Module) -> None:
-    """Raises:
-    UsageError: the model is compiled, or wrapped in something.
-    """
-    wrappers = torch.jit.ScriptModule, nn.DataParallel, nn.parallel.DistributedDataParallel
-    if isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
-        raise UsageError(
-            f"a compiled or wrapped model ({type(model).__name__}): pass the module that it was made from."
-        )

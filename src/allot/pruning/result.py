@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import tempfile
 from collections.abc import Mapping
@@ -17,14 +16,18 @@ from torch import Tensor, nn
 from allot.budget.allocation import Allocation
 from allot.errors import AllotError, BudgetError, UsageError, VerificationError, first_line
 from allot.export.certificate import certificate
+from allot.export.certificate.records import record
 from allot.export.certificate.rows import sealed
+from allot.export.certificate.structure import structure_of
 from allot.export.export import export_run, form_of
 from allot.export.files import formats as files
 from allot.export.files.writing import Later, Value
 from allot.network.call import write_into
 from allot.network.channels import ChannelPlan, slimmed
+from allot.network.copies import deep_copy
 from allot.network.coupling.dead import without_dead_channels
 from allot.network.layers import plain_state
+from allot.network.preserved import preserved
 from allot.report.data import histograms, report
 from allot.report.exports import add_export, exports_of
 from allot.report.page import write_run
@@ -117,7 +120,7 @@ class Result:
             UsageError: the model holds something that Python cannot copy.
         """
         try:
-            model = copy.deepcopy(self.problem.model)
+            model = deep_copy(self.problem.model)
         except Exception as error:
             raise UsageError(
                 f"{self.label} cannot be copied ({error}): load result.state_dict() into a model of your own."
@@ -140,7 +143,8 @@ class Result:
         """
         plan = self.plan()
         if plan is None:
-            return without_dead_channels(self.model(), self.problem.inputs().example())[0]
+            with preserved(self.problem.model):  # hooks of a copy refer to what those of the model refer to
+                return without_dead_channels(self.model(), self.problem.inputs().example())[0]
         return slimmed(self.model(), plan)
 
     def state_dict(self) -> dict[str, Any]:
@@ -216,6 +220,11 @@ class Result:
         budget, kept = self.problem.budget, self.allocation.kept
         metadata = files.metadata_of(self.problem.model, self.problem.scope, budget)
         state = self._state_to_write()
+        if others := [n for n, value in self.problem.model.state_dict().items() if not isinstance(value, Tensor)]:
+            log.warning(
+                "not saved, because no tensor: %s: copy it from the model, or load the files with strict=False",
+                ", ".join(others[:4]) + (f" and {len(others) - 4} more" if len(others) > 4 else ""),
+            )
         with phase(f"writing {files.PLAIN}", self.log.finish):
             files.save_tensors(directory / files.PLAIN, state, "plain", metadata)
         plan, smaller = self.plan(), files.SLIM if self.problem.scope.groups else files.BITMASK
@@ -227,7 +236,8 @@ class Result:
                 files.save_bitmask(directory / files.BITMASK, state, metadata)
         with phase("re-opening and recounting", self.log.finish):
             write_json(directory / "allocation.json", {**self.allocation.to_json(), "budget": budget.to_json()})
-            certified = certificate.certify(directory, budget.sizes(kept), kept)
+            structure = structure_of(self.problem.pattern, self.problem.scope)
+            certified = certificate.certify(directory, budget.sizes(kept), kept, structure)
             write_json(directory / "certificate.json", certified)
         object.__setattr__(self, "directory", directory)
         with phase("writing the report", self.log.finish):
@@ -239,6 +249,7 @@ class Result:
                     f"{failed['file']}: {failed['check']}: promised {failed['promised']}, found {failed['found']}."
                 )
             write_run(directory, content)
+            record(directory)
         return certified
 
     def _state_to_write(self) -> dict[str, Value]:

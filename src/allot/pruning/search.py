@@ -22,6 +22,7 @@ from allot.report.page import comparison_page
 from allot.run.calibration import SAMPLES, readable_again
 from allot.run.evaluate import evaluate
 from allot.run.max_drop import MaxDrop
+from allot.run.places import check_directory_place
 from allot.run.store import write, write_json
 
 KINDS = ("sparsity", "macs")
@@ -66,7 +67,7 @@ def search(
     >>> [cell["budget"] for cell in found["cells"]][0]
     'sparsity=0.5'
     """
-    out = Path(out)
+    out = check_directory_place(out)
     if kind not in KINDS:
         raise UsageError(f"kind={kind!r}: {' or '.join(KINDS)} is accepted.")
     check_number("runs", runs, 1, whole=True)
@@ -85,7 +86,6 @@ def search(
             on_run(len(rows) + 1, runs, f"{kind}={text}")
         row: dict[str, Any] = {"budget": f"{kind}={text}", "removed": removed}
         name = f"{kind}-{text}"
-        out.mkdir(parents=True, exist_ok=True)
         chosen = {**settings, "test": test, "dense_score": dense, "max_drop": max_drop, "save_to": out / name}
         try:
             report = _report_of(model, calibration, row["budget"], chosen)
@@ -102,6 +102,7 @@ def search(
     kept = [row for row in rows if row["met"]]
     best = max(kept, key=lambda row: row["removed"])["run"] if kept else None
     table = {"kind": kind, "max_drop": drop.asked, "cells": rows, "best": best}
+    out.mkdir(parents=True, exist_ok=True)  # where no run made it
     on_first_process(lambda: write_json(out / "results.json", table))
     if not reports:
         raise UsageError(f"no run met its budget; the first: {rows[0]['error']}")

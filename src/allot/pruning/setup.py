@@ -20,24 +20,27 @@ from allot.budget.budget import Budget
 from allot.budget.channels import ChannelBudget, Dimension, Extent, channel_terms
 from allot.budget.costs import Term
 from allot.budget.latency import Latency
-from allot.errors import AllotError, BudgetError, PatternError, Stopped, UsageError
+from allot.errors import AllotError, BudgetError, NothingInScope, PatternError, Stopped, UsageError
 from allot.export.files import formats as files
 from allot.export.files.formats import TABLES
 from allot.export.files.latency_tables import load_tables
 from allot.export.timing.latency import Runtime, latency_of
 from allot.methods.training.selection import Selection
-from allot.network.call import attempt
+from allot.network.call import attempt, dtype_for
 from allot.network.compute import check_divisible
 from allot.network.coupling.find import find_groups
-from allot.network.kinds import INSIDE
+from allot.network.kinds import FLOATS, FROZEN, INSIDE
 from allot.network.layers import Group, Rules, Scope, matches, plain_state
-from allot.network.macs import measured
+from allot.network.preserved import refused_writes
 from allot.processes import all_gather_object, on_first_process, world_size
-from allot.pruning.request import Request, check_plain
+from allot.pruning.checks import check_followed, check_numbers, check_plain, nothing_in_scope, packed_weights
+from allot.pruning.measured_scope import measured_scope, warn_small_scope
+from allot.pruning.request import Request
 from allot.run.batch_norm_mode import MOVED, batch_norm_error
-from allot.run.calibration import BATCH, SAMPLES, TEXTS, Calibration, texts_at_a_time
+from allot.run.calibration import BATCH, SAMPLES, TEXTS, Calibration, inputs_of, texts_at_a_time
 from allot.run.driver import Progress, repeatable
 from allot.run.fidelity import Watch
+from allot.run.input_advice import with_advice
 from allot.run.outputs import Comparison
 from allot.run.patterns import Channels, Pattern
 from allot.run.problem import Candidate, Problem
@@ -70,6 +73,7 @@ def set_up(request: Request, log: Log) -> Problem:
             example=None if inputs else request.example, seed=request.seed, latency=_timing(request, log),
             left_dense=request.left_dense, comparison=request.comparison,
         )  # fmt: skip
+    warn_small_scope(request.model, problem.scope)
     if any(part.needs_data for part in (chain.allocate, *chain.repair)):
         problem.inputs()
     if world_size() > 1:
@@ -128,23 +132,18 @@ def make_problem(
     # rules on channels choose groups, below
     scope = Scope.of(model, None if isinstance(pattern, Channels) else rules, shapes_only=shapes_only)
     scope = _without_channels(scope) if isinstance(pattern, Channels) else scope
-    if left := {layer.name: left_dense[layer.name] for layer in scope if left_dense and layer.name in left_dense}:
-        layers = tuple(layer for layer in scope if layer.name not in left)
-        scope = replace(scope, layers=layers, skipped={**scope.skipped, **left})
+    scope = scope.without(left_dense or {})
+    scope = replace(scope, skipped={**scope.skipped, **packed_weights(model)})
     before = tensor_names(model)
-    for name, parameter in model.named_parameters():
-        has_numbers = parameter.is_floating_point() and not parameter.is_meta
-        if has_numbers and not bool(torch.isfinite(parameter.detach()).all()):
-            raise UsageError(f"{name} holds nan or infinite values: the model cannot be pruned as it is.")
-    for name, buffer in model.named_buffers():
-        # infinite is what attention masks hold
-        if buffer.is_floating_point() and not buffer.is_meta and bool(torch.isnan(buffer).any()):
-            raise UsageError(f"{name} holds nan: the model cannot be pruned as it is.")
+    check_numbers(model)
     example = calibration.example() if example is None and calibration else example
     if example is not None:
-        scope = measured(scope, model, lambda: attempt(model, example, {}))
+        scope = measured_scope(scope, model, example, calibration, weights=not isinstance(pattern, Channels))
     check_no_new_tensors(model, before)
+    if not scope.layers:
+        raise NothingInScope(nothing_in_scope(scope, rules))
     if isinstance(pattern, Channels):
+        check_followed(model)
         if example is None:
             raise UsageError("channels are found by running the model: give --data or --input (example= in Python).")
         timing = latency or partial(latency_of, runtime=Runtime.parse(None), seed=seed)
@@ -178,8 +177,7 @@ def _without_channels(scope: Scope) -> Scope:
     """`scope` without the layers that stay whole where channels are removed."""
     whole = {layer.name: layer.kind.partition("_")[0] for layer in scope if layer.kind in INSIDE}
     reasons = {name: f"{kind} weights stay whole where channels are removed" for name, kind in whole.items()}
-    layers = tuple(layer for layer in scope if layer.name not in whole)
-    return replace(scope, layers=layers, skipped={**scope.skipped, **reasons}, undecided=())
+    return replace(scope.without(reasons), undecided=())
 
 
 def _channel_budget(
@@ -187,6 +185,7 @@ def _channel_budget(
 ) -> tuple[Scope, ChannelBudget]:
     """The scope with its groups, and the budget on them."""
     found, whole = find_groups(model, example)
+    found, whole = _without_frozen(found, whole, scope)
     groups, skipped = _apply_rules(found, whole, rules)
     scope = replace(scope, groups=groups, skipped={**scope.skipped, **skipped})
     if not groups:
@@ -218,6 +217,16 @@ def _channel_budget(
     full = {"full_bytes": files.layout(state, metadata).plain, "full_latency": tables.dense if tables else 0}
     header = files.slim_header(state, metadata, groups)
     return scope, ChannelBudget(budget.with_terms(weights, **full), terms, tuple(extents), header, tables)
+
+
+def _without_frozen(
+    groups: Sequence[Group], whole: Mapping[str, str], scope: Scope
+) -> tuple[tuple[Group, ...], dict[str, str]]:
+    """The groups of channels that no frozen weight holds, and the reasons with those of the others."""
+    frozen = {name for name, reason in scope.skipped.items() if reason == FROZEN}
+    holders = {group.name: {member.tensor for member in group.members} & frozen for group in groups}
+    reasons = {name: f"{min(held)} is {FROZEN}" for name, held in holders.items() if held}
+    return tuple(group for group in groups if group.name not in reasons), {**whole, **reasons}
 
 
 def _apply_rules(
@@ -283,7 +292,7 @@ def check_no_new_tensors(model: nn.Module, before: set[str]) -> None:
     """
     if made := sorted(tensor_names(model) - before):
         raise UsageError(
-            f"the model made {', '.join(made[:3])} when it first ran: prune it again now that it has them."
+            f"the model made {', '.join(made[:3])} when it first ran: run one batch through it, and then prune it."
         )
 
 
@@ -294,7 +303,7 @@ def _calibration(request: Request) -> Calibration | None:
         return replace(data, channels_last=data.channels_last or channels_last)
     if data is None:
         return None
-    reference = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    reference = next((p for p in model.parameters() if p.dtype in FLOATS), torch.zeros(()))
     before = tensor_names(model)
     samples = SAMPLES if request.samples is None else request.samples
     if isinstance(data, Iterable) and not hasattr(data, "__len__") and not hasattr(data, "dataset"):
@@ -304,10 +313,16 @@ def _calibration(request: Request) -> Calibration | None:
         calibration = Calibration.of(
             data, samples=samples, batch_size=BATCH if request.batch_size is None else request.batch_size,
             seed=request.seed, workers=request.workers, batched=batched, device=reference.device,
-            dtype=reference.dtype, channels_last=channels_last,
+            channels_last=channels_last,
         )  # fmt: skip
-        example = calibration.example()
-        attempt(model, example, {})
+        try:
+            with refused_writes(model):
+                calibration = replace(calibration, dtype=dtype_for(model, calibration.example()))
+                example = calibration.example()
+                attempt(model, example, {})
+        except UsageError as error:
+            inputs = inputs_of(calibration.source[calibration.indices[0]])
+            raise with_advice(error, model, inputs) from error.__cause__
         check_no_new_tensors(model, before)
         return _of_text(calibration, request, example)
 

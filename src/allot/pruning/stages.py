@@ -15,6 +15,7 @@ from allot.budget.allocation import Allocation
 from allot.budget.unused import warn_unused
 from allot.errors import BudgetError, Stopped, UsageError, VerificationError
 from allot.export.certificate import certificate
+from allot.export.certificate.records import rewrite
 from allot.export.files import formats as files
 from allot.export.files.latency_tables import save_tables
 from allot.export.runtimes.answers import SLIM_TOLERANCE, allowed, off
@@ -167,9 +168,10 @@ def _result(run: Run, problem: Problem, candidate: Candidate, log: Log, scores: 
 def _save(result: Result, store: Store, log: Log) -> None:
     if result.latency:
         save_tables(store.directory, result.problem)
-    write(store.directory / "recipe.yaml", yaml.safe_dump(store.notes["recipe"], sort_keys=False))
+    write(store.directory / files.RECIPE, yaml.safe_dump(store.notes["recipe"], sort_keys=False))
     result.save(store.directory)
-    store.finish(log)
+    rewrite(store.directory, {files.RUN: store.description("done", log)})  # the last file of a run
+    store.forget()
 
 
 def _reopen(run: Run, store: Store) -> Result:

@@ -27,6 +27,7 @@ from allot.report.page import comparison_page
 from allot.report.table import speed
 from allot.run.calibration import SAMPLES, readable_again
 from allot.run.evaluate import evaluate
+from allot.run.places import check_directory_place
 from allot.run.store import write, write_json
 
 T = TypeVar("T")
@@ -48,8 +49,10 @@ class Cell:
 def budgets_of(texts: Sequence[str]) -> list[str]:
     """Budgets to try: `sparsity=0.5,0.9` is two, `macs=50% and bytes=3MB` is one, and so is `sparsity=0.9,90%`.
 
+    Numbers alone are sparsities.
+
     Raises:
-        BudgetError: a limit that cannot be read.
+        InvalidBudget: a limit that cannot be read.
     """
     budgets: list[str] = []
     for text in texts:
@@ -57,7 +60,7 @@ def budgets_of(texts: Sequence[str]) -> list[str]:
         for part in (piece.strip() for piece in text.split(",")):
             if "=" in part:
                 kind = part.partition("=")[0].strip()
-            budgets.append(part if "=" in part else f"{kind}={part}")
+            budgets.append(part if "=" in part else f"{kind or 'sparsity'}={part}")
     return _unique(budgets, _meaning)
 
 
@@ -65,7 +68,7 @@ def cells_of(methods: Sequence[str], budgets: Sequence[str], seeds: int) -> list
     """Every cell once, seed by seed: the first comparison is complete soonest.
 
     Raises:
-        BudgetError: a budget that cannot be read.
+        InvalidBudget: a budget that cannot be read.
 
     >>> [cell.budget for cell in cells_of(["erk"], budgets_of(["sparsity=0.5,0.9"]), seeds=1)]
     ['sparsity=0.5', 'sparsity=0.9']
@@ -95,7 +98,7 @@ def sweep(
         seeds of a method at a budget, mean and standard deviation.
     Raises:
         UsageError, Stopped: as `prune`; the same call resumes.
-        BudgetError: a budget that cannot be read.
+        InvalidBudget: a budget that cannot be read.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as out:
@@ -103,7 +106,7 @@ def sweep(
     ...     sweep(nn.Linear(4, 4), None, cells, out, repair="none")["cells"][0]["kept"]
     8
     """
-    out, cells = Path(out), _unique_cells(cells)
+    out, cells = check_directory_place(out), _unique_cells(cells)
     if not cells:
         raise UsageError("a sweep of no cells: methods, budgets and a number of seeds are accepted.")
     options = dict(settings.pop("options", None) or {})
@@ -122,7 +125,6 @@ def sweep(
             on_cell(number, len(cells), cell)
         directory = cell.directory(out)
         row = {"method": cell.method, "budget": cell.budget, "seed": cell.seed}
-        directory.parent.mkdir(parents=True, exist_ok=True)
         try:
             chosen = {**settings, "method": cell.method, "seed": cell.seed, "save_to": directory}
             chosen |= {"options": taken[cell.method], "test": test, "dense_score": dense}
@@ -133,6 +135,7 @@ def sweep(
         reports.append((str(directory.relative_to(out)), report))
         rows.append({**row, "run": str(directory.relative_to(out)), **_results(report)})
     table = {"cells": rows, "means": list(_means(rows))}
+    out.mkdir(parents=True, exist_ok=True)  # where no cell made it
     on_first_process(lambda: write_json(out / "results.json", table))
     if not reports:
         raise UsageError(f"no cell met its budget; the first: {rows[0]['error']}")

@@ -36,7 +36,8 @@ def report(result: Any) -> dict[str, Any]:
     `unreadable` counts calibration samples that were left out; `watch` is the watch set, `{samples, kind, unsure,
     images}`, empty where there are no inputs; `fidelity` are the distances from the dense net on it, `{stage, step,
     kl | error, agreement}` in order, the last one that of the net that came out, `undone` those of nets that were
-    dropped; `guard` says so in sentences; `weights` counts all weights of the model, in scope or not. `exports` are the
+    dropped; `guard` says so in sentences; `weights` counts all weights of the model, in scope or not; `whole` is the
+    model whole, see `of_whole_model`. `exports` are the
     rows that `allot export` adds. `diagnostics` are the values that methods report about their work, by method.
     """
     problem, candidate, names, directory = result.problem, result.candidate, result.names, result.directory
@@ -72,6 +73,7 @@ def report(result: Any) -> dict[str, Any]:
         "groups": group_rows(problem, candidate.allocation),
         "skipped": dict(problem.scope.skipped),
         "weights": weights_of(problem.model),
+        "whole": of_whole_model(problem, kept, directory),
         "scores": dict(result.scores) if result.scores else None,
         "guarantees": [dict(row) for row in result.guarantees],
         "unreadable": len(source.unreadable) if isinstance(source, Readable) else 0,
@@ -89,8 +91,36 @@ def report(result: Any) -> dict[str, Any]:
 
 def weights_of(model: nn.Module) -> int:
     """Number of weights of a model, in scope or not: of all parameters of two dimensions or more but biases."""
-    named = ((name.rpartition(".")[2], parameter) for name, parameter in model.named_parameters())
-    return sum(parameter.numel() for name, parameter in named if parameter.dim() > 1 and "bias" not in name)
+    return sum(_sizes_of_weights(model).values())
+
+
+def _sizes_of_weights(model: nn.Module) -> dict[str, int]:
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.dim() > 1]
+    return {name: parameter.numel() for name, parameter in named if "bias" not in name.rpartition(".")[2]}
+
+
+def of_whole_model(problem: Problem, kept: Mapping[str, int], directory: Path | None = None) -> dict[str, Any]:
+    """`{weights, macs, bytes}` of the whole model, out of scope included, each `{dense, sparse}`.
+
+    `macs` is null where no example input was there. `bytes` are those of the files; until the run is saved those of the
+    dense tensors, and of the small file as predicted.
+    """
+    budget, all_weights = problem.budget, weights_of(problem.model)
+    removed = budget.total - sum(budget.sizes(kept).values())
+    if problem.scope.groups:  # channels go from tensors out of scope as well
+        extents = {extent.name: extent for extent in channel_budget(budget).extents}
+        removed = sum(total - int(extents[name].size(kept)) for name, total in _sizes_of_weights(problem.model).items())
+    small = _file_size(directory, SLIM if problem.scope.groups else BITMASK) or budget.cost("bytes", kept)
+    tensors = sum(value.numel() * value.element_size() for value in plain_state(problem.model)[0].values())
+    macs = None
+    if problem.scope.macs is not None:
+        spared = sum(layer.macs or 0 for layer in problem.scope) - budget.cost("macs", kept)
+        macs = {"dense": problem.scope.macs, "sparse": problem.scope.macs - spared}
+    return {
+        "weights": {"dense": all_weights, "sparse": all_weights - removed},
+        "macs": macs,
+        "bytes": {"dense": _file_size(directory, PLAIN) or tensors, "sparse": small},
+    }
 
 
 def layer_rows(problem: Problem, allocation: Allocation) -> list[dict[str, Any]]:

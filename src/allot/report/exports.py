@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from allot.errors import UsageError
-from allot.export.certificate.rows import sealed
-from allot.report.page import write_run
-from allot.run.store import write_json
+from allot.errors import UsageError, VerificationError
+from allot.export.certificate.records import rewrite
+from allot.export.certificate.rows import seal_row, sealed
+from allot.export.files.formats import PAGE, REPORT
+from allot.report.page import page_of
+from allot.run.store import json_text
 
 
 def exports_of(run: Path | None) -> list[dict[str, Any]]:
@@ -41,9 +43,16 @@ def update_report(run: Path, changes: dict[str, Any]) -> None:
     """Put these values into report.json in place of the earlier ones, and write the page of the run again.
 
     Raises:
-        UsageError: a file cannot be written.
+        UsageError: a file cannot be read or written.
+        VerificationError: report.json is not what was written there, which a new seal would hide.
     """
-    path = run / "report.json"
-    report = {**json.loads(path.read_text()), **changes}
-    write_json(path, sealed(report))
-    write_run(run, report)
+    path = run / REPORT
+    try:
+        content = path.read_bytes()
+        earlier, untouched = json.loads(content), seal_row(REPORT, content)["passed"]
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from error
+    if not untouched:
+        raise VerificationError(f"{path} is not what was written there: allot verify {run} shows what differs.")
+    report = {**earlier, **changes}
+    rewrite(run, {REPORT: json_text(sealed(report)), PAGE: page_of(run, report)})

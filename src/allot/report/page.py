@@ -14,7 +14,9 @@ from markupsafe import Markup, escape
 from allot.budget.units import unit
 from allot.budget.unused import MUCH, unused
 from allot.errors import UsageError
+from allot.export.certificate.records import rewrite
 from allot.export.certificate.rows import seal_row
+from allot.export.files.formats import CERTIFICATE, PAGE, RECIPE
 from allot.export.timing.clock import AS_DENSE
 from allot.report.charts import Line, Mark, coloured_lines, legend, lines, marks
 from allot.report.explanation import explanation, kept_rows, number
@@ -42,12 +44,23 @@ def write_run(run: Path, report: Report, page: Path | None = None) -> Path:
     Raises:
         UsageError: one of these files does not hold what a report needs, or the page cannot be written.
     """
-    page, recipe = page or run / "report.html", run / "recipe.yaml"
-    certificate, steps = _certificate(run), read_steps(run)
+    text = page_of(run, report)
+    if page is None or page.resolve() == (run / PAGE).resolve():
+        rewrite(run, {PAGE: text})
+    else:
+        write(page, text)
+    return page or run / PAGE
+
+
+def page_of(run: Path, report: Report) -> str:
+    """The page of a run, from report.json and the files beside it.
+
+    Raises:
+        UsageError: one of these files does not hold what a report needs.
+    """
+    recipe, certificate, steps = run / RECIPE, _certificate(run), read_steps(run)
     with reading_report(run):
-        text = run_page(report, certificate, recipe.read_text(errors="replace") if recipe.exists() else "", steps)
-    write(page, text)
-    return page
+        return run_page(report, certificate, recipe.read_text(errors="replace") if recipe.exists() else "", steps)
 
 
 def run_page(report: Report, certificate: Report, recipe: str, steps: Sequence[Report]) -> str:
@@ -296,11 +309,11 @@ def _certificate(run: Path) -> dict[str, Any]:
     Raises:
         UsageError: the file cannot be read.
     """
-    path = run / "certificate.json"
+    path = run / CERTIFICATE
     try:
-        text = path.read_text()
+        content = path.read_bytes()
         keys = ("file", "check", "promised", "found", "passed")
-        rows = [seal_row(path.name, text), *({key: row[key] for key in keys} for row in json.loads(text)["rows"])]
+        rows = [seal_row(path.name, content), *({key: row[key] for key in keys} for row in json.loads(content)["rows"])]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read ({type(error).__name__}: {error}).") from error
     return {"rows": rows, "passed": all(row["passed"] for row in rows)}

@@ -14,9 +14,9 @@ import jinja2
 
 from allot.budget.units import meaning
 from allot.errors import UsageError
+from allot.network.trees import flatten_keys
 from allot.report.table import speed
 from allot.run.recipes import RECIPES
-from allot.run.store import flatten_keys
 
 Report = Mapping[str, Any]
 Labelled = Sequence[tuple[str, Report]]

@@ -48,6 +48,8 @@ def plan_table(plan: Report) -> RenderableType:
         table.add_row(*cells)
     kept, total = plan["kept"], plan["total"]
     table.add_row("weights kept in scope", f"{kept:,} of {total:,}", _percent_of(kept, total))
+    for name, pair in _of_whole_model(plan):
+        table.add_row(name, f"{pair['sparse']:,} of {pair['dense']:,}" if pair else "unknown", _share(pair))
     return Group(title, table, layer_table(plan["layers"]), *_skipped_lines(plan))
 
 
@@ -79,16 +81,17 @@ _SHORT = {AS_DENSE: "as dense"}  # in a column of a narrow terminal
 
 def comparison_table(reports: Sequence[tuple[str, Report]]) -> Table:
     """Several runs side by side: (label, report) each."""
-    figures = map(_whole_column, ("sparsity", "MACs", "bytes", "dense", "sparse", "speed"))
+    figures = map(_whole_column, ("sparsity\nof model", "MACs", "bytes", "dense", "sparse", "speed"))
     table = _table(*map(_text_column, ("run", "model", "method")), *figures, title="runs")
     for label, report in reports:
         macs, scores, size = report["macs"], report["scores"], report["bytes"]["file"]
+        weights = report.get("whole", {}).get("weights")  # removed from the whole model, beside that of the scope
         measured = speed(report)
         table.add_row(
             escape(label),
             escape(report["model"]),
             escape(" + ".join((report["method"], *report["repair"]))),
-            f"{report['sparsity']:.4f}",
+            f"{report['sparsity']:.4f}" + (f"\n{1 - weights['sparse'] / weights['dense']:.4f}" if weights else ""),
             _percent_of(macs["sparse"], macs["dense"]) if macs else "not counted",
             "not saved" if size is None else f"{size:,}",
             _score_text(scores["dense"], scores) if scores else "not scored",
@@ -249,6 +252,8 @@ def _summary_table(report: Report) -> Table:
     size = report["bytes"]
     if size["file"]:
         _add_counts(table, "bytes on disk", size["dense"], size["file"])
+    for name, pair in _of_whole_model(report):
+        table.add_row(name, *((f"{pair[net]:,}" for net in pair) if pair else ("unknown", "unknown")), _share(pair))
     _add_ideal(table, size["file"], size.get("with_ideal_mask"))
     if scores := report["scores"]:
         for name, pair in scores.get("values", {scores["metric"]: scores}).items():
@@ -317,6 +322,16 @@ def _skipped_lines(report: Report) -> list[Text]:
         half = "; less than half: the budget holds for these weights alone" if 2 * total < weights else ""
         lines.append(Text(share + half, style="bold yellow" if half else "dim"))
     return lines
+
+
+def _of_whole_model(report: Report) -> list[tuple[str, Mapping[str, int] | None]]:
+    """(name, {dense, sparse}) of weights, MACs and bytes, None where MACs are unknown; reports of before have none."""
+    whole = report.get("whole", {})
+    return [(f"{'MACs' if kind == 'macs' else kind} of the whole model", pair) for kind, pair in whole.items()]
+
+
+def _share(pair: Mapping[str, int] | None) -> str:
+    return _percent_of(pair["sparse"], pair["dense"]) if pair else "no input to count on"
 
 
 def _percent_of(part: int, whole: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +20,7 @@ from allot.run.reading import Readable, read, read_readable
 
 SAMPLES, TEXTS = 512, 128  # calibration samples, and blocks of text, where the user gives no number
 BATCH, TOKENS = 64, 1024  # samples in a batch, and most tokens: each token has a logit for every word
+LISTED = 2**24  # samples of a data set of which a permutation is made
 SURE = 32  # inputs; of fewer, so few are watched that comparisons are unsure
 LABEL_KEYS = frozenset({"label", "labels", "target", "targets"})
 
@@ -89,13 +91,10 @@ class Calibration:
             raise UsageError(f"samples={samples}: a whole number above 0 is accepted.")
         with seeded(seed):  # a shuffling DataLoader draws from torch's generator
             source = _indexable(data, samples, batched=batched)
-        if len(source) > samples:
-            order = torch.randperm(len(source), generator=generator(seed)).tolist()
-        else:
-            order = list(range(len(source)))
+        order: Iterable[int] = _drawn(len(source), seed) if len(source) > samples else range(len(source))
         if isinstance(source, Readable):  # the next in the draw takes the place of one that cannot be read
-            order = [i for i, _ in itertools.islice(read_readable(source, order, workers), samples)]
-        indices, device = tuple(order[:samples]), device or torch.device("cpu")
+            order = (i for i, _ in read_readable(source, order, workers))
+        indices, device = tuple(itertools.islice(order, samples)), device or torch.device("cpu")
         return cls(source, indices, batch_size, seed, device, dtype, workers, channels_last)
 
     def __len__(self) -> int:
@@ -130,6 +129,12 @@ class Calibration:
     def batches(self) -> int:
         """Number of batches in one pass over the samples; their sizes differ by one at most."""
         return -(-len(self.indices) // self.batch_size)
+
+    @property
+    def for_more(self) -> str:
+        """What makes batches larger, for an error."""
+        alone = "There is one sample" if len(self) == 1 else f"There are {len(self)} samples in all"
+        return f"{alone}: give more (--samples, --data)" if len(self) <= self.batch_size else "Use a larger batch_size"
 
     def batch(self, k: int) -> tuple[Any, int]:
         """Batch k of an endless sequence of passes, each in another order: a function of (seed, k).
@@ -252,11 +257,27 @@ def _channels_last(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.channels_last).copy_(tensor)
 
 
+def _drawn(length: int, seed: int) -> Iterator[int]:
+    """The indices below `length`, each once, in an order by the seed; without a list of them where they are many."""
+    if length <= LISTED:
+        yield from torch.randperm(length, generator=generator(seed)).tolist()
+        return
+    draw, seen = random.Random(seed), set[int]()
+    while len(seen) < length:
+        if (index := draw.randrange(length)) not in seen:
+            seen.add(index)
+            yield index
+
+
 def _indexable(data: Any, samples: int, *, batched: bool) -> Any:
     if isinstance(data, str | bytes | Mapping):
+        rows = " Of columns give the rows: [dict(zip(data, row)) for row in zip(*data.values())]."
         raise UsageError(
             f"calibration data of type {type(data).__name__}: a tensor, Dataset, DataLoader or iterable is accepted."
+            + rows * isinstance(data, Mapping)
         )
+    if getattr(data, "shape", None) == ():
+        raise UsageError(f"calibration data is one number ({data}): a tensor of samples [N, ...] is accepted.")
     if isinstance(data, DataLoader) and data.batch_size is None and data.batch_sampler is None:
         data = data.dataset if not isinstance(data.dataset, IterableDataset) else iter(data)
     elif isinstance(data, DataLoader):
@@ -277,7 +298,29 @@ def _indexable(data: Any, samples: int, *, batched: bool) -> Any:
 def _unbatched(batches: Iterable[Any]) -> Iterator[Any]:
     for batch in batches:
         inputs = inputs_of(batch)
+        _check_batch(inputs)
         yield from (_sample_at(inputs, i) for i in range(_batch_size(inputs)))
+
+
+def _check_batch(inputs: Any) -> None:
+    """Raises:
+    UsageError: inputs of a batch that are no tensors [batch, ...], or that differ in length.
+    """
+    several = isinstance(inputs, Mapping | tuple)
+    parts = dict(inputs) if isinstance(inputs, Mapping) else dict(enumerate(inputs if several else (inputs,)))
+    for name, value in parts.items():
+        if not getattr(value, "shape", ()):
+            where = f"input {name!r} of a batch" if several else "a batch"
+            raise UsageError(
+                f"{where} is a {type(value).__name__}: tensors [batch, ...] are accepted. Lists of numbers have to be "
+                "tensors in every sample, as of dataset.with_format('torch'), and a collate_fn has to stack them."
+            )
+    if len({len(value) for value in parts.values()}) > 1:
+        shapes = ", ".join(str(list(value.shape)) for value in parts.values())
+        raise UsageError(
+            f"the inputs of a batch differ in length ({shapes}): tensors [batch, ...] are accepted. A collate_fn has "
+            "to stack samples, like torch.stack, and gives (inputs, labels)."
+        )
 
 
 def _batch_size(inputs: Any) -> int:

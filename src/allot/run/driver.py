@@ -23,7 +23,7 @@ from allot.network.draws import numbered, seeded
 from allot.processes import any_process, check_equal, on_first_process, world_size
 from allot.run.guard import Guard, Looks
 from allot.run.problem import Candidate, Method, Metrics, Problem, finished
-from allot.run.store import Log, Store
+from allot.run.store import SAVE_SECONDS, Log, Store
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def drive(
     log: Log | None = None,
     on_step: Callable[[Progress], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
-    save_seconds: float = 5.0,
+    save_seconds: float = SAVE_SECONDS,
     guard: Guard | None = None,
 ) -> Candidate:
     """The candidate that `method` makes of `candidate`; resumes where `store` holds this stage unfinished.
@@ -175,12 +175,15 @@ def repeatable(model: nn.Module, seed: int, stage: str, step: int = -1) -> Itera
         yield
 
 
+_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """A `should_stop` that the first Ctrl-C (or SIGTERM) turns on; the second one interrupts at once.
+    """A `should_stop` that the first Ctrl-C (SIGTERM, or SIGHUP) turns on; the second one interrupts at once.
 
-    Where another process is lost, SIGTERM is ignored from then on: torchrun sends it at once to the processes that are
-    left, and the error is still to be reported.
+    A signal that is ignored stays ignored, as SIGHUP under nohup. Where another process is lost, SIGTERM is ignored
+    from then on: torchrun sends it at once to the processes that are left, and the error is still to be reported.
     """
     stop = threading.Event()
 
@@ -192,7 +195,8 @@ def interruptible() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield stop.is_set
         return
-    handlers: dict[int, Any] = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [number for number in _STOPS if signal.getsignal(number) != signal.SIG_IGN]
+    handlers: dict[int, Any] = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield stop.is_set
     except Lost:

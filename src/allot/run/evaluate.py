@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,9 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from allot.errors import UsageError, check_number
-from allot.network.call import attempt, filled_copy, modes
+from allot.errors import UsageError, check_number, users_errors
+from allot.network.call import attempt, dtype_for, filled_copy, modes
 from allot.network.compute import check_divisible
+from allot.network.kinds import FLOATS
+from allot.network.preserved import preserved, refused_writes
 from allot.network.trees import map_tensors
 from allot.processes import all_gather_object, on_first_process, world_size
 from allot.run.calibration import moved
@@ -75,6 +78,7 @@ class Score:
         return content | ({"unreadable": self.unreadable} if self.unreadable else {})
 
 
+@users_errors("allot.evaluate")
 def evaluate(
     model: nn.Module,
     data: Any,
@@ -120,16 +124,18 @@ def evaluate(
         return _score_of_all(model, data, own, tensors or {})
     if world_size() > 1:
         check_divisible(model)
-    reference = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    reference = next((p for p in model.parameters() if p.dtype in FLOATS), torch.zeros(()))
     counted: Any = data.dataset if isinstance(data, DataLoader) else data
     total = len(counted) if hasattr(counted, "__len__") else None
     sums: Sums = {}
     samples = 0
-    device = reference.device
-    with torch.no_grad():
-        for batch in labelled_batches(data, batch_size, workers):
-            inputs = moved(batch.inputs, device, reference.dtype)
-            output = attempt(model, inputs, tensors or {})
+    device, dtype = reference.device, None
+    with preserved(model), torch.no_grad():
+        for number, batch in enumerate(labelled_batches(data, batch_size, workers)):
+            with nullcontext() if number else refused_writes(model):
+                dtype = dtype if number else dtype_for(model, moved(batch.inputs, device, None), tensors)
+                inputs = moved(batch.inputs, device, dtype)
+                output = attempt(model, inputs, tensors or {})
             if own:
                 targets = inputs if batch.targets is None else map_tensors(lambda t: t.to(device), batch.targets)
                 found = {name: (batch.samples * x, batch.samples) for name, x in own(output, targets).items()}
@@ -175,7 +181,7 @@ def _score_of_all(model: nn.Module, data: Any, metric: Metric, tensors: Mapping[
 
     def measure() -> dict[str, float]:
         scored = filled_copy(model, tensors) if tensors else model
-        with modes(scored, lambda module: False), torch.no_grad():
+        with preserved(model), modes(scored, lambda module: False), torch.no_grad():
             return metric(scored, data)
 
     values = on_first_process(measure)

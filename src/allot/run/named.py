@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 import pkgutil
 import sys
+import sysconfig
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +22,7 @@ def called(spec: str, kind: Any, wanted: str) -> Any:
     Args:
         kind: required class or classes of the result; `wanted` names them in words.
     Raises:
-        UsageError: no such name, or a factory that fails or returns another class.
+        UsageError: no such name, a factory of Python itself, or one that fails or returns another class.
     """
     where, _, factory = spec.rpartition(":")
     try:
@@ -36,6 +38,7 @@ def called(spec: str, kind: Any, wanted: str) -> Any:
     if not callable(getattr(module, factory, None)):
         names = [name for name, v in vars(module).items() if getattr(v, "__module__", None) == module.__name__]
         raise unknown(f"factory in {where}", factory, [name for name in names if callable(getattr(module, name))])
+    _refuse_standard(getattr(module, factory), spec)
     try:
         result = getattr(module, factory)()
     except (Exception, SystemExit) as error:
@@ -49,7 +52,7 @@ def function_at(spec: str) -> Any:
     """The function at `package.module:function` or `file.py:function`; a file is executed once.
 
     Raises:
-        UsageError: no such name, or no function of this name.
+        UsageError: no such name, no function of this name, or a function of Python itself.
     """
     where, _, name = spec.rpartition(":")
     try:
@@ -63,7 +66,22 @@ def function_at(spec: str) -> Any:
         raise UsageError(f"{error}; file.py:function or package.module:function is accepted.") from error
     if not callable(function):
         raise UsageError("it is no function: file.py:function or package.module:function is accepted.")
+    _refuse_standard(function, spec)
     return function
+
+
+def _refuse_standard(function: Any, spec: str) -> None:
+    """Raises:
+    UsageError: a function or class of Python itself, like os:system, which is called with nothing that it expects.
+    """
+    function = function.func if isinstance(function, functools.partial) else function
+    if not (inspect.isroutine(function) or inspect.isclass(function)):  # an object that the user made
+        return
+    module = sys.modules.get(str(getattr(function, "__module__", "")))
+    file = getattr(module, "__file__", None)
+    by_name = module is not None and module.__name__.partition(".")[0] in sys.stdlib_module_names
+    if by_name and (file is None or Path(file).is_relative_to(sysconfig.get_path("stdlib"))):
+        raise UsageError(f"{spec} is part of Python itself and is not called: a function of your own is accepted.")
 
 
 def optional(module: str, package: str, extra: str) -> ModuleType:

@@ -49,6 +49,8 @@ class Comparison:
     def __post_init__(self) -> None:
         if not (self.outputs is None or isinstance(self.outputs, str) or callable(self.outputs)):
             raise UsageError(f"outputs={self.outputs!r}: a function, or package.module:function is accepted.")
+        if isinstance(self.outputs, str):
+            _function(self.outputs)
         if self.loss is not None and self.loss not in tuple(MEASURES):
             raise unknown("loss", str(self.loss), MEASURES)
 
@@ -111,10 +113,7 @@ def floating_tensors(output: Any, outputs: str | Outputs | None) -> list[Tensor]
         UsageError: no such function, one that fails, or no floating-point tensor.
     """
     if isinstance(outputs, str):
-        try:
-            outputs = function_at(outputs)
-        except UsageError as error:
-            raise UsageError(f"outputs={outputs!r}: {error}") from error
+        outputs = _function(outputs)
     if callable(outputs):
         try:
             output = outputs(output)
@@ -129,6 +128,17 @@ def floating_tensors(output: Any, outputs: str | Outputs | None) -> list[Tensor]
         f"a model output, {_described(output)}, cannot be compared: give outputs, a function from it to floating-point "
         "tensors (--outputs file.py:function; for one method --set options.METHOD.outputs=package.module:function)."
     )
+
+
+def _function(place: str) -> Outputs:
+    """Raises:
+    UsageError: no such function.
+    """
+    try:
+        function: Outputs = function_at(place)
+    except UsageError as error:
+        raise UsageError(f"outputs={place!r}: {error}") from error
+    return function
 
 
 def classes(logits: Tensor) -> int:

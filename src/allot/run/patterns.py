@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor
 
-from allot.errors import PatternError, UsageError
+from allot.errors import InvalidPattern, PatternError, UsageError
 from allot.network.layers import Layer
 from allot.run.ranking import highest_each, highest_of_rows, rows_at_once
 
@@ -133,7 +133,7 @@ class NM:
         n: 0 < n < m; None: the budget decides n, from 1 to m, for each layer.
         m: 2 or more. Sparse tensor cores use 2:4.
     Raises:
-        PatternError: n and m are not such numbers.
+        InvalidPattern: n and m are not such numbers.
 
     >>> layer = Layer("fc.weight", (1, 4), "linear")
     >>> NM(2, 4).mask(layer, torch.tensor([[1.0, 4.0, 3.0, 2.0]]), 2).tolist()
@@ -146,7 +146,7 @@ class NM:
     def __post_init__(self) -> None:
         whole = type(self.n) in (int, type(None)) and type(self.m) is int
         if not (whole and 0 < (self.n or 1) < self.m) or self.n == 0:
-            raise PatternError(
+            raise InvalidPattern(
                 f"pattern {self.n}:{self.m}: whole numbers, n above 0 and below m, are accepted, like 2:4 (or n:4, "
                 "where each layer may have an n of its own)."
             )
@@ -206,7 +206,7 @@ class Channels:
         step: groups keep a multiple of `step` channels, or all of them; 1 or more. A group of at most `step` channels,
             such as attention heads, keeps any number.
     Raises:
-        PatternError: no such number.
+        InvalidPattern: no such number.
 
     >>> str(Channels(8)), parse("channels:8") == Channels(8)
     ('channels:8', True)
@@ -216,7 +216,7 @@ class Channels:
 
     def __post_init__(self) -> None:
         if type(self.step) is not int or self.step < 1:
-            raise PatternError(f"channels:{self.step}: a whole number, 1 or more, is accepted, like channels:8.")
+            raise InvalidPattern(f"channels:{self.step}: a whole number, 1 or more, is accepted, like channels:8.")
 
     def feasible(self, layer: Layer) -> tuple[int, int, int]:
         """Any count: the weights of a layer follow from its channels."""

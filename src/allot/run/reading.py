@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from allot.errors import CorruptSample, UsageError
+from allot.errors import AllotError, CorruptSample, UsageError
 
 AHEAD = 4  # samples read ahead by each thread
 log = logging.getLogger("allot")
@@ -64,7 +64,7 @@ def read(source: Any, indices: Iterable[int], workers: int = 0) -> Iterator[Any]
     Args:
         workers: threads that read ahead; 0: none, samples are read when they are needed.
     """
-    return _read_ahead(source.__getitem__, indices, workers)
+    return _read_ahead(lambda index: _sample(source, index), indices, workers)
 
 
 def read_readable(source: Any, indices: Iterable[int], workers: int = 0) -> Iterator[tuple[int, Any]]:
@@ -79,7 +79,7 @@ def read_readable(source: Any, indices: Iterable[int], workers: int = 0) -> Iter
 
     def attempt(index: int) -> tuple[int, Any]:
         try:
-            return index, source[index]
+            return index, _sample(source, index)
         except CorruptSample as error:
             if not tolerant:
                 raise
@@ -95,6 +95,17 @@ def read_readable(source: Any, indices: Iterable[int], workers: int = 0) -> Iter
             yield index, sample
     if first and not readable:
         raise UsageError(f"none of the {tried} samples can be read; the first: {first.what}.") from first
+
+
+def _sample(source: Any, index: int) -> Any:
+    """`source[index]`; what it raises gets a note that names the sample."""
+    try:
+        return source[index]
+    except AllotError:
+        raise
+    except Exception as error:
+        error.add_note(f"reading sample {index}")
+        raise
 
 
 def _read_ahead(function: Callable[[int], Any], indices: Iterable[int], workers: int) -> Iterator[Any]:

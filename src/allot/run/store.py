@@ -6,23 +6,29 @@ Every file is written to a temporary path and then renamed, so that a killed run
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import io
 import json
 import os
-import pickle
+import shutil
 import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
-from allot.errors import UsageError
+from allot.errors import CannotWrite, UsageError
+from allot.network.trees import flatten_keys
 from allot.processes import on_first_process
+from allot.run.places import check_file_place, check_run_place
 
 State = dict[str, Any]
+_NO_COMMENT = b"\0\0"  # the end of a zip archive without a comment: its length
+_LENGTH = (64).to_bytes(2, "little")
+SAVE_SECONDS = 5.0  # of work that is worth saving
 FORMAT = 4  # of saved states: counts up where the state of any method gets other keys
 
 
@@ -87,42 +93,46 @@ class Store:
         self.directory = Path(directory)
         self.content: bytes | None = None  # bytes of the saved state
         self.asked = json.loads(json.dumps(asked))
+        self._identity = json.dumps(self.asked, sort_keys=True).encode()
         self.notes = dict(notes)
-        if self.directory.exists() and not self.directory.is_dir():
-            raise UsageError(f"{self.directory} is a file, not a run directory.")
+        self._saved_seconds = 0.0  # of work in the saved state
+        self._made = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
+        check_run_place(self.directory)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.directory, os.O_RDONLY)
         except OSError as error:
-            raise UsageError(f"cannot make {self.directory}: {error.strerror}.") from error
+            raise CannotWrite(f"cannot make {self.directory}: {error.strerror}.") from error
+        self._new = not any(self.directory.iterdir())  # there is nothing of an earlier start
         try:
             self._begin(device)
         except BaseException as error:
             self.close()
             if isinstance(error, OSError):
-                raise UsageError(f"cannot write {error.filename or self.directory}: {error.strerror}.") from error
+                raise CannotWrite(f"cannot write {error.filename or self.directory}: {error.strerror}.") from error
             raise
 
     leads = True  # whether this process writes
 
     def save(self, stage: str, candidate: State, state: State, log: Log, best: State | None = None) -> None:
         """Write the state file from which the run can resume; older state files are removed."""
-        steps = self.directory / "steps.jsonl"
-        content = {
-            "stage": stage,
-            "candidate": candidate,
-            "state": state,
-            "format": FORMAT,
-            "log": log.to_state(),
-            "best": best,
-            "steps_bytes": steps.stat().st_size,
-        }
+        self._saved_seconds = sum(log.seconds.values())
         path = self.directory / f"state-{stage}.pt"
-        with replacing(path) as temporary, temporary.open("wb") as file:
+        with replacing(path) as temporary, temporary.open("w+b") as file:
+            content = {
+                "stage": stage,
+                "candidate": candidate,
+                "state": state,
+                "format": FORMAT,
+                "log": log.to_state(),
+                "best": best,
+                "steps_bytes": (self.directory / "steps.jsonl").stat().st_size,
+            }
             try:
                 torch.save(content, file)  # straight to the disk: the state is several times as large as the weights
             except RuntimeError as error:  # torch's writer raises it after an OSError of the disk
                 raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+            _seal(file, self._identity)
         for older in self.directory.glob("state-*.pt"):
             if older != path:
                 older.unlink()
@@ -132,17 +142,37 @@ class Store:
             with (self.directory / "steps.jsonl").open("a") as file:
                 file.write(json.dumps({"stage": stage, "step": step, **metrics}) + "\n")
         except OSError as error:
-            raise UsageError(f"cannot write {self.directory / 'steps.jsonl'}: {error.strerror}.") from error
+            raise CannotWrite(f"cannot write {self.directory / 'steps.jsonl'}: {error.strerror}.") from error
 
     def describe(self, state: str, log: Log) -> None:
-        """Write run.json; `state` is "running", "stopped" or "done"."""
-        finish = {"finish": log.finish} if log.finish else {}
-        content = {**self.asked, **self.notes, "seconds": log.seconds, **finish, "state": state}
-        write_json(self.directory / "run.json", content)
+        """Write run.json; `state` is "running" or "stopped"."""
+        write(self.directory / "run.json", self.description(state, log))
 
-    def finish(self, log: Log) -> None:
-        self.describe("done", log)
-        self._forget()
+    def description(self, state: str, log: Log) -> str:
+        """The text of run.json; `state` is "running", "stopped" or "done"."""
+        finish = {"finish": log.finish} if log.finish else {}
+        return json_text({**self.asked, **self.notes, "seconds": log.seconds, **finish, "state": state})
+
+    def forget(self) -> None:
+        """Remove the saved state of a run that is done."""
+        for path in self.directory.glob("state-*.pt"):
+            path.unlink()
+
+    def abandon(self) -> bool:
+        """After an error: remove what this process made, where little work is lost; returns whether a state is kept.
+
+        A directory that held files before stays, and one whose saved state is worth `SAVE_SECONDS` of work.
+        """
+        if not self._new:
+            return any(self.directory.glob("state-*.pt"))
+        if self._saved_seconds >= SAVE_SECONDS:
+            return True
+        for path in self.directory.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        with suppress(OSError):  # someone else put files into a parent
+            for folder in self._made:
+                folder.rmdir()
+        return False
 
     def close(self) -> None:
         """Release the lock on the directory."""
@@ -161,7 +191,7 @@ class Store:
         self.done = bool(earlier and earlier["state"] == "done")
         self.saved = None
         if self.done:
-            self._forget()
+            self.forget()
             return
         self.saved, steps_bytes = self._load(device)
         # run.json first: a directory that holds other files and no run.json is refused
@@ -170,21 +200,16 @@ class Store:
         steps.touch()
         os.truncate(steps, steps_bytes)
 
-    def _forget(self) -> None:
-        for path in self.directory.glob("state-*.pt"):
-            path.unlink()
-
     def _read(self) -> dict[str, Any] | None:
         """run.json of an earlier start, which must have the same identity; None without one, or without a step."""
         path = self.directory / "run.json"
         if not path.exists():
-            if any(not entry.name.endswith(".tmp") for entry in self.directory.iterdir()):
-                raise UsageError(f"{self.directory} holds other files and no run.json: choose another directory.")
+            check_run_place(self.directory)  # again: now the directory is locked
             return None
         earlier = read_run(self.directory)
         steps = self.directory / "steps.jsonl"
         if earlier["state"] != "done" and steps.exists() and not steps.stat().st_size:
-            self._forget()  # that run made no step, so nothing is lost
+            self.forget()  # that run made no step, so nothing is lost
             return None
         earlier_flat, asked_flat = flatten_keys(earlier), flatten_keys(self.asked)
         differing = sorted(
@@ -211,12 +236,17 @@ class Store:
         try:
             self.content = paths[-1].read_bytes()
             saved, steps_bytes, written_as = _parse_saved(self.content, device)
-        except (RuntimeError, KeyError, TypeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
+        except Exception as error:  # a damaged file makes torch and pickle raise almost anything
             raise UsageError(f"{paths[-1]} cannot be read: delete {self.directory} and start again.") from error
         if written_as != FORMAT:
             raise UsageError(
                 f"{paths[-1]} was saved by another version of allot (states of format {written_as}, this one reads "
                 f"{FORMAT}): resume with that version, or delete {self.directory} and start again."
+            )
+        if not _is_sealed(self.content, self._identity):
+            raise UsageError(
+                f"{paths[-1]} cannot be read: it was changed, or comes from another run. Delete {self.directory} and "
+                "start again."
             )
         return saved, steps_bytes
 
@@ -238,6 +268,10 @@ class _FollowerStore(Store):
     def describe(self, state: str, log: Log) -> None:
         """Nothing: the first process writes."""
 
+    def abandon(self) -> bool:
+        """Nothing: the first process removes."""
+        return False
+
 
 def open_store(
     directory: str | Path, asked: Mapping[str, Any], notes: Mapping[str, Any], device: str | torch.device = "cpu"
@@ -252,6 +286,27 @@ def open_store(
         return result
     done, content = result
     return _FollowerStore(Path(directory), notes, done, _parse_saved(content, device)[0] if content else None)
+
+
+def _seal(file: BinaryIO, run: bytes) -> None:
+    """Append the SHA-256 of a run and its state, as the comment of its zip archive: torch checks no sum.
+
+    Args:
+        run: the identity of the run.
+    """
+    digest = hashlib.sha256(run)
+    file.seek(0)
+    while piece := file.read(2**20):
+        digest.update(piece)
+    file.seek(-len(_NO_COMMENT), os.SEEK_END)
+    file.write(_LENGTH + digest.hexdigest().encode())
+
+
+def _is_sealed(content: bytes, run: bytes) -> bool:
+    digest, end = hashlib.sha256(run), max(0, len(content) - len(_LENGTH) - 64)
+    digest.update(memoryview(content)[:end])
+    digest.update(_NO_COMMENT)
+    return content[end:] == _LENGTH + digest.hexdigest().encode()
 
 
 def _parse_saved(content: bytes, device: str | torch.device) -> tuple[Saved, int, int]:
@@ -292,7 +347,7 @@ def write(path: Path, content: str | bytes | memoryview) -> None:
     """Write a whole file or nothing.
 
     Raises:
-        UsageError: the disk is full, or the path cannot be written.
+        CannotWrite: the disk is full, or the path cannot be written.
     """
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -302,14 +357,20 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON, whole or not at all.
 
     Raises:
-        UsageError: as `write`.
+        CannotWrite: as `write`.
     """
-    write(path, json.dumps(content, indent=2) + "\n")
+    write(path, json_text(content))
+
+
+def json_text(content: Mapping[str, Any]) -> str:
+    """The text of a JSON file, which ends with a line end."""
+    return json.dumps(content, indent=2) + "\n"
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path, renamed to `path` when the block ends without an exception, else removed."""
+    check_file_place(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -320,24 +381,7 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror or error}.") from error
+        raise CannotWrite(f"cannot write {path}: {error.strerror or error}.") from error
     finally:
         with suppress(OSError):  # the parent may not be a folder
             temporary.unlink(missing_ok=True)
-
-
-def flatten_keys(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings, and lists of mappings, as one mapping; keys are joined with dots, list indices count from 0.
-
-    >>> flatten_keys({"a": {"b": 1}, "c": [{"d": 2}]})
-    {'a.b': 1, 'c.0.d': 2}
-    """
-    flattened: dict[str, Any] = {}
-    for key, value in content.items():
-        if isinstance(value, list) and value and all(isinstance(part, Mapping) for part in value):
-            value = {str(i): part for i, part in enumerate(value)}
-        if isinstance(value, Mapping) and value:
-            flattened |= flatten_keys(value, f"{prefix}{key}.")
-        else:
-            flattened[prefix + key] = value
-    return flattened

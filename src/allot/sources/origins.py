@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from allot.errors import UsageError, with_cause
+from allot.network.kinds import FLOATS
 from allot.run.named import optional
 from allot.sources.pictures import IMAGENET, Normalise, Preprocess
 
@@ -40,7 +41,7 @@ class ModelSource:
     @property
     def dtype(self) -> torch.dtype | None:
         """The dtype of floating-point inputs; None for a model without such parameters."""
-        return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
+        return next((p.dtype for p in self.model.parameters() if p.dtype in FLOATS), None)
 
     @property
     def shape(self) -> tuple[int, ...] | None:

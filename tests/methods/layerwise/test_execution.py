@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from allot.budget.budget import Budget
 from allot.methods.layerwise import execution
 from allot.methods.layerwise.execution import block_names, ran_in_order
+from allot.network.layers import Scope
 from allot.pruning.setup import make_problem
 from allot.run.patterns import Unstructured
 
@@ -38,7 +40,11 @@ class Net(nn.Module):
 
 @pytest.fixture
 def problem():
-    return make_problem(Net(), Budget(params=20), Unstructured(), example=torch.randn(1, 4))
+    net = Net()
+    whole = Scope.of(
+        net
+    )  # a layer that never runs leaves the scope of a problem; one that other samples reach does not
+    return replace(make_problem(net, Budget(params=20), Unstructured(), example=torch.randn(1, 4)), scope=whole)
 
 
 def test_a_block_is_the_outermost_module_that_a_container_holds_and_no_container(problem):

@@ -88,7 +88,13 @@ def test_the_head_runs_for_none_of_the_batches_unless_something_is_pruned_there(
     model, _ = transformer()
     ids = torch.randint(0, 24, (12, 4))
     passes = []
-    model.lm_head.register_forward_hook(lambda module, args, output: passes.append(len(output)))
+
+    class Watched(type(model.lm_head)):  # what a hook notes is put back as it was
+        def forward(self, x):
+            passes.append(len(x))
+            return super().forward(x)
+
+    model.lm_head.__class__ = Watched
     prune(model, ids, "sparsity=0.5", method="llm", repair=repair, batch_size=4, stream="cpu")
     assert sorted(passes)[-2] <= 2  # to find the blocks, and to check them; one look at the outputs has a batch
 

@@ -116,7 +116,8 @@ def test_a_repair_after_it_streams_on():
 
 class Standardised(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight - self.weight.mean(), self.bias)
+        # zeros stay zeros: a layer whose zeros do not arrive leaves the scope
+        return nn.functional.linear(x, self.weight / self.weight.std(), self.bias)
 
 
 class Odd(Encoder):

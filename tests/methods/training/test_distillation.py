@@ -222,10 +222,8 @@ def test_an_object_with_logits_needs_nothing():
 
 @pytest.mark.parametrize("outputs", ["no.such:place", "math:no", "json", "math:pi"])
 def test_what_is_no_function_that_can_be_found_is_an_error(outputs: str):
-    training = Training(outputs=outputs)
-    problem = posed(perceptron(), torch.randn(8, 5))
     with pytest.raises(UsageError, match=rf"outputs='{outputs}'.* package\.module:function is accepted"):
-        training.gradients(problem, begun(training, problem), {})
+        Training(outputs=outputs)
 
 
 def test_one_number_for_a_whole_batch_can_be_compared():

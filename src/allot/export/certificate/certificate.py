@@ -13,18 +13,22 @@ from torch import nn
 
 from allot.errors import UsageError
 from allot.export.certificate.probe import ANSWERS, ENDING, holds_tensors, probe_of, probe_rows
+from allot.export.certificate.records import record_rows
 from allot.export.certificate.recount import Recounted, recount
 from allot.export.certificate.rows import Row, checked, digest, digest_rows, seal_row, sealed
+from allot.export.certificate.structure import structure_row
 from allot.export.files.destination import is_run
 from allot.export.files.formats import (
     ALLOCATION,
     BITMASK,
     CERTIFICATE,
+    OWN,
     PLAIN,
     PLAN,
     PROBE,
     PROMISED,
     REPORT,
+    RUN,
     SLIM,
     TABLES,
     has_marks,
@@ -36,16 +40,26 @@ from allot.run.store import read_run
 _DIRECTORIES = {"model.xml": "openvino", "config.json": "hf"}  # a file that every directory of the form holds
 
 
-def certify(directory: Path, kept: Mapping[str, int], allocated: Mapping[str, int]) -> dict[str, Any]:
+def certify(
+    directory: Path,
+    kept: Mapping[str, int],
+    allocated: Mapping[str, int],
+    structure: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """The certificate of a run whose files are written: `{promised, rows, passed, sha256}`, `sha256` of the other keys.
+
+    Its records are promised when they are written (`allot.export.certificate.records`).
 
     Args:
         directory: the run directory; holds model.safetensors, a smaller file and allocation.json.
         kept: layer name -> weights that the allocation keeps.
         allocated: layer -> weights, or group -> channels, that the allocation keeps.
+        structure: of `structure_of`, where the pattern has structure inside a layer.
     """
     files = {name: digest(directory / name) for name in PROMISED if (directory / name).exists()}
-    promised = {"kept": dict(kept), "allocated": dict(allocated), "files": files}
+    promised: dict[str, Any] = {"kept": dict(kept), "allocated": dict(allocated), "files": files}
+    if structure:
+        promised["structure"] = structure
     rows = _promised_rows(directory, promised, files)
     return sealed({"promised": promised, "rows": rows, "passed": all(row["passed"] for row in rows)})
 
@@ -71,6 +85,8 @@ def verify(path: str | Path, model: nn.Module | None = None, *, trust: bool = Fa
     """
     path = Path(path)
     if not os.path.exists(path):  # not `path.exists`, which raises where a name is too long
+        if rows := _rows_of_missing(path):
+            return {"passed": False, "rows": rows}
         raise UsageError(f"{path}: no such file or directory.")
     if path.name.endswith("probe.safetensors"):
         raise UsageError(f"{path} is the probe of an export: verify the file or directory that it lies beside.")
@@ -94,8 +110,16 @@ def _is_export(path: Path) -> bool:
     return probe_of(path).exists()
 
 
+def _rows_of_missing(path: Path) -> list[Row]:
+    """Failed rows of a file that is gone from a run; none where no run promises it."""
+    if not os.path.isdir(path.parent) or not is_run(path.parent):
+        return []
+    rows = _run_rows(path.parent, None, trust=False)
+    return [row for row in rows if row["file"] == path.name and not row["passed"]]
+
+
 def _single_file_rows(path: Path) -> list[Row]:
-    """Rows of a file of tensors.
+    """Rows of a file of tensors, or of another file of a run.
 
     Raises:
         UsageError: a file of another kind, or a part of an export.
@@ -104,15 +128,15 @@ def _single_file_rows(path: Path) -> list[Row]:
         raise UsageError(f"{path} is part of an export: verify {path.parent}.")
     if path.suffix in (".onnx", ".pt2"):
         raise UsageError(f"no {probe_of(path).name} beside {path}: copy it there, or export again.")
+    if path.suffix != ".safetensors" and path.name in OWN and is_run(path.parent):
+        return [row for row in _run_rows(path.parent, None, trust=False) if row["file"] in (path.name, CERTIFICATE)]
     rows = [checked(path.name, "untouched", "yes", "yes" if untouched(path) else "no")]
     if rows[0]["passed"]:
         return rows + recount(path, None).rows
-    recount_rows = recount(path, None).rows
-    if recount_rows[0]["check"] == "opens":
-        return recount_rows  # no safetensors file, or a part of one
-    if not _is_export(path) and not has_marks(path):
+    if not has_marks(path) and not _is_export(path) and not (path.name in OWN and is_run(path.parent)):
         raise UsageError(f"{path} was not written by allot: it carries no budget.")
-    return rows
+    recount_rows = recount(path, None).rows
+    return recount_rows if recount_rows[0]["check"] == "opens" else rows  # no safetensors file, or a part of one
 
 
 def _run_rows(path: Path, model: nn.Module | None, *, trust: bool) -> list[Row]:
@@ -125,11 +149,20 @@ def _run_rows(path: Path, model: nn.Module | None, *, trust: bool) -> list[Row]:
         if (path / name).exists() and not is_run(path):
             probe = probe_of(path)
             raise UsageError(f"no {probe.name} in {path}, an export to {form}: copy it there, or export again.")
+    if not is_run(path) and _is_rest_of_run(path):
+        return [checked(name, "exists", "yes", "no", passed=False) for name in (CERTIFICATE, RUN)]
     rows, promised = certificate_rows(path)
     if promised is None:
         return rows + export_rows(path, None, model, trust=trust)
     digest_of_run = promised["files"][PLAIN]["sha256"]
-    return rows + report_rows(path, promised) + export_rows(path, digest_of_run, model, trust=trust)
+    rows += record_rows(path, promised) + report_rows(path, promised)
+    return rows + export_rows(path, digest_of_run, model, trust=trust)
+
+
+def _is_rest_of_run(directory: Path) -> bool:
+    """Whether a directory holds what a run leaves beside its certificate."""
+    plain = directory / PLAIN
+    return plain.is_file() and (directory / ALLOCATION).is_file() and has_marks(plain)
 
 
 def certificate_rows(path: Path) -> tuple[list[Row], Mapping[str, Any] | None]:
@@ -140,13 +173,13 @@ def certificate_rows(path: Path) -> tuple[list[Row], Mapping[str, Any] | None]:
     """
     rows = state_rows(path)
     try:
-        text = (path / CERTIFICATE).read_text()
-        rows.append(seal_row(CERTIFICATE, text))
+        content = (path / CERTIFICATE).read_bytes()
+        rows.append(seal_row(CERTIFICATE, content))
         if rows[-1]["passed"]:  # else nothing is known of the promises
-            content = json.loads(text)
-            file_rows = _promised_rows(path, content["promised"])
+            promised = json.loads(content)["promised"]
+            file_rows = _promised_rows(path, promised)
             reliable = all(row["passed"] for row in file_rows if row["file"] == CERTIFICATE)
-            return rows + file_rows, content["promised"] if reliable else None
+            return rows + file_rows, promised if reliable else None
     except (*_BROKEN, ArithmeticError) as error:
         rows.append(_unreadable(CERTIFICATE, "a certificate", error))
     return rows, None
@@ -177,6 +210,8 @@ def _promised_rows(
             recounts[name] = recount(path, promised["kept"])
             rows += recounts[name].rows
     rows += allocation_rows(directory, promised["allocated"], of="group" if SLIM in files else "layer")
+    if "structure" in promised and PLAIN in recounts:
+        rows.append(structure_row(PLAIN, promised["structure"], promised["kept"], recounts[PLAIN].state))
     if all(row["passed"] for row in rows):
         rows.append(_same_tensors_row(directory, recounts))
     return rows
@@ -205,16 +240,16 @@ def state_rows(directory: Path) -> list[Row]:
         UsageError: no run, or a run that is not finished.
     """
     has_certificate = (directory / CERTIFICATE).exists()
-    if has_certificate and not (directory / "run.json").exists():
+    if has_certificate and not (directory / RUN).exists():
         return []
     try:
         state = read_run(directory)["state"]
     except UsageError as error:
         if not has_certificate:
             raise
-        return [checked("run.json", "opens", "what was asked", str(error), passed=False)]
+        return [checked(RUN, "opens", "what was asked", str(error), passed=False)]
     if state not in _STATES and has_certificate:
-        return [checked("run.json", "state", "done", state, passed=False)]
+        return [checked(RUN, "state", "done", state, passed=False)]
     if state != "done":
         raise UsageError(f"{directory} is not finished: run the same prune command again to go on.")
     return []
@@ -235,15 +270,15 @@ def allocation_rows(directory: Path, promised: Mapping[str, int], *, of: str) ->
 def report_rows(directory: Path, promised: Mapping[str, Any]) -> list[Row]:
     """Whether report.json shows the counts and sizes that the certificate promises."""
     try:
-        text = (directory / REPORT).read_text()
-        report = json.loads(text)
+        content = (directory / REPORT).read_bytes()
+        report = json.loads(content)
         listed = {layer["name"]: layer["kept"] for layer in report["layers"]}
         sizes = {kind: report["bytes"][kind] for kind in ("dense", "file")}
         files, kept = promised["files"], promised["kept"]
         wanted = {"dense": files[PLAIN]["bytes"], "file": files[SLIM if SLIM in files else BITMASK]["bytes"]}
         _exports(report)
         return [
-            seal_row(REPORT, text),
+            seal_row(REPORT, content),
             checked(REPORT, "kept per layer", "as promised", _differing(kept, listed)),
             checked(REPORT, "kept", sum(kept.values()), report["kept"]),
             checked(REPORT, "bytes", wanted, sizes),
@@ -266,10 +301,13 @@ def export_rows(directory: Path, run: str | None, model: nn.Module | None, *, tr
         listed = _exports(json.loads((directory / REPORT).read_text()))
     except _BROKEN:  # `report_rows` has a row for the broken report
         listed = {}
-    probes |= {probe for name in listed if (probe := probe_of(directory / name)).exists()}
+    listed_probes = {probe_of(directory / name) for name in listed}
+    probes |= {p for p in listed_probes if p.exists() and p.resolve().is_relative_to(directory.resolve())}
     for name, probed in listed.items():
         path = directory / name
-        if not path.exists():
+        if not path.resolve().is_relative_to(directory.resolve()):
+            rows.append(checked(REPORT, "exports", "inside of the run", name))
+        elif not path.exists():
             rows.append(checked(name, "exists", "yes", "no", passed=False))
         elif probed and probe_of(path) not in probes:
             rows.append(checked(str(probe_of(path).relative_to(directory)), "exists", "yes", "no", passed=False))

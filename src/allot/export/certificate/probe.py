@@ -28,6 +28,7 @@ from allot.export.runtimes.forms import FORMS
 from allot.export.runtimes.from_file import load_into, opened_with, weights_of
 from allot.export.runtimes.opened import Opened, files_of
 from allot.network.draws import generator
+from allot.network.preserved import preserved
 from allot.network.trees import as_arguments, tensors_in
 
 ANSWERS = "outputs on the probe"
@@ -159,7 +160,8 @@ def probe_rows(
         if form and (ask or form.runs_code):
             return rows + _answer_rows(called, promise, tensors, form.open(path))
         if model and not form:
-            return rows + _answer_rows(called, promise, tensors, opened_with(load_into(model, path), path))
+            with preserved(model):
+                return rows + _answer_rows(called, promise, tensors, opened_with(load_into(model, path), path))
         recounted = {} if form else _count_weights(weights_of(path))
         return rows + [checked(str(called), kind, counts[kind], count) for kind, count in recounted.items()]
     except UsageError:

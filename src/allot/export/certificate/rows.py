@@ -44,11 +44,11 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
     return {**unsealed, "sha256": hashlib.sha256(json.dumps(unsealed, indent=2).encode()).hexdigest()}
 
 
-def seal_row(file: str, text: str) -> Row:
-    """Whether a text is unchanged since `sealed` made its content.
+def seal_row(file: str, content: bytes) -> Row:
+    """Whether a file is, to the last byte, what `write_json` wrote of something `sealed`.
 
     Raises:
-        ValueError, TypeError, AttributeError: the text is no JSON object.
+        ValueError, TypeError, AttributeError: the content is no JSON object.
     """
-    unchanged = text == json.dumps(sealed(json.loads(text)), indent=2) + "\n"
+    unchanged = content == (json.dumps(sealed(json.loads(content)), indent=2) + "\n").encode()
     return checked(file, "untouched", "yes", "yes" if unchanged else "no")

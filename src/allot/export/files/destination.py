@@ -32,6 +32,10 @@ def check_destination(target: Path, *, directory: bool, run: Path | None = None)
         raise UsageError(f"{target} is a run directory: give another place, or none to write beside the run's files.")
     if not directory and is_run(target.parent) and (target.name in OWN or target.name.startswith("state-")):
         raise UsageError(f"{target} is a file that the run itself is made of: give another name.")
+    if not directory and target.is_dir():
+        raise UsageError(f"{target} is a directory: give the path of a file in it.")
+    if directory and target.exists() and not target.is_dir():
+        raise UsageError(f"{target} is a file: the form is written as a directory, give it another name.")
     if directory and target.suffix in (".safetensors", ".onnx", ".pt2", ".xml"):
         raise UsageError(f"{target} is written as a directory: give it a name without the ending of a file.")
     if directory and target.is_dir() and any(target.iterdir()) and not (target / PROBE).exists():

@@ -64,8 +64,9 @@ CSR = "model.csr.safetensors"
 PROBE = "allot.probe.safetensors"  # in a directory that was exported, see `allot.export.certificate.probe`
 TABLES = "latency.json"  # if the budget limits latency
 ALLOCATION, CERTIFICATE, REPORT = "allocation.json", "certificate.json", "report.json"
+RUN, RECIPE, STEPS, PAGE = "run.json", "recipe.yaml", "steps.jsonl", "report.html"
 PROMISED = (PLAIN, BITMASK, SLIM, PLAN, TABLES, ALLOCATION)  # files that a certificate may name
-OWN = (*PROMISED, CERTIFICATE, REPORT, "report.html", "run.json", "recipe.yaml", "steps.jsonl")  # the files of a run
+OWN = (*PROMISED, CERTIFICATE, REPORT, PAGE, RUN, RECIPE, STEPS)  # the files of a run
 _ASKED = 32  # most characters of a limit, as the user wrote it, in the metadata
 
 

@@ -12,14 +12,16 @@ from allot.export.files.formats import PlainState
 from allot.export.files.slim import load_slim
 from allot.export.runtimes.opened import Opened
 from allot.export.runtimes.sparse import load_csr, with_tensors
+from allot.network.shared_memory import check_shared_memory
 
 
 def load_into(model: nn.Module, path: Path) -> nn.Module:
     """A copy of the dense model in eval mode with the tensors of a plain, bitmask, slim or csr file.
 
     Raises:
-        UsageError: no such file, or a file of another model.
+        UsageError: no such file, a file of another model, or a model whose parameters share memory.
     """
+    check_shared_memory(model)  # a copy would give each parameter memory of its own, and its outputs would be others
     state = PlainState.of(path)
     form = state.metadata.get("format")
     if form == "slim":

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from allot.errors import VerificationError
 from allot.export.runtimes.opened import Form, Opened, by_name, capture, need, quiet
 from allot.network.trees import as_arguments
 
@@ -34,8 +35,10 @@ def onnx_session(content: bytes) -> Any:
 
 
 def _open(path: Path) -> Opened:
-    need("onnx", "onnxruntime")
-    session = onnx_session(path.read_bytes())
+    need("onnx", "onnx", "onnxruntime")
+    content = path.read_bytes()
+    _refuse_other_files(path, content)
+    session = onnx_session(content)
     names = [value.name for value in session.get_inputs()]
 
     def run(example: Any) -> list[Tensor]:
@@ -51,6 +54,31 @@ def _open(path: Path) -> Opened:
                 yield torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy())
 
     return Opened(run, path.stat().st_size, weights, lambda example: _macs(path, by_name(example, names)))
+
+
+def _refuse_other_files(path: Path, content: bytes) -> None:
+    """Raises:
+    VerificationError: a tensor lies in another file, which can be any file of this machine; allot writes none.
+    """
+    import onnx
+
+    for tensor in _tensors(onnx.load_from_string(content)):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            place = next((entry.value for entry in tensor.external_data if entry.key == "location"), "?")
+            raise VerificationError(f"{path.name} keeps {tensor.name} in another file, {place}, which is not read.")
+
+
+def _tensors(message: Any) -> Iterator[Any]:
+    """Every tensor anywhere in a message, those of attributes and of inner graphs too."""
+    import onnx
+
+    if isinstance(message, onnx.TensorProto):
+        yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in (value,) if hasattr(value, "ListFields") else value:
+                yield from _tensors(part)
 
 
 def _macs(path: Path, inputs: Mapping[str, Tensor]) -> int:

@@ -54,9 +54,12 @@ def _open(path: Path) -> Opened:
     try:
         config = json.loads((path / "config.json").read_text())
         kind = getattr(transformers, config["architectures"][0])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        if not issubclass(kind, transformers.PreTrainedModel):
+            raise TypeError(f"{kind} is no model")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"{path} names no model of transformers in its config.json.") from error
-    model = kind.from_pretrained(path, use_safetensors=True)  # the other format is pickled
+    # the other format is pickled, and code beside the weights is not run
+    model = kind.from_pretrained(path, use_safetensors=True, trust_remote_code=False)
     return Opened.module(model.eval(), size_of(path))
 
 

@@ -7,7 +7,6 @@ the candidate's tensors, so that putting these in place also selects the inputs 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from allot.errors import UsageError, first_line
 from allot.methods.layerwise.blocks import BlockSequence, ModuleCall, flat, unflat
+from allot.network.copies import deep_copy
 from allot.network.trees import as_arguments
 from allot.run.calibration import moved
 
@@ -164,7 +164,7 @@ class BlockPart(ModelPart):
             if slot not in self._constants:
                 self._constants[slot] = value.to(self.device)
             return self._constants[slot]
-        return copy.deepcopy(value)  # an object such as a cache of keys: the block may write to it
+        return deep_copy(value)  # an object such as a cache of keys: the block may write to it
 
 
 def copied(module: nn.Module, device: torch.device, instead: Mapping[int, nn.Module]) -> nn.Module:
@@ -188,7 +188,7 @@ def copied(module: nn.Module, device: torch.device, instead: Mapping[int, nn.Mod
                 is_parameter = isinstance(tensor, nn.Parameter)
                 memo[id(tensor)] = nn.Parameter(placed, requires_grad=tensor.requires_grad) if is_parameter else placed
     try:
-        return copy.deepcopy(module, memo)
+        return deep_copy(module, memo)
     except (TypeError, RuntimeError) as error:
         raise UsageError(f"streaming: {type(module).__name__} cannot be copied ({error}).") from error
 

@@ -120,7 +120,7 @@ class Distance:
             if "more than 1 value per channel" not in str(error):
                 raise
             raise UsageError(
-                f"no batch statistics from {len(positions)} samples: {error}. Use a larger batch_size."
+                f"no batch statistics from {len(positions)} samples: {error}. {calibration.for_more}."
             ) from error
         if len(pieces) > 1:
             forward += len(positions) * (any(map(problem.in_train_mode, problem.model.modules())) + bool(self.blocks))

@@ -27,6 +27,8 @@ from allot.methods.training.batch_loss import Distance, Unseen, statistics
 from allot.methods.training.schedule import Schedule, warm_cosine
 from allot.methods.training.selection import CollectedEvidence, scored
 from allot.network.applied_masks import masked_values
+from allot.network.kinds import FLOATS
+from allot.network.layers import frozen_beside_trained
 from allot.run.outputs import wide
 from allot.run.patterns import masks_of
 from allot.run.problem import Candidate, Problem
@@ -258,8 +260,10 @@ def distil(
 
 
 def trained(problem: Problem) -> list[str]:
-    """Names of the tensors that are trained: every floating-point parameter, frozen ones included."""
-    return [name for name, parameter in problem.model.named_parameters() if parameter.is_floating_point()]
+    """Names of the tensors that are trained: parameters of 16 to 64 bits, but those frozen beside trained ones."""
+    frozen = frozen_beside_trained(problem.model) - {layer.name for layer in problem.scope}
+    floating = [name for name, parameter in problem.model.named_parameters() if parameter.dtype in FLOATS]
+    return [name for name in floating if name not in frozen]
 
 
 def step_scale(tensor: Tensor) -> float:

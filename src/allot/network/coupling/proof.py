@@ -104,7 +104,7 @@ def _randomise(model: nn.Module) -> None:
     draw = generator(0)
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if not tensor.is_floating_point():
+            if not tensor.is_floating_point() or not tensor.numel():
                 continue
             random = torch.randn(tensor.shape, generator=draw, dtype=torch.float64)
             if name.endswith("running_var") or (tensor.dim() == 1 and name.endswith("weight")):
