@@ -43,11 +43,6 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(_home, ignore_errors=True)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that fork come first: a process that has loaded runtimes with threads of their own cannot fork safely."""
-    items.sort(key=lambda item: not hasattr(getattr(item, "module", None), "together"))
-
-
 @pytest.hookimpl(optionalhook=True)  # without xdist there is nothing to share out
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Tests are shared out in two halves, and a worker that is done takes from the other one's end.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import random
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -386,3 +388,15 @@ def test_two_of_four_runs_on_a_gpu(tmp_path: Path):
     report = prune(model, None, "sparsity=0.5", save_to=tmp_path / "run", **chain).report()
     row = export_run(model, tmp_path / "run", report, torch.randn(512, 4096), "2:4")
     assert "linear layers are faster as 2:4 on the GPU" in row["note"]
+
+
+def test_a_signal_after_an_export_was_opened_reaches_its_handler(files: dict[str, Path]):
+    FORMS["openvino"].open(files["openvino"])
+    gc.collect()
+    seen = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
+    try:
+        signal.raise_signal(signal.SIGUSR1)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert seen == [signal.SIGUSR1]

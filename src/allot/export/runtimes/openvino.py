@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,10 +31,7 @@ def _write(model: nn.Module, example: Any, path: Path) -> None:
 
 
 def _open(path: Path) -> Opened:
-    need("openvino", "openvino")
-    import openvino
-
-    core = openvino.Core()
+    core = _core()
     model = core.read_model(path / "model.xml")
     exact = {"INFERENCE_PRECISION_HINT": "f32"}  # else bf16 if the processor has it
     compiled = core.compile_model(model, "CPU", exact)
@@ -56,6 +54,17 @@ def _open(path: Path) -> Opened:
         return sum(map(_layer_macs, fixed.get_ops()))
 
     return Opened(run, size_of(path), weights, macs)
+
+
+@functools.cache
+def _core() -> Any:
+    """OpenVINO, which stays loaded: with it would go the memory that it made this thread handle signals in, and the
+    next Ctrl-C would end the process by a segmentation fault.
+    """
+    need("openvino", "openvino")
+    import openvino
+
+    return openvino.Core()
 
 
 _PRODUCTS = (
