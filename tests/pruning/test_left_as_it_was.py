@@ -156,3 +156,21 @@ def test_a_model_that_limits_norms_which_are_within_limits_is_pruned():
     before = model[0].weight.detach().clone()
     result = allot.prune(model, IMAGES, "sparsity=0.5")
     assert torch.equal(model[0].weight, before) and result.report()["kept"] == 36
+
+
+class GivesUpMemory(nn.Module):
+    """Between the layers are many activations as large as the first layer's weight, whose memory is free by then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = LimitsNorms(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(self.last(y) for y in [self.first(x) for _ in range(16)])
+
+
+def test_activations_in_memory_that_a_parameter_gave_up_are_not_taken_for_it():
+    for images in torch.randn(8, 6, 6):
+        model = GivesUpMemory().eval()
+        model(images)
+        assert allot.prune(model, images, "sparsity=0.5", allocate="erk", repair="none").report()["kept"] == 36

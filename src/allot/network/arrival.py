@@ -130,8 +130,10 @@ def _probe(
         for name in names:
             found[name].zeros.append(weight.detach() == 0)
 
+    kept = [tensor.detach() for tensor in placed.values()]  # a forward may give a parameter other memory: not to others
     with observed(model, layers, direct, Computed(computed)):
         run(placed)
+    del kept
     return found
 
 
