@@ -95,3 +95,12 @@ def test_frozen_biases_and_norms_beside_trained_weights_are_not_trained():
     model[1].bias.requires_grad_(False)
     tensors = pruned(model, repair="distill", options={"distill": {"steps": 3}}).candidate.tensors
     assert tensors and not tensors.keys() & {"1.bias", "2.weight", "2.bias"}
+
+
+@pytest.mark.parametrize("repair", ["lstsq", "bias", "variance", "admm", "layerwise", "weight-moments", "blocks"])
+def test_no_repair_moves_a_frozen_bias(repair: str):
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(256, 12) + 1
+    model[0].bias.requires_grad_(False)
+    tensors = allot.prune(model.eval(), inputs, "sparsity=0.5", repair=repair).candidate.tensors
+    assert tensors and torch.equal(tensors.get("0.bias", model[0].bias), model[0].bias)

@@ -23,7 +23,7 @@ from allot.errors import check_number
 from allot.network.applied_masks import masked
 from allot.network.call import call
 from allot.network.hooks import Apply, biases_of, watched_layers
-from allot.network.layers import Layer
+from allot.network.layers import Layer, frozen_beside_trained
 from allot.run.problem import Candidate, Metrics, Problem
 from allot.run.store import State
 
@@ -80,7 +80,9 @@ class LeastSquares:
         # a tied weight may be used beside several biases, and a layer more often in one net than in the other
         if len(targets) == len(applied) and not (bias and scope.layers[0].aliases):
             weight, value = current.effective(problem)[name], None if parameter is None else parameter[part]
-            weight, value = _refitted(applied, targets, weight, value, candidate.masks[name], self.iterations)
+            frozen = bias in frozen_beside_trained(problem.model)
+            mask = candidate.masks[name]
+            weight, value = _refitted(applied, targets, weight, value, mask, self.iterations, frozen=frozen)
             state["tensors"][name] = weight
             if parameter is not None and value is not None:
                 state["tensors"][bias] = parameter.clone()
@@ -105,14 +107,22 @@ class LeastSquares:
 
 
 def _refitted(
-    applied: list[Apply], targets: list[Tensor], weight: Tensor, bias: Tensor | None, mask: Tensor, iterations: int
+    applied: list[Apply],
+    targets: list[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor,
+    iterations: int,
+    *,
+    frozen: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias after CGLS from their current values: residual r, gradient s, direction d."""
+    """Weight and bias (unless frozen) after CGLS from their current values: residual r, gradient s, direction d."""
     dtype = targets[0].dtype
     W, b = weight.to(dtype), None if bias is None else bias.to(dtype)
+    zero = None if b is None else torch.zeros_like(b)
 
     def outputs(leaves: list[Tensor]) -> list[Tensor]:
-        return [apply(leaves[0], None if b is None else leaves[1]) for apply in applied]
+        return [apply(leaves[0], leaves[1] if len(leaves) > 1 else zero) for apply in applied]
 
     def transposed(r: list[Tensor]) -> list[Tensor]:
         """A^T r, at kept weights."""
@@ -128,6 +138,7 @@ def _refitted(
 
     x = [W] if b is None else [W, b]
     r = [y - z for y, z in zip(targets, forward(x), strict=True)]
+    x = x[:1] if frozen else x
     s = transposed(r)
     d, size = s, _dot(s, s)
     first = size
@@ -143,7 +154,7 @@ def _refitted(
         d = [new + size / before * way for new, way in zip(s, d, strict=True)]
     if not all(bool(torch.isfinite(value).all()) for value in x):
         return weight, bias
-    return x[0].to(weight.dtype), None if bias is None else x[1].to(bias.dtype)
+    return x[0].to(weight.dtype), x[1].to(bias.dtype) if bias is not None and len(x) > 1 else bias
 
 
 def _dot(one: list[Tensor], other: list[Tensor]) -> float:

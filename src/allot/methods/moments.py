@@ -6,7 +6,8 @@ variance (per-channel scale, for nets without batch norm above all):
     y' = s y + (mean_d - s mean_s),      s = sqrt(var_d / var_s), cut to [1/limit, limit]
 
 with moments over samples and positions, d of the dense net, s of the sparse one. s goes into the rows of the weight,
-the shift into the bias where the layer has one; without a bias only s applies. Zeros stay zeros.
+the shift into the bias where the layer has one; without a bias only s applies. Zeros stay zeros. A layer whose bias is
+frozen is left as it is.
 
 Differences from correcting layer by layer, one pass each: the second pass corrects every layer by the moments pooled
 so far while it runs, so that the inputs of a layer are corrected already. Two passes for any depth.
@@ -22,7 +23,7 @@ from torch import Tensor
 from allot.errors import check_number
 from allot.network.call import call
 from allot.network.hooks import Affine, Moments, biases_of, watched_outputs
-from allot.network.layers import Layer
+from allot.network.layers import Layer, frozen_beside_trained
 from allot.run.problem import Candidate, Metrics, Problem
 from allot.run.store import State
 
@@ -56,8 +57,11 @@ class OutputMoments:
         check_number("limit", self.limit, 1)
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
-        shiftable = list(biases_of(problem.model, problem.scope))
-        return {"step": 0, "steps": 2 * problem.inputs().batches, "shiftable": shiftable, "dense": {}, "sparse": {}}
+        frozen = frozen_beside_trained(problem.model)
+        biases = {layer: name for layer, (name, _) in biases_of(problem.model, problem.scope).items()}
+        left = [layer.name for layer in problem.scope if layer.normalised or biases.get(layer.name) in frozen]
+        steps = 2 * problem.inputs().batches
+        return {"step": 0, "steps": steps, "shiftable": list(biases), "left": left, "dense": {}, "sparse": {}}
 
     def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
         """One calibration batch: through the dense net in the first pass, through the sparse one in the second."""
@@ -75,8 +79,8 @@ class OutputMoments:
             scale, shift = self._affine(Moments(**state["dense"][layer.name]), moments)
             return scale, shift if layer.name in shiftable else torch.zeros_like(shift)
 
-        scope = replace(problem.scope, layers=tuple(layer for layer in problem.scope if not layer.normalised))
-        with watched_outputs(problem.model, scope, visit), torch.no_grad():
+        layers = tuple(layer for layer in problem.scope if layer.name not in state["left"])
+        with watched_outputs(problem.model, replace(problem.scope, layers=layers), visit), torch.no_grad():
             call(problem.model, {} if dense else candidate.effective(problem), inputs)
         state["step"] += 1
         return {"forward": samples, "backward": 0}
