@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -174,3 +175,29 @@ def test_batch_norm_is_given_what_it_lacks(repair: str, more: dict[str, int], sa
 def test_batches_of_tensors_and_arrays_are_taken_as_before():
     for batches in ([X[:24], X[24:]], [(X[:24], T[:24])], [{"x": X[:24].numpy()}]):
         assert len(Calibration.of(batches, batched=True)) >= 24
+
+
+class OverEdges(nn.Module):
+    """Averages over the neighbours in a graph, whose edges are a sparse buffer."""
+
+    def __init__(self, edges: Tensor) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.register_buffer("edges", edges)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.sparse.mm(self.edges, self.first(x).T).T)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("layout", ["coo", "csr"])
+def test_a_model_with_sparse_buffers_is_pruned_and_its_files_say_what_they_lack(layout, tmp_path, caplog):
+    edges = torch.eye(8).to_sparse_coo() if layout == "coo" else torch.eye(8).to_sparse_csr()
+    model, x = OverEdges(edges).eval(), torch.randn(40, 6)
+    result = allot.prune(model, x, "sparsity=0.5", method="erk", save_to=tmp_path / "run")
+    assert result.report()["kept"] == 36 and result.verify()["passed"]
+    assert "not saved, because no dense tensor: edges" in caplog.text
+    again = OverEdges(edges).eval()
+    again.load_state_dict(load_file(tmp_path / "run" / "model.safetensors"), strict=False)
+    sparse = {**result.state_dict(), "edges": edges}
+    assert torch.equal(again(x), torch.func.functional_call(model, sparse, x))

@@ -171,3 +171,12 @@ def test_nothing_is_exported_into_another_run(tmp_path: Path):
     with pytest.raises(UsageError, match="is another run"):
         mine.export(tmp_path / "other/x.pt2")
     assert other.verify()["passed"]
+
+
+@pytest.mark.parametrize("place", ["", "/", "file"])
+def test_a_result_is_saved_in_a_directory_of_its_own(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    with pytest.raises(UsageError):
+        result().save(place)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "mine")]

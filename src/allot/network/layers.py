@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Real
 
+import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -333,13 +334,14 @@ def matches(pattern: str, names: Iterable[str]) -> bool:
 def plain_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The model's state dict with each tensor once, and {tied name: the name that is kept}.
 
-    Tied names share one tensor object, as for `named_parameters`: two views of one memory are two tensors.
+    Tied names share one tensor object, as for `named_parameters`: two views of one memory are two tensors. Tensors in a
+    sparse layout, like the edges of a graph, are left out: a safetensors file cannot hold them.
     """
     state: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     for name, value in model.state_dict(keep_vars=True).items():
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and value.layout is torch.strided:
             stored = first.setdefault(id(value), name)
             if stored == name:
                 state[name] = value.detach()

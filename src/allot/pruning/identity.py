@@ -87,7 +87,7 @@ def fingerprint(problem: Problem) -> dict[str, str]:
     model = hashlib.sha256()
     for name, value in sorted(problem.dense.items()):
         model.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        model.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        _digest(value, model)
     digests = {"model": model.hexdigest()[:16]}
     for name, inputs in (("calibration", problem.calibration), ("watch set", problem.watch and problem.watch.inputs)):
         if inputs:
@@ -99,7 +99,10 @@ def fingerprint(problem: Problem) -> dict[str, str]:
 
 
 def _digest(batch: Any, into: Any) -> None:
-    if isinstance(batch, Tensor):
+    if isinstance(batch, Tensor) and batch.layout is not torch.strided:
+        sparse = batch.detach().to_sparse_coo().coalesce()
+        _digest((sparse.indices(), sparse.values()), into)
+    elif isinstance(batch, Tensor):
         into.update(batch.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     elif isinstance(batch, Mapping):
         for key, value in sorted(batch.items()):

@@ -32,6 +32,7 @@ from allot.report.data import histograms, report
 from allot.report.exports import add_export, exports_of
 from allot.report.page import write_run
 from allot.run.driver import phase
+from allot.run.places import check_directory_place
 from allot.run.problem import Candidate, Problem
 from allot.run.recipes import Recipe
 from allot.run.store import Log, write_json
@@ -215,14 +216,16 @@ class Result:
         Raises:
             VerificationError: the re-opened files do not hold what was promised.
         """
-        directory = Path(directory)
+        directory = check_directory_place(directory)
         directory.mkdir(parents=True, exist_ok=True)
         budget, kept = self.problem.budget, self.allocation.kept
         metadata = files.metadata_of(self.problem.model, self.problem.scope, budget)
         state = self._state_to_write()
-        if others := [n for n, value in self.problem.model.state_dict().items() if not isinstance(value, Tensor)]:
+        values = self.problem.model.state_dict()
+        if others := [name for name in values if name not in state and name not in metadata["aliases"]]:
             log.warning(
-                "not saved, because no tensor: %s: copy it from the model, or load the files with strict=False",
+                "not saved, because no %s: %s: copy it from the model, or load the files with strict=False",
+                "dense tensor" if any(isinstance(values[name], Tensor) for name in others) else "tensor",
                 ", ".join(others[:4]) + (f" and {len(others) - 4} more" if len(others) > 4 else ""),
             )
         with phase(f"writing {files.PLAIN}", self.log.finish):

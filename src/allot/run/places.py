@@ -35,12 +35,14 @@ def check_directory_place(path: str | Path) -> Path:
     """The path of a directory for runs that can be written to, or made, as far as can be seen before.
 
     Raises:
-        UsageError: an empty text, or a file.
+        UsageError: an empty text, the root of all directories, or a file.
         CannotWrite: the folder that it would be made in is a file, or closed to this user.
     """
     if not str(path):
         raise UsageError("an empty text is no directory: a path like runs/first is accepted.")
     path = Path(path)
+    if path.absolute() == path.absolute().parent:
+        raise UsageError(f"{path} holds all other directories: a path like runs/first is accepted.")
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file, not a run directory.")
     there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
