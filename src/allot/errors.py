@@ -70,6 +70,10 @@ class InvalidPattern(PatternError, UsageError):
     exit_code = 2
 
 
+class NotFinite(AllotError):
+    """A loss, a gradient or a weight became nan or infinite."""
+
+
 class NothingInScope(BudgetError, UsageError):
     """The model has no weight that can be pruned, or the rules leave none."""
 

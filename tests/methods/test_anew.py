@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from allot.errors import AllotError, UsageError
+from allot.errors import NotFinite, UsageError
 from allot.methods import METHODS
 from allot.methods.anew import Anew
 from allot.methods.batchnorm import BatchNorm
@@ -49,7 +49,7 @@ def test_a_loss_that_is_not_finite_leaves_the_net_before_it():
     class Diverges(Fcpts):
         def step(self, problem: Problem, candidate: Candidate, state: State) -> Metrics:
             if state["step"] == 3:
-                raise AllotError("the loss is not finite")
+                raise NotFinite("the loss is not finite")
             return super().step(problem, candidate, state)
 
     before = pruned(allocate="erk", repair="bias")

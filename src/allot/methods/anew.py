@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from allot.errors import AllotError, check_number
+from allot.errors import NotFinite, check_number
 from allot.methods.training.rounds import in_rounds
 from allot.methods.training.selection import Selection
 from allot.methods.training.where_it_helps import Helps
@@ -65,9 +65,7 @@ class Anew:
         parts, start = self._parts(problem), Candidate.from_state(state["candidate"], problem)
         try:
             metrics = parts[state["part"]].step(problem, start, state["inner"])
-        except AllotError as error:
-            if type(error) is not AllotError:
-                raise
+        except NotFinite:
             samples = len(problem.inputs().positions(state["step"]))
             state |= {"step": state["step"] + 1, "steps": state["step"] + 1, "inner": {}}
             return {"forward": samples, "backward": 0}

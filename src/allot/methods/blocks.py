@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from allot.errors import AllotError, UsageError, check_flag, check_number
+from allot.errors import NotFinite, UsageError, check_flag, check_number
 from allot.methods.layerwise.streamed_block import FLAG, BlockPart, ModelPart
 from allot.methods.training.distillation import Training, step_scale
 from allot.methods.training.losses import relative_error, size
@@ -109,7 +109,7 @@ class Blocks:
         """One batch; before the first one, and after each pass, the held-out samples.
 
         Raises:
-            AllotError: outputs of the block that are not finite at the start.
+            NotFinite: outputs of the block that are not finite at the start.
             UsageError: outputs of the block that carry no gradients.
         """
         train, held_out = _train_and_held_out(problem)
@@ -159,7 +159,7 @@ class Blocks:
         state["training"] = training
         error, forward = _error(problem, _placed(problem, candidate, training, candidate.masks), held_out)
         if not math.isfinite(error):
-            raise AllotError(
+            raise NotFinite(
                 f"blocks: the output of {_name(problem)} is not finite, or not that of the dense net: repair=none "
                 "shows where it comes from."
             )

@@ -133,7 +133,7 @@ def prune(
     >>> prune(nn.Linear(4, 4), None, "sparsity=0.5", repair="none").report()["kept"]
     8
     """
-    method = method or default_method(model, calibration, allocate, score, pattern, repair, stream)
+    method = method or default_method(model, calibration, allocate, pattern, score, repair, stream)
     chain = assemble(method, allocate=allocate, score=score, pattern=pattern, repair=repair, options=options)
     request = Request(
         model=model, budget=_budget(budget, limits), chain=chain, rules=rules,

@@ -140,15 +140,19 @@ class Prepared:
     done: bool
 
 
-def default_method(model: nn.Module, calibration: Any, *parts: Any) -> str:
-    """The recipe of a run that names none: `best`, of a language model `llm`.
+def default_method(model: nn.Module, calibration: Any, allocate: Any, pattern: Any, *parts: Any) -> str:
+    """The recipe of a run that names none: `best`, of a language model `llm`, for channels `dsa`.
 
-    Without data, and where parts of a recipe (an allocator, a score, a pattern, repairs, a device to stream to) are
-    given, `erk`: its parts are the plainest, to be replaced.
+    Without data, and where an allocator, another pattern, or further parts of a recipe (a score, repairs, a device to
+    stream to) are given, `erk`: its parts are the plainest, to be replaced.
 
-    >>> default_method(nn.Linear(2, 2), torch.zeros(4, 2)), default_method(nn.Linear(2, 2), None)
-    ('best', 'erk')
+    >>> model, data = nn.Linear(2, 2), torch.zeros(4, 2)
+    >>> [default_method(model, *rest) for rest in ((data, None, None), (None, None, None), (data, None, "channels:8"))]
+    ['best', 'erk', 'dsa']
     """
+    if allocate is None and str(pattern).partition(":")[0] == "channels":
+        return "dsa"
+    parts = (allocate, pattern, *parts)
     if calibration is None or any(part is not None for part in parts):
         return "erk"
     return "llm" if _output_head(model) is not None else "best"

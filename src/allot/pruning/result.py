@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from allot.budget.allocation import Allocation
-from allot.errors import AllotError, BudgetError, UsageError, VerificationError, first_line
+from allot.errors import BudgetError, NotFinite, UsageError, VerificationError, first_line
 from allot.export.certificate import certificate
 from allot.export.certificate.records import record
 from allot.export.certificate.rows import sealed
@@ -97,7 +97,7 @@ class Result:
             raise BudgetError(f"the budget {self.problem.budget.to_json()} or a layer's bounds are broken: {cost}.")
         for name, value in self.candidate.tensors.items():
             if not bool(torch.isfinite(value).all()):
-                raise AllotError(f"{name} holds values that are not finite after repair.")
+                raise NotFinite(f"{name} holds values that are not finite after repair.")
 
     @cached_property
     def histograms(self) -> dict[str, dict[str, list[float]]]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from allot.errors import AllotError, UsageError, check_number, unknown
+from allot.errors import NotFinite, UsageError, check_number, unknown
 from allot.methods.training.losses import compared, relative_error, size
 from allot.network.applied_masks import Masking
 from allot.network.batch_norms import Norms
@@ -98,7 +98,7 @@ class Distance:
             masks: of tensors that are masked where the model uses them; gradients are at every entry. Not for
                 compiled models.
         Raises:
-            AllotError: the loss is not finite.
+            NotFinite: the loss is not finite.
             UsageError: outputs that the loss cannot read or that carry no gradients, or a batch too small for batch
                 norm.
         """
@@ -210,7 +210,7 @@ class Distance:
             answers: kept from call to call, and filled here.
             batch_statistics: whether batch norms of the net with `tensors` normalise by the batch.
         Raises:
-            AllotError: the loss is not finite.
+            NotFinite: the loss is not finite.
         """
         with single_process(), torch.no_grad():  # allocations are tried by one process each
             inputs, samples = problem.inputs().batch(k)
@@ -279,7 +279,7 @@ def _within_fp16(problem: Problem, state: State, batch: _Batch, learn: Callable[
     the state, and doubles after `SCALES[1]` finite steps.
 
     Raises:
-        AllotError: gradients are not finite even without a factor.
+        NotFinite: gradients are not finite even without a factor.
     """
     state.setdefault("loss_scale", SCALES[0])
     state.setdefault("finite", 0)
@@ -298,7 +298,7 @@ def _within_fp16(problem: Problem, state: State, batch: _Batch, learn: Callable[
             return loss
         state |= {"loss_scale": state["loss_scale"] / 2, "finite": 0}
         if state["loss_scale"] < 1:
-            raise AllotError(f"gradients overflow fp16 in step {state['step']}: use amp=bf16, or none.")
+            raise NotFinite(f"gradients overflow fp16 in step {state['step']}: use amp=bf16, or none.")
         for name, tensor in running.items():
             tensor.copy_(before[name])
         for leaf in batch.leaves.values():
@@ -347,10 +347,10 @@ def _fill_tables(
 
 def check_finite(loss: Tensor, step: int) -> None:
     """Raises:
-    AllotError: the loss is nan or infinite.
+    NotFinite: the loss is nan or infinite.
     """
     if not bool(torch.isfinite(loss)):
-        raise AllotError(f"the loss is {float(loss.detach())} in step {step}: lower learning_rate.")
+        raise NotFinite(f"the loss is {float(loss.detach())} in step {step}: lower learning_rate.")
 
 
 def statistics(model: nn.Module) -> Iterator[str]:

@@ -20,7 +20,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from allot.errors import AllotError
+from allot.errors import NotFinite
 from allot.methods.training.distillation import AUTO
 from allot.network.trees import cloned
 from allot.run.fidelity import Fidelity
@@ -88,10 +88,10 @@ class Rounds:
             if finished(state["inner"]):
                 end, found, _ = looks.chosen(method.finish(problem, start, state["inner"]))
             ended, state["look"] = end is not None, looks.best
-        except AllotError as error:
-            if type(error) is not AllotError or not problem.watch:
+        except NotFinite:
+            if not problem.watch:
                 raise
-            ended = True  # the loss is not finite
+            ended = True
             metrics = {"forward": len(problem.inputs().positions(state["inner"]["step"])), "backward": 0}
         state["step"] += 1
         if ended:
