@@ -1,4 +1,4 @@
-"""Tables of `benchmarks.field`: a row for each budget and method, whether it was measured, failed or was not run."""
+"""Tables of `benchmarks.field`: a row for each budget and method that was measured or failed; the others are named."""
 
 from __future__ import annotations
 
@@ -68,6 +68,20 @@ class Part:
                 rows.setdefault((asked["budget"], asked["method"]), []).append(key)
         return rows
 
+    @property
+    def tried(self) -> dict[tuple[str, str], list[str]]:
+        """Those of `rows` with a cell that was measured or failed."""
+        return {row: keys for row, keys in self.rows.items() if any(k in self.found or k in self.failed for k in keys)}
+
+    @property
+    def not_run(self) -> dict[str, list[str]]:
+        """Budget -> methods of the other rows."""
+        left: dict[str, list[str]] = {}
+        for budget, method in self.rows:
+            if (budget, method) not in self.tried:
+                left.setdefault(budget, []).append(method)
+        return left
+
 
 def write(page: Path, parts: Sequence[Part]) -> None:
     """Puts the tables into the marked block of a page.
@@ -83,15 +97,14 @@ def write(page: Path, parts: Sequence[Part]) -> None:
 
 def overview(parts: Sequence[Part]) -> list[str]:
     """The first metric of each net, dense and after each method that prunes single weights; means over seeds."""
-    every = {(part.net, *row): keys for part in parts for row, keys in part.rows.items()}
-    rows = {row: keys for row, keys in every.items() if row[1].startswith("sparsity")}
-    methods = list(dict.fromkeys(method for _, _, method in rows))
+    tried = [(part, *row) for part in parts for row in part.tried if row[0].startswith("sparsity")]
+    methods = [m for m in dict.fromkeys(m for part in parts for _, m in part.rows) if m in {row[2] for row in tried}]
     lines = [f"| net: metric | budget | dense | {' | '.join(methods)} |", "|---|---|" + "--:|" * (len(methods) + 1)]
-    for part in parts:
-        for budget in dict.fromkeys(budget for net, budget, _ in rows if net == part.net):
-            means = [part.scores(rows[part.net, budget, method])[0].partition(" ±")[0] for method in methods]
-            values = [f"{part.net}: {next(iter(part.metrics))}", budget, part.dense[0], *means]
-            lines.append(f"| {' | '.join(values)} |")
+    for net, budget in dict.fromkeys((part.net, budget) for part, budget, _ in tried):
+        part = next(part for part in parts if part.net == net)
+        means = [part.scores(part.rows.get((budget, method), []))[0].partition(" ±")[0] for method in methods]
+        values = [f"{net}: {next(iter(part.metrics))}", budget, part.dense[0], *means]
+        lines.append(f"| {' | '.join(values)} |")
     return lines
 
 
@@ -130,11 +143,13 @@ def section(part: Part) -> list[str]:
     lines.append(f"| {' | '.join([*heading, 'inputs forward / backward', 'seeds'])} |")
     lines.append("|---|---|" + "--:|" * (len(part.metrics) + 5))
     lines.append(f"| | dense | {' | '.join(part.dense)} |" + " |" * 5)
-    for (budget, method), keys in part.rows.items():
+    for (budget, method), keys in part.tried.items():
         runs = [part.found[key] for key in keys if key in part.found]
         failed = sum(key in part.failed for key in keys)
         count = f"{len(runs)} of {len(keys)}" + (f", {failed} failed" if failed else "")
         lines.append(f"| {' | '.join([budget, method, *part.scores(keys), *watched(runs), *cost(runs), count])} |")
+    if left := [f"{budget}: {', '.join(methods)}" for budget, methods in part.not_run.items()]:
+        lines += ["", f"Not run: {'; '.join(left)}."]
     reasons = [f"- {key}: {reason}" for key, reason in part.failed.items()]
     return [*lines, *(["", "Failed:", "", *reasons] if reasons else []), ""]
 
