@@ -23,7 +23,7 @@ FILES = ("model.safetensors", "model.bitmask.safetensors", "allocation.json", "c
 def line(run: Path) -> str:
     return (
         "prune zoo:digits-resnet20 --data zoo:digits-resnet20 --budget sparsity=0.9 --samples 96 --batch-size 4 "
-        f"--out {run} --json"
+        f"--method fcpts --set options.fcpts.steps=80 --out {run} --json"
     )
 
 
