@@ -65,7 +65,7 @@ $(DOCS): $(RUNTIME)
 
 demo: $(RUNTIME)
 	rm -rf runs/demo
-	$(PY) -m allot prune zoo:digits-resnet20 --data zoo:digits-resnet20 --budget sparsity=0.95 --method fcpts --out runs/demo
+	$(PY) -m allot prune zoo:digits-resnet20 --data zoo:digits-resnet20 --budget sparsity=0.9 --out runs/demo
 	$(PY) -m allot verify runs/demo
 	@echo "The run is in runs/demo. The report to look at: runs/demo/report.html   (as data: runs/demo/report.json)"
 

@@ -18,7 +18,7 @@ from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
 COMMANDS = (
-    "allot prune zoo:digits-resnet20 --data zoo:digits-resnet20 --budget sparsity=0.95 --method fcpts --out runs/demo",
+    "allot prune zoo:digits-resnet20 --data zoo:digits-resnet20 --budget sparsity=0.9 --out runs/demo",
     "allot verify runs/demo",
 )
 WIDTH = 116
