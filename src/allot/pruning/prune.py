@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -26,8 +26,10 @@ from allot.pruning.result import Result
 from allot.pruning.setup import set_up
 from allot.pruning.stages import Run, run_stages
 from allot.pruning.time_limit import choose_cut, limit_steps, shorten
+from allot.run.calibration import Data
 from allot.run.driver import Progress
 from allot.run.evaluate import Score
+from allot.run.labelled import LabelledData
 from allot.run.max_drop import MaxDrop
 from allot.run.min_fidelity import MinFidelity
 from allot.run.outputs import Comparison, Outputs
@@ -43,7 +45,7 @@ from allot.run.untrained import note_untrained
 @torch.inference_mode(mode=False)
 def prune(
     model: nn.Module,
-    calibration: Any,
+    calibration: Data | None,
     budget: Budget | str | float | Mapping[str, float | int | str] | None = None,
     *,
     method: str | None = None,
@@ -59,20 +61,20 @@ def prune(
     workers: int = 0,
     example: Any = None,
     runtime: str | None = None,
-    test: Any = None,
+    test: LabelledData | None = None,
     metric: Callable[..., Any] | str | None = None,
     max_drop: float | str | None = None,
     min_fidelity: float | str | None = None,
     label: str | None = None,
-    save_to: str | Path | None = None,
+    save_to: str | os.PathLike[str] | None = None,
     max_minutes: float | None = None,
     max_steps: int | None = None,
     stream: str | torch.device | None = None,
     compute: Compute | Mapping[str, Any] | None = None,
     max_memory: int | str | None = None,
     outputs: str | Outputs | None = None,
-    loss: str | None = None,
-    batch_norm: str = "auto",
+    loss: Literal["kl", "mse"] | None = None,
+    batch_norm: Literal["auto", "batch", "frozen"] = "auto",
     views: int | None = None,
     recipe: Mapping[str, Any] | None = None,
     dense_score: Score | None = None,

@@ -41,6 +41,11 @@ def report(result: Any) -> dict[str, Any]:
     `of_whole_model`. `exports` are the rows that `allot export` adds. `diagnostics` are the values that methods report
     about their work, by method.
     """
+    return {**figures(result), "histograms": result.histograms}
+
+
+def figures(result: Any) -> dict[str, Any]:
+    """The content of a report but for the histograms of weights, which are slow to count."""
     problem, candidate, names, directory = result.problem, result.candidate, result.names, result.directory
     budget, kept = problem.budget, candidate.allocation.kept
     kept_weights = sum(budget.sizes(kept).values())
@@ -87,7 +92,6 @@ def report(result: Any) -> dict[str, Any]:
         "guard": list(result.log.guard),
         "untrained": list(result.log.untrained),
         "diagnostics": dict(candidate.diagnostics),
-        "histograms": result.histograms,
     }
 
 

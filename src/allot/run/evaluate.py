@@ -31,7 +31,7 @@ from allot.network.preserved import preserved, refused_writes
 from allot.network.trees import map_tensors
 from allot.processes import all_gather_object, on_first_process, world_size
 from allot.run.calibration import moved
-from allot.run.labelled import described, labelled_batches, token_ids
+from allot.run.labelled import LabelledData, described, labelled_batches, token_ids
 from allot.run.metric import Metric
 from allot.run.reading import Readable
 
@@ -99,7 +99,7 @@ class Score:
 @users_errors("allot.evaluate")
 def evaluate(
     model: nn.Module,
-    data: Any,
+    data: LabelledData,
     *,
     metric: Callable[..., Any] | str | None = None,
     tensors: Mapping[str, Tensor] | None = None,
