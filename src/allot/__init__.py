@@ -1,5 +1,7 @@
 """Budgeted sparsification for PyTorch: a trained model and a budget in, a sparse model that meets it exactly out."""
 
+from importlib import metadata as _metadata
+
 from allot.budget.allocation import Allocation
 from allot.budget.budget import Budget
 from allot.errors import (
@@ -72,3 +74,5 @@ __all__ = [
     "verify",
     "zoo",
 ]
+
+__version__ = _metadata.version("allot")

@@ -12,7 +12,10 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 def mlp() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4))
+    net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4))
+    for parameter in net[2].parameters():
+        parameter.data *= 16  # logits of a net that was trained: those of a fresh one are a warning
+    return net
 
 
 def conv() -> nn.Module:
@@ -47,6 +50,12 @@ def without_weights() -> nn.Module:
 def samples():
     generator = torch.Generator().manual_seed(1)
     return TensorDataset(torch.randn(40, 6, generator=generator), torch.arange(40) % 4)
+
+
+def answered():
+    """Labels that are the answers of `mlp`, which scores above chance on them."""
+    inputs = samples().tensors[0]
+    return TensorDataset(inputs, mlp()(inputs).argmax(1))
 
 
 def generator():

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -26,8 +26,10 @@ from allot.pruning.result import Result
 from allot.pruning.setup import set_up
 from allot.pruning.stages import Run, run_stages
 from allot.pruning.time_limit import choose_cut, limit_steps, shorten
+from allot.run.calibration import Data
 from allot.run.driver import Progress
 from allot.run.evaluate import Score
+from allot.run.labelled import LabelledData
 from allot.run.max_drop import MaxDrop
 from allot.run.min_fidelity import MinFidelity
 from allot.run.outputs import Comparison, Outputs
@@ -36,13 +38,14 @@ from allot.run.places import check_directory_place
 from allot.run.problem import Method, Problem
 from allot.run.scores import ChannelScore, WeightScore
 from allot.run.store import Log, open_store
+from allot.run.untrained import note_untrained
 
 
 @users_errors("allot.prune")
 @torch.inference_mode(mode=False)
 def prune(
     model: nn.Module,
-    calibration: Any,
+    calibration: Data | None,
     budget: Budget | str | float | Mapping[str, float | int | str] | None = None,
     *,
     method: str | None = None,
@@ -58,20 +61,20 @@ def prune(
     workers: int = 0,
     example: Any = None,
     runtime: str | None = None,
-    test: Any = None,
+    test: LabelledData | None = None,
     metric: Callable[..., Any] | str | None = None,
     max_drop: float | str | None = None,
     min_fidelity: float | str | None = None,
     label: str | None = None,
-    save_to: str | Path | None = None,
+    save_to: str | os.PathLike[str] | None = None,
     max_minutes: float | None = None,
     max_steps: int | None = None,
     stream: str | torch.device | None = None,
     compute: Compute | Mapping[str, Any] | None = None,
     max_memory: int | str | None = None,
     outputs: str | Outputs | None = None,
-    loss: str | None = None,
-    batch_norm: str = "auto",
+    loss: Literal["kl", "mse"] | None = None,
+    batch_norm: Literal["auto", "batch", "frozen"] = "auto",
     views: int | None = None,
     recipe: Mapping[str, Any] | None = None,
     dense_score: Score | None = None,
@@ -191,6 +194,8 @@ def _run(prepared: Prepared, log: Log) -> Result:
     dense_score = request.dense_score
     if request.score_of and not prepared.done:
         dense_score = dense_score or request.score_of(request.model)  # unusable test data is an error before the run
+    if dense_score and dense_score.at_chance:
+        note_untrained(log, f"its {dense_score.metric} of {100 * dense_score.score:.1f} % is that of chance")
     if request.max_drop and dense_score:
         request.max_drop.limit(dense_score.metric, dense_score.score, lower=dense_score.metric in dense_score.lower)
     device = next(iter(prepared.problem.dense.values())).device

@@ -112,6 +112,11 @@ class Request:
         """Parameters that the recipe leaves dense, with the reason."""
         return left_dense(self.model, self.chain.names, self.rules)
 
+    @property
+    def known_untrained(self) -> str:
+        """A sign for `allot.run.untrained`: the recipe loads no trained weights; empty where it does not say so."""
+        return "its weights are random" if self.recipe.get("weights") == "random" else ""
+
     def earlier(self) -> dict[str, Any]:
         """run.json of the run that began in the directory before; empty without one."""
         if self.directory is None or not (self.directory / "run.json").exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -28,8 +29,11 @@ from allot.network.copies import deep_copy
 from allot.network.coupling.dead import without_dead_channels
 from allot.network.layers import plain_state
 from allot.network.preserved import preserved
-from allot.report.data import histograms, report
-from allot.report.exports import add_export, exports_of
+from allot.report.card import card
+from allot.report.data import figures, histograms, layer_rows, report
+from allot.report.exports import Exported, add_export, exports_of
+from allot.report.headline import headline
+from allot.report.layers import Layers
 from allot.report.page import write_run
 from allot.run.driver import phase
 from allot.run.places import check_directory_place
@@ -77,7 +81,10 @@ class Result:
     guarantees: tuple[Mapping[str, Any], ...] = ()
 
     def __repr__(self) -> str:
-        return f"Result({self.label}: {self.method}, {self.problem.budget.to_json()}, {self.allocation})"
+        return f"Result({self.label}, {self.method}: {self.headline})"
+
+    def _repr_html_(self) -> str:
+        return card(self._figures(), self.directory)
 
     def __post_init__(self) -> None:
         tensors, dense = self.candidate.one_at_a_time(self.problem), self.problem.dense
@@ -108,6 +115,38 @@ class Result:
     def allocation(self) -> Allocation:
         """How much each layer keeps."""
         return self.candidate.allocation
+
+    @property
+    def headline(self) -> str:
+        """What was removed and what that cost, in one sentence."""
+        return headline(self._figures())
+
+    @property
+    def layers(self) -> Layers:
+        """A row for every layer in scope, in the model's order: name, shape, kept, total, density, MACs."""
+        return Layers.of(layer_rows(self.problem, self.allocation))
+
+    @property
+    def fidelity(self) -> dict[str, float | None] | None:
+        """How close the outputs are to the dense model's, on inputs that nothing trained on.
+
+        `{kl | error, agreement}`, see `allot.run.fidelity`; agreement only where outputs are classes. None where
+        nothing was compared.
+        """
+        if not self.log.fidelity:
+            return None
+        last = self.log.fidelity[-1]
+        return {key: last[key] for key in ("kl", "error", "agreement") if key in last}
+
+    def plot(self, axes: Any = None) -> Any:
+        """The density of every layer as a bar; returns the matplotlib axes (extra `plot`).
+
+        Args:
+            axes: to draw into; None: those of a new figure.
+        Raises:
+            UsageError: matplotlib is not installed.
+        """
+        return self.layers.plot(axes)
 
     @property
     def masks(self) -> Mapping[str, Tensor]:
@@ -156,7 +195,7 @@ class Result:
         state = {name: tensors.get(aliases.get(name, name), value) for name, value in state.items()}
         return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
 
-    def export(self, path: str | Path | None = None, *, to: str | None = None) -> dict[str, Any]:
+    def export(self, path: str | os.PathLike[str] | None = None, *, to: str | None = None) -> Exported:
         """Write a file for a runtime, open it again, compare it with this result and time it beside the dense model.
 
         Args:
@@ -164,11 +203,13 @@ class Result:
                 row in any case.
             to: a form of `allot export`; None: by the ending of `path`.
         Returns:
-            Sizes, times and errors, see `allot.export.export.export_run`.
+            The file, to pass on as a path, with `bytes`, `macs` and `verified`; a dict of sizes, times and errors, see
+            `allot.export.export.export_run`.
         Raises:
             UsageError: an unknown form, or one that this model or installation does not allow; no input to run it on.
             VerificationError: the written file computes other outputs.
         """
+        path = None if path is None else Path(path)
         form = form_of(path) if to is None else to
         if form is None and path is None:
             raise UsageError("nothing says what to export to: give a path like model.onnx, or to='bitmask'.")
@@ -179,17 +220,16 @@ class Result:
         example = self.problem.example
         if example is None:
             example = self.problem.inputs().example()
-        out = None if path is None else Path(path)
         if self.directory is None:
-            if out is None:
+            if path is None:
                 raise UsageError("no place to write to: give a path, or save the result first.")
             with tempfile.TemporaryDirectory() as folder:
                 saved = replace(self)
                 saved.save(folder)
-                return export_run(self.problem.model, Path(folder), saved.report(), example, form, out)
-        row = export_run(self.problem.model, self.directory, self.report(), example, form, out)
+                return Exported(export_run(self.problem.model, Path(folder), saved.report(), example, form, path))
+        row = export_run(self.problem.model, self.directory, self.report(), example, form, path)
         add_export(self.directory, row)
-        return row
+        return Exported(row)
 
     def timed(self) -> dict[str, Any]:
         """The report of a saved result; without times or exports so far, its small file is opened again and compared.
@@ -206,11 +246,14 @@ class Result:
             log.warning("%s is not timed: %s", self.label, first_line(error))
         return self.report()
 
+    def _figures(self) -> dict[str, Any]:
+        return {**figures(self), "exports": exports_of(self.directory)}
+
     def report(self) -> dict[str, Any]:
         """The content of the report, as data."""
         return {**report(self), "exports": exports_of(self.directory)}
 
-    def save(self, directory: str | Path) -> dict[str, Any]:
+    def save(self, directory: str | os.PathLike[str]) -> dict[str, Any]:
         """Write model files, allocation.json, certificate.json, report.json and report.html; returns the certificate.
 
         Raises:

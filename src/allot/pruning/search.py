@@ -8,8 +8,8 @@ more did.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -19,8 +19,9 @@ from allot.errors import BudgetError, GuaranteeMissed, UsageError, check_number
 from allot.processes import on_first_process
 from allot.pruning.prune import prune
 from allot.report.page import comparison_page
-from allot.run.calibration import SAMPLES, readable_again
+from allot.run.calibration import SAMPLES, Data, readable_again
 from allot.run.evaluate import evaluate
+from allot.run.labelled import LabelledData
 from allot.run.max_drop import MaxDrop
 from allot.run.places import check_directory_place
 from allot.run.store import write, write_json
@@ -30,10 +31,10 @@ KINDS = ("sparsity", "macs")
 
 def search(
     model: nn.Module,
-    calibration: Any,
-    out: str | Path,
+    calibration: Data | None,
+    out: str | os.PathLike[str],
     *,
-    test: Any,
+    test: LabelledData,
     max_drop: float | str,
     kind: str = "sparsity",
     runs: int = 6,

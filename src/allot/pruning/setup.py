@@ -46,6 +46,7 @@ from allot.run.patterns import Channels, Pattern
 from allot.run.problem import Candidate, Problem
 from allot.run.scores import CHANNEL_SCORES, SCORES, ChannelScore, WeightScore
 from allot.run.store import Log
+from allot.run.untrained import note_untrained, sign_in_outputs, sign_in_weights
 
 logger = logging.getLogger("allot")
 
@@ -57,7 +58,7 @@ def set_up(request: Request, log: Log) -> Problem:
     """The problem: inputs read, scope measured on one of them, budget tied to it.
 
     Args:
-        log: gets the seconds that timing layers took, for a budget of latency.
+        log: gets the seconds that timing layers took, for a budget of latency; signs of a model without training.
     Raises:
         UsageError, BudgetError, PatternError: the model, the inputs or the budget cannot be used.
         Stopped: `should_stop` returned True while layers were timed.
@@ -73,6 +74,8 @@ def set_up(request: Request, log: Log) -> Problem:
             example=None if inputs else request.example, seed=request.seed, latency=_timing(request, log),
             left_dense=request.left_dense, comparison=request.comparison,
         )  # fmt: skip
+    for sign in (request.known_untrained, sign_in_weights(request.model), sign_in_outputs(watch)):
+        note_untrained(log, sign)
     warn_small_scope(request.model, problem.scope)
     if any(part.needs_data for part in (chain.allocate, *chain.repair)):
         problem.inputs()

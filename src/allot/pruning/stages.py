@@ -194,6 +194,7 @@ def _reopen(run: Run, store: Store) -> Result:
         log = Log(
             report["seconds"], images["forward"], images["backward"], fidelity=report.get("fidelity", []),
             guard=report.get("guard", []), watched=watch.pop("images", 0), watch=watch,
+            untrained=report.get("untrained", []),
         )  # fmt: skip
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UsageError(f"{store.directory}/report.json cannot be read: {error}") from error

@@ -8,6 +8,7 @@ score, and nothing else, so that the cost of a cell does not depend on the cells
 from __future__ import annotations
 
 import math
+import os
 import re
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from allot.pruning.assemble import assemble
 from allot.pruning.prune import prune
 from allot.report.page import comparison_page
 from allot.report.table import speed
-from allot.run.calibration import SAMPLES, readable_again
+from allot.run.calibration import SAMPLES, Data, readable_again
 from allot.run.evaluate import evaluate
 from allot.run.places import check_directory_place
 from allot.run.store import write, write_json
@@ -80,9 +81,9 @@ def cells_of(methods: Sequence[str], budgets: Sequence[str], seeds: int) -> list
 
 def sweep(
     model: nn.Module,
-    calibration: Any,
+    calibration: Data | None,
     cells: Sequence[Cell],
-    out: str | Path,
+    out: str | os.PathLike[str],
     *,
     on_cell: Callable[[int, int, Cell], None] | None = None,
     **settings: Any,

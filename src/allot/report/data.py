@@ -36,10 +36,16 @@ def report(result: Any) -> dict[str, Any]:
     `unreadable` counts calibration samples that were left out; `watch` is the watch set, `{samples, kind, unsure,
     images}`, empty where there are no inputs; `fidelity` are the distances from the dense net on it, `{stage, step,
     kl | error, agreement}` in order, the last one that of the net that came out, `undone` those of nets that were
-    dropped; `guard` says so in sentences; `weights` counts all weights of the model, in scope or not; `whole` is the
-    model whole, see `of_whole_model`. `exports` are the
-    rows that `allot export` adds. `diagnostics` are the values that methods report about their work, by method.
+    dropped; `guard` says so in sentences; `untrained` are signs that the dense model was never trained (see
+    `allot.run.untrained`); `weights` counts all weights of the model, in scope or not; `whole` is the model whole, see
+    `of_whole_model`. `exports` are the rows that `allot export` adds. `diagnostics` are the values that methods report
+    about their work, by method.
     """
+    return {**figures(result), "histograms": result.histograms}
+
+
+def figures(result: Any) -> dict[str, Any]:
+    """The content of a report but for the histograms of weights, which are slow to count."""
     problem, candidate, names, directory = result.problem, result.candidate, result.names, result.directory
     budget, kept = problem.budget, candidate.allocation.kept
     kept_weights = sum(budget.sizes(kept).values())
@@ -84,8 +90,8 @@ def report(result: Any) -> dict[str, Any]:
         "watch": {**result.log.watch, "images": result.log.watched} if result.log.watch else {},
         "fidelity": list(result.log.fidelity),
         "guard": list(result.log.guard),
+        "untrained": list(result.log.untrained),
         "diagnostics": dict(candidate.diagnostics),
-        "histograms": result.histograms,
     }
 
 

@@ -1,4 +1,4 @@
-"""The rows of exports in report.json."""
+"""The rows of exports in report.json, and an export for Python."""
 
 from __future__ import annotations
 
@@ -12,6 +12,45 @@ from allot.export.certificate.rows import seal_row, sealed
 from allot.export.files.formats import PAGE, REPORT
 from allot.report.page import page_of
 from allot.run.store import json_text
+
+
+class Exported(dict[str, Any]):
+    """An exported model: a row of report.json, and the path of its file wherever a path is taken.
+
+    >>> made = Exported(form="onnx", file="x.onnx", bytes=1200, dense_bytes=4800, macs=80, dense_macs=160, error=0.0)
+    >>> made
+    Exported(x.onnx: onnx, 1,200 of 4,800 bytes, 80 of 160 MACs, opened again and compared)
+    >>> str(made.path), made.bytes, made.macs
+    ('x.onnx', 1200, 80)
+    """
+
+    def __fspath__(self) -> str:
+        return str(self["file"])
+
+    @property
+    def path(self) -> Path:
+        """The file; of slim, openvino and hf the directory."""
+        return Path(self["file"])
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        return int(self["bytes"])
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of the layers in scope for one example, as the file computes them."""
+        return int(self["macs"])
+
+    @property
+    def verified(self) -> bool:
+        """Whether the file was opened again and answered as the result does: a file that does not is an error."""
+        return self.get("error") is not None
+
+    def __repr__(self) -> str:
+        sizes = f"{self['bytes']:,} of {self['dense_bytes']:,} bytes, {self['macs']:,} of {self['dense_macs']:,} MACs"
+        compared = ", opened again and compared" if self.verified else ""
+        return f"Exported({self['file']}: {self['form']}, {sizes}{compared})"
 
 
 def exports_of(run: Path | None) -> list[dict[str, Any]]:

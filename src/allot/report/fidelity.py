@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from allot.run.outputs import KINDS, NAMES
+from allot.run.untrained import sentence
 
 Report = Mapping[str, Any]
 
@@ -62,9 +63,10 @@ def fidelity(report: Report) -> Shown | None:
 
 
 def warnings(report: Report) -> list[str]:
-    """What the guard did, and why it may be unsure, in sentences."""
+    """That the model looks untrained, what the guard did, and why it may be unsure, in sentences."""
     watch = report.get("watch") or {}
-    found = [f"guard: {sentence}" for sentence in report.get("guard") or ()]
+    found = [f"warning: {sentence(signs)}"] if (signs := report.get("untrained")) else []
+    found += [f"guard: {line}" for line in report.get("guard") or ()]
     if watch.get("reason"):
         found.append(f"not compared with the dense model: {watch['reason']}")
     elif watch.get("unsure"):

@@ -36,8 +36,9 @@ def run_table(report: Report) -> RenderableType:
     title += f", repair {'+'.join(report['repair'])})" if report["repair"] else ")"
     tables = _summary_table(report), layer_table(report["layers"]), *_exports_table(report["exports"])
     kept = [Text(row["text"], style="" if row["met"] else "bold red") for row in report.get("guarantees", ())]
-    guarded = [Text(line, style="yellow") for line in warnings(report)]
-    return Group(Text(title, style="bold"), *tables, *kept, *guarded, *_skipped_lines(report))
+    warned = [Text(line, style="yellow") for line in warnings(report)]
+    first = [warned.pop(0)] if report.get("untrained") else []
+    return Group(*first, Text(title, style="bold"), *tables, *kept, *warned, *_skipped_lines(report))
 
 
 def plan_table(plan: Report) -> RenderableType:

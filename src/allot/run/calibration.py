@@ -6,11 +6,11 @@ import itertools
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from allot.errors import UsageError, check_number, first_line
 from allot.network.draws import generator, numbered, seeded
@@ -22,6 +22,7 @@ SAMPLES, TEXTS = 512, 128  # calibration samples, and blocks of text, where the 
 BATCH, TOKENS = 64, 1024  # samples in a batch, and most tokens: each token has a logit for every word
 LISTED = 2**24  # samples of a data set of which a permutation is made
 SURE = 32  # inputs; of fewer, so few are watched that comparisons are unsure
+Data: TypeAlias = "Tensor | Dataset[Any] | Iterable[Any] | Calibration"  # what `Calibration.of` reads
 LABEL_KEYS = frozenset({"label", "labels", "target", "targets"})
 
 
@@ -62,7 +63,7 @@ class Calibration:
     @classmethod
     def of(
         cls,
-        data: Any,
+        data: Data,
         *,
         samples: int = 512,
         batch_size: int = 64,

@@ -31,7 +31,7 @@ from allot.network.preserved import preserved, refused_writes
 from allot.network.trees import map_tensors
 from allot.processes import all_gather_object, on_first_process, world_size
 from allot.run.calibration import moved
-from allot.run.labelled import described, labelled_batches, token_ids
+from allot.run.labelled import LabelledData, described, labelled_batches, token_ids
 from allot.run.metric import Metric
 from allot.run.reading import Readable
 
@@ -50,6 +50,7 @@ class Score:
         unreadable: samples that were left out, see `Readable`.
         values: every number of a function of the user, by name; empty otherwise.
         lower: the names for which lower is better.
+        chance: the top-1 that the same answers would have, were they independent of the labels; None where `nll` is.
     """
 
     metric: str
@@ -59,6 +60,23 @@ class Score:
     unreadable: int = 0
     values: Mapping[str, float] = field(default_factory=dict)
     lower: tuple[str, ...] = ()
+    chance: float | None = None
+
+    @property
+    def at_chance(self) -> bool:
+        """Whether the answers are no better than chance: kappa, the part of the way from chance to perfect, is near 0.
+
+        Two standard errors count as near, and so does 1/20. False where two standard errors are above 1/4, as of few
+        samples.
+
+        >>> Score("top1", 0.12, 1000, chance=0.1).at_chance, Score("top1", 0.3, 1000, chance=0.1).at_chance
+        (True, False)
+        """
+        if self.chance is None or not self.samples or self.chance >= 1:
+            return False
+        kappa = (self.score - self.chance) / (1 - self.chance)
+        error = 2 * math.sqrt(self.chance / (1 - self.chance) / self.samples)
+        return error <= 1 / 4 and kappa <= max(error, 1 / 20)
 
     @property
     def perplexity(self) -> float | None:
@@ -81,7 +99,7 @@ class Score:
 @users_errors("allot.evaluate")
 def evaluate(
     model: nn.Module,
-    data: Any,
+    data: LabelledData,
     *,
     metric: Callable[..., Any] | str | None = None,
     tensors: Mapping[str, Tensor] | None = None,
@@ -157,15 +175,17 @@ def evaluate(
     unreadable = len({index for _, _, indices in by_process for index in indices})
     if not any(count for _, count in sums.values()):
         raise UsageError("the data to score on is empty.")
-    means = {name: value / count for name, (value, count) in sums.items()}
+    means: dict[str, Any] = {name: value / count for name, (value, count) in sums.items()}
     if own:
         return _own_score(own, means, samples, unreadable)
-    nll = means.pop("nll")
+    nll, answers, labels = (means.pop(name) for name in ("nll", "answers", "labels"))
     ((name, score),) = means.items()
-    return Score(name, score, samples, None if math.isnan(nll) else nll, unreadable)
+    if math.isnan(nll):
+        return Score(name, score, samples, None, unreadable)
+    return Score(name, score, samples, nll, unreadable, chance=float(answers @ labels))
 
 
-Sums = dict[str, tuple[float, int]]  # name -> sum, number of summands
+Sums = dict[str, tuple[Any, int]]  # name -> sum, a number or a count for each class; number of summands
 
 
 def _added(left: Sums, right: Sums) -> Sums:
@@ -197,10 +217,19 @@ def _own_score(metric: Metric, values: Mapping[str, float], samples: int, unread
 
 
 def _top1(name: str, rows: Float[Tensor, "N C"], labels: Int[Tensor, " N"]) -> Sums:
-    """How many labels have the highest logit, and their negative log-likelihood."""
+    """How many labels have the highest logit, their negative log-likelihood, and how often each class is which."""
     are_classes = bool(((labels >= 0) & (labels < rows.shape[1])).all())
-    right = int((rows.argmax(1) == labels).sum())
-    return {name: (right, len(labels)), "nll": (_nll(rows, labels) if are_classes else math.nan, len(labels))}
+    answers, count = rows.argmax(1), len(labels)
+    return {
+        name: (int((answers == labels).sum()), count),
+        "nll": (_nll(rows, labels) if are_classes else math.nan, count),
+        "answers": (_histogram(answers, rows.shape[1]), count),
+        "labels": (_histogram(labels if are_classes else answers, rows.shape[1]), count),
+    }
+
+
+def _histogram(numbers: Int[Tensor, " N"], size: int) -> Float[Tensor, " size"]:
+    return torch.bincount(numbers, minlength=size).double().cpu()
 
 
 def _logits(output: Any) -> Any:

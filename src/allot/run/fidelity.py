@@ -117,6 +117,13 @@ class Watch:
         """Samples that a measurement pushes forward."""
         return len(self) * (1 if isinstance(self._dense, _DenseAnswers) and self._dense.kept else 2)
 
+    def dense_outputs(self) -> list[Tensor]:
+        """What the dense net answers to the first samples, as it is compared; empty where that cannot be."""
+        dense = self._dense
+        if isinstance(dense, str):
+            return []
+        return dense.kept[0] if dense.kept else self._read(dense.reading, {}, dense.batches[0])
+
     def fidelity(self, tensors: Mapping[str, Tensor]) -> Fidelity | None:
         """The fidelity of the net with `tensors` in place; None where outputs cannot be compared."""
         dense = self._dense

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, default_collate, default_convert
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, default_convert
 
 from allot.errors import UsageError, first_line
 from allot.network.trees import tensors_in
@@ -17,6 +17,7 @@ from allot.processes import rank, world_size
 from allot.run.calibration import LABEL_KEYS, inputs_of, texts_at_a_time
 from allot.run.reading import read_readable
 
+LabelledData: TypeAlias = Dataset[Any] | Iterable[Any]  # of (inputs, label), or of what a metric takes
 ENTRIES = 2**21  # of targets in a batch at most: a pixel has a logit for every class
 
 

@@ -31,7 +31,7 @@ def check_file_place(path: str | Path) -> Path:
     return path
 
 
-def check_directory_place(path: str | Path) -> Path:
+def check_directory_place(path: str | os.PathLike[str]) -> Path:
     """The path of a directory for runs that can be written to, or made, as far as can be seen before.
 
     Raises:

@@ -43,6 +43,7 @@ class Log:
         guard: what the guard did, in sentences.
         watch: the watch set, `{samples, kind, unsure}`, with the reason where outputs cannot be compared.
         watched: samples pushed forward for measurements of fidelity.
+        untrained: signs that the dense model was never trained, see `allot.run.untrained`.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -53,6 +54,7 @@ class Log:
     guard: list[str] = field(default_factory=list)
     watch: dict[str, Any] = field(default_factory=dict)
     watched: int = 0
+    untrained: list[str] = field(default_factory=list)
 
     def to_state(self) -> State:
         """What a resumed run continues with; the finish is not saved."""
