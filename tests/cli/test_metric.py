@@ -44,7 +44,7 @@ def test_a_run_remembers_its_metric():
     assert done(f"{line} --metric mine.py:left --json").json["score"] == 0.5
     shown = done("report RUN").err
     assert "left on held-out data" in shown and "(-50.0 %)" in shown
-    assert "left went from 1 to 0.5" in Path("RUN/report.html").read_text()
+    assert "left 1 \u2192 0.5 on held-out data" in Path("RUN/report.html").read_text()
 
 
 def test_a_metric_that_is_none_is_one_line():

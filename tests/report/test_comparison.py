@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import random
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 import allot
-from allot.report.page import comparison_page
+from allot.report.comparison import comparison_page
 from allot.report.seed_groups import choices_of, seed_groups, series_names, without_copies
 from contract.cases import CASES
 from report.pages import SCORES, Seen, browsed, in_a_browser, report
@@ -45,14 +46,18 @@ def asked(told: dict[str, Any], sparsity: str) -> list[dict[str, Any]]:
 
 
 def summaries(page: str) -> list[list[str]]:
-    return Seen(page).table("method and budget")[1:]
+    """The rows of all rankings, one after the other."""
+    rows = Seen(page).rows
+    width = next(len(row) for row in rows if row[0] == "method and budget")
+    return [row for row in rows if len(row) == width and row[0] != "method and budget"]
 
 
 def test_runs_that_differ_in_the_seed_are_one_point_with_a_spread(told: dict[str, Any]):
     found = [0.8, 0.83, 0.79]
     page = comparison_page([(f"run {seed}", scored(told, score, seed=seed)) for seed, score in enumerate(found)])
     mean, spread = statistics.mean(found), statistics.stdev(found)
-    ((name, score, removed, *_),) = summaries(page)
+    ((name, score, change, removed, *_),) = summaries(page)
+    assert change == f"{100 * (mean - 0.9):+.2f} points"
     assert score == f"{100 * mean:.1f} % ± {100 * spread:.2f}3 seeds" and name == "erk, sparsity=0.7"
     assert removed == f"{100 * told['sparsity']:.1f} %"
     (same,) = seed_groups([(str(seed), scored(told, score, seed=seed)) for seed, score in enumerate(found)])
@@ -154,7 +159,9 @@ def test_metrics_do_not_share_an_axis(told: dict[str, Any]):
     assert page.count("<svg") == 6 and page.count("<circle") == 12
     seen = Seen(page).text
     assert seen.count("Score (top1)") == seen.count("Score (token_top1)") == 3
-    assert "90.0 % top1" in seen and "90.0 % token_top1" in seen and "highest score" not in seen
+    assert "90.0 % top1" in seen and "90.0 % token_top1" in seen
+    best = re.findall(r"The highest score is that of erk, metric (\w+) at sparsity=0.7 \(80.0 %\)", seen)
+    assert best == ["top1", "token_top1"]  # each metric by itself
 
 
 def test_a_score_that_is_no_number_spoils_no_mean(told: dict[str, Any]):

@@ -14,7 +14,7 @@ from torch import nn
 import allot
 from allot.network.layers import Rules
 from allot.report import table
-from allot.report.page import comparison_page
+from allot.report.comparison import comparison_page
 
 INPUTS = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
 

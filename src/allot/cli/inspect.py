@@ -18,8 +18,9 @@ from allot.export.certificate.certificate import place_of, verify
 from allot.export.export import EVERY, export_run
 from allot.methods import METHODS, RECIPES
 from allot.report import table
+from allot.report.comparison import comparison_page
 from allot.report.exports import add_export
-from allot.report.page import comparison_page, write_run
+from allot.report.page import write_run
 from allot.run.places import check_file_place
 from allot.run.recipes import Recipe
 from allot.run.store import write

@@ -18,7 +18,7 @@ from allot.export.timing.latency import Runtime
 from allot.pruning.advise import advise
 from allot.pruning.sweep import budgets_of, cells_of, sweep
 from allot.report import table
-from allot.report.page import advice_page
+from allot.report.advice import advice_page
 from allot.run.driver import Progress as Step
 from allot.run.driver import interruptible
 from allot.run.evaluate import Score, evaluate

@@ -18,7 +18,7 @@ from allot.budget.bisection import bracket
 from allot.errors import BudgetError, GuaranteeMissed, UsageError, check_number
 from allot.processes import on_first_process
 from allot.pruning.prune import prune
-from allot.report.page import comparison_page
+from allot.report.comparison import comparison_page
 from allot.run.calibration import SAMPLES, Data, readable_again
 from allot.run.evaluate import evaluate
 from allot.run.labelled import LabelledData

@@ -24,7 +24,7 @@ from allot.errors import BudgetError, PatternError, UsageError
 from allot.processes import on_first_process
 from allot.pruning.assemble import assemble
 from allot.pruning.prune import prune
-from allot.report.page import comparison_page
+from allot.report.comparison import comparison_page
 from allot.report.table import speed
 from allot.run.calibration import SAMPLES, Data, readable_again
 from allot.run.evaluate import evaluate

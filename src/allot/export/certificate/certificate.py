@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from allot.errors import UsageError
 from allot.export.certificate.probe import ANSWERS, ENDING, holds_tensors, probe_of, probe_rows
-from allot.export.certificate.records import record_rows
+from allot.export.certificate.records import record_rows, record_rows_to_come
 from allot.export.certificate.recount import Recounted, recount
 from allot.export.certificate.rows import Row, checked, digest, digest_rows, seal_row, sealed
 from allot.export.certificate.structure import structure_row
@@ -35,7 +36,7 @@ from allot.export.files.formats import (
     untouched,
 )
 from allot.network.channels import ChannelPlan
-from allot.run.store import read_run
+from allot.run.store import json_text, read_run
 
 _DIRECTORIES = {"model.xml": "openvino", "config.json": "hf"}  # a file that every directory of the form holds
 
@@ -165,6 +166,39 @@ def _is_rest_of_run(directory: Path) -> bool:
     return plain.is_file() and (directory / ALLOCATION).is_file() and has_marks(plain)
 
 
+def rows_of_run(directory: Path, report: Mapping[str, Any]) -> list[Row]:
+    """The checks that `verify` makes of a finished run, for its page: the same ones, in the same order.
+
+    The files of the model are not read again: their checks are those that were made when the certificate was written.
+    Records, of which the page is one, are promised when they are written.
+
+    Args:
+        report: what report.json holds, or is about to hold.
+    Raises:
+        UsageError: the certificate cannot be read.
+    """
+    path = directory / CERTIFICATE
+    try:
+        content = path.read_bytes()
+        certificate = json.loads(content)
+        keys = ("file", "check", "promised", "found", "passed")
+        rows = [seal_row(CERTIFICATE, content), *({key: row[key] for key in keys} for row in certificate["rows"])]
+        promised, run = certificate["promised"], certificate["promised"]["files"][PLAIN]["sha256"]
+    except _BROKEN as error:
+        raise UsageError(f"{path} cannot be read ({type(error).__name__}: {error}).") from error
+    rows += record_rows_to_come(directory) + _report_rows(_content_of(report, directory / REPORT), promised)
+    return rows + export_rows(directory, run, None, trust=False, report=report)
+
+
+def _content_of(report: Mapping[str, Any], path: Path) -> bytes:
+    """The bytes of report.json: of the file where it holds this report, else as they will be written."""
+    content = path.read_bytes() if path.is_file() else b""
+    with suppress(*_BROKEN):
+        if sealed(json.loads(content)) == sealed(report):
+            return content
+    return json_text(sealed(report)).encode()
+
+
 def certificate_rows(path: Path) -> tuple[list[Row], Mapping[str, Any] | None]:
     """(rows of a run's files, compared with its certificate; its promises, None if they cannot be relied on).
 
@@ -270,7 +304,13 @@ def allocation_rows(directory: Path, promised: Mapping[str, int], *, of: str) ->
 def report_rows(directory: Path, promised: Mapping[str, Any]) -> list[Row]:
     """Whether report.json shows the counts and sizes that the certificate promises."""
     try:
-        content = (directory / REPORT).read_bytes()
+        return _report_rows((directory / REPORT).read_bytes(), promised)
+    except OSError as error:
+        return [_unreadable(REPORT, "a report", error)]
+
+
+def _report_rows(content: bytes, promised: Mapping[str, Any]) -> list[Row]:
+    try:
         report = json.loads(content)
         listed = {layer["name"]: layer["kept"] for layer in report["layers"]}
         sizes = {kind: report["bytes"][kind] for kind in ("dense", "file")}
@@ -287,18 +327,26 @@ def report_rows(directory: Path, promised: Mapping[str, Any]) -> list[Row]:
         return [_unreadable(REPORT, "a report", error)]
 
 
-def export_rows(directory: Path, run: str | None, model: nn.Module | None, *, trust: bool) -> list[Row]:
+def export_rows(
+    directory: Path,
+    run: str | None,
+    model: nn.Module | None,
+    *,
+    trust: bool,
+    report: Mapping[str, Any] | None = None,
+) -> list[Row]:
     """Rows of every export in the run; exports in the report must exist, have a probe and come from this run.
 
     Args:
         run: the promised SHA-256 of the run's model.safetensors; None: unknown.
         model: the dense model, into which files of tensors are loaded to compare outputs.
         trust: whether programs are opened.
+        report: the content of report.json; None: it is read.
     """
     probes = {*directory.glob(f"*{ENDING}"), *directory.glob(f"*/{PROBE}")}
     rows: list[Row] = []
     try:
-        listed = _exports(json.loads((directory / REPORT).read_text()))
+        listed = _exports(json.loads((directory / REPORT).read_text()) if report is None else report)
     except _BROKEN:  # `report_rows` has a row for the broken report
         listed = {}
     listed_probes = {probe_of(directory / name) for name in listed}

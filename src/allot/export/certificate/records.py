@@ -20,6 +20,7 @@ from allot.export.files.formats import CERTIFICATE, PAGE, RECIPE, RUN, STEPS
 from allot.run.store import write, write_json
 
 RECORDS = (RUN, RECIPE, STEPS, PAGE)  # report.json is sealed, and held to the certificate by itself
+_CHECKS_OF_A_RECORD = ("bytes on disk", "sha256")
 _OF_A_RUN = {RUN, RECIPE, STEPS}  # a result that was saved by hand has none of these
 
 
@@ -72,6 +73,13 @@ def record_rows(directory: Path, promised: Mapping[str, Any]) -> list[Row]:
         found, accepted = digest(directory / name), records[name]
         rows += digest_rows(name, found if found in accepted else accepted[-1], directory / name, found)
     return rows
+
+
+def record_rows_to_come(directory: Path) -> list[Row]:
+    """The rows that `record_rows` makes of a run as soon as its page is written: all records are what was written."""
+    written = [name for name in RECORDS if name == PAGE or (directory / name).is_file()]
+    rows = [checked(CERTIFICATE, "records", "those of a run", "those of a run")]
+    return rows + [checked(n, check, "as written", "as written") for n in written for check in _CHECKS_OF_A_RECORD]
 
 
 def _intact(directory: Path) -> dict[str, Any] | None:
