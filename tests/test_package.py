@@ -76,3 +76,25 @@ def test_one_oldest_python_is_named_everywhere_and_no_untested_one():
     assert declared == [oldest]  # one that was tested besides is added here, and in the classifiers
     assert pyproject["tool"]["mypy"]["python_version"] == oldest
     assert pyproject["tool"]["ruff"]["target-version"] == f"py{oldest.replace('.', '')}"
+
+
+def test_the_changelog_keeps_its_form_and_begins_with_this_version():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    releases = re.findall(r"^## (.*)$", text, flags=re.MULTILINE)
+    assert all(re.fullmatch(r"\[\d+\.\d+\.\d+\] - (unreleased|\d{4}-\d\d-\d\d)", release) for release in releases)
+    assert releases[0].startswith(f"[{version}]")
+    kinds = ["Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"]
+    for release in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
+        sections = re.findall(r"^### (.*)$", release, flags=re.MULTILINE)
+        assert sections == [kind for kind in kinds if kind in sections] != []
+        listed = re.findall(r"^(.*)$", release.partition("### ")[2], flags=re.MULTILINE)
+        assert all(line == "" or line.startswith(("- ", "  ", "### ")) or line in kinds for line in listed)
+
+
+def test_torch_has_no_upper_end_and_the_version_tested_is_in_the_constraints():
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    (torch,) = [line for line in dependencies if re.match(r"torch\b(?!-)", line)]
+    least = torch.removeprefix("torch>=")
+    tested = re.search(r"^torch==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), flags=re.MULTILINE)[1]
+    assert "<" not in torch and tested.startswith(f"{least}.")

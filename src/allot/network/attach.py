@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from allot.errors import UsageError, unknown
 from allot.network.applied_masks import masked
 from allot.network.call import refuse_two_values
-from allot.network.layers import places_by_parameter
+from allot.network.layers import Place, places_by_parameter
 
 
 class Mask(nn.Module):
@@ -39,6 +39,20 @@ def attach(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     >>> model.weight[0, 1].item()
     0.0
     """
+    for name, places in weights_to_mask(model, masks).items():
+        by_module = {id(place.module): place for place in places}  # a shared module is one module
+        for place in by_module.values():
+            mask = Mask(masks[name].to(place.parameter.device))
+            parametrize.register_parametrization(place.module, place.attribute, mask)
+    return model
+
+
+def weights_to_mask(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, list[Place]]:
+    """The name of each mask -> the places that hold its weight.
+
+    Raises:
+        UsageError: as `attach`.
+    """
     by_name = {place.name: places for places in places_by_parameter(model).values() for place in places}
     for name, mask in masks.items():
         if name not in by_name:
@@ -47,11 +61,7 @@ def attach(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
         if mask.shape != shape:
             raise UsageError(f"the mask of {name} has shape {list(mask.shape)}; the weight has {list(shape)}.")
     refuse_two_values(masks, {name: id(by_name[name]) for name in masks})
-    for name, mask in masks.items():
-        by_module = {id(place.module): place for place in by_name[name]}  # a shared module is one module
-        for place in by_module.values():
-            parametrize.register_parametrization(place.module, place.attribute, Mask(mask.to(place.parameter.device)))
-    return model
+    return {name: by_name[name] for name in masks}
 
 
 def fold(model: nn.Module) -> nn.Module:
