@@ -42,7 +42,7 @@ STEPS = [{"stage": "repair-2-polish", "step": i, "loss": 1.0 / (1 + i)} for i in
 
 def test_every_stage_says_how_it_ended_and_why():
     found = {rung.name: rung for rung in rungs(told(), STEPS)}
-    assert list(found) == ["erk: densities", "magnitude: which weights stay", "admm", "polish", "anew"]
+    assert list(found) == ["densities by erk", "weights by magnitude", "admm", "polish", "anew"]
     assert [rung.outcome for rung in found.values()] == ["", "kept", "kept", "undone", "left out"]
     assert found["admm"].after.distance == "KL 0.2" and found["admm"].reason == ""
     assert found["polish"].after.distance == "KL 0.25" and found["polish"].reason.startswith("polish made it worse")
@@ -86,4 +86,4 @@ def test_the_page_of_the_default_shows_a_row_for_each_rung_and_folds_the_looks(t
 def test_a_run_of_which_nothing_was_compared_has_stages_without_distances(runs: dict[str, Path]):
     bare = {**report(runs["erk"]), "fidelity": [], "watch": {}, "guard": []}
     heads, *rows = Seen(run_page(bare, {"rows": [], "passed": True}, "", [])).table("seconds")
-    assert heads == ["stage", "seconds"] and rows[0][0] == "erk: densities"
+    assert heads == ["stage", "seconds"] and rows[0][0] == "densities by erk"

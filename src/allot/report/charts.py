@@ -223,7 +223,19 @@ def _labels(ticks: Sequence[float]) -> list[tuple[float, str]]:
     needed = math.floor(math.log10(largest / step * (1 + 1e-9))) + 2, math.floor(math.log10(largest / power)) + 1, 3
     digits = min(max(needed), 15)
     values = [(tick, 0.0 if abs(tick) < step / 2 else tick / power) for tick in ticks]
-    return [(tick, f"{value:.{digits}g}{letter if value else ''}") for tick, value in values]
+    return [(tick, f"{_plain(value, digits)}{letter if value else ''}") for tick, value in values]
+
+
+def _plain(value: float, digits: int) -> str:
+    """A number without an exponent, unless it needs more than nine decimals.
+
+    >>> _plain(0.000025, 3), _plain(90.0, 3)
+    ('0.000025', '90')
+    """
+    text = f"{value:.{digits}g}"
+    if "e-" not in text or abs(value) < 1e-7:
+        return text
+    return f"{value:.{digits + 8}f}".rstrip("0")
 
 
 _LARGE = ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k"), (0, 1, ""))  # from, power, letter

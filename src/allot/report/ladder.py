@@ -111,8 +111,8 @@ def _rung(stage: str, seconds: float, report: Report, steps: Sequence[Report]) -
 
 def _title(stage: str, report: Report) -> str:
     if stage == "allocate":
-        return f"{report['allocate']}: densities"
-    return f"{report['score']}: which weights stay" if stage == "select" else _name(stage, report)
+        return f"densities by {report['allocate']}"
+    return f"weights by {report['score']}" if stage == "select" else _name(stage, report)
 
 
 def _name(stage: str, report: Report) -> str:
