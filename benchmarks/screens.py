@@ -15,13 +15,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageChops
 
 from benchmarks.picture import drawn
 
 NET = "zoo:digits-resnet20"
 COMMANDS = (
     f"prune {NET} --data {NET} --budget sparsity=0.9 --out runs/best",
+    "report runs/best",  # the page anew, also of a run that was there
     f"sweep {NET} --data {NET} --budget sparsity=0.8,0.9,0.95 --method erk,fcpts --seeds 1 --out runs/sweep",
     f"advise {NET} --out runs/advice.html",
 )
@@ -32,7 +33,7 @@ PAGES = {
 }
 SIZES = {375: 1500, 1024: 1250, 1440: 1250}  # width -> height, in pixels
 COLUMNS = (80, 120)
-COLOURS = 128
+MARGIN = 24  # pixels below the last thing on a page
 NARROWEST = 500  # pixels: no window is narrower, a page inside of a frame is
 
 
@@ -63,7 +64,10 @@ def screenshot(page: Path, width: int, height: int, *, dark: bool = False) -> Im
             check=True,
             capture_output=True,
         )
-        return Image.open(io.BytesIO(picture.read_bytes())).crop((0, 0, width, height))
+        whole = Image.open(io.BytesIO(picture.read_bytes())).convert("RGB").crop((0, 0, width, height))
+    empty = Image.new("RGB", whole.size, whole.getpixel((0, height - 1)))
+    *_, bottom = ImageChops.difference(whole, empty).getbbox() or (0, 0, 0, height)
+    return whole.crop((0, 0, width, min(height, bottom + MARGIN)))
 
 
 def main() -> None:
@@ -79,7 +83,8 @@ def main() -> None:
             for dark in (False, True):
                 picture = screenshot(options.work / page, width, height, dark=dark)
                 place = options.out / f"report-{name}-{width}{'-dark' if dark else ''}.png"
-                picture.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(place, optimize=True)
+                # few colours make small files; those that are rare, like a dot's, are kept
+                picture.quantize(method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(place, optimize=True)
     for columns in COLUMNS:
         drawing = drawn(["allot report runs/best"], options.work, f"{columns} columns", columns)
         (options.out / f"terminal-{columns}.svg").write_text(drawing)

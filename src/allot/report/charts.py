@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 480, 240
-RIGHT, TOP, BOTTOM = 18, 10, 40
-LETTER = 8  # pixels, about, that a character of a label takes
+RIGHT, TOP, BOTTOM = 18, 10, 44
+LETTER = 10  # pixels, about, that a character of a label takes
 LONGEST = 30  # most characters of a name in a chart
 
 
@@ -88,7 +88,7 @@ class _Frame:
         for value, label in self.labels(0):
             at = self.x(value)
             parts.append(f'<line class="grid" x1="{at}" x2="{at}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-            parts.append(f'<text x="{at}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{label}</text>')
+            parts.append(f'<text x="{at}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{label}</text>')
         for value, label in self.labels(1):
             at = self.y(value)
             parts.append(f'<line class="grid" x1="{self.left}" x2="{WIDTH - RIGHT}" y1="{at}" y2="{at}"/>')
