@@ -1,4 +1,4 @@
-"""The README's picture: `python -m benchmarks.picture` runs the demo's commands and draws what they print.
+"""Pictures of a terminal: `python -m benchmarks.picture` runs the demo's commands and draws what they print.
 
 The output is caught as the terminal would get it and drawn by rich as one SVG without outside fonts.
 """
@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -24,13 +25,13 @@ COMMANDS = (
 WIDTH = 116
 
 
-def captured(command: str, directory: str) -> Text:
+def captured(command: str, directory: str | Path, width: int = WIDTH) -> Text:
     """What a command prints, colours included.
 
     Raises:
         CalledProcessError: it did not end with 0.
     """
-    terminal = {"FORCE_COLOR": "1", "TTY_INTERACTIVE": "0", "TERM": "xterm-256color", "COLUMNS": str(WIDTH)}
+    terminal = {"FORCE_COLOR": "1", "TTY_INTERACTIVE": "0", "TERM": "xterm-256color", "COLUMNS": str(width)}
     program = [sys.executable, "-m", *command.split()]
     done = subprocess.run(
         program,
@@ -44,19 +45,25 @@ def captured(command: str, directory: str) -> Text:
     return Text.from_ansi(done.stdout.rstrip())
 
 
+def drawn(commands: Sequence[str], directory: str | Path, title: str, width: int = WIDTH) -> str:
+    """An SVG of a terminal of `width` columns in which these commands were run, one after the other."""
+    with Path(os.devnull).open("w") as nowhere:
+        console = Console(record=True, width=width, file=nowhere, force_terminal=True)
+        for command in commands:
+            console.print(Text("$ ", style="bold green") + Text(command, style="bold"), soft_wrap=width == WIDTH)
+            console.print(captured(command, directory, width))
+        drawing = console.export_svg(title=title, theme=MONOKAI)
+    drawing = re.sub(r"@font-face \{.*?\}\s*", "", drawing, flags=re.DOTALL)  # they point to the network
+    return drawing.replace("Fira Code", "ui-monospace, Menlo, Consolas, DejaVu Sans Mono")
+
+
 def main() -> None:
     """Run the commands and write the picture."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.picture", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("docs/pictures/demo.svg"))
     out = parser.parse_args().out
-    with Path(os.devnull).open("w") as nowhere, tempfile.TemporaryDirectory() as directory:
-        console = Console(record=True, width=WIDTH, file=nowhere, force_terminal=True)
-        for command in COMMANDS:
-            console.print(Text("$ ", style="bold green") + Text(command, style="bold"), soft_wrap=True)
-            console.print(captured(command, directory))
-    drawing = console.export_svg(title="make demo", theme=MONOKAI)
-    drawing = re.sub(r"@font-face \{.*?\}\s*", "", drawing, flags=re.DOTALL)  # they point to the network
-    out.write_text(drawing.replace("Fira Code", "ui-monospace, Menlo, Consolas, DejaVu Sans Mono"))
+    with tempfile.TemporaryDirectory() as directory:
+        out.write_text(drawn(COMMANDS, directory, "make demo"))
 
 
 if __name__ == "__main__":

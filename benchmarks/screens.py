@@ -1,34 +1,53 @@
-"""Screenshots of report.html: `python -m benchmarks.screens` (three minutes on two cores, and Chromium).
+"""Pictures of all pages and of the terminal: `python -m benchmarks.screens` (ten minutes on two cores, and Chromium).
 
-One run, and six side by side, as wide as a telephone and a desk, into docs/pictures. The six are a sweep of three
-budgets and two methods with one seed, so that there are lines to see; error bars take several seeds. It is kept in
-runs/six: an interrupted command goes on.
+A run of the default, a sweep of three budgets and two methods with one seed and their controls, and what advise
+measures, as wide as a telephone, a tablet and a desk, by day and by night; the terminal with 80 and 120 columns. The
+runs stay in runs/: an interrupted command resumes, and finished runs are pictured again without being made again.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
-from allot.pruning.sweep import cells_of, sweep
-from allot.sources import zoo
+from PIL import Image, ImageChops
 
-NET = "digits-resnet20"
-BUDGETS = ("sparsity=0.8", "sparsity=0.9", "sparsity=0.95")
-SIZES = {"375": (375, 1100), "1440": (1440, 1000)}
+from benchmarks.picture import drawn
+
+NET = "zoo:digits-resnet20"
+COMMANDS = (
+    f"prune {NET} --data {NET} --budget sparsity=0.9 --out runs/best",
+    "report runs/best",  # the page anew, also of a run that was there
+    f"sweep {NET} --data {NET} --budget sparsity=0.8,0.9,0.95 --method erk,fcpts --seeds 1 --out runs/sweep",
+    f"advise {NET} --out runs/advice.html",
+)
+PAGES = {
+    "run": Path("runs/best/report.html"),
+    "runs": Path("runs/sweep/report.html"),
+    "advice": Path("runs/advice.html"),
+}
+SIZES = {375: 1500, 1024: 1250, 1440: 1250}  # width -> height, in pixels
+COLUMNS = (80, 120)
+MARGIN = 24  # pixels below the last thing on a page
+NARROWEST = 500  # pixels: no window is narrower, a page inside of a frame is
 
 
-def screenshot(page: Path, width: int, height: int, out: Path) -> None:
-    """A picture of a page.
+def screenshot(page: Path, width: int, height: int, *, dark: bool = False) -> Image.Image:
+    """A picture of a page as a browser shows it to those who prefer light, or dark.
 
     Raises:
         CalledProcessError: the browser failed.
     """
     browser = shutil.which("chromium") or "chromium"
-    with tempfile.TemporaryDirectory() as profile:
+    with tempfile.TemporaryDirectory() as folder:
+        frame, picture = Path(folder) / "frame.html", Path(folder) / "picture.png"
+        style = f"border: 0; width: {width}px; height: {height}px"
+        frame.write_text(f'<body style="margin: 0"><iframe style="{style}" src="{page.resolve().as_uri()}"></iframe>')
         subprocess.run(
             [
                 browser,
@@ -36,29 +55,39 @@ def screenshot(page: Path, width: int, height: int, out: Path) -> None:
                 "--no-sandbox",
                 "--disable-gpu",
                 "--hide-scrollbars",
-                f"--user-data-dir={profile}",
-                f"--window-size={width},{height}",
-                f"--screenshot={out}",
-                page.resolve().as_uri(),
+                f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+                f"--user-data-dir={folder}/profile",
+                f"--window-size={max(width, NARROWEST)},{height}",
+                f"--screenshot={picture}",
+                frame.as_uri(),
             ],
             check=True,
             capture_output=True,
         )
+        whole = Image.open(io.BytesIO(picture.read_bytes())).convert("RGB").crop((0, 0, width, height))
+    empty = Image.new("RGB", whole.size, whole.getpixel((0, height - 1)))
+    *_, bottom = ImageChops.difference(whole, empty).getbbox() or (0, 0, 0, height)
+    return whole.crop((0, 0, width, min(height, bottom + MARGIN)))
 
 
 def main() -> None:
-    """Run the sweep, take the pictures."""
+    """Make what is missing of the runs, take the pictures."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.screens", description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=Path, default=Path("runs/six"))
+    parser.add_argument("--work", type=Path, default=Path(), help="the directory that holds runs/")
     parser.add_argument("--out", type=Path, default=Path("docs/pictures"))
     options = parser.parse_args()
-    cells = cells_of(("erk", "fcpts"), BUDGETS, 1)
-    data, test = zoo.data(NET, "calibration"), zoo.data(NET, "test")
-    sweep(zoo.model(NET), data, cells, options.runs, test=test, label=f"zoo:{NET}")
-    pages = {"run": options.runs / "fcpts/sparsity=0.95/seed-0/report.html", "runs": options.runs / "report.html"}
-    for name, page in pages.items():
-        for size, (width, height) in SIZES.items():
-            screenshot(page, width, height, options.out / f"report-{name}-{size}.png")
+    for command in COMMANDS:
+        subprocess.run([sys.executable, "-m", "allot", *command.split()], cwd=options.work, check=True)
+    for name, page in PAGES.items():
+        for width, height in SIZES.items():
+            for dark in (False, True):
+                picture = screenshot(options.work / page, width, height, dark=dark)
+                place = options.out / f"report-{name}-{width}{'-dark' if dark else ''}.png"
+                # few colours make small files; those that are rare, like a dot's, are kept
+                picture.quantize(method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(place, optimize=True)
+    for columns in COLUMNS:
+        drawing = drawn(["allot report runs/best"], options.work, f"{columns} columns", columns)
+        (options.out / f"terminal-{columns}.svg").write_text(drawing)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,18 @@ def test_every_run_has_a_page_and_several_have_one_together():
     done("report RUN0 RUN1 --out both.html --json")
     assert Path("both.html").read_text() == Path("report.html").read_text()
     assert "cannot write" in refused("report RUN0 RUN1 --out nowhere/both.html")
+    assert 'href="RUN1/report.html"' in Path("report.html").read_text()
+
+
+def test_a_comparison_goes_into_the_folder_that_holds_the_runs():
+    for name in ("runs/a", "runs/deep/b"):
+        done(f"prune {MLP} --data {SAMPLES} --budget sparsity=0.5 --repair none --out {name}")
+    assert "page: runs/report.html" in done("report runs/a runs/deep/b").err
+    page = Path("runs/report.html").read_text()
+    assert 'href="a/report.html"' in page and 'href="deep/b/report.html"' in page
+    assert f"page: {Path.cwd()}/runs/report.html" in done(f"report {Path.cwd()}/runs/a runs/deep/b").err
+    assert "page: runs/report.html" in done("report runs/a runs/a").err  # not into the run itself
+    assert done("verify runs/a --json").json["passed"]
 
 
 def test_a_run_that_cannot_be_shown_is_named_in_one_line():
@@ -89,12 +101,18 @@ def test_the_files_of_a_run_are_exports_as_well():
 def test_a_sweep_ends_in_a_table_and_goes_on():
     line = f"sweep {MLP} --data {SAMPLES} --budget sparsity=0.5,0.7 --method erk,pot --seeds 2 --out SWEEP --samples 8"
     line += " --repair none"
-    table = done(f"{line} --json").json
-    assert len(table["cells"]) == 8 and table["out"] == "SWEEP" and Path("SWEEP/report.html").exists()
+    began = done(f"{line} --json")
+    table = began.json
+    assert "cell 1 of 12: erk, sparsity=0.5, seed 0" in began.err and "cell 2 of 12: uniform+erk" in began.err
+    assert [row["method"] for row in table["means"]] == ["erk", "uniform+erk", "pot"] * 2  # one control for both
+    assert len(table["cells"]) == 12 and table["out"] == "SWEEP" and Path("SWEEP/report.html").exists()
     again = done(line).err
     assert "sparsity=0.7" in again and "pot" in again and "comparison: SWEEP/report.html" in again
-    assert len(done("report SWEEP --out all.html --json").json["runs"]) == 8
-    assert Path("all.html").read_text().count("SWEEP/erk/sparsity=0.5/seed-0") >= 1
+    assert len(done("report SWEEP --out all.html --json").json["runs"]) == 12
+    assert 'href="SWEEP/erk/sparsity%3D0.5/seed-0/report.html"' in Path("all.html").read_text()
+    assert 'href="uniform%2Berk/sparsity%3D0.5/seed-0/report.html"' in Path("SWEEP/report.html").read_text()
+    alone = done(f"{line.replace('SWEEP', 'ALONE')} --no-control --json").json
+    assert len(alone["cells"]) == 8 and alone["cells"][0]["score"] == table["cells"][0]["score"]
     assert "needs MODEL" in refused(f"sweep {MLP} --budget sparsity=0.5")
     assert "nothere" in refused(f"sweep {MLP} --budget sparsity=0.5 --method nothere --out S")
     assert "out of range" in refused(f"sweep {MLP} --budget sparsity=0.5,2 --out S")
@@ -150,10 +168,19 @@ def test_advice_is_given_in_sentences_a_table_and_a_page(monkeypatch: pytest.Mon
     for row in told["channels"]:
         assert row["faster"] == pytest.approx(1 / row["macs"], rel=0.1)
     assert told["machine"]["threads"] and "torch" in told["machine"]["runtimes"]
-    assert told["said"][0].startswith("Channels pay from") and f"allot prune {NET}" in told["said"][0]
+    assert told["said"][0].startswith("Channels pay from")
+    first, second = (command.replace("\\\n  ", "") for command in told["commands"])
+    assert first == (
+        f"allot prune {NET} --data {NET} --runtime torch --budget macs=50% --method dsa --pattern channels "
+        "--out runs/channels"
+    )
+    assert second == "allot export runs/channels --to slim"
     shown = done(f"advise {NET} --runtime torch --out advice.html").err
-    assert "classify.weight" in shown and "page: advice.html" in shown
-    assert "Dashed: as fast as dense" in Path("advice.html").read_text()
+    assert "classify.weight" in shown and "page: advice.html" in shown and f"allot prune {NET}" in shown
+    page = Path("advice.html").read_text()
+    assert "Dashed: as fast as dense" in page and f"<pre>allot prune {NET}" in page
+    # its one linear layer has a ten-thousandth of the MACs: a row of the table, and no curve
+    assert "classify." in page and "Linear layers as sparse matrices, PyTorch, measured" not in page
     assert "no MODEL" in refused("advise")
     assert "channels:8 for multiples" in refused(f"advise {NET} --pattern 2:4")
 
@@ -236,4 +263,4 @@ def test_a_sweep_that_is_not_finished_shows_what_is():
     done(f"sweep {MLP} --data {SAMPLES} --budget sparsity=0.5,0.7 --method erk --seeds 1 --repair none --out SWEEP")
     Path("SWEEP/results.json").unlink()
     said = done("report SWEEP --out some.html").err
-    assert "is a sweep that is not finished: 2 runs of it are" in said and Path("some.html").exists()
+    assert "is a sweep that is not finished: 4 runs of it are" in said and Path("some.html").exists()

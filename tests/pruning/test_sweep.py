@@ -13,7 +13,8 @@ import allot
 from allot.errors import BudgetError, Stopped, UsageError
 from allot.pruning import request
 from allot.pruning import sweep as sweeping
-from allot.pruning.sweep import Cell, budgets_of, cells_of, options_for, sweep
+from allot.pruning.sweep import Cell, budgets_of, cells_of, options_for, sweep, with_controls
+from allot.run.recipes import RECIPES
 from allot.sources import zoo
 from contract.cases import CASES
 
@@ -172,3 +173,25 @@ def test_a_sweep_of_a_zoo_net_killed_twice_equals_one_that_was_not(tmp_path: Pat
     for cell in cells:
         left, right = (cell.directory(tmp_path / which) / "model.safetensors" for which in ("whole", "part"))
         assert left.read_bytes() == right.read_bytes()
+
+
+def test_a_control_is_the_same_chain_with_uniform_densities(tmp_path: Path):
+    cells = with_controls(cells_of(("erk", "fcpts", "lamp"), ("sparsity=0.5",), 1))
+    assert [cell.name for cell in cells] == ["erk", "uniform+erk", "fcpts", "uniform+fcpts", "lamp"]
+    assert with_controls(cells) == cells  # a control has no control of its own
+    assert [cell.name for cell in with_controls(cells_of(("erk", "uniform"), ("sparsity=0.5",), 1))] == [
+        "erk", "uniform",
+    ]  # fmt: skip
+    assert len(with_controls(cells_of(("erk", "fcpts"), ("sparsity=0.5",), 1), repair="none")) == 3
+    assert len(with_controls(cells_of(("erk",), ("sparsity=0.5",), 1), allocate="uniform")) == 1
+    told: list[str] = []
+    settings = {"batch_size": 8, "options": SHORT, "batch_norm": "batch"}
+    table = sweep(
+        CASE.make(), CASE.inputs(16), cells[:4], tmp_path, on_cell=lambda number, of, cell: told.append(str(cell)),
+        **settings,
+    )  # fmt: skip
+    assert told == [f"{cell.name}, sparsity=0.5, seed 0" for cell in cells[:4]]
+    for row, cell in zip(table["cells"], cells[:4], strict=True):
+        report = json.loads((tmp_path / row["run"] / "report.json").read_text())
+        assert row["method"] == cell.name and report["allocate"] == (cell.allocate or cell.method)
+        assert report["repair"] == list(RECIPES[cell.method].repair)

@@ -56,6 +56,12 @@ def test_labels_of_an_axis_are_those_of_its_values(low: float, high: float):
         assert low - room <= values[0] and values[-1] <= high + room
 
 
+def test_small_values_have_labels_without_exponents():
+    for labels in ticks(lines([Line("loss", [(0, 2e-5), (9, 8e-5)])], "step", "loss")):
+        assert labels and not [label for label in labels if "e" in label]
+    assert ticks(lines([Line("loss", [(0, 0.0), (9, 8e-5)])], "step", "loss"))[1][:2] == ["0", "0.00002"]
+
+
 def test_what_is_used_of_a_limit_is_drawn_from_nought():
     drawn = lines([Line("a", [(0, 0.98), (5, 1.0)])], "step", "used", limit=1.0, base=0.0)
     assert ticks(drawn)[1][0] == "0" and "1" in ticks(drawn)[1]

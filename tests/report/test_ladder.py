@@ -42,7 +42,7 @@ STEPS = [{"stage": "repair-2-polish", "step": i, "loss": 1.0 / (1 + i)} for i in
 
 def test_every_stage_says_how_it_ended_and_why():
     found = {rung.name: rung for rung in rungs(told(), STEPS)}
-    assert list(found) == ["erk: densities", "magnitude: which weights stay", "admm", "polish", "anew"]
+    assert list(found) == ["densities by erk", "weights by magnitude", "admm", "polish", "anew"]
     assert [rung.outcome for rung in found.values()] == ["", "kept", "kept", "undone", "left out"]
     assert found["admm"].after.distance == "KL 0.2" and found["admm"].reason == ""
     assert found["polish"].after.distance == "KL 0.25" and found["polish"].reason.startswith("polish made it worse")
@@ -55,8 +55,20 @@ def test_a_stage_that_trained_says_how_long_with_which_loss_and_batch_norms():
     assert polish.batch_norm == "frozen"  # by itself, where the run uses the statistics of each batch
     other = rungs(told(settings={"hyperparameters": {"repair": [{}, {}, {}]}}), STEPS)[3]
     assert other.batch_norm == "batch" and rungs(told(), STEPS)[2].batch_norm == ""
+    assert rungs(told(settings={}), STEPS)[3].batch_norm == ""  # not on record
     assert "move by 1.59 %" in batch_norm_sentence(told()) and batch_norm_sentence(told(watch={})) == ""
     assert training_sentences(told()) == ["320 steps in 5 rounds; the end: no step size helped."]
+
+
+def test_weights_that_an_allocator_trained_and_that_were_worse_say_so():
+    entries = [
+        {"stage": "dense weights", "step": 0, "kl": 0.2, "agreement": 0.9},
+        {"stage": "select", "step": 1, "kl": 0.4, "agreement": 0.9, "undone": True},
+        {"stage": "guard", "step": 1, "kl": 0.2, "agreement": 0.9},
+    ]
+    reason = "training in fcpts made it worse: KL 0.2 -> 0.4; kept dense weights."
+    (select,) = rungs(told(allocate="fcpts", fidelity=entries, guard=[reason], seconds={"select": 1.0}), [])
+    assert (select.outcome, select.reason) == ("undone", reason)
 
 
 def test_looks_are_the_measurements_that_end_no_stage():
@@ -86,4 +98,4 @@ def test_the_page_of_the_default_shows_a_row_for_each_rung_and_folds_the_looks(t
 def test_a_run_of_which_nothing_was_compared_has_stages_without_distances(runs: dict[str, Path]):
     bare = {**report(runs["erk"]), "fidelity": [], "watch": {}, "guard": []}
     heads, *rows = Seen(run_page(bare, {"rows": [], "passed": True}, "", [])).table("seconds")
-    assert heads == ["stage", "seconds"] and rows[0][0] == "erk: densities"
+    assert heads == ["stage", "seconds"] and rows[0][0] == "densities by erk"

@@ -192,6 +192,40 @@ def test_a_page_shows_the_checks_that_verify_makes(runs: dict[str, Path], name: 
     assert [row[:2] for row in shown] == [[row["file"], row["check"]] for row in rows]
 
 
+def test_an_export_adds_its_checks_to_those_of_the_page(tmp_path: Path):
+    case = CASES["with batch norm"]
+    result = allot.prune(case.make(), case.inputs(8), "sparsity=0.5", method="erk", save_to=tmp_path / "run")
+    for to in ("bitmask", "program"):
+        result.export(to=to)
+        rows, seen = verify(tmp_path / "run")["rows"], Seen((tmp_path / "run/report.html").read_text())
+        assert f"{len(rows)} checks of the re-opened files passed" in seen.text
+        assert [row[:2] for row in seen.table("promised")[1:]] == [[row["file"], row["check"]] for row in rows]
+    (tmp_path / "run/model.pt2").write_bytes(b"other")
+    assert "did not all pass" in Seen(write_run(tmp_path / "run", report(tmp_path / "run")).read_text()).marked["bad"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "tone", "words"),
+    [
+        ({"scores": {**SCORES, "sparse": 0.895}}, "good", "Budget met; the score is close to the dense model's"),
+        ({"scores": {**SCORES, "sparse": 0.86}}, "warn", "Budget met; the score is below the dense model's"),
+        ({"scores": {**SCORES, "sparse": 0.4}}, "bad", "far below the dense model's (-50.00 points)"),
+        ({"untrained": ["its weights are random"]}, "bad", "looks untrained"),
+        ({"scores": None}, "lead", "Budget met; not scored on labelled data."),
+        ({"budget": [{"kind": "macs", "asked": "5%", "limit": 9, "achieved": 10, "met": False}]}, "bad", "Missed: m"),
+        ({"fidelity": [{"stage": "select", "step": 1, "kl": None, "agreement": 0.1}]}, "bad", "outputs are not finite"),
+    ],
+)  # fmt: skip
+def test_the_verdict_comes_first_in_the_colour_of_what_happened(
+    runs: dict[str, Path], changes: Any, tone: str, words: str
+):
+    told = {**report(runs["erk"]), **changes}
+    page = run_page(told, DENSE, "", [])
+    assert words in Seen(page).marked[tone] and words in Seen(page).marked["lead"]
+    assert page.index("<h1>") < page.index("lead verdict") < page.index('class="tiles first"')
+    assert 'class="lead verdict bad"' in run_page(told, {"rows": [], "passed": False}, "", [])
+
+
 def test_a_certificate_that_failed_or_was_touched_is_red(runs: dict[str, Path], tmp_path: Path):
     row = {"file": "f", "check": "c", "promised": 1, "found": 2}
     told = report(runs["erk"])

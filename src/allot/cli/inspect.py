@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +19,7 @@ from allot.export.certificate.certificate import place_of, verify
 from allot.export.export import EVERY, export_run
 from allot.methods import METHODS, RECIPES
 from allot.report import table
-from allot.report.comparison import comparison_page
+from allot.report.comparison import common_page, comparison_page, page_in
 from allot.report.exports import add_export
 from allot.report.page import write_run
 from allot.run.places import check_file_place
@@ -93,7 +94,9 @@ def report_command(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="finished run directories, or those of sweeps")],
     out: Annotated[
         Path | None,
-        typer.Option(parser=place, metavar="FILE.html", help="the page  [RUN/report.html; of several: report.html]"),
+        typer.Option(
+            parser=place, metavar="FILE.html", help="the page  [RUN/report.html; of several: in their common folder]"
+        ),
     ] = None,
     *,
     as_json: Json = False,
@@ -107,8 +110,8 @@ def report_command(
     if len(runs) == 1:
         page, content = write_run(runs[0], report, out), {**report, "run": name}
     else:
-        page, content = out or Path("report.html"), {"runs": [{**report, "run": name} for name, report in reports]}
-        write(page, comparison_page(reports))
+        page, content = out or common_page(runs), {"runs": [{**report, "run": name} for name, report in reports]}
+        write(page, comparison_page(reports, links=partial(page_in, seen_from=page.parent)))
     if as_json:
         print_json(content)
         return

@@ -16,7 +16,7 @@ from allot.errors import UsageError
 from allot.export.files.formats import PLAIN
 from allot.export.timing.latency import Runtime
 from allot.pruning.advise import advise
-from allot.pruning.sweep import budgets_of, cells_of, sweep
+from allot.pruning.sweep import Cell, budgets_of, cells_of, sweep, with_controls
 from allot.report import table
 from allot.report.advice import advice_page
 from allot.run.driver import Progress as Step
@@ -44,6 +44,7 @@ def sweep_command(
     method: Annotated[str | None, typer.Option(metavar="NAMES", help="recipes, joined with commas  [erk]")] = None,
     seeds: Annotated[int, typer.Option(metavar="N", min=1, help="each cell with seeds 0 to N - 1")] = 3,
     *,
+    control: Annotated[bool, typer.Option(help="beside each method, uniform densities with the same repair")] = True,
     as_json: Json = False,
 ) -> None:
     """Prune MODEL by every method to every budget with several seeds; the same command resumes."""
@@ -53,10 +54,17 @@ def sweep_command(
         raise UsageError("a sweep needs MODEL, --budget KIND=LIMITS and --out DIR.")
     check_directory_place(out)
     source, calibration = load_inputs(wanted)
+    cells = cells_of(methods, budgets, seeds)
+    if control:
+        cells = with_controls(cells, **wanted.model_dump(include={"allocate", "score", "pattern", "repair"}))
     with interruptible() as should_stop, progress() as on_step:
+
+        def on_cell(number: int, of: int, cell: Cell) -> None:
+            say(f"cell {number} of {of}: {cell}")
+            on_step(Step("sweep", number - 1, of, {}))
+
         results = sweep(
-            source.model, calibration, cells_of(methods, budgets, seeds), out, should_stop=should_stop,
-            on_cell=lambda number, of, cell: on_step(Step("sweep", number - 1, of, {})),
+            source.model, calibration, cells, out, should_stop=should_stop, on_cell=on_cell,
             recipe=wanted.model_dump(mode="json", exclude_none=True, exclude={"method", "budget", "seed"}),
             **prune_arguments(wanted, source),
         )  # fmt: skip
@@ -87,7 +95,8 @@ def advise_command(
     with progress() as on_step:
         advice = advise(
             source.model, example, pattern=pattern, runtime=Runtime.parse(wanted.runtime), label=model,
-            data=wanted.data or "DATA", on_step=lambda done, of: on_step(Step("measure", done, of, {})),
+            data=wanted.data or (model if model.startswith("zoo:") else "DATA"), given=_given(wanted),
+            on_step=lambda done, of: on_step(Step("measure", done, of, {})),
         )  # fmt: skip
     advice = {"model": model, **advice}
     write(out, advice_page(advice))
@@ -96,6 +105,13 @@ def advise_command(
         return
     people.print(table.advice_table(advice))
     say(f"page: {out}")
+
+
+def _given(wanted: RecipeFile) -> list[str]:
+    """The options of `advise` that its advice repeats."""
+    shape = ",".join(map(str, wanted.input or ()))
+    values = {"--weights": wanted.weights, "--input": shape, "--runtime": wanted.runtime}
+    return [word for flag, value in values.items() if value for word in (flag, value)]
 
 
 @takes("data", "metric", "weights", "device", "input", "workers", "skip_corrupt")

@@ -40,6 +40,7 @@ from allot.network.layers import Scope
 from allot.network.macs import measured
 from allot.network.preserved import preserved, refused_writes
 from allot.pruning.setup import make_problem
+from allot.report.repeat import shell_lines
 from allot.run.calibration import moved
 from allot.run.patterns import Channels, parse
 
@@ -47,8 +48,6 @@ MACS = (0.9, 0.7, 0.5, 0.3)  # fractions of the MACs at which nets of fewer chan
 DENSITIES = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02)
 LAYERS = 4  # linear layers that are measured, those with most MACs
 WORTH = 1.1  # speed-up below which nothing is advised: a prediction is less sure than a measurement
-
-_PRUNE = "allot prune MODEL --data DATA --out RUN"
 
 
 def advise(
@@ -60,6 +59,7 @@ def advise(
     seed: int = 0,
     label: str = "MODEL",
     data: str = "DATA",
+    given: Sequence[str] = (),
     on_step: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """The measurements, and the advice that follows from them.
@@ -70,11 +70,13 @@ def advise(
         runtime: where channels are timed; where None, ONNX Runtime if it is installed and takes the model, else
             PyTorch, one sample at a time.
         label, data: names of the model and its data in the advised commands.
+        given: further words of these commands, like ("--weights", "net.safetensors").
         on_step: as in `latency_of`.
     Returns:
         `{"machine", "runtime", "pattern", "channels": [{"macs", "faster"}], "why_not", "linear": [{"layer", "layers",
         "share", "faster": {density: times}, "break_even"}], "net": {"milliseconds", "faster": {density: times}} or
-        null, "semi_structured": {layer: times} or null, "said": [sentence]}`; `faster` and times are speed-ups over
+        null, "semi_structured": {layer: times} or null, "said": [sentence],
+        "commands": [text]}`; `faster` and times are speed-ups over
         dense. A row of `linear` stands for `layers` of one shape; `net` is the predicted speed-up of the whole net in
         PyTorch when the layers that gain are sparse.
     Raises:
@@ -83,17 +85,17 @@ def advise(
     if not isinstance(parse(pattern), Channels):
         raise UsageError(f"pattern {pattern!r}: channels, or channels:8 for multiples of 8, is accepted.")
     with preserved(model):
-        return _advise(model, example, pattern, runtime, seed, label, data, on_step)
+        measurements = _measure(model, example, pattern, runtime, seed, on_step)
+    commands = _commands(measurements, ["allot", "prune", label, "--data", data, *given])
+    return {**measurements, "said": _sentences(measurements), "commands": commands}
 
 
-def _advise(
+def _measure(
     model: nn.Module,
     example: Any,
     pattern: str,
     runtime: Runtime | None,
     seed: int,
-    label: str,
-    data: str,
     on_step: Callable[[int, int], None] | None,
 ) -> dict[str, Any]:
     with refused_writes(model):
@@ -101,7 +103,7 @@ def _advise(
     runtime = _usable_runtime(model, example, runtime)
     channels, why_not = _channels(model, example, pattern, runtime, seed, on_step)
     linear, net = _linear(copied(model).eval(), repeated(example, runtime.batch), scope)
-    measurements = {
+    return {
         "machine": machine(),
         "runtime": str(runtime),
         "pattern": pattern,
@@ -111,8 +113,6 @@ def _advise(
         "net": net,
         "semi_structured": _semi_structured(model, example, [layer.name for layer in scope]),
     }
-    sentences = [line.replace("DATA", data).replace("MODEL", label) for line in _sentences(measurements)]
-    return {**measurements, "said": sentences}
 
 
 def break_even(densities: Sequence[float], faster: Sequence[float]) -> float | None:
@@ -260,30 +260,26 @@ def _sentences(measurements: Mapping[str, Any]) -> list[str]:
     """The advice, in sentences."""
     sentences = []
     best = max(measurements["channels"], key=lambda row: row["faster"], default=None)
+    pays = _first_that_pays(measurements["channels"])
     if measurements["why_not"] or best is None:
         sentences.append(f"Channels: no advice ({measurements['why_not'] or 'no share of the MACs is within reach'}).")
-    elif best["faster"] < WORTH:
+    elif pays is None:
         sentences.append(
             f"Channels do not pay here: at most {best['faster']:.2f}x as fast ({measurements['pattern']}, "
             f"{measurements['runtime']}). This model waits more than it computes."
         )
     else:
-        pays = next(row for row in measurements["channels"] if row["faster"] >= WORTH)
         least = measurements["channels"][-1]
         more = f"; at {100 * least['macs']:.0f} %: {least['faster']:.2f}x" if least is not pays else ""
         sentences.append(
-            f"Channels pay from {100 * pays['macs']:.0f} % of the MACs down ({pays['faster']:.2f}x as fast{more}): "
-            f"{_PRUNE} "
-            f"--budget macs={100 * min(pays['macs'], 0.5):.0f}% --method dsa --pattern {measurements['pattern']}"
+            f"Channels pay from {100 * pays['macs']:.0f} % of the MACs down ({pays['faster']:.2f}x as fast{more})."
         )
-    net = (measurements["net"] or {"faster": {}})["faster"]
-    pay_net = {density: times for density, times in net.items() if times >= WORTH}
+    net, pay_net = (measurements["net"] or {"faster": {}})["faster"], _densities_that_pay(measurements)
     if pay_net:
         (density, times), (least, most) = next(iter(pay_net.items())), list(net.items())[-1]
         sentences.append(
             f"Single weights pay from a density of {density} down, as sparse matrices in PyTorch ({times:.2f}x for the "
-            f"whole net; at {least}: {most:.2f}x): {_PRUNE} --budget sparsity={1 - float(density):g}, then "
-            "allot export RUN --to csr, which converts the layers that gain."
+            f"whole net; at {least}: {most:.2f}x); the export to csr converts the layers that gain."
         )
     else:
         best = f" (at most {max(net.values()):.2f}x for the whole net, as sparse matrices in PyTorch)" if net else ""
@@ -293,13 +289,43 @@ def _sentences(measurements: Mapping[str, Any]) -> list[str]:
     elif pay := [times for times in halves.values() if times >= WORTH]:
         sentences.append(
             f"2:4 pays for {len(pay)} of {len(halves)} linear layers in half precision on the GPU, up to "
-            f"{max(pay):.2f}x: {_PRUNE} --budget sparsity=50% --pattern 2:4, then allot export RUN --to 2:4"
+            f"{max(pay):.2f}x."
         )
     elif halves:
         sentences.append(f"2:4 does not pay on the GPU here: at most {max(halves.values()):.2f}x as fast.")
     else:
         sentences.append("2:4: no linear layer takes it.")
     return sentences
+
+
+def _commands(measurements: Mapping[str, Any], prune: Sequence[str]) -> list[str]:
+    """The commands for what pays; none where nothing does.
+
+    Args:
+        prune: the words that all of them begin with.
+    """
+    commands: list[list[str]] = []
+    if pays := _first_that_pays(measurements["channels"]):
+        budget, pattern = f"macs={100 * min(pays['macs'], 0.5):.0f}%", measurements["pattern"]
+        words = ["--budget", budget, "--method", "dsa", "--pattern", pattern, "--out", "runs/channels"]
+        commands += [[*prune, *words], ["allot", "export", "runs/channels", "--to", "slim"]]
+    if densities := _densities_that_pay(measurements):
+        sparsity = f"sparsity={1 - float(next(iter(densities))):g}"
+        commands += [[*prune, "--budget", sparsity, "--out", "runs/sparse"]]
+        commands += [["allot", "export", "runs/sparse", "--to", "csr"]]
+    if any(times >= WORTH for times in (measurements["semi_structured"] or {}).values()):
+        commands += [[*prune, "--budget", "sparsity=50%", "--pattern", "2:4", "--out", "runs/2-of-4"]]
+        commands += [["allot", "export", "runs/2-of-4", "--to", "2:4"]]
+    return [shell_lines(words) for words in commands]
+
+
+def _first_that_pays(channels: Sequence[Mapping[str, float]]) -> Mapping[str, float] | None:
+    return next((row for row in channels if row["faster"] >= WORTH), None)
+
+
+def _densities_that_pay(measurements: Mapping[str, Any]) -> dict[str, float]:
+    net = (measurements["net"] or {"faster": {}})["faster"]
+    return {density: times for density, times in net.items() if times >= WORTH}
 
 
 def machine() -> dict[str, Any]:

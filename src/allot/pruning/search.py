@@ -18,7 +18,7 @@ from allot.budget.bisection import bracket
 from allot.errors import BudgetError, GuaranteeMissed, UsageError, check_number
 from allot.processes import on_first_process
 from allot.pruning.prune import prune
-from allot.report.comparison import comparison_page
+from allot.report.comparison import comparison_page, page_in
 from allot.run.calibration import SAMPLES, Data, readable_again
 from allot.run.evaluate import evaluate
 from allot.run.labelled import LabelledData
@@ -109,7 +109,7 @@ def search(
         raise UsageError(f"no run met its budget; the first: {rows[0]['error']}")
     known = {"method": reports[0][1]["method"], "seed": reports[0][1]["seed"]}
     failed = [{**row, **known} for row in rows if "error" in row]
-    on_first_process(lambda: write(out / "report.html", comparison_page(reports, failed=failed)))
+    on_first_process(lambda: write(out / "report.html", comparison_page(reports, failed=failed, links=page_in)))
     return table
 
 

@@ -12,7 +12,7 @@ import os
 import re
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,10 +21,11 @@ from torch import nn
 from allot.budget.budget import Budget
 from allot.budget.units import meaning
 from allot.errors import BudgetError, PatternError, UsageError
+from allot.export.files.formats import PAGE
 from allot.processes import on_first_process
 from allot.pruning.assemble import assemble
 from allot.pruning.prune import prune
-from allot.report.comparison import comparison_page
+from allot.report.comparison import comparison_page, page_in
 from allot.report.table import speed
 from allot.run.calibration import SAMPLES, Data, readable_again
 from allot.run.evaluate import evaluate
@@ -33,18 +34,33 @@ from allot.run.store import write, write_json
 
 T = TypeVar("T")
 
+UNIFORM = "uniform"  # the allocator of a control
+
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a sweep."""
+    """One run of a sweep.
+
+    Attributes:
+        allocate: the allocator in place of that of the method.
+    """
 
     method: str
     budget: str
     seed: int
+    allocate: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The method, with the allocator that takes the place of its own before it."""
+        return self.method if self.allocate is None else f"{self.allocate}+{self.method}"
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.budget}, seed {self.seed}"
 
     def directory(self, out: Path) -> Path:
         """The run directory of this cell."""
-        return out / self.method / re.sub(r"[^\w.=%-]+", "_", self.budget) / f"seed-{self.seed}"
+        return out / self.name / re.sub(r"[^\w.=%-]+", "_", self.budget) / f"seed-{self.seed}"
 
 
 def budgets_of(texts: Sequence[str]) -> list[str]:
@@ -79,6 +95,35 @@ def cells_of(methods: Sequence[str], budgets: Sequence[str], seeds: int) -> list
     )
 
 
+def with_controls(cells: Sequence[Cell], **settings: Any) -> list[Cell]:
+    """The cells, and after each that does not allocate uniformly its control: uniform densities, the same repair.
+
+    Methods that differ in nothing but the allocator share one control.
+
+    Args:
+        settings: the arguments of `prune` that all cells have.
+
+    >>> [cell.name for cell in with_controls(cells_of(["erk", "lamp", "best"], ["sparsity=0.5"], seeds=1))]
+    ['erk', 'uniform+erk', 'lamp', 'best', 'uniform+best']
+    """
+    parts = {key: settings.get(key) for key in ("score", "pattern", "repair")}
+    methods = dict.fromkeys(cell.method for cell in cells)
+    names = {method: assemble(method, allocate=settings.get("allocate"), **parts).names for method in methods}
+
+    def control_of(cell: Cell) -> tuple[Any, ...]:
+        chain = names[cell.method]
+        return cell.budget, cell.seed, chain.score, chain.pattern, chain.repair
+
+    controlled = {control_of(cell) for cell in cells if UNIFORM in (cell.allocate, names[cell.method].allocate)}
+    found: list[Cell] = []
+    for cell in cells:
+        found.append(cell)
+        if (control := control_of(cell)) not in controlled:
+            controlled.add(control)
+            found.append(replace(cell, allocate=UNIFORM))
+    return found
+
+
 def sweep(
     model: nn.Module,
     calibration: Data | None,
@@ -111,7 +156,8 @@ def sweep(
     if not cells:
         raise UsageError("a sweep of no cells: methods, budgets and a number of seeds are accepted.")
     options = dict(settings.pop("options", None) or {})
-    taken = {method: options_for(method, options, settings) for method in dict.fromkeys(cell.method for cell in cells)}
+    chains = {(cell.method, cell.allocate): settings | _allocate(cell) for cell in cells}
+    taken = {chain: options_for(chain[0], options, given) for chain, given in chains.items()}
     if unused := sorted(options.keys() - {name for names in taken.values() for name in names}):
         raise UsageError(f"options: {unused[0]} is no method of any cell.")
     samples = settings.get("samples")
@@ -125,10 +171,11 @@ def sweep(
         if on_cell:
             on_cell(number, len(cells), cell)
         directory = cell.directory(out)
-        row = {"method": cell.method, "budget": cell.budget, "seed": cell.seed}
+        row = {"method": cell.name, "budget": cell.budget, "seed": cell.seed}
         try:
             chosen = {**settings, "method": cell.method, "seed": cell.seed, "save_to": directory}
-            chosen |= {"options": taken[cell.method], "test": test, "dense_score": dense}
+            chosen |= {"options": taken[cell.method, cell.allocate], "test": test, "dense_score": dense}
+            chosen |= _allocate(cell)
             report = on_first_process(prune(model, calibration, cell.budget, **chosen).timed)
         except (BudgetError, PatternError) as error:
             rows.append({**row, "error": str(error)})
@@ -141,8 +188,12 @@ def sweep(
     if not reports:
         raise UsageError(f"no cell met its budget; the first: {rows[0]['error']}")
     failed = [row for row in rows if "error" in row]
-    on_first_process(lambda: write(out / "report.html", comparison_page(reports, failed=failed)))
+    on_first_process(lambda: write(out / PAGE, comparison_page(reports, failed=failed, links=page_in)))
     return table
+
+
+def _allocate(cell: Cell) -> dict[str, str]:
+    return {} if cell.allocate is None else {"allocate": cell.allocate}
 
 
 def _meaning(budget: str) -> frozenset[Any]:
@@ -151,7 +202,7 @@ def _meaning(budget: str) -> frozenset[Any]:
 
 def _unique_cells(cells: Sequence[Cell]) -> list[Cell]:
     """The cells without repetitions, also of a budget in other words."""
-    return _unique(cells, lambda cell: (cell.method, _meaning(cell.budget), cell.seed))
+    return _unique(cells, lambda cell: (cell.name, _meaning(cell.budget), cell.seed))
 
 
 def _unique(items: Iterable[T], key: Callable[[T], Any]) -> list[T]:

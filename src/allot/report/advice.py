@@ -30,4 +30,4 @@ def advice_page(advice: Report) -> str:
         for title, drawn, x in curves
         if drawn and len(drawn[0].points) > 1 and any(speedup != 1 for line in drawn for _, speedup in line.points)
     ]
-    return template("advice.html").render(advice=advice, charts=charts, small=SMALL)
+    return template("advice.html").render(advice=advice, charts=charts, large=bool(large), small=SMALL)

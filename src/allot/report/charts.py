@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 480, 240
-RIGHT, TOP, BOTTOM = 18, 10, 40
-LETTER = 8  # pixels, about, that a character of a label takes
+RIGHT, TOP, BOTTOM = 18, 10, 44
+LETTER = 10  # pixels, about, that a character of a label takes
 LONGEST = 30  # most characters of a name in a chart
 
 
@@ -88,7 +88,7 @@ class _Frame:
         for value, label in self.labels(0):
             at = self.x(value)
             parts.append(f'<line class="grid" x1="{at}" x2="{at}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-            parts.append(f'<text x="{at}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{label}</text>')
+            parts.append(f'<text x="{at}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{label}</text>')
         for value, label in self.labels(1):
             at = self.y(value)
             parts.append(f'<line class="grid" x1="{self.left}" x2="{WIDTH - RIGHT}" y1="{at}" y2="{at}"/>')
@@ -223,7 +223,19 @@ def _labels(ticks: Sequence[float]) -> list[tuple[float, str]]:
     needed = math.floor(math.log10(largest / step * (1 + 1e-9))) + 2, math.floor(math.log10(largest / power)) + 1, 3
     digits = min(max(needed), 15)
     values = [(tick, 0.0 if abs(tick) < step / 2 else tick / power) for tick in ticks]
-    return [(tick, f"{value:.{digits}g}{letter if value else ''}") for tick, value in values]
+    return [(tick, f"{_plain(value, digits)}{letter if value else ''}") for tick, value in values]
+
+
+def _plain(value: float, digits: int) -> str:
+    """A number without an exponent, unless it needs more than nine decimals.
+
+    >>> _plain(0.000025, 3), _plain(90.0, 3)
+    ('0.000025', '90')
+    """
+    text = f"{value:.{digits}g}"
+    if "e-" not in text or abs(value) < 1e-7:
+        return text
+    return f"{value:.{digits + 8}f}".rstrip("0")
 
 
 _LARGE = ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k"), (0, 1, ""))  # from, power, letter

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from allot.export.files.destination import is_run
+from allot.export.files.formats import PAGE
 from allot.export.timing.clock import AS_DENSE
 from allot.report.charts import Mark, marks
 from allot.report.fidelity import fidelity
@@ -57,6 +61,27 @@ def comparison_page(
             scored=any(group.metric is not None for group in groups),
             failed=_failure_rows(failed),
         )
+
+
+def page_in(run: str | Path, seen_from: str | Path = ".") -> str:
+    """The path of the page of a run, as seen from a directory.
+
+    >>> page_in("runs/erk/seed-0", seen_from="runs")
+    'erk/seed-0/report.html'
+    """
+    return Path(os.path.relpath(Path(run) / PAGE, seen_from)).as_posix()
+
+
+def common_page(runs: Sequence[Path]) -> Path:
+    """Where the page of several runs goes: into the folder that holds them all, and is no run itself.
+
+    >>> str(common_page([Path("runs/a"), Path("runs/b/c")]))
+    'runs/report.html'
+    """
+    folder = Path(os.path.commonpath([os.path.abspath(run) for run in runs]))
+    folder = folder.parent if is_run(folder) else folder
+    absolute = any(run.is_absolute() for run in runs)
+    return (folder if absolute else Path(os.path.relpath(folder))) / PAGE
 
 
 def _alike(groups: Sequence[SeedGroup]) -> list[list[SeedGroup]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,14 +52,10 @@ def rungs(report: Report, steps: Sequence[Report]) -> list[Rung]:
 
 def looks(report: Report) -> list[Shown]:
     """The measurements inside of stages, which training makes on its way; not those at the ends."""
-    ends = {id(row) for row in _ends(report).values()}
-    stages = report["seconds"]
-    entries = report.get("fidelity") or ()
-    return [
-        shown
-        for shown, row in zip(measurements(report), entries, strict=True)
-        if row["stage"] in stages and id(row) not in ends
-    ]
+    entries = [row for row in report.get("fidelity") or () if row["stage"] in report["seconds"]]
+    last = {row["stage"]: place for place, row in enumerate(entries)}
+    shown = measurements({"fidelity": entries})
+    return [look for place, look in enumerate(shown) if place != last[look.stage]]
 
 
 def other_sentences(report: Report) -> list[str]:
@@ -90,11 +86,11 @@ def batch_norm_sentence(report: Report) -> str:
 def _rung(stage: str, seconds: float, report: Report, steps: Sequence[Report]) -> Rung:
     name, guard = _name(stage, report), report.get("guard") or ()
     losses = [step["loss"] for step in steps if step["stage"] == stage and "loss" in step]
-    after = dict(zip(_ends(report), _shown_ends(report), strict=True)).get(stage)
+    ends = [row for row in report.get("fidelity") or () if row["stage"] == stage]
+    after = measurements({"fidelity": ends})[-1] if ends else None
     left_out = next((s.removeprefix(f"{name} left out: ") for s in guard if s.startswith(f"{name} left out: ")), "")
-    undone = next(
-        (s for s in guard if s.startswith((f"{name} made it worse: ", f"training in {name} made it worse"))), ""
-    )
+    culprit = f"training in {report['allocate']}" if stage == "select" else name
+    undone = next((s for s in guard if s.startswith(f"{culprit} made it worse: ")), "")
     outcome = "" if after is None else "undone" if after.undone else "kept"
     tenth = math.ceil(len(losses) / 10)
     return Rung(
@@ -111,8 +107,8 @@ def _rung(stage: str, seconds: float, report: Report, steps: Sequence[Report]) -
 
 def _title(stage: str, report: Report) -> str:
     if stage == "allocate":
-        return f"{report['allocate']}: densities"
-    return f"{report['score']}: which weights stay" if stage == "select" else _name(stage, report)
+        return f"densities by {report['allocate']}"
+    return f"weights by {report['score']}" if stage == "select" else _name(stage, report)
 
 
 def _name(stage: str, report: Report) -> str:
@@ -128,15 +124,6 @@ def _name(stage: str, report: Report) -> str:
     return stage.split("-", 2)[2] if stage.startswith("repair-") else stage
 
 
-def _ends(report: Report) -> dict[str, Report]:
-    """Stage -> the measurement at its end, the last one."""
-    return {row["stage"]: row for row in report.get("fidelity") or () if row["stage"] in report["seconds"]}
-
-
-def _shown_ends(report: Report) -> Iterator[Shown]:
-    yield from measurements({"fidelity": list(_ends(report).values())})
-
-
 def _batch_norm(stage: str, report: Report) -> str:
     """What batch norms normalised by in the training of a stage; empty where that is not on record."""
     watch, settings = report.get("watch") or {}, report.get("settings") or {}
@@ -144,6 +131,9 @@ def _batch_norm(stage: str, report: Report) -> str:
         return ""
     mode = watch["batch_norm"]["mode"] if "batch_norm" in watch else settings["batch_norm"]
     repairs = (settings.get("hyperparameters") or {}).get("repair") or ()
-    place = int(stage.split("-")[1]) - 1 if stage.startswith("repair-") else len(repairs)
-    own = repairs[place] if place < len(repairs) else {}
-    return "frozen" if own.get("frozen") else str(mode)
+    if not stage.startswith("repair-"):
+        return str(mode)
+    place = int(stage.split("-")[1]) - 1
+    if place >= len(repairs):  # a run that was cut to fit into minutes records no hyperparameters
+        return ""
+    return "frozen" if repairs[place].get("frozen") else str(mode)

@@ -122,6 +122,8 @@ def _verdict(report: Report, head: Headline, *, passed: bool) -> tuple[str, str]
         return "bad", f"Missed: {', '.join(missed)}."
     if close and close.value is None:
         return "bad", "Budget met; the outputs are not finite: do not use this net."
+    if report.get("untrained"):
+        return "bad", "Budget met, but the dense model looks untrained: these figures say nothing."
     if not scores:
         return "", "Budget met; not scored on labelled data."
     change = change_text(scores["dense"], scores["sparse"], scores)
@@ -152,10 +154,18 @@ def _speed_sentence(report: Report) -> str:
 
 def _bars(rows: Sequence[Report]) -> list[dict[str, Any]]:
     """`{name, layers, kept, total, density}` of each bar of the chart: blocks that are alike share one."""
-    bars = []
+    bars, every = [], ".weight" if all(row["name"].endswith(".weight") for row in rows) else ""
     for name, alike in folded(rows):
         kept, total = (sum(row[key] for row in alike) for key in ("kept", "total"))
-        bars.append({"name": name, "layers": len(alike), "kept": kept, "total": total, "density": kept / total})
+        bars.append(
+            {
+                "name": name.removesuffix(every),
+                "layers": len(alike),
+                "kept": kept,
+                "total": total,
+                "density": kept / total,
+            }
+        )
     return bars
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from allot.run.recipes import RECIPES
@@ -36,7 +36,23 @@ def repeat_command(report: Report, out: str = "runs/again") -> str:
     for row in report.get("guarantees") or ():
         words += [f"--{row['kind']}", str(row["asked"])]
     words += ["--seed", str(report["seed"])] if report["seed"] else []
-    return _lines([*map(str, words), "--out", out])
+    return shell_lines([*map(str, words), "--out", out])
+
+
+def shell_lines(words: Sequence[str]) -> str:
+    r"""Words as a command of a shell, in lines of `WIDTH` characters or so, each after the first with an option first.
+
+    >>> print(shell_lines(["allot", "prune", "zoo:glyph-mobilenetv2", "--data", "a b", "--budget", "macs=50%"]))
+    allot prune zoo:glyph-mobilenetv2 --data 'a b' --budget macs=50%
+    """
+    lines, line = list[str](), ""
+    for i, word in enumerate(map(shlex.quote, words)):
+        ahead = len(word) + (len(shlex.quote(words[i + 1])) + 1 if i + 1 < len(words) else 0)
+        if word.startswith("--") and len(line) + ahead > WIDTH:
+            lines, line = [*lines, line], f"  {word}"
+        else:
+            line = f"{line} {word}" if line else word
+    return " \\\n".join([*lines, line])
 
 
 def load_snippet(report: Report, run: str) -> str:
@@ -97,18 +113,6 @@ def _settings(settings: Report) -> Iterator[str]:
             yield from ("--set", f"options.{method}.{name}={value if isinstance(value, str) else json.dumps(value)}")
     for key, value in (settings.get("compute") or {}).items():
         yield from ("--set", f"compute.{key}={value if isinstance(value, str) else json.dumps(value)}")
-
-
-def _lines(words: list[str]) -> str:
-    """Words as a command of a shell, continued on lines of about `WIDTH` characters that begin with an option."""
-    lines, line = list[str](), ""
-    for i, word in enumerate(map(shlex.quote, words)):
-        ahead = len(word) + (len(shlex.quote(words[i + 1])) + 1 if i + 1 < len(words) else 0)
-        if word.startswith("--") and len(line) + ahead > WIDTH:
-            lines, line = [*lines, line], f"  {word}"
-        else:
-            line = f"{line} {word}" if line else word
-    return " \\\n".join([*lines, line])
 
 
 def _one_line(text: str) -> str:

@@ -201,11 +201,18 @@ def _parts_of_chain(choices: Choices) -> set[str]:
     return {*(json.loads(choices[key]) for key in ("method", "allocate")), *json.loads(choices.get("repair", "[]"))}
 
 
+def _is_usual_repair(choices: Choices) -> bool:
+    recipe = RECIPES.get(json.loads(choices["method"]))
+    return recipe is not None and json.loads(choices.get("repair", "[]")) == list(recipe.repair)
+
+
 def _name_parts(choices: Choices, shown: Sequence[str]) -> Iterator[str]:
     model = f"{json.loads(choices['model'])}: " if "model" in shown else ""
     yield model + json.loads(choices["method"])
     for key in shown:
         if key == "repair":
+            if _is_usual_repair(choices):
+                continue
             yield f"repair {'+'.join(json.loads(choices.get(key, '[]'))) or 'none'}"
         elif key in choices and key != "model":
             value = json.loads(choices[key])

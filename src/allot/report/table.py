@@ -220,7 +220,8 @@ def advice_table(advice: Report) -> RenderableType:
         name = f"{escape(row['layer'])}" + (f" and {row['layers'] - 1} alike" if row["layers"] > 1 else "")
         layers.add_row(name, *(f"{speedup:.2f}" for speedup in row["faster"].values()), even)
     tables = [table for table in (net, layers) if table.row_count]
-    return Group(*tables, *(Text(sentence) for sentence in advice["said"]))
+    commands = [Text(command, style="bold") for command in advice["commands"]]
+    return Group(*tables, *(Text(sentence) for sentence in advice["said"]), *commands)
 
 
 def methods_table(rows: Sequence[tuple[str, str, str, str]]) -> Table:
