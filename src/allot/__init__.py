@@ -1,78 +1,14 @@
 """Budgeted sparsification for PyTorch: a trained model and a budget in, a sparse model that meets it exactly out."""
 
 from importlib import metadata as _metadata
+from typing import TYPE_CHECKING
 
-from allot.budget.allocation import Allocation
-from allot.budget.budget import Budget
-from allot.errors import (
-    AllotError,
-    BudgetError,
-    GuaranteeMissed,
-    Lost,
-    PatternError,
-    Stopped,
-    UsageError,
-    VerificationError,
-)
-from allot.export.certificate.certificate import verify
-from allot.export.export import export
-from allot.export.files.formats import load
-from allot.export.files.slim import load_slim
-from allot.export.runtimes.sparse import load_csr
-from allot.methods import METHODS, RECIPES
-from allot.network.attach import attach, fold
-from allot.network.compute import Compute
-from allot.network.layers import Layer, Rules, Scope
-from allot.processes import sharing
-from allot.pruning.prune import prune
-from allot.pruning.result import Result
-from allot.pruning.search import search
-from allot.pruning.sweep import sweep
-from allot.run.calibration import Calibration
-from allot.run.evaluate import evaluate
-from allot.run.patterns import NM, Channels, Rows, Unstructured
-from allot.run.reading import Readable
-from allot.run.scores import SCORES
-from allot.sources import zoo
+from allot.lazy import lazily
 
-__all__ = [
-    "METHODS",
-    "NM",
-    "RECIPES",
-    "SCORES",
-    "Allocation",
-    "AllotError",
-    "Budget",
-    "BudgetError",
-    "Calibration",
-    "Channels",
-    "Compute",
-    "GuaranteeMissed",
-    "Layer",
-    "Lost",
-    "PatternError",
-    "Readable",
-    "Result",
-    "Rows",
-    "Rules",
-    "Scope",
-    "Stopped",
-    "Unstructured",
-    "UsageError",
-    "VerificationError",
-    "attach",
-    "evaluate",
-    "export",
-    "fold",
-    "load",
-    "load_csr",
-    "load_slim",
-    "prune",
-    "search",
-    "sharing",
-    "sweep",
-    "verify",
-    "zoo",
-]
+if TYPE_CHECKING:
+    from allot.api import *  # noqa: F403
+    from allot.api import __all__ as __all__
+
+lazily(__name__, over=("export",))
 
 __version__ = _metadata.version("allot")

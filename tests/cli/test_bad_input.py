@@ -98,7 +98,8 @@ def test_bounds_that_mean_nothing_end_with_2_and_those_that_cannot_be_met_with_3
 
 def test_what_is_missing_is_named():
     assert "--budget" in refused(pruned(NET))
-    assert "--out" in refused(f"prune {NET} --budget sparsity=0.9")
+    assert "--data" in refused(f"prune {NET} --budget sparsity=0.9")  # and no place: it has a default
+    assert "--out" in refused(f"search {NET} --data {NET} --max-drop 1pt")
     assert "--data" in refused(f"evaluate {NET}")
     assert "--input" in refused(f"plan {MLP} --budget macs=50%", 2)
     assert "nothing in scope" in refused("plan cli.factories:without_weights --budget sparsity=0.9", 3)

@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from importlib import metadata
 
 import pytest
 import torch
 
 from allot import METHODS, RECIPES, load
+from allot.cli import methods
+from allot.cli.option_words import WORDS, words_of
 from allot.export.files.formats import save_tensors
+from allot.methods import VARIANTS
+from allot.pruning.assemble import options_of
 from cli.command import FACTORIES, MLP, NET, SAMPLES, done, refused, run
 
 REPORT = {
@@ -221,19 +226,60 @@ def test_what_a_method_offers_to_set_is_accepted_as_it_stands(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_what_a_method_says_about_itself_keeps_its_lines(name):
-    assert done(f"methods {name} --json").json["text"] in done(f"methods {name}").err
+    assert done(f"methods {name} --json").json["text"] in done(f"methods {name} --paper").err
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_described_in_plain_words_with_a_line_for_every_option(name, monkeypatch):
+    monkeypatch.setattr(methods.people, "_width", 80)
+    shown, described = done(f"methods {name}").err, done(f"methods {name} --json").json
+    assert described["plain"] in shown and "Args:" not in shown and "Differences" not in shown
+    lines = shown.splitlines()
+    for option in described["options"]:
+        (at,) = [i for i, line in enumerate(lines) if line.startswith(f"  --set options.{name}.{option}=")]
+        assert lines[at + 1].startswith(" " * 8) and "see --paper" not in lines[at + 1]
+        assert all(len(line) <= 80 for line in lines[at + 1 : at + 3] if line.startswith(" " * 8))
+
+
+def test_no_two_methods_have_the_same_description():
+    summaries = {name: row["summary"] for name, row in done("methods --json").json["methods"].items()}
+    assert len(set(summaries.values())) == len(summaries)
+    assert not VARIANTS.keys() - METHODS.keys()
+
+
+def test_every_option_of_a_method_is_explained_and_no_other():
+    options = {option for method in METHODS.values() for option in options_of(method)}
+    assert WORDS.keys() <= options
+    assert all(";" in words for words in WORDS.values())  # what it is; when to change it
+
+
+def test_an_option_without_words_is_explained_by_its_class():
+    assert words_of(Mine(3), "size") == "how many of them, 1 or more"
+    assert words_of(Mine(3), "other") == "see --paper"
+
+
+@dataclass(frozen=True)
+class Mine:
+    """A method.
+
+    Args:
+        size: how many of them, 1
+            or more. And so on.
+    """
+
+    size: int
 
 
 @pytest.mark.parametrize("verb", ["prune", "plan", "evaluate", "verify", "report", "methods"])
 def test_every_verb_explains_all_its_options(verb):
     text = done(f"{verb} --help").out
-    assert text.startswith(f"Usage: allot {verb}") and "--json" in text
-    entries = [line for line in text.splitlines() if line.startswith("  --")]
+    assert text.strip().startswith(f"Usage: allot {verb}") and "--json" in text
+    entries = [line.strip("│ ") for line in text.splitlines() if line.startswith("│ --")]
     assert entries and all(line.count("  ") >= 2 for line in entries)
 
 
 def test_help_names_the_defaults():
-    text = " ".join(done("prune --help").out.split())
+    text = " ".join(done("prune --help").out.replace("│", " ").split())
     for default in (
         "[best; of a language model llm; without data erk]",
         "[unstructured]",
@@ -248,7 +294,7 @@ def test_help_names_the_defaults():
 
 def test_allot_alone_shows_the_verbs():
     outcome = run("")
-    assert outcome.code == 2 and outcome.out == "" and "prune" in outcome.err and "Usage: allot" in outcome.err
+    assert outcome.code == 0 and outcome.err == "" and "prune" in outcome.out and "Usage: allot" in outcome.out
     assert "prune" in done("--help").out
 
 

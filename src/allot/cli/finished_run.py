@@ -1,11 +1,9 @@
-"""Finished runs read back, and methods described, for the command line."""
+"""Finished runs read back for the command line."""
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +11,11 @@ from typing import Any
 from allot.cli.named_code import names_code
 from allot.cli.recipe import RecipeFile
 from allot.errors import UsageError
-from allot.methods import METHODS
-from allot.pruning.assemble import options_of
-from allot.run.problem import Rule
 from allot.run.store import read_finished, read_run
 from allot.sources.load import load_model
 from allot.sources.origins import ModelSource
 
 log = logging.getLogger("allot")
-# the section of a docstring that describes a method's state, which is for developers
-_STATE = re.compile(r"^State:\n(?:(?: .*)?\n)*(?: .*\Z)?", re.MULTILINE)
-
-
 _ANSWERED = ("model", "weights", "input", "data", "test", "metric", "workers", "skip_corrupt")
 
 
@@ -133,17 +124,3 @@ def find_runs(path: Path) -> list[Path]:
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UsageError(f"{table} cannot be read: {error}") from error
     raise UsageError(f"{path} holds no run: no cell of that sweep met its budget.")
-
-
-def describe_method(name: str) -> dict[str, Any]:
-    """The docstrings and options of a method: `{role, needs, summary, text, options}`."""
-    method: Any = METHODS[name]
-    documented = method.densities if isinstance(method, Rule) else type(method)
-    text = "\n\n".join((inspect.getdoc(documented) or "", inspect.getdoc(inspect.getmodule(documented)) or ""))
-    return {
-        "role": method.role,
-        "needs": "calibration data" if method.needs_data else "no data",
-        "summary": text.splitlines()[0],
-        "text": _STATE.sub("", text),
-        "options": options_of(method),
-    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from allot.cli.recipe import RecipeFile
+from allot.run.activity import activity
 from allot.sources.load import load_data, load_model
 from allot.sources.origins import ModelSource
 
@@ -16,8 +17,12 @@ _SAME = (  # keys of a recipe that are arguments of `prune` under the same name
 
 def load_inputs(wanted: RecipeFile) -> tuple[ModelSource, Any]:
     """The model on its device, and the calibration data; None where none was given."""
-    source = load_model(wanted.required_model(), weights=wanted.weights, shape=wanted.input, device=wanted.device)
-    return source, load_data(wanted.data, source, skip_corrupt=wanted.skip_corrupt) if wanted.data else None
+    with activity("loading model"):
+        source = load_model(wanted.required_model(), weights=wanted.weights, shape=wanted.input, device=wanted.device)
+    if wanted.data is None:
+        return source, None
+    with activity("opening data"):
+        return source, load_data(wanted.data, source, skip_corrupt=wanted.skip_corrupt)
 
 
 def prune_arguments(wanted: RecipeFile, source: ModelSource) -> dict[str, Any]:
@@ -28,4 +33,10 @@ def prune_arguments(wanted: RecipeFile, source: ModelSource) -> dict[str, Any]:
     elif wanted.data and wanted.data.startswith("zoo:"):
         test = load_data(wanted.data, source, split="test")
     arguments = {key: getattr(wanted, key) for key in _SAME}
-    return arguments | {"rules": wanted.rules(), "example": source.example, "test": test, "label": wanted.model}
+    return arguments | {
+        "progress": False,
+        "rules": wanted.rules(),
+        "example": source.example,
+        "test": test,
+        "label": wanted.model,
+    }

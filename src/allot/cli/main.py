@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
-from collections.abc import Callable
-from contextlib import nullcontext
-from importlib import metadata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 
-from allot.cli import inspect, measure, prune, search
 from allot.cli.console import notes, people, say, say_error
+from allot.cli.verbs import VERBS
 from allot.errors import AllotError, Stopped, in_one_line, raised_at
-from allot.processes import rank, sharing
 
 SHARED = ("prune", "sweep", "search", "evaluate")  # verbs that several processes run together
-app = typer.Typer(name="allot", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    name="allot", pretty_exceptions_enable=False, rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
 
 # the error of typer for a command line that it cannot read; some releases of it bring a click of their own
 _Misuse: Any = typer.BadParameter.__base__
@@ -32,36 +34,24 @@ def allot_command(
 ) -> None:
     """Budgeted sparsification: a trained model and a budget in, a sparse model that meets it exactly out."""
     if version:
+        from importlib import metadata
+
         sys.stdout.write(f"allot {metadata.version('allot')}\n")
         raise typer.Exit
     if context.invoked_subcommand is None:
-        sys.stderr.write(context.get_help() + "\n")
-        raise typer.Exit(2)
+        sys.stdout.write(context.get_help() + "\n")
+        raise typer.Exit
 
 
-_VERBS: dict[str, Callable[..., None]] = {
-    "prune": prune.prune_command,
-    "sweep": measure.sweep_command,
-    "search": search.search_command,
-    "advise": measure.advise_command,
-    "plan": prune.plan_command,
-    "evaluate": measure.evaluate_command,
-    "verify": inspect.verify_command,
-    "export": inspect.export_command,
-    "report": inspect.report_command,
-    "methods": inspect.methods_command,
-    "recipes": inspect.recipes_command,
-}
-for _verb, _command in _VERBS.items():
-    app.command(_verb)(_command)
+for _name, _verb in VERBS.items():
+    app.command(_name, epilog=_verb.epilog)(_verb.function)
 
 
 def main() -> None:
     """Run the command line; errors are one line on standard error and an exit code."""
     debug, arguments = "--debug" in sys.argv[1:], [word for word in sys.argv[1:] if word != "--debug"]
     try:
-        with sharing() if arguments[:1] and arguments[0] in SHARED else nullcontext(), notes():
-            people.quiet = rank() > 0
+        with _sharing(arguments), notes():
             code = app(args=arguments, prog_name="allot", standalone_mode=False) or 0
             if code == 130:  # what some releases of click make of Ctrl-C
                 raise KeyboardInterrupt
@@ -70,6 +60,20 @@ def main() -> None:
             traceback.print_exc()
         code = _reported(error)
     sys.exit(code)
+
+
+@contextmanager
+def _sharing(arguments: list[str]) -> Iterator[None]:
+    """While open, some verbs share their work where torchrun started this process: else torch is not imported here."""
+    people.quiet = False
+    if "WORLD_SIZE" not in os.environ or not arguments or arguments[0] not in SHARED:
+        yield
+        return
+    from allot.processes import rank, sharing
+
+    with sharing():
+        people.quiet = rank() > 0
+        yield
 
 
 def _reported(error: BaseException) -> int:

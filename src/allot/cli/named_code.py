@@ -8,7 +8,6 @@ from typing import Any
 
 from allot.cli.recipe import RecipeFile
 from allot.errors import UsageError
-from allot.export.files.destination import is_run
 
 _NO_CODE = {  # origins that name no code of their own: everything else is a place in Python
     "model": ("zoo", "torchvision", "timm", "hf"),
@@ -39,6 +38,8 @@ def check_recipe(path: Path, wanted: RecipeFile, given: RecipeFile) -> None:
     Raises:
         UsageError: the recipe lies in a run directory, and names code that the command line does not name.
     """
+    from allot.export.files.destination import is_run  # imports torch
+
     if not is_run(path.parent):
         return
     named = dict(_places(given))

@@ -1,4 +1,4 @@
-"""Verbs of the command line that take one budget: prune, and plan, which needs no data."""
+"""The work of the verbs that take one budget: prune, and plan, which needs no data."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import sys
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from allot.cli.console import people, print_json, progress, say
+from allot.cli.default_place import default_place
 from allot.cli.finished_run import read_report
 from allot.cli.loading import load_inputs, prune_arguments
-from allot.cli.options import CHAIN, LIMITS, READING, RULES, SCORING, Json, place, takes
 from allot.cli.recipe import RecipeFile
 from allot.errors import GuaranteeMissed, UsageError, VerificationError
 from allot.export.files.formats import OWN
@@ -28,53 +26,54 @@ from allot.pruning.setup import make_problem
 from allot.report import table
 from allot.report.data import layer_rows, of_whole_model, weights_of
 from allot.report.headline import headline
+from allot.run.driver import Progress as Step
 from allot.run.driver import drive, interruptible, phase
 from allot.run.named import import_from
 from allot.run.patterns import Channels
-from allot.run.places import check_file_place, check_run_place
 from allot.run.problem import Candidate, Chain, Problem, Rule
 from allot.run.store import write_json
-from allot.sources.load import REMOTE, example_of, load_model, load_shapes
+from allot.sources.load import example_of, load_model, load_shapes
+from allot.sources.names import REMOTE
 
 
-@takes(
-    "model", "data", "budget", *CHAIN, "weights", *SCORING, "min_fidelity", *RULES, *LIMITS, "seed", *READING, "input",
-    file=True,
-)  # fmt: skip
-def prune_command(
-    wanted: RecipeFile,
-    out: Annotated[
-        Path | None, typer.Option(parser=place, metavar="RUN", help="run directory; an unfinished one resumes")
-    ] = None,
-    *,
-    as_json: Json = False,
-) -> None:
-    """Prune MODEL to a budget and write a run directory; resumes if RUN is unfinished."""
-    if out is None:
-        raise UsageError("no place for the run: give --out RUN.")
-    check_run_place(out)
-    wanted.required_model()
+def prune_command(wanted: RecipeFile, out: Path | None, *, as_json: bool) -> None:
+    """Prune, verify and show the result.
+
+    Args:
+        out: the run directory; None: one that is named after the run, see `default_place`.
+    """
     budget = wanted.parsed_budget()
-    source, calibration = load_inputs(wanted)
-    with interruptible() as should_stop, progress(finish=not as_json) as on_step:
-        missed = None
-        try:
-            result = prune(
-                source.model, calibration, budget, method=wanted.method, seed=wanted.seed, save_to=out,
-                recipe=wanted.model_dump(mode="json", exclude_none=True), on_step=on_step, should_stop=should_stop,
-                max_drop=wanted.max_drop, min_fidelity=wanted.min_fidelity, **prune_arguments(wanted, source),
-            )  # fmt: skip
-        except GuaranteeMissed as error:  # shown below, like any finished run
-            result, missed = error.result, error
-        report = on_first_process(result.timed)
-        checks: list[dict[str, Any]] = []
-        if not as_json:
-            with phase("verifying"):
-                checks = result.verify()["rows"]
+    with progress(lines=not as_json) as display:
+        source, calibration = load_inputs(wanted)
+        place = out or default_place(wanted, source.model, calibration)
+        begun = out is not None
+
+        def on_step(step: Step) -> None:
+            nonlocal begun
+            if not begun:
+                say(f"run directory: {place}")
+            begun = True
+            display(step)
+
+        with interruptible() as should_stop:
+            missed = None
+            try:
+                result = prune(
+                    source.model, calibration, budget, method=wanted.method, seed=wanted.seed, save_to=place,
+                    recipe=wanted.model_dump(mode="json", exclude_none=True), on_step=on_step, should_stop=should_stop,
+                    max_drop=wanted.max_drop, min_fidelity=wanted.min_fidelity, **prune_arguments(wanted, source),
+                )  # fmt: skip
+            except GuaranteeMissed as error:  # shown below, like any finished run
+                result, missed = error.result, error
+            report = on_first_process(result.timed)
+            checks: list[dict[str, Any]] = []
+            if not as_json:
+                with phase("verifying"):
+                    checks = result.verify()["rows"]
     if as_json:
-        print_json({**read_report(out), "run": str(out)})
+        print_json({**read_report(place), "run": str(place)})
     else:
-        _show(report, checks, wanted, out)
+        _show(report, checks, wanted, place)
     if missed:
         raise missed
 
@@ -106,21 +105,9 @@ def _say_checks(rows: list[dict[str, Any]], out: Path) -> None:
     say(f"verified: {passed} checks of the re-opened files passed (allot verify {out} shows them)")
 
 
-@takes(
-    "model", "budget", "method", "allocate", "pattern", "runtime", "weights", "data", *RULES, "seed", "input", file=True
-)
-def plan_command(
-    wanted: RecipeFile,
-    save: Annotated[
-        Path | None, typer.Option(parser=place, metavar="FILE.json", help="write the allocation, to edit and replay")
-    ] = None,
-    *,
-    as_json: Json = False,
-) -> None:
-    """Show how the budget would be allocated to the layers; needs no data."""
+def plan_command(wanted: RecipeFile, save: Path | None, *, as_json: bool) -> None:
+    """Show the allocation, and write it to `save`."""
     model, budget = wanted.required_model(), wanted.parsed_budget()
-    if save:
-        check_file_place(save)
     import_from(Path.cwd())  # functions that options name
     chain = assemble(
         wanted.method or "erk",

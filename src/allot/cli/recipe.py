@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import math
-import re
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from allot.budget.budget import Budget
-from allot.budget.units import memory
 from allot.errors import UsageError, unknown
-from allot.network.compute import Compute
-from allot.network.layers import Rules
 from allot.run.max_drop import MaxDrop
 from allot.run.min_fidelity import MinFidelity
-from allot.sources.load import DATA_FORMS, MODEL_FORMS
+from allot.sources.names import DATA_FORMS, MODEL_FORMS
 
+if TYPE_CHECKING:
+    from allot.budget.budget import Budget
+    from allot.network.layers import Rules
+
+NO_MODEL = f"no MODEL: {MODEL_FORMS} is accepted."
 LONGEST = 2**22  # characters of a recipe
-LARGEST = 100_000  # values in it, aliases written out
-DEEPEST = 100  # brackets inside of one another
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,7 @@ COMPUTE = {  # choices of `Compute`, as options
 class RecipeFile(BaseModel):
     """Everything that decides a run, and the options of the command line. Unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     model: Annotated[str | None, Option(MODEL_FORMS, "MODEL")] = None
     weights: Annotated[
@@ -197,11 +193,15 @@ class RecipeFile(BaseModel):
     @field_validator("compute")
     @classmethod
     def _known_choices(cls, value: dict[str, Any]) -> dict[str, Any]:
+        from allot.network.compute import Compute  # imports torch
+
         return Compute.of(value).to_json()
 
     @field_validator("max_memory")
     @classmethod
     def _bytes(cls, value: int | str | None) -> int | str | None:
+        from allot.budget.units import memory
+
         return value if value is None or memory("max_memory", value) else None
 
     @field_validator("max_drop", "min_fidelity")
@@ -247,11 +247,14 @@ class RecipeFile(BaseModel):
         return value.split(",") if isinstance(value, str) else value
 
     @classmethod
-    def resolve(cls, path: Path | None, given: Mapping[str, Any], settings: Iterable[str]) -> RecipeFile:
+    def resolve(
+        cls, path: Path | None, given: Mapping[str, Any], settings: Iterable[str], *, needs_model: bool = False
+    ) -> RecipeFile:
         """The file's recipe, overridden by the values `given` (None: not given), then by `a.b=c` settings.
 
         Raises:
-            UsageError: unreadable file, unknown key (with the nearest), or a value of the wrong type.
+            UsageError: no model where one is needed, which is said before anything else; unreadable file, unknown key
+                (with the nearest), or a value of the wrong type.
         """
         content: dict[str, Any] = _read(path) if path else {}
         content |= {key: value for key, value in given.items() if value is not None and value != ()}
@@ -264,7 +267,11 @@ class RecipeFile(BaseModel):
                 content["budget"] = _by_kind(content.get("budget", ()))
             # layer names have dots of their own
             inner = [rest] if first in ("min_density", "max_density") else rest.split(".")
-            _put(content, [first, *inner] if rest else [first], _parsed(value, f"--set {setting}"))
+            from allot.cli.values import parsed
+
+            _put(content, [first, *inner] if rest else [first], parsed(value, f"--set {setting}"))
+        if needs_model and content.get("model") is None:
+            raise UsageError(NO_MODEL)
         for key in content:
             if key not in cls.model_fields:
                 raise unknown("recipe key", str(key), cls.model_fields)
@@ -284,7 +291,7 @@ class RecipeFile(BaseModel):
             UsageError: the recipe has none.
         """
         if self.model is None:
-            raise UsageError(f"no MODEL: {MODEL_FORMS} is accepted.")
+            raise UsageError(NO_MODEL)
         return self.model
 
     def parsed_budget(self) -> Budget:
@@ -295,10 +302,14 @@ class RecipeFile(BaseModel):
         """
         if not self.budget:
             raise UsageError("no budget: give --budget, like --budget sparsity=0.9 or --budget macs=50%.")
+        from allot.budget.budget import Budget
+
         return Budget.parse(*self.budget)
 
     def rules(self) -> Rules:
         """The rules on layers."""
+        from allot.network.layers import Rules
+
         return Rules(self.include, self.exclude, self.min_density, self.max_density, self.floor)
 
 
@@ -307,30 +318,9 @@ def gallery() -> dict[str, Path]:
     return {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
 
 
-class _Yaml(yaml.SafeLoader):
-    """YAML in which `2:4` is text (YAML 1.1 reads 124, as in minutes and seconds) and `1e-3` is a number."""
-
-    def fetch_flow_collection_start(self, token: Any) -> None:
-        if self.flow_level >= DEEPEST:  # here, since the time of the scanner is quadratic in them
-            raise RecursionError
-        super().fetch_flow_collection_start(token)
-
-
-_NUMBERS = {
-    "tag:yaml.org,2002:int": re.compile(r"[-+]?(0|[1-9][0-9]*)$"),
-    "tag:yaml.org,2002:float": re.compile(
-        r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
-    ),
-}
-_Yaml.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _tag, _pattern in _NUMBERS.items():
-    _Yaml.add_implicit_resolver(_tag, _pattern, list("-+.0123456789"))
-
-
 def _read(path: Path) -> dict[str, Any]:
+    from allot.cli.values import parsed
+
     named = gallery()
     if str(path) in named and not path.exists():
         path = named[str(path)]
@@ -343,38 +333,12 @@ def _read(path: Path) -> dict[str, Any]:
         raise UsageError(f"cannot read the recipe {path}: {getattr(error, 'strerror', None) or error}.") from error
     if len(text) > LONGEST:
         raise UsageError(f"the recipe {path} is longer than {LONGEST:,} characters.")
-    content = _parsed(text, f"the recipe {path}")
+    content = parsed(text, f"the recipe {path}")
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise UsageError(f"the recipe {path} is no mapping of keys to values.")
     return content
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        loader = _Yaml(text)
-        node = loader.get_single_node()
-        if node is not None and (count := _values_in(node, {})) > LARGEST:
-            size = "refers to itself" if count == math.inf else f"holds {count:,} values with its aliases written out"
-            raise UsageError(f"{where} {size}: at most {LARGEST:,} values are accepted.")
-        return None if node is None else loader.construct_document(node)
-    except UsageError:
-        raise
-    except RecursionError as error:
-        raise UsageError(f"{where} is nested too deeply.") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise UsageError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
-
-
-def _values_in(node: yaml.Node, counts: dict[int, float]) -> float:
-    """Values in a node when every alias is written out, counted without doing so; infinite where it holds itself."""
-    if id(node) not in counts:
-        counts[id(node)] = math.inf  # until all parts are counted: then a part is the node itself
-        parts = node.value if isinstance(node, yaml.CollectionNode) else []
-        pairs = (part if isinstance(part, tuple) else (part,) for part in parts)
-        counts[id(node)] = 1 + sum(_values_in(child, counts) for pair in pairs for child in pair)
-    return counts[id(node)]
 
 
 def _by_kind(budget: Any) -> Any:

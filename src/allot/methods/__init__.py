@@ -28,7 +28,7 @@ from allot.methods.unipts_search import EXCESS, Search, equal_counts
 from allot.run.problem import Method, Rule
 from allot.run.recipes import RECIPES
 
-__all__ = ["METHODS", "RECIPES"]
+__all__ = ["ALLOCATORS", "METHODS", "RECIPES", "REPAIRS", "VARIANTS"]
 
 POLISH = Distill(
     Training(steps="auto", first=40, max_steps=320, learning_rate="auto"),
@@ -37,8 +37,8 @@ POLISH = Distill(
     mixtures=1,
 )
 
-METHODS: dict[str, Method] = {
-    # allocate: how much each layer keeps
+# how much each layer keeps
+ALLOCATORS: dict[str, Method] = {
     "uniform": Rule(uniform, ("weights", "channels")),
     "erk": Rule(erk),
     "lamp": Rule(lamp),
@@ -77,7 +77,10 @@ METHODS: dict[str, Method] = {
     "dsa": Dsa(),
     "global-channels": GlobalChannels(),
     "sensitivity": Sensitivity(),
-    # repair: adjust the remaining weights
+}
+
+# adjust the remaining weights
+REPAIRS: dict[str, Method] = {
     "admm": Admm(),
     "admm-views": Admm(views=3),
     "anew": Anew(
@@ -96,4 +99,16 @@ METHODS: dict[str, Method] = {
     "distill": Distill(Training(learning_rate="auto")),
     "polish": replace(POLISH, helps=Helps(unfitted=1 / 8)),
     "unipts": Unipts(Training(learning_rate="auto")),
+}
+
+METHODS: dict[str, Method] = {**ALLOCATORS, **REPAIRS}
+
+# what sets a method apart from another one of the same class, in the words of `allot methods`
+VARIANTS = {
+    "bias": "Match the mean of each output channel to that of the dense net.",
+    "variance": "Match the mean and the spread of each output channel to those of the dense net.",
+    "admm-views": "As admm, with random crops of every picture beside it in the statistics.",
+    "polish": "Train the kept weights a little further; masks and batch norms stay. Stops when it no longer pays.",
+    "unipts-search": "Learn how much each layer keeps by a short fcpts, where UniPTS's search starts, and stops here.",
+    "unipts-paper": "Evolve how much each layer keeps, with the paper's schedule; every individual meets the budget.",
 }

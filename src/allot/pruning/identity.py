@@ -77,6 +77,7 @@ def notes(prepared: Prepared, identity: Mapping[str, Any]) -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "recipe": recipe | dict(request.recipe),
+        "requested": dict(request.recipe),  # without what was chosen for lack of a request
         "memory": prepared.memory,
         "processes": world_size(),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -26,6 +27,8 @@ from allot.pruning.result import Result
 from allot.pruning.setup import set_up
 from allot.pruning.stages import Run, run_stages
 from allot.pruning.time_limit import choose_cut, limit_steps, shorten
+from allot.report.progress import shown_in_python
+from allot.run.activity import activity
 from allot.run.calibration import Data
 from allot.run.driver import Progress
 from allot.run.evaluate import Score
@@ -79,6 +82,7 @@ def prune(
     recipe: Mapping[str, Any] | None = None,
     dense_score: Score | None = None,
     on_step: Callable[[Progress], None] | None = None,
+    progress: bool | None = None,
     should_stop: Callable[[], bool] | None = None,
     **limits: float | str,
 ) -> Result:
@@ -124,6 +128,7 @@ def prune(
             statistics and training; None: as repairs ask for them (of `best`, 3 on trial).
         recipe: further entries of recipe.yaml, like the origin of the model.
         dense_score: `evaluate` of the dense model on `test`, where it was computed already.
+        progress: whether the run is shown on standard error while it lasts; None: on a terminal and in a notebook.
         limits: the budget as keywords, like sparsity=0.9, macs="50%".
     Raises:
         UsageError, BudgetError, PatternError: the input cannot be used; the message says why, in one line.
@@ -138,20 +143,21 @@ def prune(
     """
     method = method or default_method(model, calibration, allocate, pattern, score, repair, stream)
     chain = assemble(method, allocate=allocate, score=score, pattern=pattern, repair=repair, options=options)
-    request = Request(
-        model=model, budget=_budget(budget, limits), chain=chain, rules=rules,
-        seed=seed, calibration=calibration, samples=samples, batch_size=batch_size, workers=workers, example=example,
-        test=test, metric=metric, max_drop=None if max_drop is None else MaxDrop.read(max_drop),
-        min_fidelity=None if min_fidelity is None else MinFidelity.read(min_fidelity),
-        dense_score=dense_score, runtime=Runtime.parse(runtime), compute=Compute.of(compute), stream=stream,
-        comparison=Comparison(outputs, loss), batch_norm=batch_norm, views=views, default_repair=repair is None,
-        max_minutes=max_minutes, max_steps=max_steps, max_memory=max_memory, label=label or type(model).__name__,
-        directory=None if save_to is None else check_directory_place(save_to),
-        recipe=dict(recipe or {}), options=dict(options or {}), on_step=on_step, should_stop=should_stop,
-    )  # fmt: skip
-    log = Log()
-    with preserved(model):
-        return _run(_prepare(request, set_up(request, log)), log)
+    with shown_in_python(progress, on_step) as step_shown:
+        request = Request(
+            model=model, budget=_budget(budget, limits), chain=chain, rules=rules, seed=seed, calibration=calibration,
+            samples=samples, batch_size=batch_size, workers=workers, example=example,
+            test=test, metric=metric, max_drop=None if max_drop is None else MaxDrop.read(max_drop),
+            min_fidelity=None if min_fidelity is None else MinFidelity.read(min_fidelity),
+            dense_score=dense_score, runtime=Runtime.parse(runtime), compute=Compute.of(compute), stream=stream,
+            comparison=Comparison(outputs, loss), batch_norm=batch_norm, views=views, default_repair=repair is None,
+            max_minutes=max_minutes, max_steps=max_steps, max_memory=max_memory, label=label or type(model).__name__,
+            directory=None if save_to is None else check_directory_place(save_to),
+            recipe=dict(recipe or {}), options=dict(options or {}), on_step=step_shown, should_stop=should_stop,
+        )  # fmt: skip
+        log = Log()
+        with preserved(model):
+            return _run(_prepare(request, set_up(request, log)), log)
 
 
 def _budget(budget: Any, limits: Mapping[str, float | str]) -> Budget:
@@ -180,7 +186,8 @@ def _prepare(request: Request, problem: Problem) -> Prepared:
     memory = choose_compute(problem, chain, request.max_memory, earlier.get("memory"))
     if memory:
         problem = replace(problem, compute=Compute.of(memory["picked"]))
-    cut = choose_cut(problem, chain, request.max_minutes, earlier.get("configuration", {}).get("fit"))
+    with activity("timing steps") if request.max_minutes else nullcontext():
+        cut = choose_cut(problem, chain, request.max_minutes, earlier.get("configuration", {}).get("fit"))
     chain, requested = (shorten(parts, cut) for parts in (chain, requested))
     if request.max_steps and cut and cut.get("max_steps", 0) > request.max_steps:
         chain, requested = (limit_steps(parts, request.max_steps) for parts in (chain, requested))
@@ -193,7 +200,8 @@ def _run(prepared: Prepared, log: Log) -> Result:
     request, store = prepared.request, None
     dense_score = request.dense_score
     if request.score_of and not prepared.done:
-        dense_score = dense_score or request.score_of(request.model)  # unusable test data is an error before the run
+        with activity("scoring the dense model"):  # unusable test data is an error before the run
+            dense_score = dense_score or request.score_of(request.model)
     if dense_score and dense_score.at_chance:
         note_untrained(log, f"its {dense_score.metric} of {100 * dense_score.score:.1f} % is that of chance")
     if request.max_drop and dense_score:

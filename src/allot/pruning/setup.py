@@ -36,6 +36,7 @@ from allot.processes import all_gather_object, on_first_process, world_size
 from allot.pruning.checks import check_followed, check_numbers, check_plain, nothing_in_scope, packed_weights
 from allot.pruning.measured_scope import measured_scope, warn_small_scope
 from allot.pruning.request import Request
+from allot.run.activity import activity
 from allot.run.batch_norm_mode import MOVED, batch_norm_error
 from allot.run.calibration import BATCH, SAMPLES, TEXTS, Calibration, inputs_of, texts_at_a_time
 from allot.run.driver import Progress, repeatable
@@ -65,17 +66,18 @@ def set_up(request: Request, log: Log) -> Problem:
     """
     chain = request.chain
     with repeatable(request.model, request.seed, "pose"):  # the name decides draws: another one, other draws
-        inputs, watch = _calibration(request), None
+        with activity("reading samples"):
+            inputs, watch = _calibration(request), None
         if inputs is not None:
             inputs, watched = inputs.parted()
             watch = Watch(request.model, watched, request.comparison)
-        problem = make_problem(
-            request.model, request.budget, chain.pattern, calibration=inputs, rules=request.rules, score=chain.score,
-            example=None if inputs else request.example, seed=request.seed, latency=_timing(request, log),
-            left_dense=request.left_dense, comparison=request.comparison,
-        )  # fmt: skip
-    for sign in (request.known_untrained, sign_in_weights(request.model), sign_in_outputs(watch)):
-        note_untrained(log, sign)
+        with activity("measuring MACs"):
+            problem = make_problem(
+                request.model, request.budget, chain.pattern, calibration=inputs, rules=request.rules,
+                score=chain.score, example=None if inputs else request.example, seed=request.seed,
+                latency=_timing(request, log), left_dense=request.left_dense, comparison=request.comparison,
+            )  # fmt: skip
+    note_untrained(log, request.known_untrained, sign_in_weights(request.model), sign_in_outputs(watch))
     warn_small_scope(request.model, problem.scope)
     if any(part.needs_data for part in (chain.allocate, *chain.repair)):
         problem.inputs()
@@ -84,7 +86,8 @@ def set_up(request: Request, log: Log) -> Problem:
     if inputs is None:  # a score that needs inputs says so before anything is written
         whole = Candidate.dense(problem)
         Selection().step(problem, whole, Selection().init(problem, whole))
-    return replace(problem, watch=watch, batch_norm=_batch_norm(request.batch_norm, problem, log))
+    with activity("looking at batch norms"):
+        return replace(problem, watch=watch, batch_norm=_batch_norm(request.batch_norm, problem, log))
 
 
 def _batch_norm(requested: str, problem: Problem, log: Log) -> str:

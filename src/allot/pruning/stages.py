@@ -30,11 +30,13 @@ from allot.pruning.request import Prepared
 from allot.pruning.result import Result
 from allot.pruning.scoring import compared_scores, guarantees, is_score_of
 from allot.report.exports import update_report
+from allot.report.ladder import rungs
 from allot.run import patterns
+from allot.run.activity import activity, tell
 from allot.run.driver import drive, repeatable
 from allot.run.evaluate import Score
 from allot.run.guard import Guard
-from allot.run.problem import Candidate, Method, Problem
+from allot.run.problem import Candidate, Chain, Method, Problem
 from allot.run.store import Log, Store, write
 
 
@@ -64,7 +66,7 @@ def run_stages(run: Run) -> Result:
         return _reopen(run, store)
     if store and store.leads and "latency" in problem.budget.asked:
         save_tables(store.directory, problem)
-    stages = _stages(run)
+    stages, before = _stages(run), 0
     saved = store.saved if store else None
     log = saved.log if saved else run.log
     limits = {"fit": run.prepared.cut, "memory": run.prepared.memory}
@@ -72,23 +74,30 @@ def run_stages(run: Run) -> Result:
     candidate = replace(Candidate.dense(problem), diagnostics=limits)
     if saved:
         problem = slow_tables(problem, saved.candidate["diagnostics"])
-        names = [name for name, _ in stages]
-        stages = stages[names.index(saved.stage) :]
+        before = [name for name, _ in stages].index(saved.stage)
+        stages = stages[before:]
     guard = Guard(problem, log)
     guard.note_dense(Candidate.dense(problem))
-    for name, method in stages:
-        if name == "select":
-            candidate = _select_stage(run, method, candidate, guard)
-        else:
-            candidate = _drive_stage(run, name, method, candidate, guard)
-            if (trainings := candidate.diagnostics.get("helps")) and isinstance(method, WhereItHelps):
-                guard.note_left_out(name, trainings[-1]["left_out"])
+    for number, (name, method) in enumerate(stages, 1 + before):
+        with activity(_title(name, run.prepared.chain, method), number, before + len(stages)):
+            if name == "select":
+                candidate = _select_stage(run, method, candidate, guard)
+            else:
+                candidate = _drive_stage(run, name, method, candidate, guard)
+                if (trainings := candidate.diagnostics.get("helps")) and isinstance(method, WhereItHelps):
+                    guard.note_left_out(name, trainings[-1]["left_out"])
+        names = run.prepared.chain.names
+        told = {"allocate": names.allocate, "score": names.score, "fidelity": log.fidelity, "guard": log.guard}
+        (rung,) = rungs({**told, "seconds": {name: 0.0}})
+        if rung.outcome:
+            tell(rung.text)
         if name.startswith("latency"):
             problem = guard.problem = slow_tables(problem, candidate.diagnostics)
     guard.note_useless(candidate)
     scores, score_of = None, run.prepared.request.score_of
     if score_of and run.dense_score:
-        scores = compared_scores(problem, candidate, score_of, run.dense_score)
+        with activity("scoring the sparse model"):
+            scores = compared_scores(problem, candidate, score_of, run.dense_score)
     if problem.scope.groups:
         with single_process():
             _check_slim(problem, candidate)
@@ -110,6 +119,19 @@ def _stages(run: Run) -> list[tuple[str, Method]]:
     stages.append(("select", chain.select or Selection()))
     repairs = zip(chain.names.repair, chain.repair, strict=True)
     return stages + [(f"repair-{i}-{name}", method) for i, (name, method) in enumerate(repairs, 1)]
+
+
+def _title(stage: str, chain: Chain, method: Method) -> str:
+    """What a stage does, in the words of a user."""
+    if stage.startswith("allocate"):
+        return f"sparsity per layer ({chain.names.allocate})"
+    if not stage.startswith("repair-"):
+        return {"select": "choosing weights", "latency": "timing nets", "latency-again": "timing nets again"}[stage]
+    inner: Any = method
+    while hasattr(getattr(inner, "method", None), "role"):  # what repairs are wrapped in
+        inner = inner.method
+    trains, refits = hasattr(inner, "training") or hasattr(inner, "then"), hasattr(inner, "iterations")
+    return f"{'training' if trains else 'refitting' if refits else 'correcting'} ({stage.split('-', 2)[2]})"
 
 
 def _select_stage(run: Run, method: Method, allocated: Candidate, guard: Guard) -> Candidate:

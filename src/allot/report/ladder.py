@@ -36,18 +36,24 @@ class Rung:
     batch_norm: str
     seconds: float
 
+    @property
+    def text(self) -> str:
+        """The rung in a line."""
+        parts = (self.after.distance, self.after.agreement, self.outcome) if self.after else (self.outcome,)
+        return f"{self.name}: {', '.join(filter(None, parts))}"
 
-def rungs(report: Report, steps: Sequence[Report]) -> list[Rung]:
+
+def rungs(report: Report, steps: Sequence[Report] = ()) -> list[Rung]:
     """The stages of a run in order.
 
     Args:
-        steps: of steps.jsonl.
+        steps: of steps.jsonl; without them nothing is said of training.
 
     >>> report = {"seconds": {"repair-1-bn": 0.1}, "fidelity": [{"stage": "repair-1-bn", "step": 1, "kl": 0.2}]}
     >>> [(rung.name, rung.after.distance, rung.outcome) for rung in rungs(report, [])]
     [('bn', 'KL 0.2', 'kept')]
     """
-    return [_rung(stage, seconds, report, steps) for stage, seconds in report["seconds"].items()]
+    return [_rung(stage, seconds, report, steps) for stage, seconds in report.get("seconds", {}).items()]
 
 
 def looks(report: Report) -> list[Shown]:

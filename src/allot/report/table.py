@@ -18,6 +18,7 @@ from allot.budget.unused import MUCH, unused
 from allot.export.timing.clock import AS_DENSE, verdict
 from allot.report.fidelity import fidelity, warnings
 from allot.report.folding import folded
+from allot.report.ladder import rungs
 from allot.report.scores import change_text, is_share, lower_is_better, score_text
 
 Report = Mapping[str, Any]
@@ -34,11 +35,30 @@ def run_table(report: Report) -> RenderableType:
     """One run: what was promised, what it cost, and every layer."""
     title = f"{report['model']}: {report['method']} ({report['pattern']}, score {report['score']}"
     title += f", repair {'+'.join(report['repair'])})" if report["repair"] else ")"
-    tables = _summary_table(report), layer_table(report["layers"]), *_exports_table(report["exports"])
+    ladder = ladder_table(report)
+    tables = _summary_table(report), *([ladder] if ladder else []), layer_table(report["layers"])
+    tables += tuple(_exports_table(report["exports"]))
     kept = [Text(row["text"], style="" if row["met"] else "bold red") for row in report.get("guarantees", ())]
     warned = [Text(line, style="yellow") for line in warnings(report)]
     first = [warned.pop(0)] if report.get("untrained") else []
     return Group(*first, Text(title, style="bold"), *tables, *kept, *warned, *_skipped_lines(report))
+
+
+def ladder_table(report: Report) -> Table | None:
+    """The repairs of a run, how near the dense net each came, and whether it was kept; None where it has one or none.
+
+    >>> ladder_table({"fidelity": []}) is None
+    True
+    """
+    found = [rung for rung in rungs(report) if rung.outcome]
+    if len(found) < 3:  # the selected weights, and a repair
+        return None
+    table = _table(_label_column("step"), _label_column("distance from dense"), _label_column(), _label_column())
+    for rung in found:
+        style = {"undone": "yellow", "left out": "dim"}.get(rung.outcome, "green")
+        distance, agreement = (rung.after.distance, rung.after.agreement) if rung.after else ("", "")
+        table.add_row(escape(rung.name), distance, agreement, Text(rung.outcome, style=style))
+    return table
 
 
 def plan_table(plan: Report) -> RenderableType:
@@ -177,9 +197,7 @@ def export_table(row: Report) -> RenderableType:
 
 def _exports_table(exports: Sequence[Report]) -> list[Table]:
     """All exports in one table; no table without exports."""
-    figures = map(
-        _figure_column, ("bytes", "dense bytes", "of ideal mask", "ms", "dense ms", "speed (half of the rounds)")
-    )
+    figures = map(_figure_column, ("bytes", "dense", "of ideal mask", "ms", "dense ms", "speed (half of the rounds)"))
     table = _table("form", *figures, title="exports, opened again and timed beside dense")
     for row in exports:
         ideal = row.get("with_ideal_mask")

@@ -1,26 +1,11 @@
 """One problem, one driver, one run directory; calibration data, patterns and scores."""
 
-from allot.run.calibration import Calibration
-from allot.run.driver import Progress, drive
-from allot.run.patterns import NM, Channels, Pattern, Rows, Unstructured
-from allot.run.problem import Candidate, Method, Metrics, Problem, Rule
-from allot.run.recipes import Recipe
-from allot.run.store import State
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "NM",
-    "Calibration",
-    "Candidate",
-    "Channels",
-    "Method",
-    "Metrics",
-    "Pattern",
-    "Problem",
-    "Progress",
-    "Recipe",
-    "Rows",
-    "Rule",
-    "State",
-    "Unstructured",
-    "drive",
-]
+from allot.lazy import lazily
+
+if TYPE_CHECKING:
+    from allot.run.api import *  # noqa: F403
+    from allot.run.api import __all__ as __all__
+
+lazily(__name__)

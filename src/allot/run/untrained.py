@@ -30,9 +30,9 @@ STILL = 1e-6  # share of the outputs' squares that depends on the input
 ROWS = 8  # answers from which on outputs are looked at
 
 
-def note_untrained(log: Log, sign: str) -> None:
-    """Put a sign on record; the first one of a run is a warning. An empty text is no sign."""
-    if sign:
+def note_untrained(log: Log, *signs: str) -> None:
+    """Put signs on record; the first one of a run is a warning. An empty text is no sign."""
+    for sign in filter(None, signs):
         if not log.untrained:
             logger.warning("%s", sentence([sign]))
         log.untrained.append(sign)

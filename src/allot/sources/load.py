@@ -29,16 +29,11 @@ from allot.run.reading import Readable
 from allot.sources import zoo
 from allot.sources.files import Arrays, Texts
 from allot.sources.hugging_face import hf_model, of_tokens
+from allot.sources.names import NO_FILE, REMOTE, check_data, check_model
 from allot.sources.origins import ModelSource, timm_model, torchvision_model
 from allot.sources.pictures import folder
 from allot.sources.synthetic import Fractals
 from allot.sources.weights import fill
-
-MODEL_FORMS = (
-    "zoo:NAME, torchvision:NAME, timm:NAME, hf:NAME_OR_DIR, hf:DIR/FILE.gguf, package.module:factory or file.py:factory"
-)
-DATA_FORMS = "zoo:NAME, folder:DIR, npz:FILE, text:FILE, synthetic[:C,H,W], package.module:factory or file.py:factory"
-REMOTE = ("torchvision", "timm", "hf")  # origins that fetch trained weights
 
 
 def load_model(
@@ -56,12 +51,9 @@ def load_model(
     """
     place = device_of(device)
     origin, _, name = spec.partition(":")
-    if not name:
-        raise UsageError(f"MODEL {spec!r}: {MODEL_FORMS} is accepted.")
-    path = weights if weights not in (None, "default", "random") else None
+    check_model(spec, weights)
+    path = weights if weights not in (None, *NO_FILE) else None
     trained = weights in (None, "default")
-    if weights == "random" and origin not in REMOTE:
-        raise UsageError(f"--weights random is for {', '.join(f'{o}:' for o in REMOTE)} models; {spec} has its own.")
     loader = {"zoo": _zoo_model, "torchvision": torchvision_model, "timm": timm_model, "hf": hf_model}.get(origin)
     # standard output is for results; random weights are the same in every run and every process
     with redirect_stdout(sys.stderr), seeded(0):
@@ -139,10 +131,9 @@ def load_data(
 
 def _open_data(spec: str, source: ModelSource | None, split: str) -> Any:
     origin, _, name = spec.partition(":")
+    check_data(spec)
     if origin == "synthetic":
         return Fractals(_image_shape(spec, name, source))
-    if not name:
-        raise UsageError(f"DATA {spec!r}: {DATA_FORMS} is accepted.")
     if origin == "zoo":
         return zoo.data(name, split)
     if origin == "npz":
