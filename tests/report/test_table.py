@@ -130,6 +130,17 @@ def test_runs_side_by_side_show_what_sets_them_apart(report):
     assert "erk" in text and "lamp" in text and "not scored" in text and "0.8000" in text
 
 
+def test_runs_side_by_side_fit_80_columns_and_say_once_what_they_have_in_common(report):
+    other = {**copy.deepcopy(report), "method": "lamp", "repair": ["bn"]}
+    text = printed(table.comparison_table([("runs/six/erk/a", report), ("runs/six/lamp/b", other)]))
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80 and f"runs of {report['model']}, in runs/six" in text
+    assert text.count(report["model"]) == 1 and any(line.split()[:2] == ["lamp/b", "lamp"] for line in lines), text
+    assert "not measured" in text  # the last column is whole
+    other["repair"] = ["bn", "distill"]
+    assert "lamp + bn" in printed(table.comparison_table([("a", report), ("b", other)]), 120)
+
+
 def test_a_failed_check_stands_out():
     rows = [{"file": "f", "check": "sha256", "promised": "a" * 64, "found": "b" * 64, "passed": False}]
     text = printed(table.certificate_table(rows))

@@ -14,6 +14,7 @@ from allot.export.export import export_run
 from allot.report import table
 from allot.report.comparison import common_page, comparison_page, page_in
 from allot.report.exports import add_export
+from allot.report.headline import headline_line
 from allot.report.page import write_run
 from allot.run.store import write
 from allot.sources.load import example_of, load_model
@@ -75,6 +76,8 @@ def report_command(runs: list[Path], out: Path | None, *, as_json: bool) -> None
     if as_json:
         print_json(content)
         return
+    if len(runs) == 1:
+        people.print(headline_line(report), soft_wrap=True)
     people.print(table.run_table(report) if len(runs) == 1 else table.comparison_table(reports))
     say(f"page: {page}")
 

@@ -25,7 +25,7 @@ from allot.pruning.request import left_dense
 from allot.pruning.setup import make_problem
 from allot.report import table
 from allot.report.data import layer_rows, of_whole_model, weights_of
-from allot.report.headline import headline
+from allot.report.headline import headline_line
 from allot.run.driver import Progress as Step
 from allot.run.driver import drive, interruptible, phase
 from allot.run.named import import_from
@@ -79,7 +79,7 @@ def prune_command(wanted: RecipeFile, out: Path | None, *, as_json: bool) -> Non
 
 
 def _show(report: dict[str, Any], checks: list[dict[str, Any]], wanted: RecipeFile, out: Path) -> None:
-    say(headline(report))
+    people.print(headline_line(report), soft_wrap=True)
     people.print(table.run_table(report))
     for stage, (requested, left) in report["diagnostics"].get("fit", {}).get("steps", {}).items():
         say(f"cut to fit {wanted.max_minutes:g} minutes: {stage} takes {left:,} of {requested:,} steps")

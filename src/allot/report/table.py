@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from allot.report.fidelity import fidelity, warnings
 from allot.report.folding import folded
 from allot.report.ladder import rungs
 from allot.report.scores import change_text, is_share, lower_is_better, score_text
+from allot.run.recipes import RECIPES
 
 Report = Mapping[str, Any]
 
@@ -101,25 +103,39 @@ _SHORT = {AS_DENSE: "as dense"}  # in a column of a narrow terminal
 
 
 def comparison_table(reports: Sequence[tuple[str, Report]]) -> Table:
-    """Several runs side by side: (label, report) each."""
-    figures = map(_whole_column, ("sparsity\nof model", "MACs", "bytes", "dense", "sparse", "speed"))
-    table = _table(*map(_text_column, ("run", "model", "method")), *figures, title="runs")
+    """Several runs side by side: (label, report) each; what all have in common stands in the title."""
+    models = {report["model"] for _, report in reports}
+    labels = [label for label, _ in reports]
+    alike = len(set(labels)) > 1 and len({os.path.isabs(label) for label in labels}) == 1
+    folder = os.path.commonpath([os.path.dirname(label) for label in labels]) if alike else ""
+    title = f"runs{f' of {models.copy().pop()}' if len(models) == 1 else ''}{f', in {folder}' if folder else ''}"
+    figures = map(_whole_column, ("sparsity\nof model", "MACs", "bytes", "score\n(dense)", "speed"))
+    columns = ("run", *(["model"] if len(models) > 1 else []), "method")
+    table = _table(*map(_text_column, columns), *figures, title=escape(title))
     for label, report in reports:
         macs, scores, size = report["macs"], report["scores"], report["bytes"]["file"]
         weights = report.get("whole", {}).get("weights")  # removed from the whole model, beside that of the scope
         measured = speed(report)
         table.add_row(
-            escape(label),
-            escape(report["model"]),
-            escape(" + ".join((report["method"], *report["repair"]))),
+            escape(os.path.relpath(label, folder) if folder else label),
+            *([escape(report["model"])] if len(models) > 1 else []),
+            escape(_chain_text(report)),
             f"{report['sparsity']:.4f}" + (f"\n{1 - weights['sparse'] / weights['dense']:.4f}" if weights else ""),
             _percent_of(macs["sparse"], macs["dense"]) if macs else "not counted",
             "not saved" if size is None else f"{size:,}",
-            _score_text(scores["dense"], scores) if scores else "not scored",
-            _score_text(scores["sparse"], scores) if scores else "not scored",
+            f"{_score_text(scores['sparse'], scores)}\n({_score_text(scores['dense'], scores)})"
+            if scores
+            else "not scored",
             f"{measured['speedup']:.2f}x" if measured["speedup"] else _SHORT.get(measured["verdict"], "not measured"),
         )
     return table
+
+
+def _chain_text(report: Report) -> str:
+    """The method of a run, and its repairs where they are not those of the recipe."""
+    recipe = RECIPES.get(report["method"])
+    repairs = [] if recipe and set(report["repair"]) <= set(recipe.repair) else report["repair"]
+    return " + ".join((report["method"], *repairs))
 
 
 def speed(report: Report) -> dict[str, Any]:
