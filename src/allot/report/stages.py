@@ -13,7 +13,7 @@ Report = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Rung:
+class Stage:
     """One stage.
 
     Attributes:
@@ -37,17 +37,17 @@ class Rung:
     seconds: float
 
 
-def rungs(report: Report, steps: Sequence[Report]) -> list[Rung]:
+def stages(report: Report, steps: Sequence[Report]) -> list[Stage]:
     """The stages of a run in order.
 
     Args:
         steps: of steps.jsonl.
 
     >>> report = {"seconds": {"repair-1-bn": 0.1}, "fidelity": [{"stage": "repair-1-bn", "step": 1, "kl": 0.2}]}
-    >>> [(rung.name, rung.after.distance, rung.outcome) for rung in rungs(report, [])]
+    >>> [(one.name, one.after.distance, one.outcome) for one in stages(report, [])]
     [('bn', 'KL 0.2', 'kept')]
     """
-    return [_rung(stage, seconds, report, steps) for stage, seconds in report["seconds"].items()]
+    return [_stage_of(stage, seconds, report, steps) for stage, seconds in report["seconds"].items()]
 
 
 def looks(report: Report) -> list[Shown]:
@@ -59,8 +59,8 @@ def looks(report: Report) -> list[Shown]:
 
 
 def other_sentences(report: Report) -> list[str]:
-    """What the guard did beside undoing stages and leaving them out, which the rungs say."""
-    reasons = {rung.reason for rung in rungs(report, ())}
+    """What the guard did beside undoing stages and leaving them out, which the stages say."""
+    reasons = {stage.reason for stage in stages(report, ())}
     return [s for s in report.get("guard") or () if s not in reasons and s.partition(" left out: ")[2] not in reasons]
 
 
@@ -83,7 +83,7 @@ def batch_norm_sentence(report: Report) -> str:
     return f"Batch norms {kept} in training, except where a stage freezes them itself: {moved}."
 
 
-def _rung(stage: str, seconds: float, report: Report, steps: Sequence[Report]) -> Rung:
+def _stage_of(stage: str, seconds: float, report: Report, steps: Sequence[Report]) -> Stage:
     name, guard = _name(stage, report), report.get("guard") or ()
     losses = [step["loss"] for step in steps if step["stage"] == stage and "loss" in step]
     ends = [row for row in report.get("fidelity") or () if row["stage"] == stage]
@@ -93,7 +93,7 @@ def _rung(stage: str, seconds: float, report: Report, steps: Sequence[Report]) -
     undone = next((s for s in guard if s.startswith(f"{culprit} made it worse: ")), "")
     outcome = "" if after is None else "undone" if after.undone else "kept"
     tenth = math.ceil(len(losses) / 10)
-    return Rung(
+    return Stage(
         name=_title(stage, report),
         after=None if left_out else after,
         outcome="left out" if left_out else outcome,
