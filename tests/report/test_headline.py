@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from allot.report.headline import Headline, headline
+from allot.report.headline import Headline, headline, headline_line
 
 PLAIN: dict[str, Any] = {
     "sparsity": 0.9, "budget": [{"kind": "sparsity"}], "macs": None, "latency": None, "exports": [], "scores": None,
@@ -62,6 +62,12 @@ def test_what_was_not_measured_is_left_out():
 def test_a_loss_is_named_and_graded(scores: dict[str, Any], text: str, grade: str):
     found = Headline.of({**PLAIN, "scores": scores})
     assert (found.score, found.grade) == (text, grade)
+
+
+def test_a_loss_stands_out_in_a_terminal():
+    styles = [str(headline_line({**PLAIN, "scores": top1(0.9, score)}).style) for score in (0.9, 0.86, 0.3)]
+    assert styles == ["bold", "bold yellow", "bold red"]
+    assert headline_line(PLAIN).plain == headline(PLAIN)
 
 
 def test_a_scope_that_is_half_of_the_model_is_not_passed_off_as_all_of_it():

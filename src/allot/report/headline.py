@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rich.text import Text
+
 from allot.report.fidelity import fidelity
 from allot.report.scores import is_far_off, is_share, lower_is_better
 from allot.report.table import speed
@@ -66,6 +68,12 @@ def headline(report: Report) -> str:
     '90 % of weights removed; 1.1 MB -> 0.16 MB'
     """
     return str(Headline.of(report))
+
+
+def headline_line(report: Report) -> Text:
+    """The headline for a terminal: yellow where the score lost something, red where it is far from dense."""
+    found = Headline.of(report)
+    return Text(str(found), style={"loss": "bold yellow", "far": "bold red"}.get(found.grade, "bold"))
 
 
 def _removed(report: Report) -> str:
