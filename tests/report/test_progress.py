@@ -8,7 +8,7 @@ from rich.console import Console
 
 import allot
 from allot.report import progress
-from allot.report.ladder import rungs
+from allot.report.stages import stages
 from allot.report.progress import Display, shown
 from allot.report.table import ladder_table
 from allot.run.activity import activities, activity, tell
@@ -159,14 +159,14 @@ LADDER = {
 }  # fmt: skip
 
 
-def test_every_repair_is_a_rung_with_its_last_distance_and_what_became_of_it():
-    found = [(rung.name, rung.after and rung.after.value, rung.outcome) for rung in rungs(LADDER)]
+def test_every_repair_is_a_stage_with_its_last_distance_and_what_became_of_it():
+    found = [(stage.name, stage.after and stage.after.value, stage.outcome) for stage in stages(LADDER)]
     assert found == [
         ("weights by magnitude", 1.7, "kept"), ("admm", 0.3, "kept"), ("admm-views", 0.5, "undone"),
         ("polish", 0.2, "kept"), ("anew", None, "left out"),
     ]  # fmt: skip
-    assert rungs(LADDER)[2].text == "admm-views: KL 0.5, agrees on 90.0 %, undone"
-    assert rungs(LADDER)[4].text == "anew: left out"
+    assert stages(LADDER)[2].text == "admm-views: KL 0.5, agrees on 90.0 %, undone"
+    assert stages(LADDER)[4].text == "anew: left out"
 
 
 def test_the_ladder_is_a_table_of_80_columns_where_there_is_more_than_one_repair():
@@ -177,9 +177,9 @@ def test_the_ladder_is_a_table_of_80_columns_where_there_is_more_than_one_repair
     assert ladder_table({**LADDER, "seconds": {"select": 0.1}}) is None
 
 
-def test_a_run_tells_its_rungs(caplog: pytest.LogCaptureFixture):
+def test_a_run_tells_its_stages(caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.INFO, logger="allot.activities"):
         result = allot.prune(CASE.make(), CASE.inputs(32), "sparsity=0.5", repair="bn,variance", batch_size=8)
     told = [record.getMessage() for record in caplog.records if record.name == "allot.activities"]
-    assert told == [rung.text for rung in rungs(result.report()) if rung.outcome]
+    assert told == [stage.text for stage in stages(result.report()) if stage.outcome]
     assert told[0].startswith("weights by magnitude: ")

@@ -30,7 +30,7 @@ from allot.pruning.request import Prepared
 from allot.pruning.result import Result
 from allot.pruning.scoring import compared_scores, guarantees, is_score_of
 from allot.report.exports import update_report
-from allot.report.ladder import rungs
+from allot.report.stages import stages as stages_of
 from allot.run import patterns
 from allot.run.activity import activity, tell
 from allot.run.driver import drive, repeatable
@@ -88,9 +88,9 @@ def run_stages(run: Run) -> Result:
                     guard.note_left_out(name, trainings[-1]["left_out"])
         names = run.prepared.chain.names
         told = {"allocate": names.allocate, "score": names.score, "fidelity": log.fidelity, "guard": log.guard}
-        (rung,) = rungs({**told, "seconds": {name: 0.0}})
-        if rung.outcome:
-            tell(rung.text)
+        (stage,) = stages_of({**told, "seconds": {name: 0.0}})
+        if stage.outcome:
+            tell(stage.text)
         if name.startswith("latency"):
             problem = guard.problem = slow_tables(problem, candidate.diagnostics)
     guard.note_useless(candidate)

@@ -18,10 +18,10 @@ from allot.report.fidelity import compared_as, fidelity, warnings
 from allot.report.folding import folded
 from allot.report.frame import percent, template
 from allot.report.headline import Headline
-from allot.report.ladder import batch_norm_sentence, looks, other_sentences, rungs, training_sentences
 from allot.report.repeat import load_snippet, repeat_command
 from allot.report.scores import change_text, lower_is_better
 from allot.report.seed_groups import reading_report
+from allot.report.stages import batch_norm_sentence, looks, other_sentences, stages, training_sentences
 from allot.report.table import speed
 from allot.report.trajectories import budget_chart, density_chart, loss_charts, read_steps
 from allot.run.store import write
@@ -95,7 +95,7 @@ def run_page(report: Report, certificate: Report, recipe: str, steps: Sequence[R
         loss_charts=loss_charts(steps),
         exports=report.get("exports", []),
         close=fidelity(report),
-        rungs=rungs(report, steps),
+        stages=stages(report, steps),
         looks=looks(report),
         others=other_sentences(report),
         trainings=training_sentences(report),

@@ -19,7 +19,7 @@ from allot.budget.unused import MUCH, unused
 from allot.export.timing.clock import AS_DENSE, verdict
 from allot.report.fidelity import fidelity, warnings
 from allot.report.folding import folded
-from allot.report.ladder import rungs
+from allot.report.stages import stages
 from allot.report.scores import change_text, is_share, lower_is_better, score_text
 from allot.run.recipes import RECIPES
 
@@ -52,14 +52,14 @@ def ladder_table(report: Report) -> Table | None:
     >>> ladder_table({"fidelity": []}) is None
     True
     """
-    found = [rung for rung in rungs(report) if rung.outcome]
+    found = [stage for stage in stages(report) if stage.outcome]
     if len(found) < 3:  # the selected weights, and a repair
         return None
     table = _table(_label_column("step"), _label_column("distance from dense"), _label_column(), _label_column())
-    for rung in found:
-        style = {"undone": "yellow", "left out": "dim"}.get(rung.outcome, "green")
-        distance, agreement = (rung.after.distance, rung.after.agreement) if rung.after else ("", "")
-        table.add_row(escape(rung.name), distance, agreement, Text(rung.outcome, style=style))
+    for stage in found:
+        style = {"undone": "yellow", "left out": "dim"}.get(stage.outcome, "green")
+        distance, agreement = (stage.after.distance, stage.after.agreement) if stage.after else ("", "")
+        table.add_row(escape(stage.name), distance, agreement, Text(stage.outcome, style=style))
     return table
 
 

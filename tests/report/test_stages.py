@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import allot
-from allot.report.ladder import batch_norm_sentence, looks, rungs, training_sentences
 from allot.report.page import run_page
+from allot.report.stages import batch_norm_sentence, looks, stages, training_sentences
 from allot.report.trajectories import read_steps
 from report.pages import Seen, report
 
@@ -41,21 +41,21 @@ STEPS = [{"stage": "repair-2-polish", "step": i, "loss": 1.0 / (1 + i)} for i in
 
 
 def test_every_stage_says_how_it_ended_and_why():
-    found = {rung.name: rung for rung in rungs(told(), STEPS)}
+    found = {stage.name: stage for stage in stages(told(), STEPS)}
     assert list(found) == ["densities by erk", "weights by magnitude", "admm", "polish", "anew"]
-    assert [rung.outcome for rung in found.values()] == ["", "kept", "kept", "undone", "left out"]
+    assert [stage.outcome for stage in found.values()] == ["", "kept", "kept", "undone", "left out"]
     assert found["admm"].after.distance == "KL 0.2" and found["admm"].reason == ""
     assert found["polish"].after.distance == "KL 0.25" and found["polish"].reason.startswith("polish made it worse")
     assert found["anew"].after is None and found["anew"].reason == "the net is near enough (0.2)."
 
 
 def test_a_stage_that_trained_says_how_long_with_which_loss_and_batch_norms():
-    polish = rungs(told(), STEPS)[3]
+    polish = stages(told(), STEPS)[3]
     assert polish.trained == 20 and polish.losses == ((1 + 1 / 2) / 2, (1 / 19 + 1 / 20) / 2)
     assert polish.batch_norm == "frozen"  # by itself, where the run uses the statistics of each batch
-    other = rungs(told(settings={"hyperparameters": {"repair": [{}, {}, {}]}}), STEPS)[3]
-    assert other.batch_norm == "batch" and rungs(told(), STEPS)[2].batch_norm == ""
-    assert rungs(told(settings={}), STEPS)[3].batch_norm == ""  # not on record
+    other = stages(told(settings={"hyperparameters": {"repair": [{}, {}, {}]}}), STEPS)[3]
+    assert other.batch_norm == "batch" and stages(told(), STEPS)[2].batch_norm == ""
+    assert stages(told(settings={}), STEPS)[3].batch_norm == ""  # not on record
     assert "move by 1.59 %" in batch_norm_sentence(told()) and batch_norm_sentence(told(watch={})) == ""
     assert training_sentences(told()) == ["320 steps in 5 rounds; the end: no step size helped."]
 
@@ -67,7 +67,7 @@ def test_weights_that_an_allocator_trained_and_that_were_worse_say_so():
         {"stage": "guard", "step": 1, "kl": 0.2, "agreement": 0.9},
     ]
     reason = "training in fcpts made it worse: KL 0.2 -> 0.4; kept dense weights."
-    (select,) = rungs(told(allocate="fcpts", fidelity=entries, guard=[reason], seconds={"select": 1.0}), [])
+    (select,) = stages(told(allocate="fcpts", fidelity=entries, guard=[reason], seconds={"select": 1.0}), [])
     assert (select.outcome, select.reason) == ("undone", reason)
 
 
@@ -88,7 +88,7 @@ def test_the_page_of_the_default_shows_a_row_for_each_rung_and_folds_the_looks(t
     assert heads[:2] == ["stage", "KL after"] and len(rows) == len(content["seconds"])
     by_name = {row[0]: row for row in rows}
     assert by_name["anew"][3].startswith("left out") and "near enough" in by_name["anew"][3]
-    polish = next(rung for rung in rungs(content, steps) if rung.name == "polish")
+    polish = next(stage for stage in stages(content, steps) if stage.name == "polish")
     assert polish.trained >= 12 and by_name["polish"][heads.index("steps trained")] == f"{polish.trained}"
     assert by_name["polish"][heads.index("batch norms")] == "frozen"
     assert len(looks(content)) > 3 and f"{len(looks(content))} looks at the net while it was trained" in seen.text

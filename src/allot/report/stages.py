@@ -13,7 +13,7 @@ Report = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Rung:
+class Stage:
     """One stage.
 
     Attributes:
@@ -38,22 +38,22 @@ class Rung:
 
     @property
     def text(self) -> str:
-        """The rung in a line."""
+        """The stage in a line."""
         parts = (self.after.distance, self.after.agreement, self.outcome) if self.after else (self.outcome,)
         return f"{self.name}: {', '.join(filter(None, parts))}"
 
 
-def rungs(report: Report, steps: Sequence[Report] = ()) -> list[Rung]:
+def stages(report: Report, steps: Sequence[Report] = ()) -> list[Stage]:
     """The stages of a run in order.
 
     Args:
         steps: of steps.jsonl; without them nothing is said of training.
 
     >>> report = {"seconds": {"repair-1-bn": 0.1}, "fidelity": [{"stage": "repair-1-bn", "step": 1, "kl": 0.2}]}
-    >>> [(rung.name, rung.after.distance, rung.outcome) for rung in rungs(report, [])]
+    >>> [(one.name, one.after.distance, one.outcome) for one in stages(report, [])]
     [('bn', 'KL 0.2', 'kept')]
     """
-    return [_rung(stage, seconds, report, steps) for stage, seconds in report.get("seconds", {}).items()]
+    return [_stage_of(stage, seconds, report, steps) for stage, seconds in report.get("seconds", {}).items()]
 
 
 def looks(report: Report) -> list[Shown]:
@@ -65,8 +65,8 @@ def looks(report: Report) -> list[Shown]:
 
 
 def other_sentences(report: Report) -> list[str]:
-    """What the guard did beside undoing stages and leaving them out, which the rungs say."""
-    reasons = {rung.reason for rung in rungs(report, ())}
+    """What the guard did beside undoing stages and leaving them out, which the stages say."""
+    reasons = {stage.reason for stage in stages(report, ())}
     return [s for s in report.get("guard") or () if s not in reasons and s.partition(" left out: ")[2] not in reasons]
 
 
@@ -89,7 +89,7 @@ def batch_norm_sentence(report: Report) -> str:
     return f"Batch norms {kept} in training, except where a stage freezes them itself: {moved}."
 
 
-def _rung(stage: str, seconds: float, report: Report, steps: Sequence[Report]) -> Rung:
+def _stage_of(stage: str, seconds: float, report: Report, steps: Sequence[Report]) -> Stage:
     name, guard = _name(stage, report), report.get("guard") or ()
     losses = [step["loss"] for step in steps if step["stage"] == stage and "loss" in step]
     ends = [row for row in report.get("fidelity") or () if row["stage"] == stage]
@@ -99,7 +99,7 @@ def _rung(stage: str, seconds: float, report: Report, steps: Sequence[Report]) -
     undone = next((s for s in guard if s.startswith(f"{culprit} made it worse: ")), "")
     outcome = "" if after is None else "undone" if after.undone else "kept"
     tenth = math.ceil(len(losses) / 10)
-    return Rung(
+    return Stage(
         name=_title(stage, report),
         after=None if left_out else after,
         outcome="left out" if left_out else outcome,
