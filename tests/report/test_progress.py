@@ -8,8 +8,8 @@ from rich.console import Console
 
 import allot
 from allot.report import progress
-from allot.report.stages import stages
 from allot.report.progress import Display, shown
+from allot.report.stages import stages
 from allot.report.table import ladder_table
 from allot.run.activity import activities, activity, tell
 from allot.run.driver import Progress as Step

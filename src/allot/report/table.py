@@ -19,8 +19,8 @@ from allot.budget.unused import MUCH, unused
 from allot.export.timing.clock import AS_DENSE, verdict
 from allot.report.fidelity import fidelity, warnings
 from allot.report.folding import folded
-from allot.report.stages import stages
 from allot.report.scores import change_text, is_share, lower_is_better, score_text
+from allot.report.stages import stages
 from allot.run.recipes import RECIPES
 
 Report = Mapping[str, Any]
