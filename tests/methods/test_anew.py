@@ -36,7 +36,7 @@ def state_of(result: Result) -> dict[str, Any]:
 
 
 def test_it_makes_what_its_allocator_and_repairs_make_as_a_chain(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("allot.run.guard.Guard.after", lambda self, stage, step, before, after, cause=None: after)
+    monkeypatch.setattr("allot.run.guard.Guard.after", lambda self, stage, step, before, after, **_: after)
     chain = pruned(allocate=LEARNED, repair="bn")
     anew = pruned(allocate="uniform", repair=("bias", Anew(LEARNED, then=(BatchNorm(),))))
     assert state_of(anew) == state_of(chain)

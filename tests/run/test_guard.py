@@ -15,6 +15,8 @@ import allot
 from allot.errors import Stopped
 from allot.pruning.prune import prune
 from allot.pruning.result import Result
+from allot.run.fidelity import Fidelity
+from allot.run.guard import Guard
 from allot.run.problem import Candidate, Problem
 from allot.run.store import State
 from contract.cases import CASES, bits
@@ -30,6 +32,7 @@ class Scaled:
     factors: tuple[float, ...]
     role: str = "repair"
     watched: bool = False
+    starts_over: bool = False
 
     needs_data = False
     allocates = ("weights", "channels")
@@ -78,6 +81,21 @@ def test_a_stage_that_made_the_net_worse_is_undone_and_said(factor: float):
     assert sentence.startswith("Scaled made it worse: KL ") and sentence.endswith("; kept the selected weights.")
     assert [entry["stage"] for entry in entries(guarded) if entry.get("undone")] == ["repair-1-Scaled"]
     assert distance(guarded) == distance(plain)
+
+
+@pytest.mark.parametrize(("starts_over", "shift"), [(False, 0.2), (True, 0.2), (True, -0.2), (True, 0.0)])
+def test_a_net_that_started_over_has_to_be_nearer_by_its_mean(
+    starts_over: bool, shift: float, monkeypatch: pytest.MonkeyPatch
+):
+    noise = torch.tensor([1.0, -1.0] * 4)  # a standard error of 0.38
+
+    def distances(guard: Guard, candidate: Candidate) -> Fidelity:
+        return Fidelity("kl", 2 + (noise + shift if candidate.tensors else torch.zeros(8)), None)
+
+    monkeypatch.setattr(Guard, "fidelity", distances)
+    said = pruned(Scaled((0.5,), starts_over=starts_over)).report()["guard"]
+    undone = starts_over and shift > 0
+    assert said == (["Scaled made it worse: KL 2 -> 2.2; kept the selected weights."] if undone else [])
 
 
 def test_a_stage_that_made_it_better_is_kept():

@@ -46,6 +46,7 @@ class Anew:
     needs_data = True
     parallel = True
     chooses_masks = True
+    starts_over = True
 
     def __post_init__(self) -> None:
         check_number("mixtures", self.mixtures, 0, whole=True)

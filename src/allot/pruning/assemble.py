@@ -24,7 +24,7 @@ from allot.methods.training.where_it_helps import Helps, WhereItHelps
 from allot.run import patterns
 from allot.run.driver import repeatable
 from allot.run.patterns import Pattern
-from allot.run.problem import Candidate, Chain, Method, Problem, Rule
+from allot.run.problem import Candidate, Chain, Method, Problem, Rule, innermost
 from allot.run.recipes import Recipe
 from allot.run.scores import CHANNEL_SCORES, SCORES, ChannelScore, WeightScore
 from allot.run.views import SIDE, are_pictures
@@ -168,7 +168,7 @@ def adapted(chain: Chain, problem: Problem, views: int | None) -> Chain:
 
     def adapt(method: Method) -> Method:
         helps, mixtures = getattr(method, "helps", Helps()), getattr(method, "mixtures", 0)
-        own = getattr(getattr(method, "method", method), "views", 0)
+        own = getattr(innermost(method), "views", 0)
         crops = views if views is not None and method.needs_data else own
         if crops and not pictures:
             log.warning("views=%d: inputs are no pictures [C, height, width] of %d pixels or more", crops, SIDE)

@@ -22,7 +22,7 @@ from allot.errors import Lost, Stopped
 from allot.network.draws import numbered, seeded
 from allot.processes import any_process, check_equal, on_first_process, world_size
 from allot.run.guard import Guard, Looks
-from allot.run.problem import Candidate, Method, Metrics, Problem, finished
+from allot.run.problem import Candidate, Method, Metrics, Problem, finished, innermost
 from allot.run.store import SAVE_SECONDS, Log, Store
 
 
@@ -110,7 +110,8 @@ def drive(
         if looks and guard:
             better = guard.best_of(stage, state["steps"], looks, better)
         if guard:
-            better = guard.after(stage, state["step"], start, better)
+            starts_over = getattr(innermost(method), "starts_over", False)
+            better = guard.after(stage, state["step"], start, better, starts_over=starts_over)
         log.seconds[stage] = before + time.monotonic() - started
         return better
 

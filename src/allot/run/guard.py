@@ -79,15 +79,21 @@ class Guard:
                 self.log.watch["reason"] = self.watch.reason
                 log.warning("nothing compares this run with the dense model: %s", self.watch.reason)
 
-    def after(self, stage: str, step: int, before: Candidate, after: Candidate, cause: str | None = None) -> Candidate:
+    def after(
+        self, stage: str, step: int, before: Candidate, after: Candidate, *, starts_over: bool = False,
+        cause: str | None = None,
+    ) -> Candidate:  # fmt: skip
         """`after`, the net at the end of a stage; or `before`, where that meets the budget and `after` is worse.
 
         Args:
+            starts_over: whether the stage set `before` aside: its net then has to have the lower mean; else less than
+                a standard error is no difference, and the net that more was done to stays.
             cause: what made it worse, where that is not the method of the stage.
         """
         first = self.fidelity(before) if meets(self.problem, before) else None
         second = self.fidelity(after) if after.masks else None
-        if first is None or second is None or not second.is_worse_than(first):
+        worse = first and second and (second.is_worse_than(first) or (starts_over and second.mean > first.mean))
+        if not first or not second or not worse:
             if second:
                 self.note(stage, step, after)
             return after

@@ -176,6 +176,13 @@ class _OneAtATime(Mapping[str, Tensor]):
         return len(self.names)
 
 
+def innermost(method: Any) -> Any:
+    """The method itself, without those that wrap it, as one that shows it views of the inputs."""
+    while hasattr(method, "method"):
+        method = method.method
+    return method
+
+
 def finished(state: State) -> bool:
     """Whether a method has no step left: it counts `step` up to `steps`, and lowers `steps` where it ends early.
 
@@ -206,6 +213,7 @@ class Method(Protocol):
             model has blocks. "needed": it is refused where the model has none.
         watched: optional, of a method that trains. True: `finish` may be asked on the way, and leaves the state as it
             was; the net is compared with the dense one then, and its best state is kept.
+        starts_over: optional, of a repair. True: it sets the net before it aside; its own has to be nearer to be kept.
         chooses_masks: optional, of a repair. True: it chooses the masks of all layers itself, whatever was selected
             before.
     """
