@@ -18,9 +18,10 @@ from types import FrameType
 from typing import Any
 
 import allot
+import allot.cli.prune  # torch is imported before anything is traced
 from allot.budget.budget import Budget
 from allot.budget.channels import ChannelBudget
-from allot.cli.main import app
+from allot.cli.main import command_line
 
 SOURCE = Path(allot.__file__).parent
 NET = "zoo:digits-resnet20"
@@ -49,7 +50,7 @@ def traced(
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         sys.setprofile(watch)
         try:
-            app([*arguments.split(), "--out", f"{folder}/run"], standalone_mode=False)
+            command_line(["prune"])([*arguments.split(), "--out", f"{folder}/run"], standalone_mode=False)
         except _Reached:
             pass
         finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -16,16 +16,10 @@ from allot.cli.verbs import VERBS
 from allot.errors import AllotError, Stopped, in_one_line, raised_at
 
 SHARED = ("prune", "sweep", "search", "evaluate")  # verbs that several processes run together
-app = typer.Typer(
-    name="allot", pretty_exceptions_enable=False, rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)  # fmt: skip
-
 # the error of typer for a command line that it cannot read; some releases of it bring a click of their own
 _Misuse: Any = typer.BadParameter.__base__
 
 
-@app.callback(invoke_without_command=True)
 def allot_command(
     context: typer.Context,
     *,
@@ -43,8 +37,16 @@ def allot_command(
         raise typer.Exit
 
 
-for _name, _verb in VERBS.items():
-    app.command(_name, epilog=_verb.epilog)(_verb.function)
+def command_line(names: Iterable[str]) -> typer.Typer:
+    """The command with these verbs: making all of them takes longer than running some."""
+    app = typer.Typer(
+        name="allot", pretty_exceptions_enable=False, rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )  # fmt: skip
+    app.callback(invoke_without_command=True)(allot_command)
+    for name in names:
+        app.command(name, epilog=VERBS[name].epilog)(VERBS[name].function)
+    return app
 
 
 def main() -> None:
@@ -52,6 +54,7 @@ def main() -> None:
     debug, arguments = "--debug" in sys.argv[1:], [word for word in sys.argv[1:] if word != "--debug"]
     try:
         with _sharing(arguments), notes():
+            app = command_line(arguments[:1] if arguments and arguments[0] in VERBS else VERBS)
             code = app(args=arguments, prog_name="allot", standalone_mode=False) or 0
             if code == 130:  # what some releases of click make of Ctrl-C
                 raise KeyboardInterrupt
