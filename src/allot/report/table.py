@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from rich import box
+from rich.bar import Bar
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Column, Table
@@ -78,18 +79,18 @@ def plan_table(plan: Report) -> RenderableType:
 
 def layer_table(layers: Sequence[Report]) -> Table:
     """Every layer with what it keeps; layers alike in repeated blocks share a row, whose figures are their sums."""
-    # figures stay whole: a long name folds, and the bar gives way
+    # figures stay whole: the bar gives way, and then a long name folds
     figures = map(_whole_column, ("kept", "of", "density", "MACs kept"))
-    table = _table(_text_column("layer", min_width=12), *figures, _label_column(width=_BAR), title="layers")
+    bars = Column(min_width=4, max_width=_BAR)
+    table = _table(_label_column("layer", min_width=12, overflow="fold"), *figures, bars, title="layers")
     if layers and all(layer.get("macs") is None for layer in layers):
         table.caption = "MACs are counted on an input: give --input C,H,W or --data DATA"
     for name, alike in folded(layers):
         kept, total = (sum(layer[key] for layer in alike) for key in ("kept", "total"))
         counts = [macs_kept(layer) for layer in alike]
         macs = "not counted" if None in counts else f"{sum(filter(None, counts)):,}"
-        bar = "█" * round(kept / total * _BAR) or "▏"
         shown = name + (f" x{len(alike)}" if len(alike) > 1 else "")
-        table.add_row(escape(shown), f"{kept:,}", f"{total:,}", f"{kept / total:.3f}", macs, bar)
+        table.add_row(escape(shown), f"{kept:,}", f"{total:,}", f"{kept / total:.3f}", macs, Bar(1, 0, kept / total))
     return table
 
 
