@@ -186,6 +186,18 @@ def test_a_guarded_run_that_was_stopped_ends_as_an_uninterrupted_one(steps: int,
     assert again.report()["fidelity"] == whole.report()["fidelity"]
 
 
+def test_a_run_that_was_stopped_before_the_selection_compares_what_the_allocator_trained(tmp_path: Path):
+    def chain(run: Path, **more: Any) -> Result:
+        return pruned(allocate=Scaled((40.0,), role="allocate"), save_to=run, **more)
+
+    whole = chain(tmp_path / "whole")
+    told = iter([False, True])
+    with pytest.raises(Stopped, match="stage select"):
+        chain(tmp_path / "run", should_stop=lambda: next(told, True))
+    resumed = chain(tmp_path / "run")
+    assert state_of(resumed) == state_of(whole) and resumed.report()["guard"] == whole.report()["guard"] != []
+
+
 # what a run says
 
 

@@ -74,6 +74,7 @@ def run_stages(run: Run) -> Result:
     candidate = replace(Candidate.dense(problem), diagnostics=limits)
     if saved:
         problem = slow_tables(problem, saved.candidate["diagnostics"])
+        candidate = Candidate.from_state(saved.candidate, problem)
         before = [name for name, _ in stages].index(saved.stage)
         stages = stages[before:]
     guard = Guard(problem, log)
