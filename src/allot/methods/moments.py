@@ -42,6 +42,7 @@ class OutputMoments:
         UsageError: a limit that is no such number.
     State:
         shiftable: layers that have a bias to shift.
+        left: layers that stay as they are.
         dense, sparse: layer -> `Moments` of its outputs in this net so far, each `[C_out]`, float64.
     """
 

@@ -43,7 +43,7 @@ def check_data(spec: str) -> None:
     if origin == "zoo":
         _check_zoo("data set", name, (*(file.stem for file in _ZOO.glob("data/*.npz")), *zoo_models()))
     if origin in ("npz", "folder", "text") and not Path(name).exists():
-        raise UsageError(f"{name}: no such file or directory.")
+        raise UsageError(f"{name}: no such {'folder' if origin == 'folder' else 'file or directory'}.")
     _check_code(spec)
 
 
