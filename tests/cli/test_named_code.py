@@ -58,7 +58,7 @@ def test_code_that_a_run_directory_names_is_not_run(sent, line):
 
 def test_the_error_names_the_key_the_code_and_the_option(sent):
     assert "RUN names code as its model (evil.py:mlp)" in (said := refused("evaluate RUN"))
-    assert "give --model evil.py:mlp if you trust it" in said
+    assert "give --model evil.py:mlp --data evil.py:samples if you trust it" in said
     assert "as its test (evil:samples)" in (said := refused(f"evaluate RUN --model {MLP}")) and "give --data" in said
     assert "give --metric" in refused(f"evaluate RUN --model {MLP} --data {SAMPLES}")
     assert "give --data evil.py:samples" in refused(f"export RUN --to bitmask --model {MLP}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -272,3 +274,28 @@ def test_copies_that_autocast_keeps_hide_no_weight():
         result = allot.prune(model, ROWS, "sparsity=0.5", method="erk", repair="none")
         assert torch.is_autocast_cache_enabled()
     assert [layer.name for layer in result.problem.scope] == ["0.weight", "2.weight"]
+
+
+class ByOtherWays(nn.Module):
+    """Uses a weight by an object, or by a closure, beside the parameter."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 4)
+        weight = self.a.weight
+        if way == "object":
+            self.other = SimpleNamespace(weight=weight)
+            self.first = lambda x: x @ self.other.weight.t()
+        else:
+            self.first = lambda x: x @ weight.t()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.first(x).relu())
+
+
+@pytest.mark.parametrize("way", ["object", "closure"])
+def test_weights_that_are_used_by_objects_and_closures_are_left_dense(way: str):
+    model = ByOtherWays(way).eval()
+    scope = allot.prune(model, torch.randn(32, 8), "sparsity=0.5", method="erk").problem.scope
+    assert [layer.name for layer in scope] == ["b.weight"]
+    assert "another reference" in scope.skipped["a.weight"]

@@ -52,7 +52,7 @@ def test_the_version_is_that_of_the_distribution():
 
 def test_a_result_is_printed_as_its_headline(result: allot.Result):
     assert repr(result) == f"Result(a <b> net, erk: {headline(result.report())})"
-    assert result.headline.startswith("75 % of weights removed; top-1 ")
+    assert result.headline.startswith("the model looks untrained; 75 % of weights removed; top-1 ")
 
 
 def test_printing_counts_no_histograms(result: allot.Result, monkeypatch: pytest.MonkeyPatch):

@@ -124,7 +124,7 @@ def test_a_terminal_shows_a_run_in_python_unless_it_is_told_not_to(monkeypatch: 
         screens.append(console(terminal=True))
         return screens[-1]
 
-    monkeypatch.setattr(progress, "Console", screen)
+    monkeypatch.setattr(progress, "Lasting", screen)
     for wanted, drawn in ((None, True), (False, False)):
         allot.prune(CASE.make(), CASE.inputs(16), "sparsity=0.5", repair="bn,variance", batch_size=8, progress=wanted)
         text = written(screens[-1])

@@ -236,3 +236,20 @@ def test_weights_at_random_are_known_from_the_recipe():
     net = trained(seeded(mlp), steps=100)
     result = allot.prune(net, None, "sparsity=0.5", repair="none", recipe={"weights": "random"})
     assert result.report()["untrained"] == ["its weights are random"]
+
+
+def test_norms_that_cannot_show_training_are_no_sign():
+    def net(norm: nn.Module) -> nn.Module:
+        layers = [nn.Linear(32, 32), norm, nn.Linear(32, 32)]
+        for layer in layers[::2]:
+            nn.init.normal_(layer.weight, std=0.1)
+        return nn.Sequential(*layers)
+
+    assert "normalisations are as they were made" in sign_in_weights(net(nn.LayerNorm(32)))
+    assert sign_in_weights(net(nn.RMSNorm(32))) == ""  # in 16 bits, weights of 1 stay 1
+    assert sign_in_weights(net(nn.LayerNorm(32).requires_grad_(False))) == ""
+
+
+def test_embeddings_of_length_one_and_large_values_are_no_sign():
+    assert watched(lambda x: nn.functional.normalize(x, dim=1)) == ""
+    assert watched(lambda x: 1000 + 0.3 * x, "mse") == ""

@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
-from rich.console import Console
-
-from allot.report.progress import EVERY, Display, shown
+from allot.report.progress import EVERY, Display, Lasting, shown
 from allot.run.activity import activity
 
 # a log has no width: its tables are not squeezed into 80 columns
-people = Console(stderr=True, width=None if sys.stderr.isatty() or "COLUMNS" in os.environ else 120)
+people = Lasting(
+    stderr=True, quiet=sys.stderr is None,
+    width=None if (sys.stderr and sys.stderr.isatty()) or "COLUMNS" in os.environ else 120,
+)  # fmt: skip
 
 
 @contextmanager

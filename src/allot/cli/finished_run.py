@@ -61,12 +61,18 @@ class RecordedRecipe:
             return self.model
         value = getattr(self.recorded, key)
         if names_code(key, value):
-            option = {"test": "data"}.get(key, key)
             raise UsageError(
                 f"{self.run} names code as its {key} ({value}), and no command runs code that a run directory names: "
-                f"give --{option} {value} if you trust it."
+                f"give {self._needed(key)} if you trust it."
             )
         return value
+
+    def _needed(self, key: str) -> str:
+        """The options that repeat what the run names as code: this one, and the data's beside the model's."""
+        keys = ("model", "data") if key == "model" and "data" not in self.given.model_fields_set else (key,)
+        named = {k: getattr(self.recorded, k) for k in keys}
+        option = {"test": "data"}
+        return " ".join(f"--{option.get(k, k)} {value}" for k, value in named.items() if names_code(k, value))
 
     def load(self, *, weights: str | None = None, device: str | None = None) -> ModelSource:
         """The dense model of the run.

@@ -11,6 +11,7 @@ from allot.cli.recipe import RecipeFile, gallery
 from allot.errors import UsageError, VerificationError, unknown
 from allot.export.certificate.certificate import place_of, verify
 from allot.export.export import export_run
+from allot.export.files.formats import BITMASK
 from allot.report import table
 from allot.report.comparison import common_page, comparison_page, page_in
 from allot.report.exports import add_export
@@ -61,6 +62,11 @@ def export_command(
         print_json(row)
     else:
         people.print(table.export_table(row))
+        if row["bytes"] >= row["dense_bytes"] and (small := run / BITMASK).exists():
+            say(
+                f"{row['form']} stores zeros like other weights: the small file is {small}, "
+                f"{small.stat().st_size:,} bytes"
+            )
 
 
 def report_command(runs: list[Path], out: Path | None, *, as_json: bool) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from allot.budget.units import KINDS
 from allot.cli.console import notes, people, say, say_error
 from allot.cli.verbs import VERBS
 from allot.errors import AllotError, Stopped, in_one_line, raised_at
@@ -89,7 +90,9 @@ def _reported(error: BaseException) -> int:
         code, line = error.exit_code, "; ".join([str(error), *getattr(error, "__notes__", ())])
     elif isinstance(error, _Misuse):
         verb = error.ctx.command_path if error.ctx else "allot"
-        line = f"{error.format_message()} (`{verb} --help` lists what is accepted)"
+        kind = getattr(error, "option_name", "").lstrip("-")
+        hint = f"did you mean --budget {kind}=LIMIT? " if kind in KINDS else ""
+        line = f"{error.format_message()} ({hint}`{verb} --help` lists what is accepted)"
     elif isinstance(error, KeyboardInterrupt | typer.Abort):
         code, line = 130, "interrupted."
     elif isinstance(error, OSError) and not raised_at(error):

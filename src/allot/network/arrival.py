@@ -10,8 +10,10 @@ parameter, and keeps zeros, is zero in one of the two passes.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from allot.network.kinds import FLOATS
 from allot.network.layers import Layer, Scope
 from allot.network.macs import Uses
 from allot.network.memory import has_memory, storage_of
+from allot.network.preserved import reached
 from allot.network.products import Product, observed
 
 COMPUTED = "computed anew before use: its zeros do not arrive where it meets the inputs"
@@ -60,7 +63,10 @@ def without_lost_zeros(scope: Scope, model: nn.Module, uses: Uses, run: Callable
 
 
 def referenced_elsewhere(model: nn.Module) -> set[str]:
-    """Names of the parameters in whose memory a tensor lies that an attribute, a list or a dict of a module holds."""
+    """Names of the parameters in whose memory a tensor lies that a module holds or refers to otherwise.
+
+    In an attribute, in containers and objects below it, or in what its functions, `forward` included, work on.
+    """
     by_memory: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters():
         if has_memory(parameter):
@@ -69,15 +75,11 @@ def referenced_elsewhere(model: nn.Module) -> set[str]:
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
             continue  # its list follows the parameters that are put in place
-        pending = [value for key, value in vars(module).items() if key not in _REGISTRIES]
-        seen: set[int] = set()
-        while pending:
-            value = pending.pop()
-            if isinstance(value, Tensor):
-                found |= by_memory.get(storage_of(value), set()) if has_memory(value) else set()
-            elif isinstance(value, dict | list | tuple | set) and id(value) not in seen:
-                seen.add(id(value))
-                pending += value.values() if isinstance(value, dict) else value
+        held: list[Any] = [value for key, value in vars(module).items() if key not in _REGISTRIES]
+        forward = inspect.getattr_static(type(module), "forward")  # of a scripted part no function
+        for value in reached([*held, forward] if isinstance(forward, FunctionType) else held):
+            if isinstance(value, Tensor) and has_memory(value):
+                found |= by_memory.get(storage_of(value), set())
     return found
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import FunctionType, MethodType, ModuleType
@@ -79,8 +79,8 @@ class _Snapshot:
         elif isinstance(value, torch.Generator):
             self.generators.append((value, value.get_state()))
         elif isinstance(value, MethodType | partial | FunctionType):
-            return ((part, depth) for part in _referred(value))
-        elif isinstance(getattr(value, "__dict__", None), dict) and depth < NESTED and not _of_library(value):
+            return ((part, depth) for part in referred(value))
+        elif isinstance(getattr(value, "__dict__", None), dict) and depth < NESTED and not of_library(value):
             return self._container(vars(value), depth + 1)
         return iter(())
 
@@ -141,13 +141,13 @@ def _refill(container: Any, before: list[Any]) -> None:
         container.update(before) if isinstance(container, set) else container.extend(before)
 
 
-def _referred(function: MethodType | partial[Any] | FunctionType) -> list[Any]:
+def referred(function: MethodType | partial[Any] | FunctionType) -> list[Any]:
     """What a function works on beside its arguments."""
     if isinstance(function, MethodType):
         return [function.__self__, function.__func__]
     if isinstance(function, partial):
         return [function.func, *function.args, *function.keywords.values()]
-    if _of_library(function):
+    if of_library(function):
         return []
     try:
         named = inspect.getclosurevars(function)
@@ -157,9 +157,32 @@ def _referred(function: MethodType | partial[Any] | FunctionType) -> list[Any]:
     return [*named.nonlocals.values(), *(value for value in named.globals.values() if isinstance(value, followed))]
 
 
-def _of_library(value: Any) -> bool:
+def of_library(value: Any) -> bool:
+    """Whether a function, or the class of an object, comes with torch, numpy or Python."""
     module = getattr(value if isinstance(value, FunctionType) else type(value), "__module__", None) or ""
     return module.partition(".")[0] in _LIBRARIES
+
+
+def reached(values: Iterable[Any]) -> Iterator[Any]:
+    """These values and all that they hold or refer to: containers, objects and what functions work on.
+
+    Modules are not entered: what they hold is theirs.
+    """
+    pending, seen = [(value, 0) for value in values], set[int]()
+    while pending:
+        value, depth = pending.pop()
+        if id(value) in seen or isinstance(value, nn.Module):
+            continue
+        seen.add(id(value))
+        yield value
+        if isinstance(value, dict):
+            pending += ((part, depth) for part in list(value.values()))
+        elif isinstance(value, list | tuple | set | frozenset | deque):
+            pending += ((part, depth) for part in list(value))
+        elif isinstance(value, MethodType | partial | FunctionType):
+            pending += ((part, depth) for part in referred(value))
+        elif isinstance(getattr(value, "__dict__", None), dict) and depth < NESTED and not of_library(value):
+            pending += ((part, depth + 1) for part in list(vars(value).values()))
 
 
 def _has_values(tensor: Tensor) -> bool:

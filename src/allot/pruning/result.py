@@ -247,7 +247,11 @@ class Result:
         return self.report()
 
     def _figures(self) -> dict[str, Any]:
-        return {**figures(self), "exports": exports_of(self.directory)}
+        try:
+            exports = exports_of(self.directory)
+        except UsageError:  # a damaged file is no reason for a result not to be shown
+            exports = []
+        return {**figures(self), "exports": exports}
 
     def report(self) -> dict[str, Any]:
         """The content of the report, as data."""

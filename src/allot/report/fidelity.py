@@ -78,5 +78,11 @@ def _shown(entry: Mapping[str, Any]) -> Shown:
     kind = "kl" if "kl" in entry else "error"
     agreement = "" if entry.get("agreement") is None else f"agrees on {100 * entry['agreement']:.1f} %"
     return Shown(
-        entry["stage"], entry["step"], NAMES[kind], MEANINGS[kind], entry.get(kind), agreement, entry.get("undone", False)
+        entry["stage"],
+        entry["step"],
+        NAMES[kind],
+        MEANINGS[kind],
+        entry.get(kind),
+        agreement,
+        entry.get("undone", False),
     )

@@ -31,6 +31,7 @@ class Headline:
     """The clauses of the sentence; one whose figure was not measured is empty.
 
     Attributes:
+        warning: that the model looks untrained, if it does.
         removed: share of the weights, and of the MACs where these were limited.
         score: dense and sparse on held-out data; a loss from `LOSS` on is named.
         fidelity: how near the outputs are to the dense model's, on inputs that nothing trained on.
@@ -39,6 +40,7 @@ class Headline:
         grade: of the score: "close", a "loss" from `LOSS` on, or "far" from dense; empty where it was not scored.
     """
 
+    warning: str
     removed: str
     score: str
     fidelity: str
@@ -50,10 +52,11 @@ class Headline:
     def of(cls, report: Report) -> Headline:
         """The headline of a report, which is the content of report.json."""
         score, grade = _score(report.get("scores"))
-        return cls(_removed(report), score, _fidelity(report), _bytes(report["bytes"]), _speed(report), grade)
+        warning = "the model looks untrained" if report.get("untrained") else ""
+        return cls(warning, _removed(report), score, _fidelity(report), _bytes(report["bytes"]), _speed(report), grade)
 
     def __str__(self) -> str:
-        clauses = (self.removed, self.score, self.fidelity, self.bytes, self.speed)
+        clauses = (self.warning, self.removed, self.score, self.fidelity, self.bytes, self.speed)
         return "; ".join(clause for clause in clauses if clause)
 
 

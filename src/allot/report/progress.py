@@ -26,6 +26,13 @@ _phases = logging.getLogger("allot.phases")  # of the finish of a run, see `allo
 _shown: list[Display] = []  # the display that is open, if any
 
 
+class Lasting(Console):
+    """A console that falls silent when nobody reads it any more; rich would end the process."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class Display:
     """What a run is doing, on a console; call it with every `Progress` of the driver.
 
@@ -159,7 +166,7 @@ def shown_in_python(
     Args:
         progress: None: on a terminal and in a notebook.
     """
-    console = Console(stderr=True) if sys.stderr is not None else Console(quiet=True)
+    console = Lasting(stderr=True, quiet=sys.stderr is None)
     if progress is None:
         progress = console.is_terminal or console.is_jupyter
     if not progress or _shown:

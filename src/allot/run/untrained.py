@@ -2,8 +2,9 @@
 
 weights   most layers hold a uniform draw, w ~ U(-b, b) with one of the bounds b of `torch.nn.init`: no |w| is above b,
           the largest one is as close to b as a draw comes, and mean(w^2) = b^2 / 3; a single step of training moves
-          weights above b. Or every normalisation is as it was made, and the weights have no heavier tails than a draw.
-outputs   of classes: mean entropy >= 99 % of log(classes); of any: inputs move them by less than .1 % of their size.
+          weights above b. Or every normalisation that can move is as it was made, its bias or statistics too, and the
+          weights have no heavier tails than a draw.
+outputs   of classes: mean entropy >= 99 % of log(classes); of any: inputs move them by less than .003 % of their size.
 score     kappa = (p - p_c) / (1 - p_c) is near 0, with p top-1 and p_c what it would be if answers and labels were
           independent: the sum over classes of the share of answers times the share of labels.
 """
@@ -26,7 +27,7 @@ logger = logging.getLogger("allot")
 
 LARGE = 256  # weights of a layer from which on its distribution can be tested
 FLAT = 0.99  # share of the largest entropy
-STILL = 1e-6  # share of the outputs' squares that depends on the input
+STILL = 1e-9  # share of the outputs' squares that depends on the input
 ROWS = 8  # answers from which on outputs are looked at
 
 
@@ -78,7 +79,7 @@ def sign_in_outputs(watch: Watch | None) -> str:
     if watch.kind == "values":
         return _STILL if all(_moved(wide(y).flatten(1)) <= STILL for y in outputs) else ""
     rows = [wide(y).movedim(classes(y), -1).flatten(0, -2).log_softmax(-1) for y in outputs]  # [answers, classes]
-    if any(len(z) < ROWS for z in rows):
+    if any(len(z) < ROWS for z in rows) or all(map(_of_length_one, map(wide, outputs))):
         return ""
     entropies = [float(-(z.exp() * z).sum(-1).mean()) / math.log(z.shape[-1]) for z in rows]
     if min(entropies) >= FLAT:
@@ -87,6 +88,11 @@ def sign_in_outputs(watch: Watch | None) -> str:
 
 
 _STILL = "it answers nearly the same for every input"
+
+
+def _of_length_one(rows: Tensor) -> bool:
+    """Whether all rows `[rows, ...]` have the norm 1, as embeddings that are compared by their angle: no classes."""
+    return bool(((rows.flatten(1).norm(dim=1) - 1).abs() <= 1e-3).all())
 
 
 def _moved(rows: Tensor) -> float:
@@ -133,10 +139,14 @@ def _has_light_tails(weight: Tensor) -> bool:
 
 
 def _norms(model: nn.Module) -> Iterator[nn.Module]:
-    """The normalisations that hold anything which training moves."""
+    """The normalisations that training leaves as they are in no case: with weights that are trained, and a bias or
+    statistics beside them. A weight alone may stay at 1 in 16 bits, and a frozen one anywhere.
+    """
     for module in model.modules():
         is_norm = "norm" in type(module).__name__.lower() and not list(module.children())
-        if is_norm and any(tensor.dim() for tensor in _held(module)):
+        moves = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+        beside = getattr(module, "bias", None) is not None or getattr(module, "running_mean", None) is not None
+        if is_norm and moves and beside:
             yield module
 
 
