@@ -61,7 +61,8 @@ def test_prefixes_go_from_safetensors_too(tmp_path: Path):
 
 def test_a_model_that_has_the_prefix_itself_keeps_it(tmp_path: Path):
     torch.save({f"model.{name}": value for name, value in STATE.items()}, tmp_path / "w.pt")
-    fill(nn.ModuleDict({"model": net()}), tmp_path / "w.pt")
+    fill(model := nn.ModuleDict({"model": net()}), tmp_path / "w.pt")
+    assert all(torch.equal(value, STATE[name]) for name, value in model["model"].state_dict().items())
 
 
 def test_averaged_weights_are_taken_before_others_and_the_log_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture):

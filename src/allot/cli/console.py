@@ -15,8 +15,7 @@ from allot.run.activity import activity
 
 # a log has no width: its tables are not squeezed into 80 columns
 people = Lasting(
-    stderr=True, quiet=sys.stderr is None,
-    width=None if (sys.stderr and sys.stderr.isatty()) or "COLUMNS" in os.environ else 120,
+    stderr=True, width=None if (sys.stderr and sys.stderr.isatty()) or "COLUMNS" in os.environ else 120,
 )  # fmt: skip
 
 

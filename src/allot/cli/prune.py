@@ -26,6 +26,7 @@ from allot.pruning.setup import make_problem
 from allot.report import table
 from allot.report.data import layer_rows, of_whole_model, weights_of
 from allot.report.headline import headline_line
+from allot.report.stages import training_sentences
 from allot.run.driver import Progress as Step
 from allot.run.driver import drive, interruptible, phase
 from allot.run.named import import_from
@@ -83,8 +84,8 @@ def _show(report: dict[str, Any], checks: list[dict[str, Any]], wanted: RecipeFi
     people.print(table.run_table(report))
     for stage, (requested, left) in report["diagnostics"].get("fit", {}).get("steps", {}).items():
         say(f"cut to fit {wanted.max_minutes:g} minutes: {stage} takes {left:,} of {requested:,} steps")
-    for entry in report["diagnostics"].get("training", []):
-        say(f"training: {entry['steps']:,} steps in rounds ({entry['rounds']}); the end: {entry['ended']}")
+    for sentence in training_sentences(report):
+        say(f"training: {sentence}")
     _say_checks(checks, out)
     say(f"run directory: {out}")
     say(f"to look at: {out / 'report.html'}")

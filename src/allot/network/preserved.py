@@ -54,40 +54,22 @@ class _Snapshot:
         self.arrays: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
         self.generators: list[tuple[torch.Generator, Tensor]] = []
         self.weights = {storage_of(p) for p in model.parameters() if _has_values(p)}
-        seen: set[int] = set()
-        pending: list[tuple[Any, int]] = [(model, 0)]
-        while pending:
-            value, depth = pending.pop()
-            if id(value) not in seen and not isinstance(value, str | int | float | bytes | type | ModuleType | None):
-                seen.add(id(value))
-                pending += self._noted(value, depth)
+        for value in reached([model], modules=True):
+            self._note(value)
 
-    def _noted(self, value: Any, depth: int) -> Iterator[tuple[Any, int]]:
-        """Note a value; what it refers to, with the number of objects above it."""
+    def _note(self, value: Any) -> None:
         if isinstance(value, nn.Module):
             self.classes.append((value, type(value)))
-            return self._container(vars(value), depth)
-        if isinstance(value, Tensor):
+        elif isinstance(value, Tensor):
             if _has_values(value):
                 self.tensors.append(_TensorBefore(value, is_weight=storage_of(value) in self.weights))
-            return iter(())
-        if isinstance(value, dict | list | set | deque | tuple | frozenset):
-            return self._container(value, depth)
-        if isinstance(value, np.ndarray):
+        elif isinstance(value, dict | list | set | deque):
+            self.containers.append((value, list(value.items() if isinstance(value, dict) else value)))
+        elif isinstance(value, np.ndarray):
             if value.flags.writeable:
                 self.arrays.append((value, value.copy()))
         elif isinstance(value, torch.Generator):
             self.generators.append((value, value.get_state()))
-        elif isinstance(value, MethodType | partial | FunctionType):
-            return ((part, depth) for part in referred(value))
-        elif isinstance(getattr(value, "__dict__", None), dict) and depth < NESTED and not of_library(value):
-            return self._container(vars(value), depth + 1)
-        return iter(())
-
-    def _container(self, value: Any, depth: int) -> Iterator[tuple[Any, int]]:
-        if not isinstance(value, tuple | frozenset):
-            self.containers.append((value, list(value.items() if isinstance(value, dict) else value)))
-        return ((part, depth) for part in list(value.values() if isinstance(value, dict) else value))
 
     def restore(self) -> None:
         for module, kind in self.classes:
@@ -141,13 +123,13 @@ def _refill(container: Any, before: list[Any]) -> None:
         container.update(before) if isinstance(container, set) else container.extend(before)
 
 
-def referred(function: MethodType | partial[Any] | FunctionType) -> list[Any]:
+def _referred(function: MethodType | partial[Any] | FunctionType) -> list[Any]:
     """What a function works on beside its arguments."""
     if isinstance(function, MethodType):
         return [function.__self__, function.__func__]
     if isinstance(function, partial):
         return [function.func, *function.args, *function.keywords.values()]
-    if of_library(function):
+    if _of_library(function):
         return []
     try:
         named = inspect.getclosurevars(function)
@@ -157,21 +139,24 @@ def referred(function: MethodType | partial[Any] | FunctionType) -> list[Any]:
     return [*named.nonlocals.values(), *(value for value in named.globals.values() if isinstance(value, followed))]
 
 
-def of_library(value: Any) -> bool:
+def _of_library(value: Any) -> bool:
     """Whether a function, or the class of an object, comes with torch, numpy or Python."""
     module = getattr(value if isinstance(value, FunctionType) else type(value), "__module__", None) or ""
     return module.partition(".")[0] in _LIBRARIES
 
 
-def reached(values: Iterable[Any]) -> Iterator[Any]:
-    """These values and all that they hold or refer to: containers, objects and what functions work on.
+def reached(values: Iterable[Any], *, modules: bool = False) -> Iterator[Any]:
+    """These values and all that they hold or refer to: containers, objects with their attributes as a dict, and what
+    functions work on.
 
-    Modules are not entered: what they hold is theirs.
+    Args:
+        modules: whether modules are among them, with their attributes.
     """
-    pending, seen = [(value, 0) for value in values], set[int]()
+    pending, seen = [(value, 0) for value in values], set[int]()  # with the number of objects above
     while pending:
         value, depth = pending.pop()
-        if id(value) in seen or isinstance(value, nn.Module):
+        plain = isinstance(value, str | int | float | bytes | type | ModuleType | None)
+        if id(value) in seen or plain or (isinstance(value, nn.Module) and not modules):
             continue
         seen.add(id(value))
         yield value
@@ -180,9 +165,13 @@ def reached(values: Iterable[Any]) -> Iterator[Any]:
         elif isinstance(value, list | tuple | set | frozenset | deque):
             pending += ((part, depth) for part in list(value))
         elif isinstance(value, MethodType | partial | FunctionType):
-            pending += ((part, depth) for part in referred(value))
-        elif isinstance(getattr(value, "__dict__", None), dict) and depth < NESTED and not of_library(value):
-            pending += ((part, depth + 1) for part in list(vars(value).values()))
+            pending += ((part, depth) for part in _referred(value))
+        elif isinstance(value, nn.Module):
+            pending.append((vars(value), depth))
+        elif isinstance(value, Tensor | np.ndarray):
+            continue
+        elif isinstance(getattr(value, "__dict__", None), dict) and depth < NESTED and not _of_library(value):
+            pending.append((vars(value), depth + 1))
 
 
 def _has_values(tensor: Tensor) -> bool:

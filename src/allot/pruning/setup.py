@@ -77,15 +77,15 @@ def set_up(request: Request, log: Log) -> Problem:
                 score=chain.score, example=None if inputs else request.example, seed=request.seed,
                 latency=_timing(request, log), left_dense=request.left_dense, comparison=request.comparison,
             )  # fmt: skip
-    note_untrained(log, request.known_untrained, sign_in_weights(request.model), sign_in_outputs(watch))
+    seen = sign_in_outputs(watch.kind, watch.dense_outputs()) if watch else ""
+    note_untrained(log, request.known_untrained, sign_in_weights(request.model), seen)
     warn_small_scope(request.model, problem.scope)
     if any(part.needs_data for part in (chain.allocate, *chain.repair)):
         problem.inputs()
     if world_size() > 1:
         _check_shared(request.model, inputs)
     if inputs is None:  # a score that needs inputs says so before anything is written
-        whole = Candidate.dense(problem)
-        Selection().step(problem, whole, Selection().init(problem, whole))
+        Selection().step(problem, whole := Candidate.dense(problem), Selection().init(problem, whole))
     with activity("looking at batch norms"):
         return replace(problem, watch=watch, batch_norm=_batch_norm(request.batch_norm, problem, log))
 

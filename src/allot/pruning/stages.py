@@ -36,7 +36,7 @@ from allot.run.activity import activity, tell
 from allot.run.driver import drive, repeatable
 from allot.run.evaluate import Score
 from allot.run.guard import Guard
-from allot.run.problem import Candidate, Chain, Method, Problem
+from allot.run.problem import Candidate, Chain, Method, Problem, innermost
 from allot.run.store import Log, Store, write
 
 
@@ -128,9 +128,7 @@ def _title(stage: str, chain: Chain, method: Method) -> str:
         return f"sparsity per layer ({chain.names.allocate})"
     if not stage.startswith("repair-"):
         return {"select": "choosing weights", "latency": "timing nets", "latency-again": "timing nets again"}[stage]
-    inner: Any = method
-    while hasattr(getattr(inner, "method", None), "role"):  # what repairs are wrapped in
-        inner = inner.method
+    inner = innermost(method)
     trains, refits = hasattr(inner, "training") or hasattr(inner, "then"), hasattr(inner, "iterations")
     return f"{'training' if trains else 'refitting' if refits else 'correcting'} ({stage.split('-', 2)[2]})"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from allot.budget.units import unit
 from allot.report.charts import histogram
-from allot.report.table import macs_kept
+from allot.report.layers import macs_kept
 
 Report = Mapping[str, Any]
 Row = dict[str, Any]

@@ -9,8 +9,9 @@ import jinja2
 from markupsafe import Markup, escape
 
 from allot.report.explanation import number
+from allot.report.layers import macs_kept
 from allot.report.scores import change_text, score_text
-from allot.report.table import check_text, macs_kept
+from allot.report.table import check_text
 
 
 @cache  # compiling takes longer than all of a small run

@@ -33,6 +33,14 @@ class LayerRow:
     macs_kept: int | None
 
 
+def macs_kept(row: Mapping[str, Any]) -> int | None:
+    """The MACs of a layer, a row of report.json, where zeros are skipped; None where they were not counted, and for
+    groups of channels.
+    """
+    macs = row.get("macs")
+    return None if macs is None else round(macs * row["kept"] / row["total"])
+
+
 class Layers(tuple[LayerRow, ...]):
     """The rows of all layers in scope, in the model's order; a table in a notebook.
 
@@ -50,7 +58,7 @@ class Layers(tuple[LayerRow, ...]):
         return cls(
             LayerRow(
                 row["name"], tuple(row["shape"]), row["kept"], row["total"], row["density"], row["macs"],
-                None if row["macs"] is None else round(row["macs"] * row["kept"] / row["total"]),
+                macs_kept(row),
             )
             for row in rows
         )  # fmt: skip

@@ -20,6 +20,7 @@ from allot.budget.unused import MUCH, unused
 from allot.export.timing.clock import AS_DENSE, verdict
 from allot.report.fidelity import fidelity, warnings
 from allot.report.folding import folded
+from allot.report.layers import macs_kept
 from allot.report.scores import change_text, is_share, lower_is_better, score_text
 from allot.report.stages import stages
 from allot.run.recipes import RECIPES
@@ -92,12 +93,6 @@ def layer_table(layers: Sequence[Report]) -> Table:
         shown = name + (f" x{len(alike)}" if len(alike) > 1 else "")
         table.add_row(escape(shown), f"{kept:,}", f"{total:,}", f"{kept / total:.3f}", macs, Bar(1, 0, kept / total))
     return table
-
-
-def macs_kept(row: Report) -> int | None:
-    """The MACs of a layer where zeros are skipped; None where they were not counted, and for groups of channels."""
-    macs = row.get("macs")
-    return None if macs is None else round(macs * row["kept"] / row["total"])
 
 
 _SHORT = {AS_DENSE: "as dense"}  # in a column of a narrow terminal

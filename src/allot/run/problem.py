@@ -178,7 +178,7 @@ class _OneAtATime(Mapping[str, Tensor]):
 
 def innermost(method: Any) -> Any:
     """The method itself, without those that wrap it, as one that shows it views of the inputs."""
-    while hasattr(method, "method"):
+    while hasattr(getattr(method, "method", None), "role"):
         method = method.method
     return method
 

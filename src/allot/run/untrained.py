@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from allot.network.kinds import kind_of
-from allot.run.fidelity import Watch
 from allot.run.outputs import classes, wide
 from allot.run.store import Log
 
@@ -71,12 +70,16 @@ def sign_in_weights(model: nn.Module) -> str:
     return ""
 
 
-def sign_in_outputs(watch: Watch | None) -> str:
-    """How the dense model's outputs on the watch set say little about its inputs; empty where they do not."""
-    outputs = watch.dense_outputs() if watch else []
-    if not watch or not outputs or (watch.kind == "values" and len(outputs[0]) < ROWS):
+def sign_in_outputs(kind: str, outputs: Sequence[Tensor]) -> str:
+    """How the dense model's outputs say little about its inputs; empty where they do not.
+
+    Args:
+        kind: how they are compared, "values" or one of classes, see `allot.run.outputs`.
+        outputs: `[samples, ...]` each; empty where they cannot be compared.
+    """
+    if not outputs or (kind == "values" and len(outputs[0]) < ROWS):
         return ""
-    if watch.kind == "values":
+    if kind == "values":
         return _STILL if all(_moved(wide(y).flatten(1)) <= STILL for y in outputs) else ""
     rows = [wide(y).movedim(classes(y), -1).flatten(0, -2).log_softmax(-1) for y in outputs]  # [answers, classes]
     if any(len(z) < ROWS for z in rows) or all(map(_of_length_one, map(wide, outputs))):
