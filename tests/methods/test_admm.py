@@ -17,8 +17,9 @@ from torch import Tensor, nn
 import allot
 from allot import Budget, Calibration, Channels, Rules, Unstructured, UsageError
 from allot.methods.admm import Admm, _energy_of_mean
-from allot.methods.layerwise.grams import Gram, Site, Statistics
+from allot.methods.layerwise.grams import Gram, Statistics
 from allot.methods.layerwise.quadratic import Quadratic, alternated, refined
+from allot.methods.layerwise.sites import Site
 from allot.methods.layerwise.streamed import Streamed
 from allot.methods.layerwise.swaps import exchanged
 from allot.methods.rules import uniform

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from allot.budget.budget import Budget
 from allot.errors import UsageError
-from allot.methods.layer_errors import LayerErrors, fine, in_passes, refits, together
-from allot.methods.layerwise.grams import sites_of
+from allot.methods.layer_errors import LayerErrors, fine, in_passes, refits
+from allot.methods.layerwise.sites import sites_of, together
 from allot.network.call import call
 from allot.pruning.setup import make_problem
 from allot.run.calibration import Calibration

@@ -33,14 +33,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from allot.errors import UsageError, check_number
-from allot.methods.layerwise.grams import Gram, Part, Site, Statistics, sites_of
+from allot.methods.layerwise.grams import Gram, Statistics
 from allot.methods.layerwise.quadratic import Quadratic, alternated, refined, selects
+from allot.methods.layerwise.sites import DenseProducts, Part, Site, sites_of
 from allot.methods.layerwise.streamed_block import FLAG
 from allot.methods.layerwise.swaps import exchanged, is_small
 from allot.network.hooks import watched_norms
@@ -81,14 +83,16 @@ class Admm:
     targets: str = "dense"
     views: int = 0
 
+    _live: ClassVar[Any] = None
     role = "repair"
     needs_data = True
     parallel = True
-    streams = "result"
+    streams = "dense"
     by_blocks = True
     chooses_masks = True
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "_live", {})  # what is kept of the dense net in the problem that is worked on
         check_number("iterations", self.iterations, 1, whole=True)
         check_number("refinement", self.refinement, 0, whole=True)
         check_number("views", self.views, 0, whole=True)
@@ -115,10 +119,12 @@ class Admm:
             state["norm_means"] = _norm_means(problem, after)
             state |= {"step": 1, "steps": 1 + len(state["sites"])}
             return {"forward": 1 + len(problem.inputs().positions(0)), "backward": 0}
-        site = Site.from_state(state["sites"][state["step"] - 1])
+        sites = [Site.from_state(site) for site in state["sites"]]
+        site, dense = sites[state["step"] - 1], self._dense_products(problem, sites)
         flags = {name: tensor for name, tensor in candidate.tensors.items() if name == FLAG}
-        statistics = Statistics(problem, site, inputs=self.inputs, targets=self.targets)
+        statistics = Statistics(problem, site, inputs=self.inputs, targets=self.targets, dense=dense)
         statistics.collect(flags | state["tensors"])
+        dense.leave(site)
         state["step"] += 1
         metrics: Metrics = {"forward": statistics.forward, "backward": 0}
         if statistics.finite:
@@ -128,6 +134,7 @@ class Admm:
         return metrics
 
     def finish(self, problem: Problem, candidate: Candidate, state: State) -> Candidate:
+        self._live.clear()
         scope = {layer.name for layer in problem.scope}
         tensors = {name: tensor for name, tensor in candidate.tensors.items() if name == FLAG}
         tensors |= {name: t for name, t in candidate.tensors.items() if name in scope and name not in state["tensors"]}
@@ -135,6 +142,15 @@ class Admm:
         diagnostics = {**candidate.diagnostics, "admm": {"errors": dict(state["errors"]), "not_repaired": left}}
         masks = {**candidate.masks, **state["masks"]}
         return replace(candidate, masks=masks, tensors=tensors | state["tensors"], diagnostics=diagnostics)
+
+    def _dense_products(self, problem: Problem, sites: list[Site]) -> DenseProducts:
+        """The reader of the dense net, which the steps of one problem share."""
+        live: dict[str, Any] = self._live
+        if live.get("problem") is not problem:
+            live.clear()
+            live.update(problem=problem, products=DenseProducts(problem, sites))
+        products: DenseProducts = live["products"]
+        return products
 
     def _solve(
         self, problem: Problem, candidate: Candidate, state: State, layer: Layer, statistics: Statistics

@@ -34,8 +34,9 @@ import torch
 from torch import Tensor
 
 from allot.errors import UsageError, check_number
-from allot.methods.layerwise.grams import Gram, Part, Site, Statistics, part_of, sites_of
+from allot.methods.layerwise.grams import Gram, Statistics
 from allot.methods.layerwise.quadratic import Quadratic, column_norms, disagreement, refined, selects
+from allot.methods.layerwise.sites import Part, Site, part_of, push, sites_of, together
 from allot.methods.training.batch_loss import Distance
 from allot.methods.training.selection import allocated
 from allot.methods.training.separable import Curve, best_densities, grid
@@ -254,13 +255,6 @@ def in_passes(problem: Problem, sites: Iterable[Site], memory: int) -> list[list
     return passes
 
 
-def together(sites: Sequence[Site]) -> Site:
-    """One site of all."""
-    visits = sum(site.visits for site in sites) if all(site.visits for site in sites) else 0
-    source = {part: first for site in sites for part, first in site.source.items()}
-    return Site(tuple(name for site in sites for name in site.layers), source, visits)
-
-
 class DenseStatistics(Statistics):
     """Statistics of the dense net, of one process; products are added while the pass runs: no inputs are kept."""
 
@@ -275,7 +269,7 @@ class DenseStatistics(Statistics):
             def visit(product: Product, k: int = k, samples: int = samples) -> None:
                 self._add(part_of(product), [product], [product], k, samples)
 
-            self.push({}, batch, visit)
+            push(self.problem, self.site, {}, batch, visit)
             self.forward += samples
         return self.forward
 

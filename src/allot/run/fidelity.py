@@ -27,7 +27,7 @@ from allot.processes import single_process
 from allot.run.calibration import Calibration
 from allot.run.outputs import NAMES, Comparison, Reading, classes, sums_to_one, wide
 
-KEPT = 64 * 2**20  # most bytes of the dense net's outputs that are kept
+KEPT = 64 * 2**20  # bytes of the dense net's outputs that are kept, or as many as the net has
 NUMBERS = 2**24  # most numbers in the outputs of one pass
 
 
@@ -154,11 +154,14 @@ class Watch:
     def _dense(self) -> _DenseAnswers | str:
         """What the dense net answers, or why its outputs cannot be compared."""
         try:
-            reading = self.comparison.reading(self._outputs({}, range(min(8, len(self)))))
-            numbers = sum(tensor.numel() for tensor in self._read(reading, {}, [0]))
+            first = min(8, len(self))
+            outputs = self._outputs({}, range(first))
+            reading = self.comparison.reading(outputs)
+            numbers = sum(tensor.numel() for tensor in reading.tensors(outputs)) // first
             size = max(1, min(self.inputs.batch_size, NUMBERS // max(numbers, 1)))
             batches = [list(range(start, min(start + size, len(self)))) for start in range(0, len(self), size)]
-            return _DenseAnswers.of(reading, batches, lambda places: self._read(reading, {}, places))
+            room = max(KEPT, sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers())))
+            return _DenseAnswers.of(reading, batches, lambda places: self._read(reading, {}, places), room)
         except UsageError as error:
             return str(error)
         except Exception as error:  # noqa: BLE001 - a model may not run several samples at once; pruning may go on
@@ -184,9 +187,11 @@ class _DenseAnswers:
 
     @classmethod
     def of(
-        cls, reading: Reading, batches: list[list[int]], answer: Callable[[list[int]], list[Tensor]]
+        cls, reading: Reading, batches: list[list[int]], answer: Callable[[list[int]], list[Tensor]], room: int
     ) -> _DenseAnswers:
-        """Raises:
+        """Of what `answer` gives to each batch, all is kept or nothing, where it is more than `room` bytes.
+
+        Raises:
         UsageError: outputs whose shapes depend on the sample, or that do not count samples.
         """
         kept: list[list[Tensor]] | None = []
@@ -202,7 +207,7 @@ class _DenseAnswers:
             if shapes != [tensor.shape[1:] for tensor in outputs]:
                 raise UsageError("the shapes of the model's outputs depend on the sample: give --outputs.")
             size += sum(tensor.numel() * tensor.element_size() for tensor in outputs)
-            kept = [*kept, outputs] if kept is not None and size <= KEPT else None
+            kept = [*kept, outputs] if kept is not None and size <= room else None
             if reading.loss == "kl":
                 of_classes = list(range(len(outputs)))
                 continue

@@ -13,7 +13,9 @@ from torch.nn import functional as F
 import allot
 from allot import Budget, Calibration, Rules
 from allot.methods.layerwise import grams
-from allot.methods.layerwise.grams import Site, Statistics, sites_of
+from allot.methods.layerwise import sites as sites_module
+from allot.methods.layerwise.grams import Statistics
+from allot.methods.layerwise.sites import DenseProducts, Site, sites_of
 from allot.network.call import call
 from allot.pruning.setup import make_problem
 from allot.run.problem import Problem
@@ -341,6 +343,42 @@ def test_a_pass_ends_with_the_last_layer_of_the_site():
     calls.clear()
     Statistics(problem, site, inputs="sparse", targets="dense").collect({})
     assert not calls
+
+
+class Writing(nn.Module):
+    """Writes to the memory that a layer has read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.one(x)
+        z = self.two(y)
+        y.add_(z)
+        return self.three(y)
+
+
+@pytest.mark.parametrize(("room", "pushed"), [(0, [16, 16, 16]), (1, [20, 16, 16]), (8, [16, 8, 8])])
+def test_the_dense_net_is_read_once_for_all_sites_where_its_inputs_fit(
+    room: int, pushed: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sites_module, "ROOM", room)
+    problem = posed(Writing(), drawn(8, 4))  # 2 batches
+    sites = sites_of(problem)
+    assert [site.layers for site in sites] == [("one.weight",), ("two.weight",), ("three.weight",)]
+    tensors = {"one.weight": drawn(4, 4, seed=2)}
+    dense = DenseProducts(problem, sites)
+    for site, samples in zip(sites, pushed, strict=True):
+        alone = Statistics(problem, site, inputs="sparse", targets="dense")
+        shared = Statistics(problem, site, inputs="sparse", targets="dense", dense=dense)
+        for statistics in (alone, shared):
+            statistics.collect(tensors)
+        dense.leave(site)
+        (part,) = alone.grams
+        assert torch.equal(alone.grams[part].cross, shared.grams[part].cross)
+        assert alone.energy == shared.energy
+        assert (alone.forward, shared.forward) == (16, samples)
 
 
 def test_inputs_that_overflow_are_reported():

@@ -4,9 +4,9 @@ For a layer with weight W [rows, K], and inputs X_s in the sparse net and X_d in
 
     |W X_s - W_d X_d|^2  =  <W G, W> - 2 <W_d C, W> + |W_d X_d|^2,      G = X_s X_s^T,  C = X_d X_s^T      [K, K]
 
-Both are sums over positions, so that batches and processes add up, and no other part of the data is kept. Layers that
-read the same inputs share G and C. A convolution is unrolled: K = C_in/groups * kernel, one G a group; parts of a
-weight that read other inputs (the three projections of an attention, experts) have a G each.
+Both are sums over positions, so that batches and processes add up. Layers that read the same inputs share G and C. A
+convolution is unrolled: K = C_in/groups * kernel, one G a group; parts of a weight that read other inputs (the three
+projections of an attention, experts) have a G each.
 
 G is summed in two halves, over every other batch, or over the two halves of one batch: how far they differ says how far
 G is from the one that other samples would give.
@@ -15,8 +15,7 @@ G is from the one that other samples would give.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,88 +23,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from allot.network.call import call
-from allot.network.products import Product, watched_products
+from allot.methods.layerwise.sites import DenseProducts, Part, Site, part_of, push
+from allot.network.products import Product
 from allot.processes import all_gather_object, all_reduce, rank, world_size
 from allot.run.problem import Problem
-from allot.run.store import State
 
 POSITIONS = 512  # for each column: K weights fitted to 512 K positions have about 1/512 more error than those of all
 LARGEST = 1e30  # of a sum
-Part = tuple[str, int, int]  # layer, first row, last row + 1: rows that read the same inputs
-
-
-@dataclass(frozen=True)
-class Site:
-    """Layers that are repaired together, because they read the same inputs.
-
-    Attributes:
-        layers: by name, in order of execution.
-        source: part -> the part that stands for its inputs.
-        visits: products of these layers in one pass, after which the pass may end; 0 where a layer is used several
-            times, or a number of times that depends on the samples.
-    """
-
-    layers: tuple[str, ...]
-    source: Mapping[Part, Part]
-    visits: int
-
-    def to_state(self) -> State:
-        """As lists, for a file: `from_state` is the inverse."""
-        return {
-            "layers": list(self.layers),
-            "source": [[*p, *q] for p, q in self.source.items()],
-            "visits": self.visits,
-        }
-
-    @classmethod
-    def from_state(cls, state: State) -> Site:
-        """The inverse of `to_state`."""
-        source = {tuple(names[:3]): tuple(names[3:]) for names in state["source"]}
-        return cls(tuple(state["layers"]), source, state["visits"])
-
-
-def sites_of(problem: Problem) -> list[Site]:
-    """The layers in scope that a pass over the first batch reaches, in order of execution.
-
-    Which of them read the same inputs is seen on the first sample; `Statistics` checks it for every batch.
-    """
-    keys: dict[Part, list[Any]] = {}
-    alive: list[Tensor] = []  # keys tell inputs apart as long as these are alive
-    counts: dict[Part, int] = {}
-
-    def note_key(product: Product) -> None:
-        alive.append(product.inputs)
-        for one in by_expert(product):
-            keys.setdefault(part_of(one), []).append(one.key)
-
-    def count(product: Product) -> None:
-        for one in by_expert(product):
-            counts[part_of(one)] = counts.get(part_of(one), 0) + 1
-
-    calibration = problem.inputs()
-    for visit, batch in ((note_key, calibration.pick([0])), (count, calibration.batch(0)[0])):
-        with watched_products(problem.model, problem.scope, visit):
-            call(problem.model, {}, batch)
-    sites: dict[Any, dict[Part, Any]] = {}
-    for name in dict.fromkeys(layer for layer, _, _ in (*keys, *counts)):
-        parts = {part: tuple(keys[part]) for part in keys if part[0] == name}
-        sites.setdefault(frozenset(parts.values()) or name, {}).update(parts or {(name, 0, 0): ()})
-    return [_site(parts, counts) for parts in sites.values()]
-
-
-def part_of(product: Product) -> Part:
-    """The part that a product computes."""
-    return product.layer.name, product.rows.start, product.rows.stop
-
-
-def _site(parts: Mapping[Part, tuple[Any, ...]], counts: Mapping[Part, int]) -> Site:
-    first: dict[tuple[Any, ...], Part] = {}
-    source = {part: first.setdefault(keys, part) for part, keys in parts.items() if keys}
-    layers = tuple(dict.fromkeys(name for name, _, _ in parts))
-    in_batch = {part for part in counts if part[0] in layers}
-    once = in_batch == parts.keys() and all(counts[part] == 1 == len(keys) for part, keys in parts.items())
-    return Site(layers, source, len(parts) if once else 0)
 
 
 @dataclass
@@ -160,11 +84,15 @@ class Statistics:
     Args:
         targets: "dense": the dense net's outputs; "sparse": outputs of the dense weights for the sparse net's inputs.
         inputs: "sparse" or "dense": whose inputs the weights will read.
+        dense: reads products of the dense net, for other sites as well.
     """
 
-    def __init__(self, problem: Problem, site: Site, *, inputs: str, targets: str) -> None:
+    def __init__(
+        self, problem: Problem, site: Site, *, inputs: str, targets: str, dense: DenseProducts | None = None
+    ) -> None:
         self.problem, self.site = problem, site
         self.inputs, self.targets = inputs, targets
+        self.dense = dense or DenseProducts(problem, [])
         self.grams: dict[Part, Gram] = {}
         self.energy: dict[Part, Tensor] = {}
         self.forward = 0
@@ -174,11 +102,11 @@ class Statistics:
         for k in range(self.problem.inputs().batches):
             batch, samples = self.problem.inputs().batch(k)
             read = self._products(tensors if self.inputs == "sparse" else {}, batch)
-            dense = read
+            dense, passes = read, 1
             if self.inputs == "sparse" and self.targets == "dense":
-                dense = self._products({}, batch)
-                self.forward += samples
-            self.forward += samples
+                dense, more = self.dense.of(self.site, k, batch)
+                passes += more
+            self.forward += passes * samples
             shared = {part: source for part, source in self.site.source.items() if part != source}
             differ = any(_keys(read, part) != _keys(read, source) for part, source in shared.items())
             if shared and any(all_gather_object(differ)):
@@ -198,24 +126,8 @@ class Statistics:
     def _products(self, tensors: Mapping[str, Tensor], batch: Any) -> dict[Part, list[Product]]:
         """The products of the site in one pass."""
         products: dict[Part, list[Product]] = {}
-        self.push(tensors, batch, lambda product: products.setdefault(part_of(product), []).append(product))
+        push(self.problem, self.site, tensors, batch, lambda one: products.setdefault(part_of(one), []).append(one))
         return products
-
-    def push(self, tensors: Mapping[str, Tensor], batch: Any, visit: Callable[[Product], None]) -> None:
-        """Run the net on a batch, up to the last product of the site; `visit` gets each of them."""
-        remaining = self.site.visits
-
-        def visit_and_count(product: Product) -> None:
-            nonlocal remaining
-            for one in by_expert(product):
-                visit(one)
-            remaining -= 1
-            if not remaining:
-                raise _LastProduct
-
-        layers = [self.problem.scope[name] for name in self.site.layers]
-        with suppress(_LastProduct), watched_products(self.problem.model, layers, visit_and_count):
-            call(self.problem.model, tensors, batch)
 
     def _add(self, part: Part, read: list[Product], dense: list[Product], k: int, samples: int) -> None:
         routed = self.problem.scope[part[0]].kind.startswith("experts")  # samples may go to others in the other net
@@ -293,18 +205,6 @@ def _keys(products: Mapping[Part, list[Product]], part: Part) -> list[Any]:
     return [product.key for product in products.get(part, ())]
 
 
-def by_expert(product: Product) -> list[Product]:
-    """The products of single experts: which of them are computed at once depends on the samples."""
-    if product.groups == 1 or not product.layer.kind.startswith("experts"):
-        return [product]
-    count = (product.rows.stop - product.rows.start) // product.groups
-    starts = range(product.rows.start, product.rows.stop, count)
-    return [
-        replace(product, rows=slice(start, start + count), inputs=inputs, groups=1)
-        for start, inputs in zip(starts, product.inputs, strict=True)
-    ]
-
-
 def _length(product: Product) -> int:
     """The number of samples, where a kernel moves over them, or of positions."""
     return len(product.inputs) if product.window else product.inputs.shape[-2]
@@ -318,10 +218,6 @@ def _cut(product: Product, start: int, stop: int) -> Product:
 
 def _outer(one: Tensor, other: Tensor) -> Tensor:
     return one[:, :, None] * other[:, None, :]
-
-
-class _LastProduct(Exception):
-    """No product of the site is left in this pass."""
 
 
 def _wide(tensor: Tensor) -> Tensor:

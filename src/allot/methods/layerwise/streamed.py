@@ -11,6 +11,7 @@ the last one. A method says how it may be streamed by an attribute `streams`:
 
     "passes"   once through the samples (for each net); x_s of the next block is the block's output while the repair ran
     "result"   the inputs of the next block are the outputs of the repaired block
+    "dense"    the same for x_s; x_d of the next block is the dense block's output while the repair ran
     "given"    the method looks at the sparse net alone, which has no masks yet; x_s of the next block is the block's
                output as the method got it, made while the method ran
 
@@ -44,7 +45,9 @@ from allot.run.store import State
 
 log = logging.getLogger("allot")
 
-WAYS = ("passes", "result", "given")
+WAYS = ("passes", "result", "dense", "given")
+OF_RESULT = ("result", "dense")
+BOTH = (False, True)  # nets: the dense one, the sparse one
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class Streamed:
     @property
     def parallel(self) -> bool:
         """Whether processes share the method's passes; each of them makes all inputs of every block."""
-        return bool(self.method.streams == "result" and getattr(self.method, "parallel", False))  # type: ignore[attr-defined]
+        return bool(self.method.streams in OF_RESULT and getattr(self.method, "parallel", False))  # type: ignore[attr-defined]
 
     def init(self, problem: Problem, candidate: Candidate) -> State:
         """No block begun; how many steps each of them takes is known."""
@@ -160,7 +163,8 @@ class _StreamedRun:
     def __init__(self, streamed: Streamed, problem: Problem, candidate: Candidate) -> None:
         self.method, self.device = streamed.method, streamed.device
         way = streamed.method.streams  # type: ignore[attr-defined]
-        self.passes, self.given = way != "result", way == "given"
+        self.passes, self.given = way not in OF_RESULT, way == "given"
+        self.recorded = {"result": (), "dense": (False,)}.get(way, BOTH)  # nets, while the method runs
         self.problem, self.candidate = problem, candidate
         self.host = next(iter(problem.dense.values())).device
         calibration = problem.inputs()
@@ -187,7 +191,7 @@ class _StreamedRun:
         UsageError: samples enter the blocks with other arguments than the first two do, or in other shapes.
         """
         part, problem, _ = self._task_on(0, self.host, self.candidate)
-        with part.recording(True), torch.no_grad():
+        with part.recording(BOTH), torch.no_grad():
             for numbers in torch.arange(part.count).split(problem.inputs().batch_size):
                 call(part, {}, numbers)
 
@@ -279,7 +283,7 @@ class _StreamedRun:
     def _method_step(self, state: State, task: PartTask, inner: State) -> Metrics:
         part, problem, candidate = task
         try:
-            with part.recording(self.passes):
+            with part.recording(self.recorded):
                 metrics = self.method.step(problem, candidate, inner)
         except (UsageError, BudgetError, PatternError) as error:
             raise type(error)(renamed_text(str(error), self._outer_names(part))) from error
@@ -306,7 +310,7 @@ class _StreamedRun:
         for sparse in nets:
             if sparse in part.next_inputs and bool(part.next_inputs[sparse].hidden.filled.all()):
                 continue
-            with part.recording(True), torch.no_grad():
+            with part.recording(BOTH), torch.no_grad():
                 for numbers in torch.arange(len(problem.inputs())).split(size):
                     call(part, candidate.effective(problem) if sparse else {}, numbers)
                     state["pushed"]["forward"] += len(numbers) * self._part_size(self.number)
@@ -377,7 +381,7 @@ class _StreamedRun:
             for number in range(self.last + 1):
                 part = self._part(number, self.host, 2, lambda picked: pick([pair[i] for i in picked]))
                 part.inputs = inputs
-                with part.recording(True):
+                with part.recording(BOTH):
                     output = call(part, {}, numbers)
                 inputs = part.next_inputs
         outputs = list(tensors_in(output))

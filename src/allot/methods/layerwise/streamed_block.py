@@ -79,7 +79,7 @@ class ModelPart(nn.Module):
         self.sparse = nn.Parameter(torch.zeros((), device=device))
         self.inputs: Mapping[bool, PartInputs] = {}
         self.next_inputs: dict[bool, PartInputs] = {}
-        self._recording = False
+        self._recorded: tuple[bool, ...] = ()
 
     def inner_name(self, name: str) -> str | None:
         """The name in this part of a tensor of the model; None: the part does not hold the tensor."""
@@ -105,13 +105,13 @@ class ModelPart(nn.Module):
         self._parameters.clear()
 
     @contextmanager
-    def recording(self, recording: bool) -> Iterator[None]:  # noqa: FBT001
-        """While open, inputs of the next part are recorded, or not."""
-        self._recording = recording
+    def recording(self, nets: tuple[bool, ...]) -> Iterator[None]:
+        """While open, inputs of the next part are recorded in these nets; False is the dense one."""
+        self._recorded = nets
         try:
             yield
         finally:
-            self._recording = False
+            self._recorded = ()
 
 
 class BlockPart(ModelPart):
@@ -150,7 +150,7 @@ class BlockPart(ModelPart):
             values = (self._value(inputs.slots[slot], slot, numbers) for slot in module_call.slots)
             args, kwargs = unflat(module_call.spec, iter([hidden, *values]))
             hidden = module_call.hidden_of(module(*args, **kwargs))
-        if self._recording:
+        if sparse in self._recorded:
             if sparse not in self.next_inputs:
                 empty = SampleTensor(self.count, self.calls[-1].dim_out, self.host)
                 self.next_inputs[sparse] = PartInputs(empty, inputs.slots)
@@ -275,7 +275,7 @@ class OutsidePart(ModelPart):
                 "have a mask and others none, say): inputs of one kind are accepted."
             )
         if self.stops:
-            if self._recording:
+            if self._runs_sparse in self._recorded:
                 self._record(index, module_call, leaves)
             if is_last:
                 raise _LastBlockReached
