@@ -29,8 +29,8 @@ WORDS = {
     # masks while weights train
     "every": "steps from one choice of masks to the next; more where choosing takes long",
     "freeze_at": "share of the steps after which masks stay; lower to leave more steps to the final masks",
-    "ramp": "how many times the budget is used at first; 1 for short trainings and mild budgets",
-    "ramp_until": "share of the steps until the budget is reached; lower for short trainings",
+    "ramp": "how many times the budget is used at first, less in short trainings; 1 for none",
+    "ramp_until": "share of the steps until the budget is reached",
     "one_shot": "judges without training; true where a trial takes too long",
     # allocation
     "slope": "how much denser the first blocks are than the last; negative to keep the last ones",

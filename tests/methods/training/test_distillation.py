@@ -433,7 +433,7 @@ def test_every_schedule_ends_on_the_budget_itself(steps: int, freeze_at: float):
     assert factors == sorted(factors, reverse=True)
     assert all(factors[t] == factors[t - 1] for t in range(1, steps) if t not in due)  # it changes with the masks
     if len(due) > 1 and freeze_at == 0.8:
-        assert factors[0] == 8.0
+        assert factors[0] == (8.0 if steps == 250 else pytest.approx(8.0 ** (steps / 250) ** 0.5))
 
 
 def test_a_step_is_that_of_torchs_adam_to_the_bit():

@@ -8,19 +8,25 @@ from dataclasses import dataclass
 from allot.budget.model_budget import ModelBudget
 from allot.errors import check_number
 
+WHOLE = 250  # steps from which on `ramp` holds as it is
+
 
 @dataclass(frozen=True)
 class Schedule:
     """When masks are selected again while weights train, and how many times the budget may be used on the way.
 
     In step t of T the budget is `Budget.widened(1 + (r - 1) (1 - t / (ramp_until T))^3)`, from ramp_until T on the
-    budget itself, where r is `ramp`, or `Budget.widest` where that is less: the dense net is the widest, and the budget
-    comes down from it at once. Masks change every `every` steps until step `freeze_at` T, the last one included.
+    budget itself, with
+
+        r = min( ramp ^ min(1, sqrt(T / 250)),  Budget.widest )
+
+    A short training has no time to come down far, and the dense net is the widest. Masks change every `every` steps
+    until step `freeze_at` T, the last one included.
 
     Args:
         every: steps, 1 or more.
         freeze_at: from 0 (masks are selected before the first step only) to 1, a fraction of the steps.
-        ramp: how many times the budget may be used at first, 1 or more.
+        ramp: how many times the budget may be used at first in a training of `WHOLE` steps or more; 1 or more.
         ramp_until: fraction of the steps, from 0 to 1.
     Raises:
         UsageError: a value out of its range.
@@ -68,12 +74,15 @@ class Schedule:
 
         >>> [round(Schedule(ramp=8.0).factor(t, 250, 5.0), 2) for t in (0, 50, 100, 150)]
         [5.0, 2.19, 1.15, 1.0]
+        >>> [round(Schedule(ramp=8.0).factor(0, steps), 1) for steps in (16, 40, 100, 250, 1000)]
+        [1.7, 2.3, 3.7, 8.0, 8.0]
         """
         end = self.ramp_until * steps
         t = t - t % self.every if t < self.last(steps) else t
         if t >= min(end, self.last(steps)):
             return 1.0
-        return 1 + (min(self.ramp, widest) - 1) * (1 - t / end) ** 3
+        ramp = self.ramp ** min(1.0, math.sqrt(steps / WHOLE))
+        return 1 + (min(ramp, widest) - 1) * (1 - t / end) ** 3
 
 
 def warm_cosine(t: int, steps: int, warm: int = 10) -> float:
