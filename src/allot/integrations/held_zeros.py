@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from allot.errors import UsageError
 from allot.network.applied_masks import masked
+from allot.network.arguments import typed
 from allot.network.attach import weights_to_mask
 from allot.network.layers import Scope
 
@@ -38,6 +39,7 @@ class HeldZeros:
     ([[1.0, 0.0]], 0.5)
     """
 
+    @typed
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> None:
         self.model = model
         self.masks = dict(zeros_of(model) if masks is None else masks)

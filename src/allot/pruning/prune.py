@@ -15,6 +15,7 @@ from allot.budget.budget import Budget
 from allot.budget.units import KINDS
 from allot.errors import AllotError, CannotWrite, GuaranteeMissed, UsageError, users_errors
 from allot.export.timing.latency import Runtime
+from allot.network.arguments import typed_but
 from allot.network.compute import Compute
 from allot.network.layers import Rules
 from allot.network.preserved import preserved
@@ -44,6 +45,7 @@ from allot.run.store import Log, open_store
 from allot.run.untrained import note_untrained
 
 
+@typed_but("budget", "metric")
 @users_errors("allot.prune")
 @torch.inference_mode(mode=False)
 def prune(

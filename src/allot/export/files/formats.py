@@ -54,6 +54,7 @@ from allot.export.files.writing import (
     seal_of,
     write_sealed,
 )
+from allot.network.arguments import typed
 from allot.network.channels import ChannelPlan
 from allot.network.layers import Group, Scope, plain_state
 from allot.run.store import replacing
@@ -203,6 +204,7 @@ def _cut(plan: ChannelPlan, name: str, value: Value) -> Value:
     return Later(value.dtype, shape, lambda: plan.cut(name, made(value)))
 
 
+@typed
 def load(path: str | Path) -> dict[str, Tensor]:
     """The plain state dict of any file that allot wrote, tied names included, or of any safetensors file.
 
