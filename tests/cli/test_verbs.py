@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -134,7 +135,11 @@ def test_verify_prints_whether_it_passed_and_every_row(pruned):
     assert all(row.keys() == {"file", "check", "promised", "found", "passed"} for row in said["rows"])
     for file in ("model.safetensors", "model.bitmask.safetensors"):
         assert done(f"verify RUN/{file} --json").json["passed"] is True
-    assert "pass" in done("verify RUN").err
+    short, whole = done("verify RUN").err, done("verify RUN --all").err
+    summary = f"all {len(said['rows'])} checks passed"
+    assert summary in short and summary in whole and "promised" in whole and "promised" not in short
+    counted = [int(count) for count in re.findall(r"(\d+) of \1 *$", short, re.MULTILINE)]
+    assert sum(counted) == len(said["rows"]) == len(re.findall(r"pass *$", whole, re.MULTILINE))
 
 
 def test_verify_ends_with_4_when_a_file_was_changed(pruned, tmp_path):
