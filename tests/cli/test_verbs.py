@@ -106,6 +106,15 @@ def test_evaluate_prints_metric_score_and_samples(pruned):
     assert shown.out == "" and "on 40 samples" in shown.err
 
 
+def test_evaluate_says_where_a_model_or_a_run_is_at_chance(pruned, monkeypatch):
+    monkeypatch.setattr("allot.run.evaluate.Score.at_chance", False)
+    assert "chance" not in done(f"evaluate {MLP} --data {SAMPLES}").err
+    monkeypatch.setattr("allot.run.evaluate.Score.at_chance", True)
+    assert "note: the model looks untrained (its top1 of " in done(f"evaluate {MLP} --data {SAMPLES}").err
+    said = done(f"evaluate RUN --model {MLP} --data {SAMPLES} --json")
+    assert "is that of chance: the pruned net has lost" in said.err and said.json["metric"] == "top1"
+
+
 def test_evaluate_of_a_run_is_the_score_in_its_report(pruned):
     said = done(f"evaluate RUN --model {MLP} --data {SAMPLES} --json").json
     assert said["score"] == done("report RUN --json").json["scores"]["sparse"]

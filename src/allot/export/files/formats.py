@@ -48,6 +48,7 @@ from allot.export.files.writing import (
     Value,
     header_entry,
     header_text,
+    in_order,
     made,
     nbytes,
     numel,
@@ -332,6 +333,11 @@ class PlainState(Mapping[str, Tensor]):
             raise UsageError(
                 f"{self.path} is damaged: its tensors and what it says of them differ ({error})."
             ) from error
+
+
+def plain_size(state: Mapping[str, Value], metadata: Mapping[str, Any]) -> int:
+    """Bytes of model.safetensors, header included, before it is written."""
+    return _plain_size(in_order(state), metadata)
 
 
 def _plain_size(state: Mapping[str, Value], metadata: Mapping[str, Any]) -> int:
