@@ -100,7 +100,7 @@ class Budget(ModelBudget):
         Raises:
             InvalidBudget: text that is no budget.
 
-        >>> Budget.parse("90%") == Budget.parse("0.9") == Budget(sparsity=0.9)
+        >>> Budget.parse("90%") == Budget(sparsity="90%")
         True
         """
         limits = []
