@@ -158,7 +158,7 @@ def test_many_differing_layers_are_not_all_listed():
 
 
 @pytest.mark.parametrize(
-    "given", [0.9, np.float32(0.9), "0.9", ".9", {"sparsity": 0.9}, {"Sparsity": "90%"}, "Sparsity=0.9"]
+    "given", [0.9, np.float32(0.9), "0.9", ".9", "90%", "90 %", {"sparsity": 0.9}, {"Sparsity": "90%"}, "Sparsity=0.9"]
 )
 def test_numbers_dicts_and_capitals_are_budgets(given):
     (limit,) = Budget.of(given).on((Term("a", 1000),)).limits
@@ -167,7 +167,7 @@ def test_numbers_dicts_and_capitals_are_budgets(given):
 
 @pytest.mark.parametrize(
     "given",
-    [1.5, 0, 1, True, None, [0.9], "9", "90%", "1.5", "0.9,macs=50%", {}, {"speed": 2}, {"macs": None}, 1j, {1: 2}],
+    [1.5, 0, 1, True, None, [0.9], "9", "100%", "1.5", "0.9,macs=50%", {}, {"speed": 2}, {"macs": None}, 1j, {1: 2}],
 )
 def test_what_is_no_budget_is_wrong_usage(given):
     with pytest.raises(InvalidBudget) as refused:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -105,6 +106,15 @@ def test_evaluate_prints_metric_score_and_samples(pruned):
     assert shown.out == "" and "on 40 samples" in shown.err
 
 
+def test_evaluate_says_where_a_model_or_a_run_is_at_chance(pruned, monkeypatch):
+    monkeypatch.setattr("allot.run.evaluate.Score.at_chance", False)
+    assert "chance" not in done(f"evaluate {MLP} --data {SAMPLES}").err
+    monkeypatch.setattr("allot.run.evaluate.Score.at_chance", True)
+    assert "note: the model looks untrained (its top1 of " in done(f"evaluate {MLP} --data {SAMPLES}").err
+    said = done(f"evaluate RUN --model {MLP} --data {SAMPLES} --json")
+    assert "is that of chance: the pruned net has lost" in said.err and said.json["metric"] == "top1"
+
+
 def test_evaluate_of_a_run_is_the_score_in_its_report(pruned):
     said = done(f"evaluate RUN --model {MLP} --data {SAMPLES} --json").json
     assert said["score"] == done("report RUN --json").json["scores"]["sparse"]
@@ -134,7 +144,11 @@ def test_verify_prints_whether_it_passed_and_every_row(pruned):
     assert all(row.keys() == {"file", "check", "promised", "found", "passed"} for row in said["rows"])
     for file in ("model.safetensors", "model.bitmask.safetensors"):
         assert done(f"verify RUN/{file} --json").json["passed"] is True
-    assert "pass" in done("verify RUN").err
+    short, whole = done("verify RUN").err, done("verify RUN --all").err
+    summary = f"all {len(said['rows'])} checks passed"
+    assert summary in short and summary in whole and "promised" in whole and "promised" not in short
+    counted = [int(count) for count in re.findall(r"(\d+) of \1 *$", short, re.MULTILINE)]
+    assert sum(counted) == len(said["rows"]) == len(re.findall(r"pass *$", whole, re.MULTILINE))
 
 
 def test_verify_ends_with_4_when_a_file_was_changed(pruned, tmp_path):

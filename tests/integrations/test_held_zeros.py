@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import pytest
@@ -130,6 +131,31 @@ def test_tied_weights_are_held_once():
 def test_what_cannot_be_held_is_refused(masks: dict[str, Tensor] | None, message: str):
     with pytest.raises(UsageError, match=message):
         HeldZeros(net(), masks)
+
+
+def test_a_new_head_of_zeros_is_trained_and_said(caplog: pytest.LogCaptureFixture):
+    model = allot.prune(net(), None, "sparsity=0.5", repair="none").model()
+    nn.init.zeros_(model[2].weight)
+    with caplog.at_level(logging.WARNING, "allot"):
+        zeros = HeldZeros(model)
+    zeros.hold()
+    steps(model, torch.optim.SGD(model.parameters(), lr=0.1), zeros.apply)
+    assert list(zeros.masks) == ["0.weight"] and bool(model[2].weight.any())
+    assert not model[0].weight[~zeros.masks["0.weight"]].any() and zeros.sparsity > 0.4
+    assert "2.weight: all zero" in caplog.text and "0.weight" not in caplog.text
+    asked = HeldZeros(net(), {"2.weight": torch.zeros(3, 8).bool()})  # a mask says what it says
+    asked.hold()
+    assert asked.sparsity == 1
+
+
+def test_a_model_of_nothing_but_new_heads_holds_no_zeros():
+    with pytest.raises(UsageError, match="no zeros to keep"):
+        HeldZeros(_zeroed(nn.Linear(2, 2)))
+
+
+def _zeroed(layer: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(layer.weight)
+    return layer
 
 
 def test_only_weights_with_zeros_get_a_mask():

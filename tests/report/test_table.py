@@ -147,6 +147,18 @@ def test_a_failed_check_stands_out():
     assert "FAIL" in text and "aaaaaaaaaaaa…" in text
 
 
+def test_checks_are_counted_by_file_and_those_that_failed_stand_in_full():
+    def row(file: str, check: str, *, passed: bool = True):
+        return {"file": file, "check": check, "promised": "wanted", "found": "seen", "passed": passed}
+
+    rows = [row("a", "sha256"), row("a.probe.safetensors", "of this run"), row("b", "sha256"), row("a", "sha256")]
+    lines = printed(table.verified_table(rows)).splitlines()
+    assert any(line.split() == ["a", "sha256,", "of", "this", "run", "3", "of", "3"] for line in lines), lines
+    assert any(line.split() == ["b", "sha256", "1", "of", "1"] for line in lines) and "wanted" not in "".join(lines)
+    text = printed(table.verified_table([*rows, row("b", "zeros", passed=False)]))
+    assert "1 of 2" in text and text.count("FAIL") == text.count("wanted") == 1
+
+
 def test_a_report_is_json(report):
     assert json.loads(json.dumps(report)) == report
 

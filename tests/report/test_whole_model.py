@@ -53,6 +53,13 @@ def test_the_size_of_the_file_is_predicted_before_it_is_written(tmp_path: Path):
     assert predicted == pytest.approx((tmp_path / "run" / "model.bitmask.safetensors").stat().st_size, rel=0.02)
 
 
+@pytest.mark.parametrize("options", [{}, {"budget": "macs=50%", "pattern": "channels"}])
+def test_the_dense_file_has_the_size_that_was_predicted(options: dict[str, str], tmp_path: Path):
+    predicted = pruned(**options).report()["whole"]["bytes"]["dense"]
+    pruned(**options, save_to=tmp_path / "run")
+    assert predicted == (tmp_path / "run" / "model.safetensors").stat().st_size
+
+
 def test_weights_that_go_with_channels_are_counted_wherever_they_are():
     result = pruned(budget="macs=50%", pattern="channels")
     whole = result.report()["whole"]

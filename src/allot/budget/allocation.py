@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,17 @@ class Allocation(Mapping[str, float]):
     """
 
     def __init__(self, density: Mapping[str, float], total: Mapping[str, int]) -> None:
+        for what, given in (("density", density), ("total", total)):
+            if not isinstance(given, Mapping):
+                raise UsageError(f"Allocation: {what}={given!r}: a dict by layer name is accepted.")
         if density.keys() != total.keys():
             raise UsageError(f"density and total name different layers: {sorted(density.keys() ^ total.keys())}")
         for name, value in density.items():
             if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
                 raise UsageError(f"density of {name} is {value!r}: a number from 0 to 1 is accepted.")
+        for name, count in total.items():
+            if isinstance(count, bool) or not isinstance(count, Integral) or count < 0:
+                raise UsageError(f"total of {name} is {count!r}: a whole number of weights is accepted.")
         self._density = {name: float(value) for name, value in density.items()}
         self.total = dict(total)
 
@@ -75,6 +81,8 @@ class Allocation(Mapping[str, float]):
         """
         try:
             data = json.loads(Path(path).read_text())
+        except TypeError as error:
+            raise UsageError(f"Allocation.load: path={path!r}: a path is accepted.") from error
         except (OSError, ValueError) as error:
             raise UsageError(f"cannot read an allocation from {path}: {error}") from error
         layers = data.get("layers", data) if isinstance(data, dict) else None

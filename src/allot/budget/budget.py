@@ -95,15 +95,20 @@ class Budget(ModelBudget):
     def parse(cls, *texts: str) -> Budget:
         """The budget from text: `parse("sparsity=0.9")`, `parse("macs=50%", "bytes=3MB")`, or with commas.
 
-        A single number below 1 is a sparsity, and kinds may be written in capitals.
+        A single number below 1, or a single percentage, is a sparsity; kinds may be written in capitals.
 
         Raises:
             InvalidBudget: text that is no budget.
+
+        >>> Budget.parse("90%") == Budget(sparsity="90%")
+        True
         """
         limits = []
+        if others := [text for text in texts if not isinstance(text, str)]:
+            raise InvalidBudget(f"budget {others[0]!r}: text like 'sparsity=0.9' is accepted.")
         for part in (part.strip() for text in texts for part in re.split(r",|\band\b", text)):
             kind, equals, value = (piece.strip() for piece in part.partition("="))
-            if re.fullmatch(r"0?\.[0-9]+", part) and len(texts) == 1 and part == texts[0].strip():
+            if re.fullmatch(r"0?\.[0-9]+|[0-9.]+ *%", part) and len(texts) == 1 and part == texts[0].strip():
                 kind, equals, value = "sparsity", "=", part
             if not equals or not value:
                 raise InvalidBudget(f"budget {part!r}: write KIND=VALUE, like sparsity=0.9 or macs=50%.")

@@ -43,7 +43,7 @@ class Amount:
         if not number.is_finite():
             raise InvalidBudget(f"{kind}={limit!r} is not a number. {_ACCEPTED[kind]}")
         # beyond every float, or every time; 10**999999999 would take all memory
-        if abs(number.adjusted()) > (20 if kind == "latency" else 400):
+        if not -400 <= number.adjusted() <= 290 or (kind == "latency" and abs(number.adjusted()) > 20):
             raise InvalidBudget(f"{kind}={limit} is out of range. {_ACCEPTED[kind]}")
         value = Fraction(number) / (100 if suffix == "%" else 1)
         relative = suffix == "%" or kind == "sparsity"
@@ -85,7 +85,7 @@ def memory(name: str, size: int | str) -> int:
     Raises:
         UsageError: not a number of bytes, or less than one byte.
     """
-    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+    if isinstance(size, int) and not isinstance(size, bool) and 0 < size < 2**63:
         return size
     try:
         amount = Amount.read("bytes", str(size))

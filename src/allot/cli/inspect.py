@@ -23,8 +23,10 @@ from allot.sources.load import example_of, load_model
 LONGEST = 200  # characters of one entry of a check, in the one line of an error
 
 
-def verify_command(wanted: RecipeFile, path: Path, model: str | None, *, trust: bool, as_json: bool) -> None:
-    """Show every check.
+def verify_command(
+    wanted: RecipeFile, path: Path, model: str | None, *, trust: bool, every: bool, as_json: bool
+) -> None:
+    """Show what was checked of each file, or `every` check.
 
     Raises:
         VerificationError: a check failed.
@@ -34,7 +36,7 @@ def verify_command(wanted: RecipeFile, path: Path, model: str | None, *, trust: 
     if as_json:
         print_json(checked)
     else:
-        people.print(table.certificate_table(checked["rows"]))
+        people.print((table.certificate_table if every else table.verified_table)(checked["rows"]))
         if checked["passed"]:
             unopened = sum(str(row["found"]).startswith("not opened") for row in checked["rows"])
             note = f" ({unopened} of them without opening a program: --trust opens it)" if unopened else ""

@@ -20,6 +20,7 @@ from allot.run.driver import Progress as Step
 from allot.run.driver import interruptible
 from allot.run.evaluate import Score, evaluate
 from allot.run.store import write
+from allot.run.untrained import sentence, sign_in_score
 from allot.sources.load import example_of, load_data, load_model
 from allot.sources.names import DATA_FORMS
 
@@ -90,7 +91,7 @@ def _given(wanted: RecipeFile) -> list[str]:
 def evaluate_command(wanted: RecipeFile, target: str, split: str, model: str | None, *, as_json: bool) -> None:
     """Show the score of a run or a model."""
     data, workers, skip_corrupt, metric = wanted.data, wanted.workers, wanted.skip_corrupt, wanted.metric
-    if Path(target).is_dir():
+    if run := Path(target).is_dir():
         if wanted.weights:
             raise UsageError(f"{target} has its own weights: leave --weights out, or name a MODEL.")
         recipe = RecordedRecipe.read(Path(target), wanted, model)
@@ -112,6 +113,9 @@ def evaluate_command(wanted: RecipeFile, target: str, split: str, model: str | N
             workers=workers,
             on_batch=lambda done, total: display(Step("evaluate", done, total or done, {})),
         )
+    if score.at_chance:
+        sign = sign_in_score(score.metric, score.score)
+        say(f"note: {sign}: the pruned net has lost what it knew." if run else f"note: {sentence([sign])}")
     if as_json:
         print_json(score.to_json())
     else:

@@ -103,7 +103,7 @@ def _say_checks(rows: list[dict[str, Any]], out: Path) -> None:
     for row in failed:
         say(f"note: {row['file']}: {row['check']}: promised {row['promised']}, found {row['found']}")
     passed = len(rows) - len(failed)
-    say(f"verified: {passed} checks of the re-opened files passed (allot verify {out} shows them)")
+    say(f"verified: {passed} checks of the re-opened files passed (allot verify {out} --all shows them)")
 
 
 def plan_command(wanted: RecipeFile, save: Path | None, *, as_json: bool) -> None:

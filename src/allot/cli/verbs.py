@@ -270,12 +270,13 @@ def verify_verb(
     trust: Annotated[
         bool, option("open exported programs (.pt2) too: a program can run any code", "--trust", panel=WHAT)
     ] = False,
+    every: Annotated[bool, option("every check in a line of its own, not every file", "--all")] = False,
     as_json: Json = False,
 ) -> None:
     """Re-open, recount and certify; exit code 4 if anything differs from what was promised."""
     from allot.cli.inspect import verify_command
 
-    verify_command(wanted, path, model, trust=trust, as_json=as_json)
+    verify_command(wanted, path, model, trust=trust, every=every, as_json=as_json)
 
 
 @_verb(

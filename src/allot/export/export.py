@@ -33,6 +33,7 @@ from allot.export.runtimes.opened import Opened
 from allot.export.runtimes.sparse import converted, has_sparse_tensor_cores, linear_layers, load_csr, semi_structured
 from allot.export.timing.clock import AS_DENSE, Speedup, side_by_side
 from allot.export.timing.sparse_layers import time_converted
+from allot.network.arguments import typed
 from allot.network.call import attempt, write_into
 from allot.network.channels import copied, shapes_of
 from allot.network.layers import Layer, Scope
@@ -49,6 +50,7 @@ MOST = 5.0  # seconds of timing after which three rounds are enough
 HALF_TOLERANCE = 2e-2  # of the largest output, in half precision
 
 
+@typed
 def export(model: nn.Module, example: Any, path: str | Path, *, to: str | None = None) -> Opened:
     """Write `model` to `path`, open the file again, compare its outputs with the model's, and write a probe.
 

@@ -9,6 +9,7 @@ opens without allot.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import torch
@@ -17,8 +18,11 @@ from torch.utils.hooks import RemovableHandle
 
 from allot.errors import UsageError
 from allot.network.applied_masks import masked
+from allot.network.arguments import typed
 from allot.network.attach import weights_to_mask
 from allot.network.layers import Scope
+
+logger = logging.getLogger("allot")
 
 
 class HeldZeros:
@@ -26,7 +30,8 @@ class HeldZeros:
 
     Args:
         model: the model that is trained, or the part of it that was pruned.
-        masks: parameter name -> bool mask, like `result.masks`. None: the zeros that weights hold now.
+        masks: parameter name -> bool mask, like `result.masks`. None: the zeros that weights hold now,
+            but for weights that are wholly zero, like a new head.
     Raises:
         UsageError: a name that the model does not have, a shape that differs, or no zeros to keep.
 
@@ -38,6 +43,7 @@ class HeldZeros:
     ([[1.0, 0.0]], 0.5)
     """
 
+    @typed
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> None:
         self.model = model
         self.masks = dict(zeros_of(model) if masks is None else masks)
@@ -75,6 +81,8 @@ class HeldZeros:
 def zeros_of(model: nn.Module) -> dict[str, Tensor]:
     """Name -> mask of the entries that are not zero, of every weight that could be pruned and holds a zero.
 
+    A weight that is wholly zero has no mask, and a warning names it: a new head may begin with zeros.
+
     Raises:
         UsageError: there is none.
 
@@ -86,7 +94,12 @@ def zeros_of(model: nn.Module) -> dict[str, Tensor]:
     """
     names = [layer.name for layer in Scope.of(model).layers]
     kept = {name: model.get_parameter(name).detach() != 0 for name in names}
-    masks = {name: mask for name, mask in kept.items() if not bool(mask.all())}
+    empty = [name for name, mask in kept.items() if not bool(mask.any())]
+    if empty:
+        logger.warning(
+            "%s: all zero, and trained like a new layer; masks={...} holds zeros of these too", ", ".join(empty)
+        )
+    masks = {name: mask for name, mask in kept.items() if name not in empty and not bool(mask.all())}
     if not masks:
         raise UsageError("the model's weights hold no zeros to keep: give result.model(), or masks=result.masks.")
     return masks

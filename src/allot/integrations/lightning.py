@@ -35,7 +35,7 @@ class KeepZeros(_callback()):  # type: ignore[misc]
 
     Args:
         model: the module that was pruned: the LightningModule, or a module that it holds.
-        masks: parameter name in `model` -> bool mask, like `result.masks`. None: the zeros that weights hold now.
+        masks: parameter name in `model` -> bool mask, like `result.masks`. None: as `HeldZeros`.
     Raises:
         UsageError: lightning is not installed; or as `HeldZeros`.
     """

@@ -21,7 +21,7 @@ class KeepZeros(_transformers.TrainerCallback):  # type: ignore[misc,name-define
 
     Args:
         model: the model that is given to `Trainer`.
-        masks: parameter name -> bool mask, like `result.masks`. None: the zeros that weights hold now.
+        masks: parameter name -> bool mask, like `result.masks`. None: as `HeldZeros`.
     Raises:
         UsageError: transformers is not installed; or as `HeldZeros`.
 

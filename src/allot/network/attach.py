@@ -9,6 +9,7 @@ from torch.nn.utils import parametrize
 
 from allot.errors import UsageError, unknown
 from allot.network.applied_masks import masked
+from allot.network.arguments import typed
 from allot.network.call import refuse_two_values
 from allot.network.layers import Place, places_by_parameter
 
@@ -26,6 +27,7 @@ class Mask(nn.Module):
         return masked(weight, self.mask)
 
 
+@typed
 def attach(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     """`model` itself, which computes with masked weights from now on: train it, save it, then `fold` it.
 
@@ -64,6 +66,7 @@ def weights_to_mask(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, 
     return {name: by_name[name] for name in masks}
 
 
+@typed
 def fold(model: nn.Module) -> nn.Module:
     """`model` itself, with the zeros of attached masks in plain weights, plain classes and plain keys.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from allot.errors import InvalidBudget, UsageError, unknown
+from allot.network.arguments import check_type, typed
 from allot.network.kinds import EXPERTS, FROZEN, STACK, UNDECIDED, kind_of, reason_to_skip
 
 
@@ -141,15 +142,13 @@ class Rules:
     floor: int | str = 1
 
     def __post_init__(self) -> None:
-        for patterns in (self.include, self.exclude):
-            if isinstance(patterns, str):
-                raise UsageError(
-                    f"the rule {patterns!r} stands alone: a tuple of patterns is accepted, like ({patterns!r},)."
-                )
-        for bounds in (self.min_density, self.max_density):
-            for pattern, value in bounds.items():
-                if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
-                    raise InvalidBudget(f"density bound {pattern}={value!r}: a number from 0 to 1 is accepted.")
+        for alone in (given for given in (self.include, self.exclude) if isinstance(given, str)):
+            raise UsageError(f"the rule {alone!r} stands alone: a tuple of patterns is accepted, like ({alone!r},).")
+        check_type("include and exclude", (self.include, self.exclude), Sequence[Sequence[str]])
+        check_type("density bounds", (self.min_density, self.max_density), Sequence[Mapping[str, object]])
+        for pattern, value in (*self.min_density.items(), *self.max_density.items()):
+            if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
+                raise InvalidBudget(f"density bound {pattern}={value!r}: a number from 0 to 1 is accepted.")
         for pattern in self.patterns:
             if pattern.startswith("re:"):
                 try:
@@ -158,9 +157,8 @@ class Rules:
                     raise UsageError(f"{pattern!r} is not a regular expression: {error}.") from error
         floor = str(self.floor)
         if not re.fullmatch(r"\d+(/row)?|\d+(\.\d+)?%", floor) or (floor.endswith("%") and float(floor[:-1]) > 100):
-            raise InvalidBudget(
-                f'floor={self.floor!r}: weights per layer (1), per row ("1/row") or a share ("5%") is accepted.'
-            )
+            accepted = 'weights per layer (1), per row ("1/row") or a share ("5%")'
+            raise InvalidBudget(f"floor={self.floor!r}: {accepted} is accepted.")
 
     @property
     def patterns(self) -> tuple[str, ...]:
@@ -168,9 +166,8 @@ class Rules:
         return (*self.include, *self.exclude, *self.min_density, *self.max_density)
 
     def bounded(self, layer: Layer, names: Iterable[str]) -> Layer:
-        per_row = 0
-        if str(self.floor).endswith("/row"):
-            per_row = min(int(str(self.floor)[:-4]), layer.total // layer.rows)
+        by_row = str(self.floor).endswith("/row")
+        per_row = min(int(str(self.floor)[:-4]), layer.total // layer.rows) if by_row else 0
         least, most = self.bounds(layer.total, names)
         return replace(layer, min_kept=max(least, per_row * layer.rows), max_kept=most, min_per_row=per_row)
 
@@ -229,6 +226,7 @@ class Scope:
         return replace(self, layers=layers, skipped={**self.skipped, **left})
 
     @classmethod
+    @typed
     def of(cls, model: nn.Module, rules: Rules | None = None, *, shapes_only: bool = False) -> Scope:
         """Every parameter of `model`, as a `Layer` or with the reason why it stays dense.
 

@@ -33,6 +33,7 @@ from allot.export.runtimes.sparse import has_sparse_tensor_cores, linear_layers,
 from allot.export.timing.clock import PAYS, timed
 from allot.export.timing.latency import Runtime, latency_of, repeated
 from allot.export.timing.sparse_layers import inputs_of, time_converted
+from allot.network.arguments import typed
 from allot.network.call import attempt
 from allot.network.channels import copied
 from allot.network.draws import generator
@@ -50,6 +51,7 @@ LAYERS = 4  # linear layers that are measured, those with most MACs
 WORTH = 1.1  # speed-up below which nothing is advised: a prediction is less sure than a measurement
 
 
+@typed
 def advise(
     model: nn.Module,
     example: Any,

@@ -15,6 +15,7 @@ from allot.budget.budget import Budget
 from allot.budget.units import KINDS
 from allot.errors import AllotError, CannotWrite, GuaranteeMissed, UsageError, users_errors
 from allot.export.timing.latency import Runtime
+from allot.network.arguments import typed_but
 from allot.network.compute import Compute
 from allot.network.layers import Rules
 from allot.network.preserved import preserved
@@ -41,9 +42,10 @@ from allot.run.places import check_directory_place
 from allot.run.problem import Method, Problem
 from allot.run.scores import ChannelScore, WeightScore
 from allot.run.store import Log, open_store
-from allot.run.untrained import note_untrained
+from allot.run.untrained import note_untrained, sign_in_score
 
 
+@typed_but("budget", "metric")
 @users_errors("allot.prune")
 @torch.inference_mode(mode=False)
 def prune(
@@ -203,7 +205,7 @@ def _run(prepared: Prepared, log: Log) -> Result:
         with activity("scoring the dense model"):  # unusable test data is an error before the run
             dense_score = dense_score or request.score_of(request.model)
     if dense_score and dense_score.at_chance:
-        note_untrained(log, f"its {dense_score.metric} of {100 * dense_score.score:.1f} % is that of chance")
+        note_untrained(log, sign_in_score(dense_score.metric, dense_score.score))
     if request.max_drop and dense_score:
         request.max_drop.limit(dense_score.metric, dense_score.score, lower=dense_score.metric in dense_score.lower)
     device = next(iter(prepared.problem.dense.values())).device

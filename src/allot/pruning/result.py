@@ -23,6 +23,7 @@ from allot.export.certificate.structure import structure_of
 from allot.export.export import export_run, form_of
 from allot.export.files import formats as files
 from allot.export.files.writing import Later, Value
+from allot.network.arguments import typed
 from allot.network.call import write_into
 from allot.network.channels import ChannelPlan, slimmed
 from allot.network.copies import deep_copy
@@ -195,6 +196,7 @@ class Result:
         state = {name: tensors.get(aliases.get(name, name), value) for name, value in state.items()}
         return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
 
+    @typed
     def export(self, path: str | os.PathLike[str] | None = None, *, to: str | None = None) -> Exported:
         """Write a file for a runtime, open it again, compare it with this result and time it beside the dense model.
 
@@ -257,6 +259,7 @@ class Result:
         """The content of the report, as data."""
         return {**report(self), "exports": exports_of(self.directory)}
 
+    @typed
     def save(self, directory: str | os.PathLike[str]) -> dict[str, Any]:
         """Write model files, allocation.json, certificate.json, report.json and report.html; returns the certificate.
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from allot.budget.bisection import bracket
 from allot.errors import BudgetError, GuaranteeMissed, UsageError, check_number
+from allot.network.arguments import typed
 from allot.processes import on_first_process
 from allot.pruning.prune import prune
 from allot.report.comparison import comparison_page, page_in
@@ -29,6 +30,7 @@ from allot.run.store import write, write_json
 KINDS = ("sparsity", "macs")
 
 
+@typed
 def search(
     model: nn.Module,
     calibration: Data | None,

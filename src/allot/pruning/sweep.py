@@ -22,6 +22,7 @@ from allot.budget.budget import Budget
 from allot.budget.units import meaning
 from allot.errors import BudgetError, PatternError, UsageError
 from allot.export.files.formats import PAGE
+from allot.network.arguments import typed
 from allot.processes import on_first_process
 from allot.pruning.assemble import assemble
 from allot.pruning.prune import prune
@@ -63,6 +64,7 @@ class Cell:
         return out / self.name / re.sub(r"[^\w.=%-]+", "_", self.budget) / f"seed-{self.seed}"
 
 
+@typed
 def budgets_of(texts: Sequence[str]) -> list[str]:
     """Budgets to try: `sparsity=0.5,0.9` is two, `macs=50% and bytes=3MB` is one, and so is `sparsity=0.9,90%`.
 
@@ -81,6 +83,7 @@ def budgets_of(texts: Sequence[str]) -> list[str]:
     return _unique(budgets, _meaning)
 
 
+@typed
 def cells_of(methods: Sequence[str], budgets: Sequence[str], seeds: int) -> list[Cell]:
     """Every cell once, seed by seed: the first comparison is complete soonest.
 
@@ -124,6 +127,7 @@ def with_controls(cells: Sequence[Cell], **settings: Any) -> list[Cell]:
     return found
 
 
+@typed
 def sweep(
     model: nn.Module,
     calibration: Data | None,

@@ -14,7 +14,7 @@ from torch import nn
 from allot.budget.allocation import Allocation
 from allot.budget.channels import channel_budget
 from allot.budget.costs import mask_entropy
-from allot.export.files.formats import BITMASK, PLAIN, SLIM
+from allot.export.files.formats import BITMASK, PLAIN, SLIM, metadata_of, plain_size
 from allot.network.layers import plain_state
 from allot.run.problem import Candidate, Problem
 from allot.run.reading import Readable
@@ -108,8 +108,7 @@ def _sizes_of_weights(model: nn.Module) -> dict[str, int]:
 def of_whole_model(problem: Problem, kept: Mapping[str, int], directory: Path | None = None) -> dict[str, Any]:
     """`{weights, macs, bytes}` of the whole model, out of scope included, each `{dense, sparse}`.
 
-    `macs` is null where no example input was there. `bytes` are those of the files; until the run is saved those of the
-    dense tensors, and of the small file as predicted.
+    `macs` is null where no example input was there. `bytes` are those of the files, predicted until the run is saved.
     """
     budget, all_weights = problem.budget, weights_of(problem.model)
     removed = budget.total - sum(budget.sizes(kept).values())
@@ -117,7 +116,7 @@ def of_whole_model(problem: Problem, kept: Mapping[str, int], directory: Path | 
         extents = {extent.name: extent for extent in channel_budget(budget).extents}
         removed = sum(total - int(extents[name].size(kept)) for name, total in _sizes_of_weights(problem.model).items())
     small = _file_size(directory, SLIM if problem.scope.groups else BITMASK) or budget.cost("bytes", kept)
-    tensors = sum(value.numel() * value.element_size() for value in plain_state(problem.model)[0].values())
+    state, facts = plain_state(problem.model)[0], metadata_of(problem.model, problem.scope, budget)
     macs = None
     if problem.scope.macs is not None:
         spared = sum(layer.macs or 0 for layer in problem.scope) - budget.cost("macs", kept)
@@ -125,7 +124,7 @@ def of_whole_model(problem: Problem, kept: Mapping[str, int], directory: Path | 
     return {
         "weights": {"dense": all_weights, "sparse": all_weights - removed},
         "macs": macs,
-        "bytes": {"dense": _file_size(directory, PLAIN) or tensors, "sparse": small},
+        "bytes": {"dense": _file_size(directory, PLAIN) or plain_size(state, facts), "sparse": small},
     }
 
 

@@ -183,6 +183,20 @@ def search_table(results: Report) -> Table:
     return table
 
 
+def verified_table(rows: Sequence[Report]) -> RenderableType:
+    """A line for every file: what `verify` checked of it, and how many checks passed; those that failed in full."""
+    table = _table(_text_column("file"), _text_column("checked"), _figure_column("passed"))
+    files: dict[str, list[Report]] = {}
+    for row in rows:
+        files.setdefault(row["file"].removesuffix(".probe.safetensors"), []).append(row)
+    for file, checks in files.items():
+        passed, names = sum(row["passed"] for row in checks), dict.fromkeys(row["check"] for row in checks)
+        style = "green" if passed == len(checks) else "bold red"
+        table.add_row(escape(file), escape(", ".join(names)), Text(f"{passed} of {len(checks)}", style=style))
+    failed = [row for row in rows if not row["passed"]]
+    return Group(table, certificate_table(failed)) if failed else table
+
+
 def certificate_table(rows: Sequence[Report]) -> Table:
     """Every check of `verify`."""
     table = _table(*map(_text_column, ("file", "check", "promised", "found")), _label_column(), title="certificate")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 import random
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from allot.errors import UsageError, check_number, first_line
+from allot.network.arguments import typed
 from allot.network.draws import generator, numbered, seeded
 from allot.network.trees import floats_in, leaves_of, map_leaves, map_tensors
 from allot.processes import rank, world_size
@@ -22,7 +24,6 @@ SAMPLES, TEXTS = 512, 128  # calibration samples, and blocks of text, where the 
 BATCH, TOKENS = 64, 1024  # samples in a batch, and most tokens: each token has a logit for every word
 LISTED = 2**24  # samples of a data set of which a permutation is made
 SURE = 32  # inputs; of fewer, so few are watched that comparisons are unsure
-Data: TypeAlias = "Tensor | Dataset[Any] | Iterable[Any] | Calibration"  # what `Calibration.of` reads
 LABEL_KEYS = frozenset({"label", "labels", "target", "targets"})
 
 
@@ -61,6 +62,7 @@ class Calibration:
         check_number("workers", self.workers, 0, whole=True)
 
     @classmethod
+    @typed
     def of(
         cls,
         data: Data,
@@ -90,6 +92,7 @@ class Calibration:
         check_number("workers", workers, 0, whole=True)
         if samples < 1:
             raise UsageError(f"samples={samples}: a whole number above 0 is accepted.")
+        samples = min(samples, sys.maxsize)
         with seeded(seed):  # a shuffling DataLoader draws from torch's generator
             source = _indexable(data, samples, batched=batched)
         order: Iterable[int] = _drawn(len(source), seed) if len(source) > samples else range(len(source))
@@ -220,6 +223,9 @@ def texts_at_a_time(length: int, most: int) -> int:
     return max(1, min(most, TOKENS // max(length, 1)))
 
 
+Data: TypeAlias = Tensor | Dataset[Any] | Iterable[Any] | Calibration  # what `Calibration.of` reads
+
+
 def readable_again(data: Any, most: int | None = None) -> Any:
     """Data that several runs can read: of an iterator a list of its samples, the first `most`; other data as they are.
 
@@ -270,13 +276,24 @@ def _drawn(length: int, seed: int) -> Iterator[int]:
             yield index
 
 
-def _indexable(data: Any, samples: int, *, batched: bool) -> Any:
-    if isinstance(data, str | bytes | Mapping):
-        rows = " Of columns give the rows: [dict(zip(data, row)) for row in zip(*data.values())]."
+def check_samples(what: str, data: Any) -> None:
+    """Raises:
+    UsageError: `data`, called `what`, holds no samples.
+    """
+    holds = hasattr(data, "__getitem__") or isinstance(data, Iterable)
+    if not holds or isinstance(data, str | bytes | Mapping | type | nn.Module):
+        advice = ""
+        if isinstance(data, Mapping):
+            advice = " Of columns give the rows: [dict(zip(data, row)) for row in zip(*data.values())]."
+        if isinstance(data, str) and ":" in data:
+            advice = f" Load it first: from allot.sources.load import load_data; data = load_data({data!r})."
         raise UsageError(
-            f"calibration data of type {type(data).__name__}: a tensor, Dataset, DataLoader or iterable is accepted."
-            + rows * isinstance(data, Mapping)
+            f"{what} of type {type(data).__name__}: a tensor, Dataset, DataLoader or iterable is accepted.{advice}"
         )
+
+
+def _indexable(data: Any, samples: int, *, batched: bool) -> Any:
+    check_samples("calibration data", data)
     if getattr(data, "shape", None) == ():
         raise UsageError(f"calibration data is one number ({data}): a tensor of samples [N, ...] is accepted.")
     if isinstance(data, DataLoader) and data.batch_size is None and data.batch_sampler is None:

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from allot.errors import UsageError, check_number, users_errors
+from allot.network.arguments import typed_but
 from allot.network.call import attempt, dtype_for, filled_copy, modes
 from allot.network.compute import check_divisible
 from allot.network.kinds import FLOATS
@@ -96,6 +97,7 @@ class Score:
         return content | ({"unreadable": self.unreadable} if self.unreadable else {})
 
 
+@typed_but("metric")
 @users_errors("allot.evaluate")
 def evaluate(
     model: nn.Module,

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from allot.errors import UsageError, first_line
 from allot.network.trees import tensors_in
 from allot.processes import rank, world_size
-from allot.run.calibration import LABEL_KEYS, inputs_of, texts_at_a_time
+from allot.run.calibration import LABEL_KEYS, check_samples, inputs_of, texts_at_a_time
 from allot.run.reading import read_readable
 
 LabelledData: TypeAlias = Dataset[Any] | Iterable[Any]  # of (inputs, label), or of what a metric takes
@@ -53,6 +53,7 @@ def labelled_batches(data: Any, batch_size: int, workers: int = 0) -> Iterator[B
     >>> next(labelled_batches(samples, 2)).targets
     [[5], [6, 7]]
     """
+    check_samples("labelled data", data)
     if isinstance(data, DataLoader):
         for batch in itertools.islice(data, rank(), None, world_size()):
             inputs = inputs_of(batch)

@@ -47,6 +47,15 @@ def sentence(signs: list[str]) -> str:
     return f"the model looks untrained ({'; '.join(signs)}): give it trained weights before you prune it."
 
 
+def sign_in_score(metric: str, score: float) -> str:
+    """The sign of a score at chance, in words.
+
+    >>> sign_in_score("top1", 0.1)
+    'its top1 of 10.0 % is that of chance'
+    """
+    return f"its {metric} of {100 * score:.1f} % is that of chance"
+
+
 def sign_in_weights(model: nn.Module) -> str:
     """How the weights look as if no training had touched them; empty where they do not.
 

@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from allot.errors import UsageError
+from allot.network.arguments import typed
 from allot.network.draws import seeded
 from allot.processes import launched
 from allot.run.calibration import Calibration, moved
@@ -36,6 +37,7 @@ from allot.sources.synthetic import Fractals
 from allot.sources.weights import fill
 
 
+@typed
 def load_model(
     spec: str, *, weights: str | None = None, shape: tuple[int, ...] | None = None, device: str | None = None
 ) -> ModelSource:
@@ -112,6 +114,7 @@ def example_of(source: ModelSource, data: str | None, *, skip_corrupt: bool = Fa
     return source.example
 
 
+@typed
 def load_data(
     spec: str, source: ModelSource | None = None, *, split: str = "calibration", skip_corrupt: bool = False
 ) -> Any:

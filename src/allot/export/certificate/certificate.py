@@ -35,6 +35,7 @@ from allot.export.files.formats import (
     has_marks,
     untouched,
 )
+from allot.network.arguments import typed
 from allot.network.channels import ChannelPlan
 from allot.run.store import json_text, read_run
 
@@ -65,6 +66,7 @@ def certify(
     return sealed({"promised": promised, "rows": rows, "passed": all(row["passed"] for row in rows)})
 
 
+@typed
 def verify(path: str | Path, model: nn.Module | None = None, *, trust: bool = False) -> dict[str, Any]:
     """Re-open and recount a run or an exported file: `{passed, rows: [{file, check, promised, found, passed}]}`.
 

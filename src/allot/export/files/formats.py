@@ -48,12 +48,14 @@ from allot.export.files.writing import (
     Value,
     header_entry,
     header_text,
+    in_order,
     made,
     nbytes,
     numel,
     seal_of,
     write_sealed,
 )
+from allot.network.arguments import typed
 from allot.network.channels import ChannelPlan
 from allot.network.layers import Group, Scope, plain_state
 from allot.run.store import replacing
@@ -203,6 +205,7 @@ def _cut(plan: ChannelPlan, name: str, value: Value) -> Value:
     return Later(value.dtype, shape, lambda: plan.cut(name, made(value)))
 
 
+@typed
 def load(path: str | Path) -> dict[str, Tensor]:
     """The plain state dict of any file that allot wrote, tied names included, or of any safetensors file.
 
@@ -330,6 +333,11 @@ class PlainState(Mapping[str, Tensor]):
             raise UsageError(
                 f"{self.path} is damaged: its tensors and what it says of them differ ({error})."
             ) from error
+
+
+def plain_size(state: Mapping[str, Value], metadata: Mapping[str, Any]) -> int:
+    """Bytes of model.safetensors, header included, before it is written."""
+    return _plain_size(in_order(state), metadata)
 
 
 def _plain_size(state: Mapping[str, Value], metadata: Mapping[str, Any]) -> int:

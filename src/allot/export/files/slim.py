@@ -9,11 +9,13 @@ from torch import nn
 
 from allot.errors import UsageError
 from allot.export.files.formats import SLIM, read
+from allot.network.arguments import typed
 from allot.network.call import write_into
 from allot.network.channels import ChannelPlan, slimmed
 from allot.network.layers import plain_state
 
 
+@typed
 def load_slim(model: nn.Module | Callable[[], nn.Module], path: str | Path) -> nn.Module:
     """`model` cut to the shapes of a slim file, with the weights of the file; in eval mode, plain classes, plain keys.
 

@@ -71,6 +71,11 @@ def header_text(metadata: str, entries: Mapping[str, Any]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+def in_order(tensors: Mapping[str, Value]) -> dict[str, Value]:
+    """The tensors in the order of a file: by type, then by name."""
+    return dict(sorted(tensors.items(), key=lambda item: (_RANK[item[1].dtype], item[0].encode())))
+
+
 def write_sealed(path: Path, tensors: Mapping[str, Value], metadata: Callable[[str], str], header: int | None) -> None:
     """Write a file, each tensor when it is made, and put the seal into its metadata.
 
@@ -87,7 +92,7 @@ def write_sealed(path: Path, tensors: Mapping[str, Value], metadata: Callable[[s
             raise UsageError(
                 f"{name} holds {value.dtype}, and a file of safetensors does not: {accepted} are accepted."
             )
-    ordered = dict(sorted(tensors.items(), key=lambda item: (_RANK[item[1].dtype], item[0].encode())))
+    ordered = in_order(tensors)
     entries, end = {}, 0
     for name, value in ordered.items():
         start, end = end, end + nbytes(value)

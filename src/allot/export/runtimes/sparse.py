@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from allot.errors import UsageError
 from allot.export.files.formats import csr, stored, unpacked
+from allot.network.arguments import typed
 from allot.network.channels import copied
 
 Convert = Callable[[Tensor], Tensor]
@@ -54,6 +55,7 @@ def converted(model: nn.Module, names: Iterable[str], convert: Convert) -> nn.Mo
     return model
 
 
+@typed
 def load_csr(model: nn.Module, path: str | Path) -> nn.Module:
     """`model` with the weights of a csr file, sparse if they are sparse in the file; in eval mode, the model unchanged.
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from allot.errors import unknown
+from allot.network.arguments import typed
 from allot.sources.zoo import nets
 
 
@@ -47,6 +48,7 @@ MODELS = {
 }
 
 
+@typed
 def model(name: str) -> nn.Module:
     """The trained net `name`, a new one at every call: eval mode, CPU, float32.
 
@@ -66,6 +68,7 @@ def model(name: str) -> nn.Module:
     return net.eval()
 
 
+@typed
 def data(name: str, split: str) -> TensorDataset:
     """One split of a data set, as pictures that the nets expect and labels.
 
