@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ import allot
 from allot.errors import BudgetError, Stopped, UsageError
 from allot.pruning import request
 from allot.pruning import sweep as sweeping
+from allot.pruning.prune import prune
+from allot.pruning.settings import SearchSettings, SweepSettings
 from allot.pruning.sweep import Cell, budgets_of, cells_of, options_for, sweep, with_controls
 from allot.run.recipes import RECIPES
 from allot.sources import zoo
@@ -195,3 +198,18 @@ def test_a_control_is_the_same_chain_with_uniform_densities(tmp_path: Path):
         report = json.loads((tmp_path / row["run"] / "report.json").read_text())
         assert row["method"] == cell.name and report["allocate"] == (cell.allocate or cell.method)
         assert report["repair"] == list(RECIPES[cell.method].repair)
+
+
+@pytest.mark.parametrize(
+    ("settings", "own"),
+    [
+        (SearchSettings, {"test", "max_drop"}),
+        (SweepSettings, {"method", "seed"}),
+    ],
+)
+def test_settings_are_the_other_arguments_of_prune(settings: type, own: set[str]):
+    of_prune = inspect.signature(prune).parameters
+    named = {name: p.annotation for name, p in of_prune.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    handed_on = named.keys() - own - {"save_to", "dense_score"}
+    hints, of_all = get_type_hints(settings), get_type_hints(prune)
+    assert hints == {name: of_all[name] for name in handed_on}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Unpack
 
 from torch import nn
 
@@ -19,6 +19,7 @@ from allot.errors import BudgetError, GuaranteeMissed, UsageError, check_number
 from allot.network.arguments import typed
 from allot.processes import on_first_process
 from allot.pruning.prune import prune
+from allot.pruning.settings import SearchSettings
 from allot.report.comparison import comparison_page, page_in
 from allot.run.calibration import SAMPLES, Data, readable_again
 from allot.run.evaluate import evaluate
@@ -41,7 +42,7 @@ def search(
     kind: str = "sparsity",
     runs: int = 6,
     on_run: Callable[[int, int, str], None] | None = None,
-    **settings: Any,
+    **settings: Unpack[SearchSettings],
 ) -> dict[str, Any]:
     """Prune by bisection for the largest share that keeps the score; writes OUT/results.json and OUT/report.html.
 

@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 from torch import nn
 
@@ -26,6 +26,7 @@ from allot.network.arguments import typed
 from allot.processes import on_first_process
 from allot.pruning.assemble import assemble
 from allot.pruning.prune import prune
+from allot.pruning.settings import SweepSettings
 from allot.report.comparison import comparison_page, page_in
 from allot.report.table import speed
 from allot.run.calibration import SAMPLES, Data, readable_again
@@ -135,7 +136,7 @@ def sweep(
     out: str | os.PathLike[str],
     *,
     on_cell: Callable[[int, int, Cell], None] | None = None,
-    **settings: Any,
+    **settings: Unpack[SweepSettings],
 ) -> dict[str, Any]:
     """Run the missing cells, then write OUT/report.html and OUT/results.json; returns the content of results.json.
 
@@ -159,15 +160,16 @@ def sweep(
     out, cells = check_directory_place(out), _unique_cells(cells)
     if not cells:
         raise UsageError("a sweep of no cells: methods, budgets and a number of seeds are accepted.")
-    options = dict(settings.pop("options", None) or {})
-    chains = {(cell.method, cell.allocate): settings | _allocate(cell) for cell in cells}
+    common: dict[str, Any] = {**settings}
+    options = dict(common.pop("options", None) or {})
+    chains = {(cell.method, cell.allocate): common | _allocate(cell) for cell in cells}
     taken = {chain: options_for(chain[0], options, given) for chain, given in chains.items()}
     if unused := sorted(options.keys() - {name for names in taken.values() for name in names}):
         raise UsageError(f"options: {unused[0]} is no method of any cell.")
-    samples = settings.get("samples")
+    samples = common.get("samples")
     calibration = readable_again(calibration, SAMPLES if samples is None else samples)
-    test = readable_again(settings.pop("test", None))
-    scoring: dict[str, Any] = {"metric": settings.get("metric"), "workers": settings.get("workers") or 0}
+    test = readable_again(common.pop("test", None))
+    scoring: dict[str, Any] = {"metric": common.get("metric"), "workers": common.get("workers") or 0}
     dense = evaluate(model, test, **scoring) if test is not None else None
     rows: list[dict[str, Any]] = []
     reports: list[tuple[str, dict[str, Any]]] = []
@@ -177,7 +179,7 @@ def sweep(
         directory = cell.directory(out)
         row = {"method": cell.name, "budget": cell.budget, "seed": cell.seed}
         try:
-            chosen = {**settings, "method": cell.method, "seed": cell.seed, "save_to": directory}
+            chosen = {**common, "method": cell.method, "seed": cell.seed, "save_to": directory}
             chosen |= {"options": taken[cell.method, cell.allocate], "test": test, "dense_score": dense}
             chosen |= _allocate(cell)
             report = on_first_process(prune(model, calibration, cell.budget, **chosen).timed)

@@ -1,0 +1,63 @@
+"""The arguments of `prune` that a search and a sweep hand on, by type: a type checker sees a name that is misspelt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypedDict
+
+import torch
+
+from allot.network.compute import Compute
+from allot.network.layers import Rules
+from allot.run.driver import Progress
+from allot.run.labelled import LabelledData
+from allot.run.outputs import Outputs
+from allot.run.patterns import Pattern
+from allot.run.problem import Method
+from allot.run.scores import ChannelScore, WeightScore
+
+
+class Settings(TypedDict, total=False):
+    """What every run has in common."""
+
+    allocate: str | Method | Mapping[str, float] | None
+    score: str | WeightScore | ChannelScore | None
+    pattern: str | Pattern | None
+    repair: str | Sequence[str | Method] | None
+    options: Mapping[str, Mapping[str, Any]] | None
+    rules: Rules | None
+    samples: int | None
+    batch_size: int | None
+    workers: int
+    example: Any
+    runtime: str | None
+    metric: Callable[..., Any] | str | None
+    min_fidelity: float | str | None
+    label: str | None
+    max_minutes: float | None
+    max_steps: int | None
+    stream: str | torch.device | None
+    compute: Compute | Mapping[str, Any] | None
+    max_memory: int | str | None
+    outputs: str | Outputs | None
+    loss: Literal["kl", "mse"] | None
+    batch_norm: Literal["auto", "batch", "frozen"]
+    views: int | None
+    recipe: Mapping[str, Any] | None
+    on_step: Callable[[Progress], None] | None
+    progress: bool | None
+    should_stop: Callable[[], bool] | None
+
+
+class SearchSettings(Settings, total=False):
+    """A search sets the budget, the scores and the place of each run."""
+
+    method: str | None
+    seed: int
+
+
+class SweepSettings(Settings, total=False):
+    """A sweep sets the method, the budget, the seed and the place of each run."""
+
+    test: LabelledData | None
+    max_drop: float | str | None
