@@ -136,3 +136,11 @@ def test_training_on_mixtures_reads_no_watched_input_and_leaves_tokens_as_they_a
         allot.prune(net, tokens, "sparsity=0.5", repair=(replace(fit, mixtures=n),)).state_dict() for n in (0, 3)
     )
     assert all(torch.equal(value, plain[name]) for name, value in asked.items())
+
+
+def test_a_rung_of_crops_is_left_out_aloud_where_inputs_are_no_pictures(caplog: pytest.LogCaptureFixture):
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    with caplog.at_level("INFO", "allot"):
+        result = allot.prune(model, torch.randn(24, 6), "sparsity=0.5", method="best", max_steps=2)
+    assert "admm-views left out: inputs are no pictures" in caplog.text
+    assert "admm-views" not in result.report()["repair"]

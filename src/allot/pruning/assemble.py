@@ -114,6 +114,9 @@ def fitted(chain: Chain, problem: Problem, views: int | None) -> Chain:
         return (tried or not getattr(method, "views", 0)) and (compared or getattr(method, "helps", Helps()) == Helps())
 
     repairs = [(name, method) for name, method in pairs if name not in unsuitable and suits(method)]
+    if compared and views is None and not tried:
+        for name in sorted(set(chain.names.repair) - unsuitable - {name for name, _ in repairs}):
+            log.info("%s left out: inputs are no pictures, of which it would add crops.", name)
     names = replace(chain.names, repair=tuple(name for name, _ in repairs))
     return replace(chain, names=names, repair=tuple(method for _, method in repairs))
 
