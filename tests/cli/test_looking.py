@@ -104,6 +104,7 @@ def test_a_sweep_ends_in_a_table_and_goes_on():
     began = done(f"{line} --json")
     table = began.json
     assert "run 1 of 12: erk, sparsity=0.5, seed 0" in began.err and "run 2 of 12: uniform+erk" in began.err
+    assert "4 more as controls: uniform densities with the same repair" in began.err
     assert [row["method"] for row in table["means"]] == ["erk", "uniform+erk", "pot"] * 2  # one control for both
     assert len(table["cells"]) == 12 and table["out"] == "SWEEP" and Path("SWEEP/report.html").exists()
     again = done(line).err

@@ -38,7 +38,10 @@ def sweep_command(
     """Run every cell, and show the comparison."""
     cells = cells_of(methods, budgets_of(budget), seeds)
     if control:
+        asked = len(cells)
         cells = with_controls(cells, **wanted.model_dump(include={"allocate", "score", "pattern", "repair"}))
+        if added := len(cells) - asked:
+            say(f"{added} more as controls: uniform densities with the same repair (--no-control leaves them out)")
     with progress() as display:
         source, calibration = load_inputs(wanted)
 
