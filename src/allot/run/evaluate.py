@@ -84,6 +84,17 @@ class Score:
         """exp(nll) of a language model; None for other models. Lower is better, so perplexity is not the score."""
         return math.exp(min(self.nll, 700.0)) if self.metric == "token_top1" and self.nll is not None else None
 
+    def __repr__(self) -> str:
+        """In one line, without what is not known.
+
+        >>> Score("top1", 0.92221, 797, nll=0.31), Score("dice", 0.5, 0, values={"dice": 0.5, "loss": 2})
+        (Score(top1=0.9222, nll=0.3100, samples=797), Score(dice=0.5000, loss=2.0000))
+        """
+        numbers = {self.metric: self.score, **self.values, "perplexity": self.perplexity, "nll": self.nll}
+        parts = [f"{name}={value:.4f}" for name, value in numbers.items() if value is not None]
+        counts = {"samples": self.samples, "unreadable": self.unreadable}
+        return f"Score({', '.join([*parts, *(f'{name}={n}' for name, n in counts.items() if n)])})"
+
     def to_json(self) -> dict[str, Any]:
         """`{"metric", "score", "samples"}`; of a language model `perplexity`, and `unreadable` where samples were.
 
