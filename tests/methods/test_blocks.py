@@ -289,7 +289,7 @@ def test_an_eighth_of_the_samples_trains_nothing(samples: int, held_out: list[in
     run = ModelPart.forward
 
     def look(self: ModelPart, numbers: Tensor) -> Any:
-        if isinstance(self, BlockPart) and not self._recording and self.count == samples and self.inputs:
+        if isinstance(self, BlockPart) and not self._recorded and self.count == samples and self.inputs:
             seen[torch.is_grad_enabled()].update(numbers.tolist())
         return run(self, numbers)
 

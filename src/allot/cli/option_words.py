@@ -30,7 +30,7 @@ WORDS = {
     "every": "steps from one choice of masks to the next; more where choosing takes long",
     "freeze_at": "share of the steps after which masks stay; lower to leave more steps to the final masks",
     "ramp": "how many times the budget is used at first, less in short trainings; 1 for none",
-    "ramp_until": "share of the steps until the budget is reached",
+    "ramp_until": "share of the steps until the budget is reached; lower to train longer at the budget",
     "one_shot": "judges without training; true where a trial takes too long",
     # allocation
     "slope": "how much denser the first blocks are than the last; negative to keep the last ones",

@@ -21,6 +21,7 @@ from allot.methods.training.rounds import in_rounds
 from allot.methods.training.selection import Selection
 from allot.methods.training.viewed import Viewed
 from allot.methods.training.where_it_helps import Helps, WhereItHelps
+from allot.network.arguments import check_type
 from allot.run import patterns
 from allot.run.driver import repeatable
 from allot.run.patterns import Pattern
@@ -58,6 +59,7 @@ def assemble(
     repair = recipe.repair if repair is None else repair
     if isinstance(repair, str):
         repair = () if repair in ("", "none") else tuple(part.strip() for part in repair.split(","))
+    check_type("repair", repair, Sequence[Any])
     allocator = _allocator(allocate, settings)
     if pattern is None:
         whole = "weights" not in _units(allocator) and not recipe.pattern.startswith("channels")

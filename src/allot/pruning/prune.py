@@ -45,7 +45,7 @@ from allot.run.store import Log, open_store
 from allot.run.untrained import note_untrained, sign_in_score
 
 
-@typed_but("budget", "metric")
+@typed_but("budget", "metric", "allocate", "repair", "min_fidelity")
 @users_errors("allot.prune")
 @torch.inference_mode(mode=False)
 def prune(
