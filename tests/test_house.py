@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import os
 import re
 import shlex
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import allot
 from cli import command
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,15 +87,15 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=str)
-def test_the_code_of_a_document_runs(document: Path, reader: Path):
+def test_the_code_of_a_document_runs(document: Path, reader: Path, monkeypatch: pytest.MonkeyPatch):
+    """On few inputs and with few steps; as it is written below."""
+    monkeypatch.setattr(allot, "prune", on_little(allot.prune))
     assert run_document(ROOT / document) > 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "document", [d for d in DOCUMENTS if re.search("^ *```.* slow$", (ROOT / d).read_text(), re.M)], ids=str
-)
-def test_the_slow_code_of_a_document_runs(document: Path, reader: Path):
+@pytest.mark.parametrize("document", DOCUMENTS, ids=str)
+def test_all_code_of_a_document_runs_as_it_is_written(document: Path, reader: Path):
     assert run_document(ROOT / document, slow=True) > 0
 
 
@@ -136,6 +139,24 @@ def test_a_document_runs_in_order_and_shares_its_names(tmp_path: Path, monkeypat
     assert failure.traceback[-1].lineno + 1 == 4  # the line of the document, not of the block
 
 
+def test_a_document_is_run_on_little():
+    asked = "--samples 64 --set options.fcpts.steps=20 --set options.polish.steps=auto --max-steps 9"
+    little = f"--samples {INPUTS} --set options.fcpts.steps={STEPS} --set options.polish.steps=auto --max-steps {STEPS}"
+    assert with_little(["prune", "a", *asked.split()]) == ["prune", "a", *little.split()]
+    assert with_little(["sweep", "a", "--data", "b"]) == ["sweep", "a", "--data", "b", "--samples", str(INPUTS)]
+    assert with_little(["prune", "a", "--samples", "3"]) == ["prune", "a", "--samples", "3"]
+    assert with_little(["plan", "a", "--budget", "macs=50%"]) == ["plan", "a", "--budget", "macs=50%"]
+    called = on_little(lambda *given, **named: (given, named))
+    options = {"dsa": {"steps": 90, "space": "log"}, "polish": {"steps": "auto"}}
+    assert called(1, options=options, samples=64) == (
+        (1,),
+        {
+            "samples": INPUTS,
+            "options": {"dsa": {"steps": STEPS, "space": "log"}, "polish": {"steps": "auto"}},
+        },
+    )
+
+
 def test_only_lines_of_allot_are_commands():
     text = "make install\nallot plan a \\\n  --b 'c d'  # why\n$ allot verify runs/x\nallotment\nok\n"
     block = Block("console", frozenset(), 1, text)
@@ -151,7 +172,11 @@ class Block:
 
 
 def run_document(document: Path, *, slow: bool = False) -> int:
-    """How many blocks of the document were run, in the current directory; CONTRIBUTING.md tells the conventions."""
+    """How many blocks of the document were run, in the current directory; CONTRIBUTING.md tells the conventions.
+
+    Args:
+        slow: the blocks marked slow too, every command as it is written, and in the README a process for each verb.
+    """
     names: dict[str, object] = {"__name__": "document"}
     verbs: set[str] = set()  # that had a process of their own
     done = 0
@@ -165,9 +190,10 @@ def run_document(document: Path, *, slow: bool = False) -> int:
             exec(compile("\n" * block.line + block.text, document, "exec"), names)
         elif commands:
             for arguments in commands:
-                run = run_allot if document.name == "README.md" and arguments[0] not in verbs else run_here
+                alone = document.name == "README.md" and arguments[0] not in verbs and (slow or not verbs)
                 verbs.add(arguments[0])
-                run(arguments, f"{document.name}:{block.line}")
+                run = run_allot if alone else run_here
+                run(arguments if slow else with_little(arguments), f"{document.name}:{block.line}")
         else:
             continue
         done += 1
@@ -199,8 +225,37 @@ def commands_of(block: Block) -> Iterator[list[str]]:
             yield arguments
 
 
+INPUTS, STEPS = 24, 3
+
+
+def with_little(arguments: list[str]) -> list[str]:
+    """A command that runs methods, on `INPUTS` inputs at most and with at most `STEPS` steps of training."""
+    if arguments[0] not in {"prune", "sweep"}:
+        return arguments
+    less = [*arguments]
+    for at, (option, value) in enumerate(itertools.pairwise(arguments), start=1):
+        if option in {"--samples", "--max-steps"}:
+            less[at] = str(min(int(value), INPUTS if option == "--samples" else STEPS))
+        elif counted := re.fullmatch(r"(options\.[\w-]+\.steps=)(\d+)", value):
+            less[at] = counted[1] + str(min(int(counted[2]), STEPS))
+    return less if "--samples" in less or "--data" not in less else [*less, "--samples", str(INPUTS)]
+
+
+def on_little(prune: Callable[..., Any]) -> Callable[..., Any]:
+    """`allot.prune` with at most `INPUTS` samples and `STEPS` steps where a call says how many."""
+
+    def pruned(*given: Any, samples: int | None = None, options: Any = None, **named: Any) -> Any:
+        less = {
+            method: {**some, **({"steps": min(some["steps"], STEPS)} if isinstance(some.get("steps"), int) else {})}
+            for method, some in (options or {}).items()
+        }
+        return prune(*given, samples=samples and min(samples, INPUTS), options=less or None, **named)
+
+    return pruned
+
+
 def run_here(arguments: list[str], where: str) -> None:
-    # no process of its own: starting one takes longer than most of these commands; one a verb, in the README, will do
+    # no process of its own: starting one takes longer than most of these commands; one, the README's first, will do
     ended = command.run(shlex.join(arguments))
     assert ended.code == 0, f"{where}: allot {shlex.join(arguments)} exited {ended.code}\n{ended.err}{ended.out}"
 

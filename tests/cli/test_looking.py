@@ -27,7 +27,7 @@ from export.timing.test_latency import work
 
 def test_every_run_has_a_page_and_several_have_one_together():
     for seed in (0, 1):
-        made = done(f"prune {MLP} --data {SAMPLES} --budget sparsity=0.5 --seed {seed} --out RUN{seed}")
+        made = done(f"prune {MLP} --data {SAMPLES} --budget sparsity=0.5 --method erk --seed {seed} --out RUN{seed}")
         assert f"RUN{seed}/report.html" in made.err and Path(f"RUN{seed}/report.html").exists()
     assert "page: RUN0/report.html" in done("report RUN0").err
     assert "page: report.html" in done("report RUN0 RUN1").err and "RUN1" in Path("report.html").read_text()
@@ -137,13 +137,21 @@ def test_a_named_recipe_is_a_whole_one(name: str):
     assert done(f"recipes {name} --json").json[name] == gallery()[name].read_text()
 
 
-@pytest.mark.parametrize("name", gallery())
+OF_A_USER = "cli.factories:wide_conv --data cli.factories:pictures --input 3,10,10"
+OF_THE_ZOO = f"{NET} --data {NET} --samples 24"
+
+
 @pytest.mark.parametrize(
-    "asked",
-    [f"{NET} --data {NET} --samples 24", "cli.factories:wide_conv --data cli.factories:pictures --input 3,10,10"],
-    ids=["of the zoo", "of a user"],
+    ("asked", "name"),
+    [
+        *(pytest.param(OF_A_USER, name, id=f"of a user-{name}") for name in gallery()),
+        *(
+            pytest.param(OF_THE_ZOO, name, id=f"of the zoo-{name}", marks=[] if name == "quick" else pytest.mark.slow)
+            for name in gallery()
+        ),
+    ],
 )
-def test_a_named_recipe_prunes_a_net(name: str, asked: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_named_recipe_prunes_a_net(asked: str, name: str, monkeypatch: pytest.MonkeyPatch):
     recipe = RecipeFile.resolve(Path(name), {}, ())
     chain = RECIPES[recipe.method]
     for part in (chain.allocate, *chain.repair):

@@ -36,7 +36,8 @@ def test_evaluate_prints_every_number_of_a_metric():
 
 
 def test_a_run_remembers_its_metric():
-    line = f"prune {MLP} --data {SAMPLES} --test {SAMPLES} --metric mine.py:left --budget sparsity=0.5 --out RUN"
+    line = f"prune {MLP} --data {SAMPLES} --test {SAMPLES} --metric mine.py:left --budget sparsity=0.5"
+    line += " --method erk --out RUN"
     scores = done(f"{line} --json").json["scores"]
     assert (scores["metric"], scores["dense"], scores["sparse"]) == ("left", 1, 0.5)
     line = f"evaluate RUN --model {MLP} --data {SAMPLES}"
@@ -56,7 +57,8 @@ def test_a_metric_that_is_none_is_one_line():
 
 
 def test_a_missed_floor_shows_the_run_and_ends_with_exit_code_4():
-    line = f"prune {MLP} --data {SAMPLES} --test {SAMPLES} --metric mine.py:left --budget sparsity=0.5 --out RUN"
+    line = f"prune {MLP} --data {SAMPLES} --test {SAMPLES} --metric mine.py:left --budget sparsity=0.5"
+    line += " --method erk --out RUN"
     missed = run(f"{line} --max-drop 20pt")
     assert missed.code == 4 and "run directory: RUN" in missed.err
     assert "error: left fell by 50.00 points, from 1 to 0.5; 20pt is allowed: missed by 30.00 points." in missed.err
@@ -69,6 +71,7 @@ def test_a_missed_floor_shows_the_run_and_ends_with_exit_code_4():
 
 def test_search_ends_with_the_run_that_was_chosen():
     line = f"search {MLP} --data {SAMPLES} --test {SAMPLES} --metric mine.py:left --max-drop 30pt --runs 3"
+    line += " --method erk"
     shown = done(f"{line} --out OUT")
     assert shown.out == "" and "found that keeps the score: sparsity=0.25" in shown.err
     assert "run directory: OUT/sparsity-0.25" in shown.err

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from rich.console import Console
 from allot.cli import console
 from allot.cli import inspect as verbs
 from allot.cli import main as cli
-from cli.command import FACTORIES, MLP, SAMPLES, done, refused, run
+from cli.command import FACTORIES, MLP, SAMPLES, Outcome, done, refused, run
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_a_terminal_sees_bars_with_time_left(terminal):
 
 
 def test_every_phase_of_the_finish_is_a_line_with_its_seconds():
-    err = done(f"prune {MLP} --data {SAMPLES} --budget sparsity=0.5 --out RUN").err
+    err = done(f"prune {MLP} --data {SAMPLES} --budget sparsity=0.5 --method erk --out RUN").err
     phases = [line.rpartition(": ")[0] for line in err.splitlines() if re.search(r": \d+\.\d s$", line)]
     assert phases == [
         "writing model.safetensors", "writing model.bitmask.safetensors", "re-opening and recounting",
@@ -119,7 +120,7 @@ def test_long_layer_names_are_whole_in_json_and_harmless_in_tables(terminal):
 def test_paths_may_look_like_anything(place):
     quoted = f'"{place}"'
     Path(place).parent.mkdir(parents=True, exist_ok=True)
-    made = done(f"prune {MLP} --data {SAMPLES} --budget sparsity=0.5 --out {quoted} --json").json
+    made = done(f"prune {MLP} --data {SAMPLES} --budget sparsity=0.5 --method erk --out {quoted} --json").json
     assert made["run"] == str(Path(place))
     for line in (f"verify {quoted}", f"report {quoted}", f"evaluate {quoted} --model {MLP} --data {SAMPLES}"):
         done(line)
@@ -156,20 +157,54 @@ def test_ctrl_c_while_the_model_is_made_ends_with_130_and_leaves_nothing():
     assert not Path("RUN").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_stopped_run_says_how_to_go_on_and_ends_like_one_that_was_not_stopped(number):
-    words = f"prune {FACTORIES}:slow --data {FACTORIES}:samples --budget sparsity=0.5 --batch-size 8 --repair bias"
-    process = started(f"{words} --out A --json")
-    steps = Path("A/steps.jsonl")
-    while process.poll() is None and not (steps.exists() and "repair" in steps.read_text()):
-        time.sleep(0.02)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=30)
-    assert process.returncode == 130 and out == ""
-    assert err.startswith("stopped in stage repair-1-bias after step ") and "the same command goes on" in err
+STOPPED = f"prune {FACTORIES}:slow --data {FACTORIES}:samples --budget sparsity=0.5 --batch-size 8 --repair bias --json"
+
+
+def repairs(out: str) -> bool:
+    """Whether the run in this directory has taken a step of its repair."""
+    steps = Path(out, "steps.jsonl")
+    return steps.exists() and "repair" in steps.read_text()
+
+
+def says_how_to_go_on_and_does(ended: Outcome) -> None:
+    assert ended.code == 130 and ended.out == ""
+    assert (
+        ended.err.startswith("stopped in stage repair-1-bias after step ") and "the same command goes on" in ended.err
+    )
     for place in ("A", "B"):
-        done(f"{words} --out {place} --json")
+        done(f"{STOPPED} --out {place}")
     assert Path("A/model.safetensors").read_bytes() == Path("B/model.safetensors").read_bytes()
+
+
+def test_a_stopped_run_says_how_to_go_on_and_ends_like_one_that_was_not_stopped():
+    process = started(f"{STOPPED} --out A")
+    while process.poll() is None and not repairs("A"):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    says_how_to_go_on_and_does(Outcome(process.returncode, out, err))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_so_does_a_run_that_another_signal_stops(number):
+    """In this process, which is sent the signal: what a process is sent and what becomes of it is the test above."""
+    over = threading.Event()
+
+    def send() -> None:
+        while not (over.wait(0.02) or repairs("A")):
+            pass
+        os.kill(os.getpid(), number)
+
+    late = signal.signal(number, lambda *_: None)  # a run that ends before it would end these tests with it
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        ended = run(f"{STOPPED} --out A")
+    finally:
+        over.set()
+        sender.join()
+        signal.signal(number, late)
+    says_how_to_go_on_and_does(ended)
 
 
 def test_a_log_is_told_now_and_then_how_far_it_is(monkeypatch: pytest.MonkeyPatch):

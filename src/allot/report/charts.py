@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from html import escape
 
 WIDTH, HEIGHT = 480, 240
@@ -62,7 +63,7 @@ class _Frame:
         wide, tall = margin[0] * (right - left), margin[1] * (top - bottom)
         return cls((left - wide, bottom if bottom == base else bottom - tall), (right + wide, top + tall))
 
-    @property
+    @cached_property  # every point asks for it
     def left(self) -> float:
         """Where the frame begins: right of the longest label."""
         return 26 + LETTER * max((len(label) for _, label in self.labels(1)), default=1)

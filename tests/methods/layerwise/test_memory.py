@@ -67,10 +67,12 @@ def test_a_score_by_inputs_needs_one_block_on_the_device(pattern: str):
     assert all(type(mask) is torch.Tensor and torch.equal(mask, here.masks[n]) for n, mask in result.masks.items())
 
 
-def test_admm_needs_one_block_and_its_grams_on_the_device():
+@pytest.mark.parametrize("options", [{"iterations": 2, "refinement": 2}, pytest.param({}, marks=slow)], ids=str)
+def test_admm_needs_one_block_and_its_grams_on_the_device(options: dict[str, Any]):
     model, ids = transformer()
     weights = size_of(model)
     asked: dict[str, Any] = {"method": "uniform", "repair": "admm", "pattern": "2:4", "batch_size": 2}
+    asked["options"] = {"admm": options}
     with Simulated(weights) as device:
         result = prune(model, ids, "sparsity=0.5", stream=NAME, **asked)
     assert device.live == 0 < device.peak <= weights
