@@ -95,7 +95,8 @@ def page_of(notebook: Path) -> str:
             continue
         parts.append(f'<pre class="code">{source}</pre>')
         for output in cell["outputs"]:
-            kinds = {kind: "".join(content) for kind, content in output["data"].items()}
+            shown = output.get("data", {"text/plain": output.get("text", "")})
+            kinds = {kind: "".join(content) for kind, content in shown.items()}
             if "text/html" in kinds:
                 parts.append(kinds["text/html"])
             elif "image/png" in kinds:

@@ -142,7 +142,7 @@ def test_a_new_head_of_zeros_is_trained_and_said(caplog: pytest.LogCaptureFixtur
     steps(model, torch.optim.SGD(model.parameters(), lr=0.1), zeros.apply)
     assert list(zeros.masks) == ["0.weight"] and bool(model[2].weight.any())
     assert not model[0].weight[~zeros.masks["0.weight"]].any() and zeros.sparsity > 0.4
-    assert "2.weight: all zero" in caplog.text and "0.weight" not in caplog.text
+    assert "2.weight: every weight is zero" in caplog.text and "0.weight" not in caplog.text
     asked = HeldZeros(net(), {"2.weight": torch.zeros(3, 8).bool()})  # a mask says what it says
     asked.hold()
     assert asked.sparsity == 1

@@ -693,3 +693,12 @@ def test_layers_with_inputs_too_large_to_square_stay_as_they_were_selected():
 def test_a_norm_after_an_activation_in_place_keeps_its_mean():
     model = nn.Sequential(nn.Linear(16, 12), nn.ReLU(inplace=True), nn.BatchNorm1d(12), nn.Linear(12, 6)).eval()
     assert "2.running_mean" not in repaired(model, correlated(40, 16)).tensors
+
+
+def test_a_time_limit_that_is_not_reached_changes_nothing():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(4))).eval()
+    asked: dict[str, Any] = {"calibration": drawn(256, 16), "budget": "sparsity=0.5", "repair": "admm"}
+    free, limited = allot.prune(model, **asked), allot.prune(model, **asked, max_minutes=5)
+    for name, value in free.candidate.tensors.items():  # the steps that were timed leave nothing behind
+        assert torch.equal(value, limited.candidate.tensors[name])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_type_hints
 
 import numpy
@@ -190,3 +190,15 @@ def test_a_value_that_cannot_be_written_is_named_by_its_type():
         check_type("x", [Loud()], int)
     with pytest.raises(UsageError, match=r"x='a{59}…: a whole number is accepted"):
         check_type("x", "a" * 1000, int)
+
+
+@pytest.mark.parametrize(
+    ("value", "annotation"),
+    [
+        ({"a"}, Sequence[str]), ({"a": 1}.keys(), Sequence[str]), (numpy.array(["a"]), Sequence[str]),
+        (iter(["a"]), Sequence[str]), (numpy.bool_(False), bool), ("cpu", torch.device), (PurePosixPath("a"), Path),
+    ],
+)  # fmt: skip
+def test_what_is_as_good_as_the_type_is_accepted_and_left_whole(value: Any, annotation: Any):
+    assert fits(value, annotation)
+    assert not isinstance(value, Iterator) or list(value) == ["a"]

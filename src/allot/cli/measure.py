@@ -118,7 +118,7 @@ def evaluate_command(wanted: RecipeFile, target: str, split: str, model: str | N
         )
     if score.at_chance:
         sign = sign_in_score(score.metric, score.score)
-        say(f"note: {sign}: the pruned net has lost what it knew." if run else f"note: {sentence([sign])}")
+        say(f"note: {sign}; `allot report` shows that of the dense net." if run else f"note: {sentence([sign])}")
     if as_json:
         print_json(score.to_json())
     else:

@@ -97,7 +97,8 @@ def zeros_of(model: nn.Module) -> dict[str, Tensor]:
     empty = [name for name, mask in kept.items() if not bool(mask.any())]
     if empty:
         logger.warning(
-            "%s: all zero, and trained like a new layer; masks={...} holds zeros of these too", ", ".join(empty)
+            "%s: every weight is zero, so these train without a mask; masks=result.masks keeps their zeros",
+            ", ".join(empty),
         )
     masks = {name: mask for name, mask in kept.items() if name not in empty and not bool(mask.all())}
     if not masks:

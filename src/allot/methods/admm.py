@@ -92,7 +92,7 @@ class Admm:
     chooses_masks = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_live", {})  # what is kept of the dense net in the problem that is worked on
+        object.__setattr__(self, "_live", {})  # the run of the last step, and what is kept of the dense net in it
         check_number("iterations", self.iterations, 1, whole=True)
         check_number("refinement", self.refinement, 0, whole=True)
         check_number("views", self.views, 0, whole=True)
@@ -120,7 +120,7 @@ class Admm:
             state |= {"step": 1, "steps": 1 + len(state["sites"])}
             return {"forward": 1 + len(problem.inputs().positions(0)), "backward": 0}
         sites = [Site.from_state(site) for site in state["sites"]]
-        site, dense = sites[state["step"] - 1], self._dense_products(problem, sites)
+        site, dense = sites[state["step"] - 1], self._dense_products(problem, state, sites)
         flags = {name: tensor for name, tensor in candidate.tensors.items() if name == FLAG}
         statistics = Statistics(problem, site, inputs=self.inputs, targets=self.targets, dense=dense)
         statistics.collect(flags | state["tensors"])
@@ -143,12 +143,12 @@ class Admm:
         masks = {**candidate.masks, **state["masks"]}
         return replace(candidate, masks=masks, tensors=tensors | state["tensors"], diagnostics=diagnostics)
 
-    def _dense_products(self, problem: Problem, sites: list[Site]) -> DenseProducts:
-        """The reader of the dense net, which the steps of one problem share."""
+    def _dense_products(self, problem: Problem, state: State, sites: list[Site]) -> DenseProducts:
+        """The reader of the dense net, which the steps of one run share."""
         live: dict[str, Any] = self._live
-        if live.get("problem") is not problem:
+        if live.get("problem") is not problem or live.get("state") is not state:
             live.clear()
-            live.update(problem=problem, products=DenseProducts(problem, sites))
+            live.update(problem=problem, state=state, products=DenseProducts(problem, sites))
         products: DenseProducts = live["products"]
         return products
 

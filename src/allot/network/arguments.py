@@ -1,7 +1,7 @@
 """Arguments of public functions, checked against their annotations: a wrong type is an error that names the argument.
 
-Types are checked as far as a mistake goes: of a mapping and a sequence the entries, of a protocol the attributes. What
-a value of the right type may be is checked where it is used.
+The entries of mappings and sequences are checked too; of a protocol, the names of its attributes. What a value of the
+right type may be is checked where it is used.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ import inspect
 import os
 import sys
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache, wraps
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import numpy
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -30,7 +33,8 @@ _WORDS = {
     Callable: "a function", os.PathLike: "a path",
 }  # fmt: skip
 _PLAIN = (str, int, float, bool, bytes, list, tuple, dict, type(None))  # written out in an error
-_NO_LIST = (str, bytes, bytearray, Mapping)  # iterable, but no list
+_NO_LIST = (str, bytes, bytearray, Mapping, Tensor)  # iterable, but no list
+_AS_GOOD: dict[Any, Any] = {Path: os.PathLike, torch.device: (torch.device, str), bool: (bool, numpy.bool_)}
 
 
 def typed(function: Callable[P, T]) -> Callable[P, T]:
@@ -117,9 +121,9 @@ def fits(value: object, annotation: Any) -> bool:
         return all(hasattr(value, member) for member in _members(kind))
     if kind is Dataset:  # anything that holds samples: who reads them says what is accepted
         return True
-    if kind in (tuple, list, Sequence, Iterable):
-        kind = Sequence if kind in (tuple, list) else kind  # a list is as good as a tuple
-        return isinstance(value, kind) and not isinstance(value, _NO_LIST) and _all_fit(value, inner[:1])
+    if kind in (tuple, list, Sequence, Iterable):  # a list is as good as a tuple, and a set; an iterator is left whole
+        entries = value if isinstance(value, Collection) else ()
+        return isinstance(value, Iterable) and not isinstance(value, _NO_LIST) and _all_fit(entries, inner[:1])
     if issubclass(kind, Mapping):
         return isinstance(value, kind) and _all_fit(value, inner[:1]) and _all_fit(value.values(), inner[1:])
     if kind is int:
@@ -127,7 +131,7 @@ def fits(value: object, annotation: Any) -> bool:
     if kind is float:  # nan is a number, and for the function to refuse
         real = isinstance(value, Real) and not isinstance(value, bool)
         return real and not (isinstance(value, int) and abs(value) > sys.float_info.max)
-    return isinstance(value, kind)
+    return isinstance(value, _AS_GOOD.get(kind, kind))
 
 
 def _all_fit(entries: Iterable[object], annotation: Sequence[Any]) -> bool:

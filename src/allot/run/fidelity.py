@@ -195,19 +195,22 @@ class _DenseAnswers:
         UsageError: outputs whose shapes depend on the sample, or that do not count samples.
         """
         kept: list[list[Tensor]] | None = []
-        shapes, size, samples = None, 0, sum(map(len, batches))
+        shapes, size, seen, samples = None, 0, 0, sum(map(len, batches))
         sums: list[Tensor] = []
         squares: list[Tensor] = []
         of_classes: list[int] = []
         for places in batches:
             outputs = answer(places)
+            seen += len(places)
             if any(tensor.dim() == 0 or len(tensor) != len(places) for tensor in outputs):
                 raise UsageError("the first dimension of the model's outputs does not count samples: give --outputs.")
             shapes = shapes or [tensor.shape[1:] for tensor in outputs]
             if shapes != [tensor.shape[1:] for tensor in outputs]:
                 raise UsageError("the shapes of the model's outputs depend on the sample: give --outputs.")
             size += sum(tensor.numel() * tensor.element_size() for tensor in outputs)
-            kept = [*kept, outputs] if kept is not None and size <= room else None
+            if size * samples > room * seen:  # as many bytes as all samples will have
+                kept = None
+            kept = None if kept is None else [*kept, outputs]
             if reading.loss == "kl":
                 of_classes = list(range(len(outputs)))
                 continue

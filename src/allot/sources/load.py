@@ -39,7 +39,11 @@ from allot.sources.weights import fill
 
 @typed
 def load_model(
-    spec: str, *, weights: str | None = None, shape: tuple[int, ...] | None = None, device: str | None = None
+    spec: str,
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    shape: tuple[int, ...] | None = None,
+    device: str | torch.device | None = None,
 ) -> ModelSource:
     """The model that `spec` names.
 
@@ -51,8 +55,9 @@ def load_model(
     Raises:
         UsageError: unknown name, missing package, weights that do not fit, or no such device.
     """
-    place = device_of(device)
+    place = device_of(None if device is None else str(device))
     origin, _, name = spec.partition(":")
+    weights = None if weights is None else os.fspath(weights)
     check_model(spec, weights)
     path = weights if weights not in (None, *NO_FILE) else None
     trained = weights in (None, "default")

@@ -73,7 +73,7 @@ def header_text(metadata: str, entries: Mapping[str, Any]) -> bytes:
 
 def in_order(tensors: Mapping[str, Value]) -> dict[str, Value]:
     """The tensors in the order of a file: by type, then by name."""
-    return dict(sorted(tensors.items(), key=lambda item: (_RANK[item[1].dtype], item[0].encode())))
+    return dict(sorted(tensors.items(), key=lambda item: (_RANK.get(item[1].dtype, len(_RANK)), item[0].encode())))
 
 
 def write_sealed(path: Path, tensors: Mapping[str, Value], metadata: Callable[[str], str], header: int | None) -> None:

@@ -80,10 +80,10 @@ class Quadratic:
         self.n = torch.ones_like(W_d)  # rows that no product computes stay as they are: A = I
         self.Y = W_d.clone()
         self.rho = torch.ones_like(W_d[:, :1])
+        self._grams = [(slice(start, stop), gram) for (_, start, stop), gram in parts.items()]
         self._A: list[tuple[slice, Tensor]] = []
         self._R: list[tuple[slice, Tensor]] = []
-        for (_, start, stop), gram in parts.items():
-            rows = slice(start, stop)
+        for rows, gram in self._grams:
             S = gram.gram  # G so far; changed in place, as matrices of K x K may be most of the memory
             n = column_norms(S)
             S /= n[:, :, None] * n[:, None, :]
@@ -112,13 +112,12 @@ class Quadratic:
         return A
 
     def error(self, W: Tensor, energy: float) -> float:
-        """|W X_s - W_d X_d|^2 over |W_d X_d|^2.
-
-        <W G, W> - 2 <W_d C, W>  =  <X A, X> - 2 <Y, X> - delta <X, X> + 2 delta <W_d n, X>,      X = W n
-        """
-        X = W * self.n
-        factor = self.times_A(X) - 2 * self.Y - (self.rho - 1) * (X - 2 * self.W_d * self.n)
-        total = energy + sum(float((X[rows] * factor[rows]).sum(dtype=torch.float64)) for rows, _ in self._A)
+        """|W X_s - W_d X_d|^2 over |W_d X_d|^2."""
+        total = energy
+        for rows, gram in self._grams:
+            G = gram.gram
+            grouped, dense = (w[rows].unflatten(0, (len(G), -1)) for w in (W, self.W_d))
+            total += float(((grouped @ G - 2 * (dense @ gram.cross)) * grouped).sum(dtype=torch.float64))
         return max(total, 0.0) / energy if energy else 0.0
 
 

@@ -14,7 +14,7 @@ from allot.network.products import Product, watched_products
 from allot.run.problem import Problem
 from allot.run.store import State
 
-ROOM = 8  # most memory of kept inputs, in copies of the weights that read them
+ROOM = 8  # times the bytes of the weights: the most that kept inputs may take
 Part = tuple[str, int, int]  # layer, first row, last row + 1: rows that read the same inputs
 
 
@@ -133,10 +133,11 @@ class DenseProducts:
     """The products of sites in the dense net: one pass a batch for all of them where their inputs can be kept.
 
     Inputs are kept where those of all batches need no more memory than `ROOM` copies of the weights that read them;
-    else there is a pass for each site. The pass for all, and that for the last site, runs to the end of the net.
+    else there is a pass for each site. The pass for all, and that for the last site, runs to the end of the net: a
+    streamed run takes the block's output from it.
 
     Args:
-        sites: those that are asked for, in order.
+        sites: those that `of` is asked for, in the same order.
     """
 
     def __init__(self, problem: Problem, sites: Sequence[Site]) -> None:
@@ -145,6 +146,7 @@ class DenseProducts:
         weights = sum(problem.dense[name].nbytes for name in self._all.layers)
         self._room = ROOM * weights // problem.inputs().batches if len(sites) > 1 else 0  # of a batch
         self._kept: dict[int, dict[Part, list[Product]]] = {}
+        self._left: set[str] = set()
 
     def of(self, site: Site, k: int, batch: Any) -> tuple[dict[Part, list[Product]], int]:
         """(the products of the site in the k-th batch, how many passes that takes).
@@ -158,20 +160,25 @@ class DenseProducts:
             if not self._kept[k]:
                 self._room = 0
                 self._kept.clear()
-        if self._room:
+        if self._room and self._left.isdisjoint(site.layers):
             return {part: found for part, found in self._kept[k].items() if part[0] in site.layers}, passes
         if self._sites and site.layers == self._sites[-1].layers:
             site = replace(site, visits=0)
         return self._inputs_of(site, batch, None), passes + 1
 
     def leave(self, site: Site) -> None:
-        """Forget the inputs of a site."""
+        """Forget the inputs of a site; it is read again where it is asked for again."""
+        self._left.update(site.layers)
         for products in self._kept.values():
             for part in [part for part in products if part[0] in site.layers]:
                 del products[part]
 
     def _inputs_of(self, site: Site, batch: Any, room: int | None) -> dict[Part, list[Product]]:
-        """The products in one pass; with inputs of their own within `room` bytes where it is given, none beyond."""
+        """The products in one pass.
+
+        Args:
+            room: most bytes of copies of the inputs, without which nothing is returned; None: no copies.
+        """
         products: dict[Part, list[Product]] = {}
         alive: list[Tensor] = []  # keys tell inputs apart as long as these are alive
         copies: dict[Any, Tensor] = {}
