@@ -119,7 +119,7 @@ def test_evaluate_says_where_a_model_or_a_run_is_at_chance(pruned, monkeypatch):
     monkeypatch.setattr("allot.run.evaluate.Score.at_chance", True)
     assert "note: the model looks untrained (its top1 of " in done(f"evaluate {MLP} --data {SAMPLES}").err
     said = done(f"evaluate RUN --model {MLP} --data {SAMPLES} --json")
-    assert "is that of chance: the pruned net has lost" in said.err and said.json["metric"] == "top1"
+    assert "is that of chance; `allot report` shows" in said.err and said.json["metric"] == "top1"
 
 
 def test_evaluate_of_a_run_is_the_score_in_its_report(pruned):
@@ -342,6 +342,12 @@ def test_the_module_is_the_command_and_a_reader_that_leaves_early_is_no_error(tm
         ["bash", "-c", f"set -o pipefail; {line} | head -c 1"], capture_output=True, text=True, check=False
     )
     assert piped.stdout == "{" and piped.stderr == ""
+
+
+def test_a_reader_that_leaves_the_help_early_is_no_error():
+    line = f"{sys.executable} -m allot prune --help | true"
+    piped = subprocess.run(["bash", "-c", f"set -o pipefail; {line}"], capture_output=True, text=True, check=False)
+    assert (piped.returncode, piped.stderr) == (0, "")
 
 
 def test_what_a_run_holds_is_a_plain_state_dict(pruned):

@@ -213,3 +213,8 @@ def test_settings_are_the_other_arguments_of_prune(settings: type, own: set[str]
     handed_on = named.keys() - own - {"save_to", "dense_score"}
     hints, of_all = get_type_hints(settings), get_type_hints(prune)
     assert hints == {name: of_all[name] for name in handed_on}
+
+
+def test_a_misspelt_setting_is_an_error_with_the_nearest_name(tmp_path: Path):
+    with pytest.raises(UsageError, match=r"unknown setting 'sampels': did you mean 'samples'"):
+        sweep(CASE.make(), CASE.inputs(16), CELLS, tmp_path / "sweep", sampels=8)  # type: ignore[call-arg]

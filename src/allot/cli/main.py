@@ -60,10 +60,18 @@ def main() -> None:
             if code == 130:  # what some releases of click make of Ctrl-C
                 raise KeyboardInterrupt
     except BaseException as error:  # noqa: BLE001 - a model or data may raise anything, SystemExit too
+        if _nobody_reads(error):
+            sys.exit(0)
         if debug:
             traceback.print_exc()
         code = _reported(error)
     sys.exit(code)
+
+
+def _nobody_reads(error: BaseException) -> bool:
+    """Whether rich, which prints the help, ends the process because the reader of the output has left."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, SystemExit) and bool(frames) and frames[-1].name == "on_broken_pipe"
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from allot.errors import BudgetError, GuaranteeMissed, UsageError, check_number
 from allot.network.arguments import typed
 from allot.processes import on_first_process
 from allot.pruning.prune import prune
-from allot.pruning.settings import SearchSettings
+from allot.pruning.settings import SearchSettings, check_settings
 from allot.report.comparison import comparison_page, page_in
 from allot.run.calibration import SAMPLES, Data, readable_again
 from allot.run.evaluate import evaluate
@@ -71,6 +71,7 @@ def search(
     >>> [cell["budget"] for cell in found["cells"]][0]
     'sparsity=0.5'
     """
+    check_settings(settings, SearchSettings)
     out = check_directory_place(out)
     if kind not in KINDS:
         raise UsageError(f"kind={kind!r}: {' or '.join(KINDS)} is accepted.")

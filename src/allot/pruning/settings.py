@@ -7,6 +7,7 @@ from typing import Any, Literal, TypedDict
 
 import torch
 
+from allot.errors import unknown
 from allot.network.compute import Compute
 from allot.network.layers import Rules
 from allot.run.driver import Progress
@@ -47,6 +48,15 @@ class Settings(TypedDict, total=False):
     on_step: Callable[[Progress], None] | None
     progress: bool | None
     should_stop: Callable[[], bool] | None
+
+
+def check_settings(settings: Mapping[str, Any], known: type) -> None:
+    """Raises:
+    UsageError: a setting that is not `known`, with the nearest one.
+    """
+    for name in settings:
+        if name not in known.__annotations__:
+            raise unknown("setting", name, sorted(known.__annotations__))
 
 
 class SearchSettings(Settings, total=False):

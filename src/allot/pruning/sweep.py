@@ -26,7 +26,7 @@ from allot.network.arguments import typed
 from allot.processes import on_first_process
 from allot.pruning.assemble import assemble
 from allot.pruning.prune import prune
-from allot.pruning.settings import SweepSettings
+from allot.pruning.settings import SweepSettings, check_settings
 from allot.report.comparison import comparison_page, page_in
 from allot.report.table import speed
 from allot.run.calibration import SAMPLES, Data, readable_again
@@ -157,6 +157,7 @@ def sweep(
     ...     sweep(nn.Linear(4, 4), None, cells, out, repair="none")["cells"][0]["kept"]
     8
     """
+    check_settings(settings, SweepSettings)
     out, cells = check_directory_place(out), _unique_cells(cells)
     if not cells:
         raise UsageError("a sweep of no cells: methods, budgets and a number of seeds are accepted.")

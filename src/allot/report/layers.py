@@ -48,9 +48,23 @@ class Layers(tuple[LayerRow, ...]):
     >>> layers = Layers.of([row])
     >>> layers[0].density, layers[0].macs_kept
     (0.25, 2)
+    >>> layers
+    layer      shape  kept  of  density
+    fc.weight  2 × 4     2   8    0.250
     """
 
     __slots__ = ()
+
+    def __repr__(self) -> str:
+        rows = [
+            (r.name, " × ".join(map(str, r.shape)), f"{r.kept:,}", f"{r.total:,}", f"{r.density:.3f}") for r in self
+        ]
+        table = [("layer", "shape", "kept", "of", "density"), *rows]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        aligned = (
+            (f"{a:<{widths[0]}}", f"{b:<{widths[1]}}", *map(str.rjust, rest, widths[2:])) for a, b, *rest in table
+        )
+        return "\n".join("  ".join(line) for line in aligned)
 
     @classmethod
     def of(cls, rows: Iterable[Mapping[str, Any]]) -> Layers:

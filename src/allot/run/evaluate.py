@@ -88,12 +88,14 @@ class Score:
         """In one line, without what is not known.
 
         >>> Score("top1", 0.92221, 797, nll=0.31), Score("dice", 0.5, 0, values={"dice": 0.5, "loss": 2})
-        (Score(top1=0.9222, nll=0.3100, samples=797), Score(dice=0.5000, loss=2.0000))
+        (Score(metric='top1', score=0.9222, nll=0.3100, samples=797), Score(metric='dice', score=0.5000, loss=2.0000))
         """
-        numbers = {self.metric: self.score, **self.values, "perplexity": self.perplexity, "nll": self.nll}
+        others = {name: value for name, value in self.values.items() if name != self.metric}
+        numbers = {"score": self.score, **others, "perplexity": self.perplexity, "nll": self.nll}
         parts = [f"{name}={value:.4f}" for name, value in numbers.items() if value is not None]
         counts = {"samples": self.samples, "unreadable": self.unreadable}
-        return f"Score({', '.join([*parts, *(f'{name}={n}' for name, n in counts.items() if n)])})"
+        parts += [f"{name}={count}" for name, count in counts.items() if count]
+        return f"Score(metric={self.metric!r}, {', '.join(parts)})"
 
     def to_json(self) -> dict[str, Any]:
         """`{"metric", "score", "samples"}`; of a language model `perplexity`, and `unreadable` where samples were.
