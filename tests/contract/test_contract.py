@@ -201,7 +201,10 @@ def test_the_order_of_layers_is_irrelevant(name: str, norm: bool):
 
 
 @each_method
-@pytest.mark.parametrize(("case", "stride"), [("with batch norm", 1), ("attention", 2)])
+@pytest.mark.parametrize(
+    ("case", "stride"),
+    [("with batch norm", 3), ("attention", 2), pytest.param("with batch norm", 1, marks=pytest.mark.slow)],
+)
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(name: str, case: str, stride: int, tmp_path: Path):
     asked = {"calibration": CASES[case].inputs(), "budget": budget_of(name, case), "batch_size": 8, **parts(name)}
     model = CASES[case].model(name)

@@ -256,8 +256,9 @@ def test_a_projection_is_the_nearest_point_that_fits(case: str, budget: str, see
         assert room(other.x) < -1e-6 or distance(found) <= distance(other.x) + 1e-4
 
 
-def test_a_projection_on_several_limits_leaves_no_room_in_all_of_them():
-    problem = channel_problem(budget=SEVERAL)
+@pytest.mark.parametrize("budget", ["macs=60%,params=45%", pytest.param(SEVERAL, marks=pytest.mark.slow)])
+def test_a_projection_on_several_limits_leaves_no_room_in_all_of_them(budget: str):
+    problem = channel_problem(budget=budget)
     wished = 0.9 + 0.4 * draws(3)
     found = projected(Costs(problem), wished, *dsa()._bounds(problem))
     assert max(cost for cost, _ in costs_of(problem, found)) == pytest.approx(1, abs=1e-3)

@@ -20,16 +20,16 @@ ROOT = Path(__file__).resolve().parents[2]
 FILES = ("model.safetensors", "model.bitmask.safetensors", "allocation.json", "certificate.json", "steps.jsonl")
 
 
-def line(run: Path) -> str:
+def line(run: Path, steps: int = 80) -> str:
     return (
         "prune zoo:digits-resnet20 --data zoo:digits-resnet20 --budget sparsity=0.9 --samples 96 --batch-size 4 "
-        f"--method fcpts --set options.fcpts.steps=80 --out {run} --json"
+        f"--method fcpts --set options.fcpts.steps={steps} --out {run} --json"
     )
 
 
-def start(run: Path, prepare: Callable[[], None] | None = None) -> subprocess.Popen[str]:
+def start(run: Path, prepare: Callable[[], None] | None = None, steps: int = 80) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "allot", *line(run).split()],
+        [sys.executable, "-m", "allot", *line(run, steps).split()],
         env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -77,7 +77,7 @@ def test_a_run_that_is_killed_and_then_interrupted_ends_as_an_uninterrupted_one(
 
 
 def test_a_process_that_may_not_write_large_files_says_so_in_one_line(tmp_path: Path):
-    process = start(tmp_path / "run", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)))
+    process = start(tmp_path / "run", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)), steps=8)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 2
     *before, error = err.splitlines()  # before it, how far the run was
