@@ -55,10 +55,8 @@ def wait_for(process: subprocess.Popen[str], run: Path) -> None:
     raise AssertionError(process.communicate()[1])
 
 
-def test_a_run_that_is_killed_and_then_interrupted_ends_as_an_uninterrupted_one(tmp_path: Path):
-    seed = random.randrange(10**6)
-    run = tmp_path / "run"
-
+def killed_and_interrupted(run: Path, seed: int) -> tuple[int, str]:
+    """Exit code and standard error of the interrupted process; 0 where it was done before the signal came."""
     process = start(run)
     wait_for(process, run)
     time.sleep(random.Random(seed).uniform(0, 0.4))
@@ -69,7 +67,17 @@ def test_a_run_that_is_killed_and_then_interrupted_ends_as_an_uninterrupted_one(
     wait_for(process, run)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=300)
-    assert process.returncode == 130, err
+    return process.returncode, err
+
+
+def test_a_run_that_is_killed_and_then_interrupted_ends_as_an_uninterrupted_one(tmp_path: Path):
+    seed = random.randrange(10**6)
+    for attempt in range(3):  # on a busy machine the last step may be over before the signal comes
+        run = tmp_path / f"run-{attempt}"
+        code, err = killed_and_interrupted(run, seed)
+        if code:
+            break
+    assert code == 130, err
     assert "same command goes on" in err and "Traceback" not in err
     assert json.loads((run / "run.json").read_text())["state"] == "stopped"
 
