@@ -25,14 +25,17 @@ def result(save_to: Path | None = None, **settings: object) -> allot.Result:
     return allot.prune(CASE.make(), CASE.inputs(16), "sparsity=0.5", **known)
 
 
-@pytest.mark.parametrize("saved", [True, False])
 @pytest.mark.parametrize(
-    ("name", "to", "form"),
+    ("name", "to", "form", "saved"),
     [
-        ("x.onnx", None, "onnx"),
-        ("x.pt2", None, "program"),
-        ("x.safetensors", None, "safetensors"),
-        ("x", "bitmask", "bitmask"),
+        ("x.onnx", None, "onnx", True),
+        pytest.param("x.onnx", None, "onnx", False, marks=pytest.mark.slow),  # seconds; by the code of the next ones
+        ("x.pt2", None, "program", True),
+        ("x.pt2", None, "program", False),
+        ("x.safetensors", None, "safetensors", True),
+        ("x.safetensors", None, "safetensors", False),
+        ("x", "bitmask", "bitmask", True),
+        ("x", "bitmask", "bitmask", False),
     ],
 )
 def test_a_result_is_exported_by_the_ending_or_the_name_of_a_form(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -36,14 +37,22 @@ def swept(out: Path, **settings: Any) -> dict[str, Any]:
     return sweep(CASE.make(), CASE.inputs(16), CELLS, out, **known)
 
 
+@pytest.fixture
+def whole(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The table of a sweep that nothing stopped, and a copy of it in the folder `whole`."""
+    made = tmp_path_factory.getbasetemp() / "sweeps" / "whole"
+    table = swept(made)  # made once, opened again by the other tests
+    shutil.copytree(made, tmp_path / "whole")
+    return table
+
+
 def steady(table: dict[str, Any]) -> Any:
     """Without what a clock says."""
     clocks = ("seconds", "faster")
     return [{key: value for key, value in row.items() if key not in clocks} for row in table["cells"]], table["means"]
 
 
-def test_a_sweep_killed_twice_equals_one_that_was_not(tmp_path: Path):
-    whole = swept(tmp_path / "whole")
+def test_a_sweep_killed_twice_equals_one_that_was_not(whole: dict[str, Any], tmp_path: Path):
     assert len(whole["cells"]) == 8 and len(whole["means"]) == 4
     asked = 0
     for stop in (9, 40):  # in the second cell; some cells later
@@ -62,10 +71,10 @@ def test_a_sweep_killed_twice_equals_one_that_was_not(tmp_path: Path):
     assert json.loads((tmp_path / "part/results.json").read_text()) == again
 
 
-def test_data_that_can_be_read_once_serves_every_cell(tmp_path: Path):
+def test_data_that_can_be_read_once_serves_every_cell(whole: dict[str, Any], tmp_path: Path):
     once = {"batch_size": 8, "options": SHORT, "test": iter(labelled())}
     table = sweep(CASE.make(), iter(CASE.inputs(16)), CELLS, tmp_path / "once", **once)
-    assert steady(table) == steady(swept(tmp_path / "many"))
+    assert steady(table) == steady(whole)
 
 
 def test_the_dense_model_is_scored_once_for_all_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -81,10 +90,9 @@ def test_the_dense_model_is_scored_once_for_all_cells(tmp_path: Path, monkeypatc
     assert other["cells"][0]["score"] != first["cells"][0]["score"] and len(seen) == 3 + 2 * len(CELLS)
 
 
-def test_means_and_spreads_are_those_of_the_cells(tmp_path: Path):
-    table = swept(tmp_path)
-    for mean in table["means"]:
-        own = [c["score"] for c in table["cells"] if (c["budget"], c["method"]) == (mean["budget"], mean["method"])]
+def test_means_and_spreads_are_those_of_the_cells(whole: dict[str, Any]):
+    for mean in whole["means"]:
+        own = [c["score"] for c in whole["cells"] if (c["budget"], c["method"]) == (mean["budget"], mean["method"])]
         assert mean["seeds"] == len(own) == 2 and mean["failed"] == 0
         assert mean["score"] == pytest.approx(sum(own) / 2)
         assert mean["spread"] == pytest.approx(abs(own[0] - own[1]) / 2**0.5)

@@ -44,7 +44,7 @@ def test_arrays_are_inputs_and_labels(name, kind):
 @pytest.mark.parametrize("kind", [np.float16, np.float64])
 def test_arrays_come_to_the_type_of_the_model(kind):
     spec = arrays(x=X.astype(kind), y=Y[:, None])
-    done(f"prune {MLP} --data {spec} --test {spec} --budget sparsity=0.5 --out RUN")
+    done(f"prune {MLP} --data {spec} --test {spec} --budget sparsity=0.5 --method erk --out RUN")
 
 
 def test_several_arrays_are_inputs_by_name():
@@ -54,14 +54,14 @@ def test_several_arrays_are_inputs_by_name():
 
 def test_arrays_without_labels_calibrate_and_do_not_score():
     spec = arrays(x=X)
-    done(f"prune {MLP} --data {spec} --budget sparsity=0.5 --out RUN")
+    done(f"prune {MLP} --data {spec} --budget sparsity=0.5 --method erk --out RUN")
     assert "labels" in refused(f"evaluate RUN --model {MLP} --data {spec}")
 
 
 @pytest.mark.parametrize("labels", [Y + 0.5, np.eye(4)[Y], np.eye(4, dtype=int)[Y]])
 def test_labels_that_are_no_whole_numbers_calibrate_and_do_not_score(labels):
     spec = arrays(x=X, y=labels)
-    done(f"prune {MLP} --data {spec} --budget sparsity=0.5 --out RUN")
+    done(f"prune {MLP} --data {spec} --budget sparsity=0.5 --method erk --out RUN")
     assert "labels" in refused(f"evaluate RUN --model {MLP} --data {spec}")
 
 
@@ -81,7 +81,7 @@ def test_labels_that_are_no_whole_numbers_calibrate_and_do_not_score(labels):
     ],
 )
 def test_arrays_that_are_no_samples_are_refused(given, told):
-    assert told in refused(f"prune {MLP} --data {arrays(**given)} --budget sparsity=0.5 --out RUN")
+    assert told in refused(f"prune {MLP} --data {arrays(**given)} --budget sparsity=0.5 --method erk --out RUN")
     assert not Path("RUN").exists()
 
 
@@ -90,7 +90,7 @@ def test_files_that_are_no_arrays_are_refused():
     Path("cut.npz").write_bytes(Path("a.npz").read_bytes()[:100])
     np.save("one.npy", X)
     for name, told in [("cut.npz", "plain arrays"), ("one.npy", "one array"), ("none.npz", "no such file"), (".", ".")]:
-        assert told in refused(f"prune {MLP} --data npz:{name} --budget sparsity=0.5 --out RUN")
+        assert told in refused(f"prune {MLP} --data npz:{name} --budget sparsity=0.5 --method erk --out RUN")
 
 
 # Folders

@@ -78,7 +78,16 @@ def check(model: torch.nn.Module, side: int) -> dict:
     return report
 
 
-@pytest.mark.parametrize("name", TORCHVISION)
+def test_a_transformer_of_torchvision_is_pruned_exactly():
+    """The layers of `vit_b_16`, which is slow: fewer, and narrower."""
+    models = pytest.importorskip("torchvision.models")
+    size = {"image_size": 32, "patch_size": 16, "num_layers": 2, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 64}
+    check(models.VisionTransformer(**size), 32)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "vit_b_16" else ()) for name in TORCHVISION]
+)
 def test_torchvision_models_are_pruned_exactly(name):
     models = pytest.importorskip("torchvision.models")
     side, parameters = TORCHVISION[name]
