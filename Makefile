@@ -22,6 +22,7 @@ PIP = $(PY) -m pip install --quiet --constraint constraints.txt
 TORCH := $(shell grep '^torch==' constraints.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
+unexport PYTHONDONTWRITEBYTECODE # each of the many processes of the tests would compile allot and the tests again
 
 # One file says how far .venv has come. It is called .unfinished while pip runs: what an interrupted run left behind
 # is never trusted, the next one starts from nothing.

@@ -5,6 +5,7 @@ Plain beartype would also refuse what allot itself refuses with its own message,
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -27,22 +28,50 @@ def check_shapes_of(source: Path) -> list[str]:
 
 
 def _where_shapes_are_named(jaxtyped: Callable[..., Any]) -> Callable[..., Any]:
-    """`jaxtyped` for classes, and for functions with a shape: others would be slowed down, and nothing checked."""
+    """`jaxtyped` for classes, `in_one_scope` for functions with a shape: `jaxtyped` checks arguments twice."""
 
     def decorator(**settings: Any) -> Callable[[Any], Any]:
         full = jaxtyped(**settings)
-        return lambda it: full(it) if inspect.isclass(it) or "[Tensor" in str(it.__annotations__) else it
+        return lambda it: full(it) if inspect.isclass(it) else in_one_scope(it)
 
     return decorator
 
 
+def in_one_scope(function: Callable[..., Any], scope: Any = jaxtyping.jaxtyped) -> Callable[..., Any]:
+    """The function with its shapes checked: a letter means one number within a call. Itself when it names no shape."""
+    once = checked(function)
+    if once is function:
+        return function
+
+    @functools.wraps(function)
+    def in_scope(*args: Any, **named: Any) -> Any:
+        with scope("context"):
+            return once(*args, **named)
+
+    return in_scope
+
+
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with its jaxtyping annotations checked by beartype; itself when it has none."""
-    shapes = {name: hint for name, hint in function.__annotations__.items() if _names_a_shape(hint)}
+    hints = function.__annotations__
+    shapes = {name: read for name, hint in hints.items() if _names_a_shape(read := _read(hint, function))}
     if not shapes:
         return function
     function.__annotations__ = shapes
-    return beartype(function)
+    try:
+        return beartype(function)
+    finally:
+        function.__annotations__ = hints
+
+
+def _read(hint: object, function: Callable[..., Any]) -> object:
+    """An annotation that was left as text, where it names a tensor; None where it means nothing to jaxtyping."""
+    if not isinstance(hint, str):
+        return hint
+    try:
+        return eval(hint, function.__globals__) if "[Tensor" in hint else None
+    except AttributeError:  # like Shaped[Tensor, ...]
+        return None
 
 
 def _names_a_shape(hint: object) -> bool:
