@@ -108,7 +108,11 @@ class Budget(ModelBudget):
             raise InvalidBudget(f"budget {others[0]!r}: text like 'sparsity=0.9' is accepted.")
         for part in (part.strip() for text in texts for part in re.split(r",|\band\b", text)):
             kind, equals, value = (piece.strip() for piece in part.partition("="))
-            if re.fullmatch(r"0?\.[0-9]+|[0-9.]+ *%", part) and len(texts) == 1 and part == texts[0].strip():
+            if (
+                re.fullmatch(r"0?\.[0-9]+|[0-9]+(\.[0-9]*)? *%|\.[0-9]+ *%", part)
+                and len(texts) == 1
+                and part == texts[0].strip()
+            ):
                 kind, equals, value = "sparsity", "=", part
             if not equals or not value:
                 raise InvalidBudget(f"budget {part!r}: write KIND=VALUE, like sparsity=0.9 or macs=50%.")

@@ -27,6 +27,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 LONGEST = 60  # characters of a value in an error
+_MANY = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 _WORDS = {
     int: "a whole number", float: "a number", str: "text", bool: "True or False", type(None): "None",
     nn.Module: "an nn.Module", Tensor: "a tensor", Mapping: "a dict", Sequence: "a list",
@@ -56,31 +57,32 @@ def typed_but(*names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         signature = inspect.signature(function)
         called = function.__qualname__.rpartition("<locals>.")[2].removesuffix(".__init__")
-        left = {name for name, given in signature.parameters.items() if given.kind in _MANY} | set(names)
+        unchecked = {name for name, given in signature.parameters.items() if given.kind in _MANY} | set(names)
         hints = cache(lambda: get_type_hints(function))  # when it is called: modules may be unfinished before
 
         @wraps(function)
-        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        def checked(*args: P.args, **kwargs: P.kwargs) -> T:
             try:
                 given = signature.bind(*args, **kwargs).arguments
             except TypeError:  # too many, too few or unknown: Python says so
                 return function(*args, **kwargs)
             for name, value in given.items():
-                if name in hints() and name not in left:
+                if name in hints() and name not in unchecked:
                     check_type(f"{called}: {name}", value, hints()[name])
             return function(*args, **kwargs)
 
-        return call
+        return checked
 
     return decorate
 
 
-_MANY = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
-
-
 def check_type(name: str, value: object, annotation: Any) -> None:
-    """Raises:
-    UsageError: the annotation excludes the value.
+    """Compare a value with an annotation.
+
+    Args:
+        name: what the error calls the value.
+    Raises:
+        UsageError: the annotation excludes the value, or one of its entries.
 
     >>> check_type("masks", {"fc.weight": 1}, Mapping[str, Tensor])
     Traceback (most recent call last):
@@ -91,9 +93,10 @@ def check_type(name: str, value: object, annotation: Any) -> None:
     kinds = [kind for kind in _kinds(annotation) if fits(value, get_origin(kind) or kind)]
     entries = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, Sequence) else ()
     for key, entry in entries if kinds else ():  # the container is right, an entry is not
-        inner = get_args(kinds[0])[-1]
-        if not fits(entry, inner):
-            check_type(f"{name}[{key!r}]", entry, inner)
+        inner = get_args(kinds[0])
+        if isinstance(value, Mapping):
+            check_type(f"{name}: the key", key, inner[0])
+        check_type(f"{name}[{key!r}]", entry, inner[-1] if isinstance(value, Mapping) else inner[0])
     *others, last = dict.fromkeys(map(_words, _kinds(annotation)))
     accepted = f"{', '.join(others)} or {last}" if others else last
     raise UsageError(f"{name}={_shown(value)}: {accepted} is accepted.{_advice(value, _kinds(annotation))}")

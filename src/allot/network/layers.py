@@ -142,10 +142,12 @@ class Rules:
     floor: int | str = 1
 
     def __post_init__(self) -> None:
-        for alone in (given for given in (self.include, self.exclude) if isinstance(given, str)):
-            raise UsageError(f"the rule {alone!r} stands alone: a tuple of patterns is accepted, like ({alone!r},).")
-        check_type("include and exclude", (self.include, self.exclude), Sequence[Sequence[str]])
-        check_type("density bounds", (self.min_density, self.max_density), Sequence[Mapping[str, object]])
+        for name in ("include", "exclude"):
+            if isinstance(rule := getattr(self, name), str):
+                raise UsageError(f"the rule {rule!r} stands alone: a tuple of patterns is accepted, like ({rule!r},).")
+            check_type(name, rule, Sequence[str])
+        for name in ("min_density", "max_density"):
+            check_type(name, getattr(self, name), Mapping[str, object])
         for pattern, value in (*self.min_density.items(), *self.max_density.items()):
             if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
                 raise InvalidBudget(f"density bound {pattern}={value!r}: a number from 0 to 1 is accepted.")

@@ -1,4 +1,7 @@
-"""The arguments of `prune` that a search and a sweep hand on, by type: a type checker sees a name that is misspelt."""
+"""The types of the arguments that a search and a sweep pass on to `prune`, so that a type checker sees a misspelt name.
+
+They stand in the signature of `prune` as well, which no type can be made from; a test holds both equal.
+"""
 
 from __future__ import annotations
 
@@ -51,8 +54,10 @@ class Settings(TypedDict, total=False):
 
 
 def check_settings(settings: Mapping[str, Any], known: type) -> None:
-    """Raises:
-    UsageError: a setting that is not `known`, with the nearest one.
+    """Look at the names, before the first run.
+
+    Raises:
+        UsageError: a setting that is not `known`, with the nearest one.
     """
     for name in settings:
         if name not in known.__annotations__:

@@ -277,8 +277,12 @@ def _drawn(length: int, seed: int) -> Iterator[int]:
 
 
 def check_samples(what: str, data: Any) -> None:
-    """Raises:
-    UsageError: `data`, called `what`, holds no samples.
+    """Look whether `data` can hold samples at all.
+
+    Args:
+        what: what the error calls the data.
+    Raises:
+        UsageError: it is no tensor, Dataset or iterable.
     """
     holds = hasattr(data, "__getitem__") or isinstance(data, Iterable)
     if not holds or isinstance(data, str | bytes | Mapping | type | nn.Module):

@@ -27,7 +27,7 @@ from allot.processes import single_process
 from allot.run.calibration import Calibration
 from allot.run.outputs import NAMES, Comparison, Reading, classes, sums_to_one, wide
 
-KEPT = 64 * 2**20  # bytes of the dense net's outputs that are kept, or as many as the net has
+KEPT = 64 * 2**20  # bytes of the dense net's outputs that are always kept; more where the net itself is larger
 NUMBERS = 2**24  # most numbers in the outputs of one pass
 
 
@@ -189,10 +189,10 @@ class _DenseAnswers:
     def of(
         cls, reading: Reading, batches: list[list[int]], answer: Callable[[list[int]], list[Tensor]], room: int
     ) -> _DenseAnswers:
-        """Of what `answer` gives to each batch, all is kept or nothing, where it is more than `room` bytes.
+        """What `answer` gives to each batch; all outputs are kept, or none where they take more than `room` bytes.
 
         Raises:
-        UsageError: outputs whose shapes depend on the sample, or that do not count samples.
+            UsageError: outputs whose shapes depend on the sample, or that do not count samples.
         """
         kept: list[list[Tensor]] | None = []
         shapes, size, seen, samples = None, 0, 0, sum(map(len, batches))

@@ -359,7 +359,7 @@ class Writing(nn.Module):
         return self.three(y)
 
 
-@pytest.mark.parametrize(("room", "pushed"), [(0, [16, 16, 16]), (1, [20, 16, 16]), (8, [16, 8, 8])])
+@pytest.mark.parametrize(("room", "pushed"), [(0, [16, 16, 16]), (1, [24, 16, 16]), (8, [16, 8, 8])])
 def test_the_dense_net_is_read_once_for_all_sites_where_its_inputs_fit(
     room: int, pushed: list[int], monkeypatch: pytest.MonkeyPatch
 ):

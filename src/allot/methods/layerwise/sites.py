@@ -132,9 +132,9 @@ def push(
 class DenseProducts:
     """The products of sites in the dense net: one pass a batch for all of them where their inputs can be kept.
 
-    Inputs are kept where those of all batches need no more memory than `ROOM` copies of the weights that read them;
-    else there is a pass for each site. The pass for all, and that for the last site, runs to the end of the net: a
-    streamed run takes the block's output from it.
+    Inputs of a batch are kept where they take no more than its share of `ROOM` times the bytes of the weights that read
+    them; else there is a pass for each site. The pass for all, and that for the last site, runs to the end of the net:
+    a streamed run takes the block's output from it.
 
     Args:
         sites: those that `of` is asked for, in the same order.
@@ -142,33 +142,28 @@ class DenseProducts:
 
     def __init__(self, problem: Problem, sites: Sequence[Site]) -> None:
         self.problem = problem
-        self._all, self._sites = replace(together(sites), visits=0), sites
-        weights = sum(problem.dense[name].nbytes for name in self._all.layers)
+        self._whole, self._sites = replace(together(sites), visits=0), sites
+        weights = sum(problem.dense[name].nbytes for name in self._whole.layers)
         self._room = ROOM * weights // problem.inputs().batches if len(sites) > 1 else 0  # of a batch
-        self._kept: dict[int, dict[Part, list[Product]]] = {}
-        self._left: set[str] = set()
+        self._kept: dict[int, dict[Part, list[Product]]] = {}  # of each batch; nothing where it does not fit
 
     def of(self, site: Site, k: int, batch: Any) -> tuple[dict[Part, list[Product]], int]:
         """(the products of the site in the k-th batch, how many passes that takes).
 
         The pass for all sites counts for the first one alone, so that a resumed run counts as an uninterrupted one.
         """
-        passes = 0
+        passes = int(bool(self._room) and site.layers == self._sites[0].layers)
         if self._room and k not in self._kept:
-            passes += site.layers == self._sites[0].layers
-            self._kept[k] = self._inputs_of(self._all, batch, self._room)
-            if not self._kept[k]:
-                self._room = 0
-                self._kept.clear()
-        if self._room and self._left.isdisjoint(site.layers):
-            return {part: found for part, found in self._kept[k].items() if part[0] in site.layers}, passes
+            self._kept[k] = self._inputs_of(self._whole, batch, self._room)
+        kept = self._kept.get(k, {})
+        if products := {part: found for part, found in kept.items() if part[0] in site.layers}:
+            return products, passes
         if self._sites and site.layers == self._sites[-1].layers:
             site = replace(site, visits=0)
         return self._inputs_of(site, batch, None), passes + 1
 
     def leave(self, site: Site) -> None:
-        """Forget the inputs of a site; it is read again where it is asked for again."""
-        self._left.update(site.layers)
+        """Forget the inputs of a site; they are read again where it is asked for again."""
         for products in self._kept.values():
             for part in [part for part in products if part[0] in site.layers]:
                 del products[part]

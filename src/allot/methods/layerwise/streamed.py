@@ -304,7 +304,7 @@ class _StreamedRun:
     ) -> dict[bool, PartInputs]:
         """The inputs of the next part in both nets; the same ones where the nets do not differ so far."""
         changed = part.changes_with({*candidate.tensors, *candidate.masks})
-        alike = part.inputs.get(False) is part.inputs.get(True) and not part.next_inputs and not changed
+        alike = part.inputs.get(False) is part.inputs.get(True) and True not in part.next_inputs and not changed
         size = problem.inputs().batch_size
         nets = (True,) if self.given else (False,) if alike else (False, True)
         for sparse in nets:

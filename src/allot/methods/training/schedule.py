@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from allot.budget.model_budget import ModelBudget
 from allot.errors import check_number
 
-WHOLE = 250  # steps from which on `ramp` holds as it is
+FULL_RAMP = 250  # steps of a training, the default, from which on `ramp` holds as it is
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,13 @@ class Schedule:
 
         r = min( ramp ^ min(1, sqrt(T / 250)),  Budget.widest )
 
-    A short training has no time to come down far, and the dense net is the widest. Masks change every `every` steps
-    until step `freeze_at` T, the last one included.
+    A short training has too few steps to come down from far, and the dense net is the widest. Masks change every
+    `every` steps until step `freeze_at` T, the last one included.
 
     Args:
         every: steps, 1 or more.
         freeze_at: from 0 (masks are selected before the first step only) to 1, a fraction of the steps.
-        ramp: how many times the budget may be used at first in a training of `WHOLE` steps or more; 1 or more.
+        ramp: how many times the budget may be used at first in a training of `FULL_RAMP` steps or more; 1 or more.
         ramp_until: fraction of the steps, from 0 to 1.
     Raises:
         UsageError: a value out of its range.
@@ -81,7 +81,7 @@ class Schedule:
         t = t - t % self.every if t < self.last(steps) else t
         if t >= min(end, self.last(steps)):
             return 1.0
-        ramp = self.ramp ** min(1.0, math.sqrt(steps / WHOLE))
+        ramp = self.ramp ** min(1.0, math.sqrt(steps / FULL_RAMP))
         return 1 + (min(ramp, widest) - 1) * (1 - t / end) ** 3
 
 
