@@ -695,10 +695,39 @@ def test_a_norm_after_an_activation_in_place_keeps_its_mean():
     assert "2.running_mean" not in repaired(model, correlated(40, 16)).tensors
 
 
+class Apart(nn.Module):
+    """Layers in no container: nothing in it is a block. Their inputs are smaller than eight times their weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.three(self.two(self.one(x).relu()).relu())
+
+
 def test_a_time_limit_that_is_not_reached_changes_nothing():
     torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(4))).eval()
-    asked: dict[str, Any] = {"calibration": drawn(256, 16), "budget": "sparsity=0.5", "repair": "admm"}
+    model = Apart().eval()
+    asked: dict[str, Any] = {"calibration": drawn(256, 64), "budget": "sparsity=0.5", "repair": "admm"}
     free, limited = allot.prune(model, **asked), allot.prune(model, **asked, max_minutes=5)
     for name, value in free.candidate.tensors.items():  # the steps that were timed leave nothing behind
         assert torch.equal(value, limited.candidate.tensors[name])
+
+
+def test_a_run_that_keeps_inputs_ends_and_counts_alike_however_often_it_is_stopped(tmp_path: Path):
+    torch.manual_seed(0)
+    model = Apart().eval()
+    asked: dict[str, Any] = {"calibration": drawn(256, 64), "budget": "sparsity=0.5", "repair": "admm"}
+    whole = allot.prune(model, **asked, save_to=tmp_path / "whole")
+    for stops in itertools.count():
+        steps = iter([False])  # one, each time
+        try:
+            parts = allot.prune(model, **asked, save_to=tmp_path / "parts", should_stop=lambda: next(steps, True))
+            break
+        except allot.Stopped:
+            continue
+    assert stops > 3 and same(parts.candidate, whole.candidate)
+    assert (tmp_path / "parts/steps.jsonl").read_bytes() == (tmp_path / "whole/steps.jsonl").read_bytes()
+    forward = [json.loads(line)["forward"] for line in (tmp_path / "whole/steps.jsonl").read_text().splitlines()]
+    assert forward[-3:] == [448, 224, 224]  # the dense net runs once, for all three layers
